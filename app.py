@@ -1,0 +1,57 @@
+"""CC Manager's entry: `python app.py` serves, `flask run --debug` develops, `flask migrate` and `flask demo` help."""
+
+import sys
+
+if not (3, 11) <= sys.version_info[:2] <= (3, 14):
+    sys.exit(f"CC Manager needs Python 3.11 to 3.14; this is {sys.version.split()[0]}.")
+
+import atexit
+import logging
+import os
+
+from flask import Flask
+
+from ccm import api, cli
+from ccm.core.service import Service
+from ccm.errors import StartRefused
+from ccm.log import configure
+from ccm.server import Server
+from ccm.settings import Settings
+
+
+def create_app(settings: Settings | None = None) -> Flask:
+    """The app over one service. Opens nothing and starts no thread: the first request does, or `main`.
+
+    Args:
+        settings: those of the environment if left out.
+    """
+    if settings is None:
+        settings = Settings.from_env(os.environ)
+        configure(settings.log_level)
+    app = Flask("ccm", static_folder=None)
+    service = Service(settings)
+    api.register(app, service)
+    cli.register(app)
+    atexit.register(service.close)
+    return app
+
+
+def main() -> int:
+    """Serve with waitress until SIGTERM or SIGINT. The exit code: 2 for a bad setting, 3 for a refused database."""
+    try:
+        app = create_app()
+        service: Service = app.extensions["ccm"]
+        server = Server(app, service)
+        service.start()
+    except StartRefused as refusal:
+        print(f"CC Manager does not start: {refusal}", file=sys.stderr)
+        return refusal.exit_code
+    except OSError as error:
+        print(f"CC Manager does not start: it cannot listen on HOST and PORT: {error}.", file=sys.stderr)
+        return 2
+    logging.getLogger("ccm").info("listening on http://%s:%d", service.settings.host, server.port)
+    return 0 if server.run() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

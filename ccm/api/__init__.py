@@ -1,0 +1,75 @@
+"""The HTTP floor: the only one that knows Flask. Views parse, call the core, and answer."""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+
+from flask import Flask, Response, g, request
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
+
+from ccm.api import health, runs, sessions
+from ccm.api.context import EXTENSION, answer, service
+from ccm.api.held import HeldSlots
+from ccm.core.service import Service
+from ccm.errors import CCMError
+
+log = logging.getLogger(__name__)
+
+# A request id of the client's own is taken over, so that its log and ours can be read together.
+REQUEST_ID = re.compile(r"[\w.:-]{1,100}", re.ASCII)
+
+
+def register(app: Flask, the_service: Service) -> None:
+    """Give an app the API. Opens nothing and starts no thread."""
+    app.extensions[EXTENSION] = the_service
+    app.extensions["ccm.held"] = HeldSlots(the_service.settings.max_held)
+    app.before_request(_begin)
+    app.after_request(_finish)
+    app.register_error_handler(CCMError, _refuse)
+    app.register_error_handler(HTTPException, _http_error)
+    app.register_error_handler(Exception, _unexpected)
+    for blueprint in (health.blueprint, runs.blueprint, sessions.blueprint):
+        app.register_blueprint(blueprint)
+
+
+def _begin() -> None:
+    given = request.headers.get("X-Request-Id", "")
+    g.request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    # Under `flask run` the first request starts the service; under `python app.py` it has been started.
+    service().start()
+
+
+def _finish(response: Response) -> Response:
+    response.headers["X-Request-Id"] = g.get("request_id", "")
+    level = logging.DEBUG if request.method in ("GET", "HEAD", "OPTIONS") else logging.INFO
+    if log.isEnabledFor(level):
+        log.log(level, "%s %s %s request %s", request.method, request.path, response.status_code, g.get("request_id"))
+    return response
+
+
+def _refuse(error: CCMError) -> Response:
+    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    return answer(error.to_json(), error.status, headers)
+
+
+def _http_error(error: HTTPException) -> Response:
+    """Flask's own refusals, in our words."""
+    status = error.code or 500
+    code = re.sub(r"\W+", "_", error.name).upper()
+    messages = {
+        404: f"There is nothing at {request.path}. GET / lists the endpoints.",
+        405: f"{request.method} is not possible here. GET / lists the endpoints.",
+    }
+    message = messages.get(status, str(error.description))
+    headers = {}
+    if isinstance(error, MethodNotAllowed) and error.valid_methods:
+        headers["Allow"] = ", ".join(sorted(error.valid_methods))
+    return answer({"error": {"code": code, "message": message}}, status, headers)
+
+
+def _unexpected(error: Exception) -> Response:
+    log.error("request %s: %s %s failed", g.get("request_id"), request.method, request.path, exc_info=error)
+    message = f"The service failed. Its log says more about request {g.get('request_id')}."
+    return answer({"error": {"code": "INTERNAL_ERROR", "message": message}}, 500)

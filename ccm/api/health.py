@@ -1,0 +1,37 @@
+"""`/health` for whoever watches the service, `/` for whoever meets it."""
+
+from __future__ import annotations
+
+import inspect
+
+from flask import Blueprint, Response, current_app
+
+from ccm import __version__
+from ccm.api.context import answer, check_query, service
+
+blueprint = Blueprint("health", __name__)
+
+
+@blueprint.get("/health")
+def health() -> Response:
+    """Whether the service can do its job."""
+    trouble = service().trouble()
+    if trouble is None:
+        return answer({"status": "ok"})
+    error = {"code": "UNHEALTHY", "message": f"The service cannot do its job: {trouble}."}
+    return answer({"status": "unavailable", "error": error}, 503, {"Retry-After": "5"})
+
+
+@blueprint.get("/")
+def index() -> Response:
+    """What this is: name, version, endpoints."""
+    check_query()
+    endpoints: list[dict[str, str]] = []
+    for rule in current_app.url_map.iter_rules():
+        view = current_app.view_functions[rule.endpoint]
+        does = (inspect.getdoc(view) or "").partition("\n")[0]
+        path = rule.rule.replace("<run_id>", ":runId").replace("<session_id>", ":sessionId")
+        methods = (rule.methods or set()) - {"HEAD", "OPTIONS"}
+        endpoints.extend({"method": method, "path": path, "does": does} for method in methods)
+    endpoints.sort(key=lambda endpoint: (endpoint["path"], endpoint["method"]))
+    return answer({"name": "CC Manager", "version": __version__, "endpoints": endpoints})

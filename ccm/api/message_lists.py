@@ -1,0 +1,77 @@
+"""Lists of messages: built from the stored JSON texts without parsing them, streamed at constant memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from flask import Response, request
+
+from ccm.api.context import service, wait_seconds, wait_until
+from ccm.api.paging import limit, next_link
+from ccm.core.history import Segment
+from ccm.errors import ValidationError
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What there is to read at this moment.
+
+    Args:
+        complete: nothing more will come.
+        place: where a next request goes on after a segment, as its `after`.
+    """
+
+    segments: Sequence[Segment]
+    complete: bool
+    place: Callable[[Segment], str]
+
+
+def type_filter() -> list[str]:
+    """`?type=`: the types of message to keep; none for all.
+
+    Raises:
+        ValidationError: it is given and empty.
+    """
+    text = request.args.get("type")
+    if text is None:
+        return []
+    types = [name.strip() for name in text.split(",")]
+    if not all(types) or len(types) > 50 or "\0" in text:
+        raise ValidationError("type: must be message types separated by commas.", field="type")
+    return types
+
+
+def message_list(key: str, measure: Callable[[], Extent]) -> Response:
+    """The messages that there are, once there are any or `?wait=` has passed.
+
+    Args:
+        key: the run or the session.
+        measure: tells anew what there is to read.
+    """
+    history = service().history
+    types, most, seconds = type_filter(), limit(None), wait_seconds()
+
+    def look() -> Extent | None:
+        extent = measure()
+        return extent if extent.complete or history.has_any(extent.segments, types) else None
+
+    extent = (wait_until(key, seconds, look) if seconds else None) or measure()
+    segments = extent.segments
+    kept = segments if most is None else history.cut(segments, types, most)
+    headers = {} if extent.complete and list(kept) == list(segments) else next_link(after=extent.place(kept[-1]))
+    chunks = history.chunks(kept, types)
+    # What fits into two chunks is sent whole, with its length; what does not is streamed.
+    beginning = list(itertools.islice(chunks, 2))
+    if len(beginning) < 2:
+        return Response(b"".join(_array(beginning)), headers=headers, mimetype="application/json")
+    return Response(_array(itertools.chain(beginning, chunks)), headers=headers, mimetype="application/json")
+
+
+def _array(chunks: Iterable[list[str]]) -> Iterator[bytes]:
+    before = "["
+    for texts in chunks:
+        yield (before + ",\n".join(texts)).encode("ascii")
+        before = ",\n"
+    yield b"]\n" if before != "[" else b"[]\n"

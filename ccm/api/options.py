@@ -1,0 +1,301 @@
+"""The options that a client may give a run, judged one by one; nothing is passed on blindly.
+
+They are the SDK's options under their TypeScript names. Every one is either accepted here, or privileged (it runs
+programs or widens access, and needs the operator's word in CCM_PRIVILEGED_OPTIONS), or the service's own. This prevents
+mistakes; it is no sandbox: `allowedTools: ["Bash"]` is a shell.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
+
+from ccm.errors import Forbidden
+from ccm.settings import PERMISSION_MODES, PRIVILEGED_PERMISSION_MODES, Settings
+
+# Linux takes 128 KiB in one argument of a program; some options travel as one.
+ARGUMENT_CHARACTERS = 100_000
+TEXT_CHARACTERS = 1_000_000
+
+# What the service decides itself, and why a client may not.
+SERVICE_OWNED = {
+    "abortController": "DELETE /api/runs/:runId cancels a run",
+    "canUseTool": "it is a function, and a request carries none",
+    "continue": "POST /api/runs/resume continues a session",
+    "cwd": "it is a field of the request itself",
+    "debug": "the service keeps Claude Code's messages on stderr for a run's error",
+    "debugFile": "the service keeps Claude Code's messages on stderr for a run's error",
+    "enableFileCheckpointing": "it cannot go with a stored transcript",
+    "executable": "CCM_CLI_PATH names the Claude Code of this service",
+    "executableArgs": "CCM_CLI_PATH names the Claude Code of this service",
+    "forkSession": "every continuation is a fork",
+    "hooks": "they are functions, and a request carries none; the project's settings may have hooks",
+    "maxBufferSize": "CCM_MAX_MESSAGE_BYTES sets it",
+    "maxThinkingTokens": "use thinking",
+    "pathToClaudeCodeExecutable": "CCM_CLI_PATH names the Claude Code of this service",
+    "permissionPromptToolName": "the service answers permission prompts",
+    "persistSession": "a run without a transcript could not be resumed",
+    "resume": "POST /api/runs/resume continues a session",
+    "resumeDropsTurn": "POST /api/runs/fork with atMessage forks from an earlier message",
+    "resumeSessionAt": "POST /api/runs/fork with atMessage forks from an earlier message",
+    "sessionId": "the service gives every run its session id",
+    "sessionStore": "the service stores what is to be stored",
+    "spawnClaudeCodeProcess": "it is a function, and a request carries none",
+    "stderr": "it is a function, and a request carries none",
+    "user": "agents run as the service's user",
+}
+# Arguments of the CLI that the service sets, or that would undo what it sets.
+OWNED_ARGUMENTS = frozenset(
+    {
+        "continue",
+        "fork-session",
+        "from-pr",
+        "input-format",
+        "no-session-persistence",
+        "output-format",
+        "permission-prompt-tool",
+        "print",
+        "replay-user-messages",
+        "resume",
+        "resume-drops-turn",
+        "resume-session-at",
+        "session-id",
+        "session-mirror",
+        "verbose",
+    }
+)
+OWNED_VARIABLES = frozenset(
+    {
+        "CLAUDECODE",
+        "CLAUDE_AGENT_SDK_VERSION",
+        "CLAUDE_CODE_EMIT_SESSION_STATE_EVENTS",
+        "CLAUDE_CODE_SDK_READS_SESSION_STATE",
+        "CLAUDE_CODE_TMPDIR",
+    }
+)
+
+
+def no_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must not contain the character NUL")
+    return text
+
+
+def not_a_flag(text: str) -> str:
+    """It becomes an argument of the CLI, and one that begins with a dash would be read as another flag."""
+    if text.startswith("-"):
+        raise ValueError("must not begin with a dash")
+    return no_nul(text)
+
+
+def plain_json(value: Any) -> Any:
+    """JSON that can be written out again: pydantic reads NaN and Infinity, which JSON does not have."""
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise ValueError("must not contain NaN or Infinity") from None
+    if len(text) > ARGUMENT_CHARACTERS:
+        raise ValueError(f"must be at most {ARGUMENT_CHARACTERS} characters of JSON")
+    return value
+
+
+def _fits_an_argument(items: list[str]) -> list[str]:
+    if sum(len(item.encode()) + 1 for item in items) > ARGUMENT_CHARACTERS:
+        raise ValueError(f"must be at most {ARGUMENT_CHARACTERS} bytes together")
+    return items
+
+
+def _own_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    for name in arguments:
+        if name in OWNED_ARGUMENTS:
+            raise ValueError(f"--{name} is set by the service itself")
+    return arguments
+
+
+def _own_variables(variables: dict[str, str]) -> dict[str, str]:
+    for name in variables:
+        if name in OWNED_VARIABLES or name.startswith("CCM_"):
+            raise ValueError(f"{name} is set by the service itself")
+    return variables
+
+
+Text = Annotated[str, Field(min_length=1, max_length=TEXT_CHARACTERS), AfterValidator(no_nul)]
+ArgumentText = Annotated[str, Field(min_length=1, max_length=ARGUMENT_CHARACTERS // 4), AfterValidator(no_nul)]
+Word = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(not_a_flag)]
+Rule = Annotated[str, Field(min_length=1, max_length=2_000), AfterValidator(not_a_flag)]
+Rules = Annotated[list[Rule], Field(max_length=1_000), AfterValidator(_fits_an_argument)]
+SkillName = Annotated[str, Field(max_length=200, pattern=r"^\w[\w.-]*(:\w[\w.-]*)?$")]
+Object = Annotated[dict[str, JsonValue], AfterValidator(plain_json)]
+Directory = Annotated[str, Field(pattern=r"^/", max_length=4_096), AfterValidator(no_nul)]
+Effort = Literal["low", "medium", "high", "xhigh", "max"]
+PermissionMode = Literal["default", "acceptEdits", "plan", "dontAsk", "bypassPermissions", "auto"]
+
+
+class Strict(BaseModel):
+    """Nothing unknown, nothing converted: a mistake never goes unnoticed."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class CustomPrompt(Strict):
+    type: Literal["custom"]
+    prompt: Text
+    snapshot: bool | None = None
+
+
+class PresetPrompt(Strict):
+    type: Literal["preset"]
+    preset: Literal["claude_code"]
+    append: Text | None = None
+    excludeDynamicSections: bool | None = None
+    snapshot: bool | None = None
+
+
+class ToolsPreset(Strict):
+    type: Literal["preset"]
+    preset: Literal["claude_code"]
+
+
+class OutputFormat(Strict):
+    type: Literal["json_schema"]
+    # `schema` would hide a method of pydantic's.
+    json_schema: Object = Field(alias="schema")
+
+
+class AdaptiveThinking(Strict):
+    type: Literal["adaptive"]
+    display: Literal["summarized", "omitted"] | None = None
+
+
+class EnabledThinking(Strict):
+    type: Literal["enabled"]
+    budgetTokens: Annotated[int, Field(ge=1, le=10_000_000)]
+    display: Literal["summarized", "omitted"] | None = None
+
+
+class DisabledThinking(Strict):
+    type: Literal["disabled"]
+
+
+class TaskBudget(Strict):
+    total: Annotated[int, Field(ge=1, le=2**53)]
+
+
+class Plugin(Strict):
+    type: Literal["local"]
+    path: Directory
+
+
+class Agent(Strict):
+    """A subagent. `permissionMode` (the wide ones) and `mcpServers` are privileged here too."""
+
+    description: Text
+    prompt: Text
+    tools: Rules | None = None
+    disallowedTools: Rules | None = None
+    model: Word | None = None
+    skills: Annotated[list[SkillName], Field(max_length=1_000)] | None = None
+    memory: Literal["user", "project", "local"] | None = None
+    mcpServers: Annotated[list[Word | Object], Field(max_length=100)] | None = None
+    initialPrompt: Text | None = None
+    maxTurns: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    background: bool | None = None
+    effort: Effort | None = None
+    permissionMode: PermissionMode | None = None
+
+
+class Options(Strict):
+    """The options of a run."""
+
+    model: Word | None = None
+    fallbackModel: Word | None = None
+    systemPrompt: Text | Annotated[CustomPrompt | PresetPrompt, Field(discriminator="type")] | None = None
+    maxTurns: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    maxBudgetUsd: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
+    permissionMode: PermissionMode | None = None
+    strictMcpConfig: bool | None = None
+    settingSources: Annotated[list[Literal["user", "project", "local"]], Field(max_length=3)] | None = None
+    tools: Rules | ToolsPreset | None = None
+    allowedTools: Rules | None = None
+    disallowedTools: Rules | None = None
+    agents: Annotated[dict[Word, Agent], Field(max_length=100)] | None = None
+    skills: Annotated[list[SkillName], Field(max_length=500)] | Literal["all"] | None = None
+    includePartialMessages: bool | None = None
+    includeHookEvents: bool | None = None
+    forwardSubagentText: bool | None = None
+    outputFormat: OutputFormat | None = None
+    thinking: Annotated[AdaptiveThinking | EnabledThinking | DisabledThinking, Field(discriminator="type")] | None = (
+        None
+    )
+    effort: Effort | None = None
+    betas: Annotated[list[Word], Field(max_length=50)] | None = None
+    taskBudget: TaskBudget | None = None
+    verbatimPrompts: bool | None = None
+    # Privileged.
+    additionalDirectories: Annotated[list[Directory], Field(max_length=100)] | None = None
+    env: (
+        Annotated[
+            dict[
+                Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=200)],
+                Annotated[str, Field(max_length=ARGUMENT_CHARACTERS), AfterValidator(no_nul)],
+            ],
+            Field(max_length=1_000),
+            AfterValidator(_own_variables),
+        ]
+        | None
+    ) = None
+    extraArgs: (
+        Annotated[
+            dict[
+                Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$", max_length=100)],
+                Annotated[str, Field(max_length=ARGUMENT_CHARACTERS), AfterValidator(no_nul)] | None,
+            ],
+            Field(max_length=100),
+            AfterValidator(_own_arguments),
+        ]
+        | None
+    ) = None
+    mcpServers: Annotated[dict[Word, Object], Field(max_length=100)] | None = None
+    plugins: Annotated[list[Plugin], Field(max_length=100)] | None = None
+    sandbox: Object | None = None
+    settings: ArgumentText | Object | None = None
+
+    def given(self) -> dict[str, Any]:
+        """What the client gave, as it gave it; a null counts as not given."""
+        return self.model_dump(by_alias=True, exclude_none=True)
+
+
+def check_policy(options: Mapping[str, Any], settings: Settings) -> None:
+    """
+    Raises:
+        Forbidden: OPTION_FORBIDDEN, naming the setting that would allow it.
+    """
+    for name in ("additionalDirectories", "env", "extraArgs", "mcpServers", "plugins", "sandbox", "settings"):
+        if name in options:
+            _need(settings, name, f"options.{name}", "it runs programs or widens access")
+    wider = [name for name in options.get("settingSources", []) if name not in settings.setting_sources]
+    if wider:
+        _need(settings, "settingSources", "options.settingSources", f"CCM_SETTING_SOURCES leaves out {wider[0]!r}")
+    _check_permission_mode(options.get("permissionMode"), settings, "options.permissionMode")
+    for name, agent in options.get("agents", {}).items():
+        _check_permission_mode(agent.get("permissionMode"), settings, f"options.agents.{name}.permissionMode")
+        if "mcpServers" in agent:
+            _need(settings, "mcpServers", f"options.agents.{name}.mcpServers", "it runs programs or widens access")
+
+
+def _check_permission_mode(mode: str | None, settings: Settings, field: str) -> None:
+    if mode is not None and mode not in PERMISSION_MODES and mode != settings.permission_mode:
+        _need(settings, "permissionMode", field, f"{' and '.join(PRIVILEGED_PERMISSION_MODES)} skip the permissions")
+
+
+def _need(settings: Settings, name: str, field: str, why: str) -> None:
+    if name not in settings.privileged_options:
+        raise Forbidden(
+            f"{field} is not open to clients of this service: {why}. The operator can allow it by naming {name} in "
+            "CCM_PRIVILEGED_OPTIONS.",
+            code="OPTION_FORBIDDEN",
+            field=field,
+        )

@@ -1,0 +1,174 @@
+"""The bodies that clients send, and how what is wrong with one is told."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+import pydantic
+from flask import Request
+from pydantic import AfterValidator, Field, JsonValue, model_validator
+from pydantic_core import ErrorDetails, from_json
+
+from ccm.api.options import SERVICE_OWNED, Options, Strict, no_nul, plain_json
+from ccm.errors import TooLarge, UnsupportedMediaType, ValidationError
+from ccm.models import Image
+
+PROMPT_CHARACTERS = 1_000_000
+IMAGES = 20
+IMAGE_CHARACTERS = 27_000_000
+TITLE_CHARACTERS = 500
+PATH_CHARACTERS = 4_096
+SIGNATURES = {
+    "image/png": (b"\x89PNG\r\n\x1a\n",),
+    "image/jpeg": (b"\xff\xd8\xff",),
+    "image/gif": (b"GIF87a", b"GIF89a"),
+    "image/webp": (b"RIFF",),
+}
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be blank")
+    return no_nul(text)
+
+
+Prompt = Annotated[str, Field(max_length=PROMPT_CHARACTERS), AfterValidator(_not_blank)]
+Title = Annotated[str, Field(max_length=TITLE_CHARACTERS), AfterValidator(no_nul)]
+Metadata = Annotated[dict[str, JsonValue], AfterValidator(plain_json)]
+Path = Annotated[str, Field(min_length=1, max_length=PATH_CHARACTERS), AfterValidator(no_nul)]
+# A UUID in its usual form: Claude Code would take a session's title too, and another session for it.
+Id = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$")]
+
+
+class ImageBody(Strict):
+    mediaType: Literal["image/png", "image/jpeg", "image/gif", "image/webp"]
+    data: Annotated[str, Field(min_length=1, max_length=IMAGE_CHARACTERS)]
+
+    @model_validator(mode="after")
+    def _is_an_image(self) -> ImageBody:
+        try:
+            data = base64.b64decode(self.data, validate=True)
+        except (binascii.Error, ValueError):
+            raise ValueError("data must be base64, without line breaks or a data: prefix") from None
+        if not data.startswith(SIGNATURES[self.mediaType]):
+            raise ValueError(f"data is not of the type {self.mediaType}")
+        return self
+
+
+class RunBody(Strict):
+    """What the three bodies that start a run have in common."""
+
+    prompt: Prompt
+    images: Annotated[list[ImageBody], Field(max_length=IMAGES)] = Field(default_factory=list)
+    options: Options = Options()
+
+    def pictures(self) -> tuple[Image, ...]:
+        return tuple(Image(image.mediaType, image.data) for image in self.images)
+
+
+class StartBody(RunBody):
+    cwd: Path
+    title: Title | None = None
+    metadata: Metadata | None = None
+
+
+class ResumeBody(RunBody):
+    sessionId: Id
+    ifBusy: Literal["reject", "enqueue", "interrupt"] = "reject"
+
+
+class ForkBody(RunBody):
+    sessionId: Id
+    atRunId: Id | None = None
+    atMessage: Id | None = None
+    cwd: Path | None = None
+    title: Title | None = None
+    metadata: Metadata | None = None
+
+
+class SessionBody(Strict):
+    title: Title | None = None
+    metadata: Metadata | None = None
+
+
+Body = TypeVar("Body", bound=Strict)
+
+
+def read_body(request: Request, model: type[Body], limit: int) -> Body:
+    """The body of a request, checked.
+
+    Args:
+        limit: the most bytes that are read.
+
+    Raises:
+        UnsupportedMediaType: it is not application/json in UTF-8, or is compressed.
+        TooLarge: it has more bytes.
+        ValidationError: it does not fit the model; names the first field that is at fault.
+    """
+    charset = request.mimetype_params.get("charset", "utf-8").lower()
+    if request.mimetype != "application/json" or charset not in ("utf-8", "utf8"):
+        raise UnsupportedMediaType("The body must be JSON in UTF-8; send it with 'Content-Type: application/json'.")
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise UnsupportedMediaType("The body must not be compressed; send it without Content-Encoding.")
+    data = request.stream.read(limit + 1)
+    if len(data) > limit:
+        raise TooLarge(f"The body has more than {limit} bytes, which CCM_MAX_BODY_BYTES sets as the limit.")
+    try:
+        return model.model_validate_json(data)
+    except pydantic.ValidationError as error:
+        raise _told(error.errors(include_url=False, include_context=False, include_input=False), data, model) from None
+
+
+# pydantic's names for a value that is not even of the right kind.
+WRONG_TYPES = frozenset(
+    {"string_type", "list_type", "dict_type", "model_type", "model_attributes_type", "literal_error"}
+)
+
+
+def _told(errors: list[ErrorDetails], data: bytes, model: type[Strict]) -> ValidationError:
+    error = _closest(errors)
+    if error["type"] == "json_invalid":
+        return ValidationError(f"The body is no valid JSON: {error['msg'].removeprefix('Invalid JSON: ')}.")
+    field = ".".join(str(part) for part in _path(error, from_json(data)))
+    if not field:
+        return ValidationError("The body must be a JSON object.")
+    if error["type"] == "extra_forbidden":
+        return ValidationError(_unknown(field, model), field=field)
+    reason = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        reason = "is required"
+    return ValidationError(f"{field}: {reason[:1].lower()}{reason[1:]}.", field=field)
+
+
+def _closest(errors: list[ErrorDetails]) -> ErrorDetails:
+    """The error that says most. Of a choice of types each that does not fit has one; the deepest came nearest."""
+    first = errors[0]
+    rivals = [error for error in errors if error["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]]
+    return max(rivals, key=lambda error: (len(error["loc"]), error["type"] not in WRONG_TYPES, error is first))
+
+
+def _path(error: ErrorDetails, value: Any) -> list[int | str]:
+    """The place in the body that pydantic means: without the names of the types that it tried on the way."""
+    path: list[int | str] = []
+    for number, part in enumerate(error["loc"]):
+        children: Any = value if isinstance(value, dict | list) else ()
+        try:
+            value = children[part]
+        except (LookupError, TypeError):
+            if error["type"] != "missing" or number < len(error["loc"]) - 1:
+                continue
+        path.append(part)
+    return path
+
+
+def _unknown(field: str, model: type[Strict]) -> str:
+    parent, _, name = field.rpartition(".")
+    if parent == "options" and name in SERVICE_OWNED:
+        return f"{field} is not for clients: {SERVICE_OWNED[name]}."
+    known: Mapping[str, Any] = Options.model_fields if parent == "options" else model.model_fields
+    near = difflib.get_close_matches(name, known, n=1) if parent in ("", "options") else []
+    return f"{field} is not a known field" + (f"; did you mean {near[0]}?" if near else ".")

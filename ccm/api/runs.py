@@ -1,0 +1,178 @@
+"""`/api/runs`: start, resume, fork, cancel; one run, all runs, a run's messages."""
+
+from __future__ import annotations
+
+import os
+from typing import TypeVar
+
+from flask import Blueprint, Response, request, url_for
+
+from ccm.api.context import answer, check_query, service, wait_seconds, wait_until
+from ccm.api.message_lists import Extent, message_list
+from ccm.api.options import check_policy
+from ccm.api.paging import page
+from ccm.api.requests import ForkBody, ResumeBody, RunBody, StartBody, read_body
+from ccm.core import workdir
+from ccm.errors import Conflict, Unavailable, ValidationError
+from ccm.models import CANCELLED, FORK, FRESH, MODES, RESUME, STATUSES, Run, RunRequest
+
+blueprint = Blueprint("runs", __name__, url_prefix="/api/runs")
+
+# How long DELETE waits for a run to end: interrupt, terminate and kill have their bounds (core/executor.py), and then
+# the end is to be stored.
+CANCEL_SECONDS = 30.0
+HIGHEST_INDEX = 2**53
+
+Body = TypeVar("Body", bound=RunBody)
+
+
+@blueprint.post("/start")
+def start() -> Response:
+    """Start a fresh run in a new session."""
+    body, seconds = _read(StartBody)
+    cwd = workdir.resolve(body.cwd, service().settings.allowed_roots)
+    run_request = RunRequest(
+        mode=FRESH,
+        prompt=body.prompt,
+        images=body.pictures(),
+        options=body.options.given(),
+        title=body.title,
+        metadata=body.metadata,
+    )
+    return _accepted(service().runs.start(run_request, cwd), seconds)
+
+
+@blueprint.post("/resume")
+def resume() -> Response:
+    """Continue a session with another run."""
+    body, seconds = _read(ResumeBody)
+    history = service().history
+    session = history.session(body.sessionId)
+    head = None if session.head_run_id is None else history.run(session.head_run_id)
+    run_request = RunRequest(
+        mode=RESUME,
+        prompt=body.prompt,
+        images=body.pictures(),
+        options=body.options.given(),
+        if_busy=body.ifBusy,
+    )
+    return _accepted(service().runs.resume(run_request, session, head), seconds)
+
+
+@blueprint.post("/fork")
+def fork() -> Response:
+    """Branch off a session into a new one."""
+    body, seconds = _read(ForkBody)
+    history = service().history
+    session = history.session(body.sessionId)
+    point = history.fork_point(session.id, body.atRunId, body.atMessage)
+    roots = service().settings.allowed_roots
+    cwd = None if body.cwd is None else workdir.resolve(body.cwd, roots)
+    run_request = RunRequest(
+        mode=FORK,
+        prompt=body.prompt,
+        images=body.pictures(),
+        options=body.options.given(),
+        title=body.title,
+        metadata=body.metadata,
+    )
+    return _accepted(service().runs.fork(run_request, session, point, cwd), seconds)
+
+
+@blueprint.get("")
+def runs() -> Response:
+    """The runs, newest first; filters status, sessionId, cwd, mode."""
+    check_query("status", "sessionId", "cwd", "mode", "limit", "cursor")
+    filters = {name: request.args[name] for name in ("status", "sessionId", "cwd", "mode") if name in request.args}
+    for name, allowed in (("status", STATUSES), ("mode", MODES)):
+        if name in filters and filters[name] not in allowed:
+            raise ValidationError(f"{name}: must be one of {', '.join(allowed)}.", field=name)
+    if "sessionId" in filters:
+        filters["sessionId"] = service().history.session(plain(filters["sessionId"], "sessionId")).id
+    if "cwd" in filters:
+        filters["cwd"] = os.path.realpath(plain(filters["cwd"], "cwd"))
+    history = service().history
+    return page(lambda limit, after: history.runs(filters, limit=limit, after=after), lambda run: run.seq)
+
+
+@blueprint.get("/<run_id>")
+def run(run_id: str) -> Response:
+    """One run; with wait, once it has ended."""
+    check_query("wait")
+    return answer(_wait_for_end(service().history.run(plain(run_id, "runId")), wait_seconds()).to_json())
+
+
+@blueprint.delete("/<run_id>")
+def cancel(run_id: str) -> Response:
+    """Cancel a run."""
+    check_query()
+    run = service().runs.cancel(plain(run_id, "runId"))
+    if not run.ended:
+        run = service().history.wait(run.id, CANCEL_SECONDS, lambda: _ended(run_id), lambda: False) or run
+    if not run.ended:
+        raise Unavailable(f"Run {run_id} was told to stop and has not ended yet; ask again.", code="STILL_ENDING")
+    if run.status != CANCELLED:
+        raise Conflict(
+            f"Run {run.id} ended by itself before it could be cancelled: it is {run.status!r}.",
+            code="RUN_ALREADY_ENDED",
+        )
+    return answer(run.to_json())
+
+
+@blueprint.get("/<run_id>/messages")
+def messages(run_id: str) -> Response:
+    """The SDK messages of a run, in order, as the SDK gave them."""
+    check_query("after", "limit", "type", "wait")
+    after = _after()
+    history = service().history
+
+    def measure() -> Extent:
+        run, segment = history.run_segment(plain(run_id, "runId"), after)
+        return Extent([segment], run.ended, lambda read: str(max(read.after, read.through)))
+
+    return message_list(run_id, measure)
+
+
+def plain(text: str, field: str) -> str:
+    """
+    Raises:
+        ValidationError: it has a NUL, which PostgreSQL cannot even compare.
+    """
+    if "\0" in text:
+        raise ValidationError(f"{field}: must not contain the character NUL.", field=field)
+    return text
+
+
+def _read(model: type[Body]) -> tuple[Body, float]:
+    check_query("wait")
+    seconds = wait_seconds()
+    settings = service().settings
+    body = read_body(request, model, settings.max_body_bytes)
+    check_policy(body.options.given(), settings)
+    return body, seconds
+
+
+def _accepted(run: Run, seconds: float) -> Response:
+    run = _wait_for_end(run, seconds)
+    location = {"Location": url_for("runs.run", run_id=run.id)}
+    return answer(run.to_json(), 200 if run.ended else 202, location)
+
+
+def _ended(run_id: str) -> Run | None:
+    run = service().history.run(run_id)
+    return run if run.ended else None
+
+
+def _wait_for_end(run: Run, seconds: float) -> Run:
+    if run.ended or not seconds:
+        return run
+    return wait_until(run.id, seconds, lambda: _ended(run.id)) or service().history.run(run.id)
+
+
+def _after() -> int:
+    text = request.args.get("after")
+    if text is None or text == "-1":
+        return -1
+    if not (text.isascii() and text.isdigit() and len(text) < 17 and int(text) <= HIGHEST_INDEX):
+        raise ValidationError("after: must be the index of a message: a whole number from 0.", field="after")
+    return int(text)

@@ -1,0 +1,107 @@
+"""`/api/sessions`: the sessions, their runs, messages and forks."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from flask import Blueprint, Response, request
+
+from ccm.api.context import answer, check_query, service
+from ccm.api.message_lists import Extent, message_list
+from ccm.api.paging import page
+from ccm.api.requests import SessionBody, read_body
+from ccm.api.runs import plain
+from ccm.errors import ValidationError
+from ccm.models import RUNNING
+
+blueprint = Blueprint("sessions", __name__, url_prefix="/api/sessions")
+
+PLACE = re.compile(r"([0-9a-fA-F-]{36}):(-1|\d{1,16})", re.ASCII)
+QUERY_CHARACTERS = 1_000
+
+
+@blueprint.get("")
+def sessions() -> Response:
+    """The sessions, latest activity first; filters cwd, q (in titles and prompts)."""
+    check_query("cwd", "q", "limit", "cursor")
+    filters = {name: plain(request.args[name], name) for name in ("cwd", "q") if name in request.args}
+    if "cwd" in filters:
+        filters["cwd"] = os.path.realpath(filters["cwd"])
+    if len(filters.get("q", "")) > QUERY_CHARACTERS:
+        raise ValidationError(f"q: must be at most {QUERY_CHARACTERS} characters.", field="q")
+    history = service().history
+    return page(
+        lambda limit, after: history.sessions(filters, limit=limit, after=after),
+        lambda session: session.last_run_seq,
+    )
+
+
+@blueprint.get("/<session_id>")
+def session(session_id: str) -> Response:
+    """One session."""
+    check_query()
+    return answer(service().history.session(plain(session_id, "sessionId")).to_json())
+
+
+@blueprint.patch("/<session_id>")
+def describe(session_id: str) -> Response:
+    """Change a session's title and metadata."""
+    check_query()
+    body = read_body(request, SessionBody, service().settings.max_body_bytes)
+    given = body.model_dump(exclude_unset=True)
+    return answer(service().runs.describe_session(plain(session_id, "sessionId"), given).to_json())
+
+
+@blueprint.get("/<session_id>/messages")
+def messages(session_id: str) -> Response:
+    """The SDK messages of a session's runs, in order; history=full puts what it continued in front."""
+    check_query("after", "limit", "type", "wait", "history")
+    kind = request.args.get("history", "own")
+    if kind not in ("own", "full"):
+        raise ValidationError("history: must be full, or left out for the session's own runs.", field="history")
+    after = _after()
+    history = service().history
+    session = history.session(plain(session_id, "sessionId"))
+
+    def measure() -> Extent:
+        current, segments = history.session_segments(session.id, after, kind == "full")
+        return Extent(
+            segments,
+            current.status != RUNNING,
+            lambda read: f"{read.run_id}:{max(read.after, read.through)}",
+        )
+
+    return message_list(session.id, measure)
+
+
+@blueprint.get("/<session_id>/runs")
+def runs(session_id: str) -> Response:
+    """The runs of a session, oldest first."""
+    check_query("limit", "cursor")
+    history = service().history
+    return page(
+        lambda limit, after: history.session_runs(plain(session_id, "sessionId"), limit=limit, after=after),
+        lambda run: run.seq,
+    )
+
+
+@blueprint.get("/<session_id>/forks")
+def forks(session_id: str) -> Response:
+    """The sessions that were forked from one, latest activity first."""
+    check_query("limit", "cursor")
+    history = service().history
+    return page(
+        lambda limit, after: history.forks(plain(session_id, "sessionId"), limit=limit, after=after),
+        lambda session: session.last_run_seq,
+    )
+
+
+def _after() -> tuple[str, int] | None:
+    text = request.args.get("after")
+    if text is None:
+        return None
+    match = PLACE.fullmatch(text)
+    if match is None:
+        raise ValidationError("after: must be RUN_ID:INDEX, as the Link header gives it.", field="after")
+    return match[1], int(match[2])

@@ -1,0 +1,1 @@
+"""The core floor: what the service does. No Flask, no SQL."""

@@ -1,0 +1,444 @@
+"""One run of Claude Code, as a stream of raw message dicts. The only importer of the SDK.
+
+The SDK's own message classes drop what they do not know, whole types and single fields, so the raw dicts are taken
+before they are parsed (`_Client.raw_messages`, the one place that reaches into the SDK; its version is pinned and
+tests/core/test_executor.py holds it to what is used here).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import claude_agent_sdk
+from claude_agent_sdk import (
+    AgentDefinition,
+    ClaudeAgentOptions,
+    ClaudeSDKClient,
+    CLIConnectionError,
+    CLIJSONDecodeError,
+    CLINotFoundError,
+    ProcessError,
+    ResultError,
+)
+
+from ccm.core.options import sdk_arguments
+from ccm.core.processes import LAUNCH_SCRIPT, end_marked, launch_environment
+from ccm.models import CANCELLED, COMPLETED, ERROR, Image, Outcome
+
+log = logging.getLogger(__name__)
+
+# Seconds that each step of ending a run may take before the next, harsher one.
+INTERRUPT_SECONDS = 3.0
+CLOSE_SECONDS = 5.0
+TERMINATE_SECONDS = 5.0
+# The CLI retries a refused login for three minutes; a second refusal is answer enough.
+LOGIN_REFUSALS = 2
+STDERR_LINES = 20
+STDERR_LINE_CHARACTERS = 500
+
+RESULT_ERRORS = {
+    "error_max_turns": "MAX_TURNS_REACHED",
+    "error_max_budget_usd": "MAX_BUDGET_REACHED",
+    "error_max_structured_output_retries": "STRUCTURED_OUTPUT_FAILED",
+}
+
+
+@dataclass(frozen=True)
+class Claude:
+    """Which Claude Code runs are made with, and what holds for all of them."""
+
+    cli_path: Path
+    permission_mode: str
+    setting_sources: tuple[str, ...]
+    max_message_bytes: int
+
+    def missing(self) -> str | None:
+        """Why it cannot be started, or None."""
+        if not self.cli_path.is_file():
+            return f"Claude Code is not at {self.cli_path}; reinstall claude-agent-sdk or set CCM_CLI_PATH."
+        if not os.access(self.cli_path, os.X_OK):
+            return f"Claude Code at {self.cli_path} may not be executed by this user."
+        return None
+
+
+def bundled_cli() -> Path:
+    """The Claude Code that comes inside the SDK's wheel."""
+    return Path(claude_agent_sdk.__file__).parent / "_bundled" / "claude"
+
+
+def transcript_path(cwd: str, sdk_session_id: str, environ: Mapping[str, str]) -> Path:
+    """Where Claude Code keeps the transcript of a session that ran in `cwd`."""
+    home = environ.get("CLAUDE_CONFIG_DIR") or os.path.join(environ.get("HOME") or Path.home(), ".claude")
+    return Path(home, "projects", claude_agent_sdk.project_key_for_directory(cwd), f"{sdk_session_id}.jsonl")
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One run, as the executor is given it.
+
+    Args:
+        resume: the SDK session whose transcript is forked, or None for a fresh one.
+        resume_at: the uuid of the last message of it that counts, or None for all.
+    """
+
+    run_id: str
+    sdk_session_id: str
+    cwd: str
+    prompt: str
+    images: tuple[Image, ...]
+    options: Mapping[str, Any]
+    resume: str | None = None
+    resume_at: str | None = None
+
+    def user_message(self) -> dict[str, Any]:
+        images = [
+            {"type": "image", "source": {"type": "base64", "media_type": image.media_type, "data": image.data}}
+            for image in self.images
+        ]
+        return {
+            "type": "user",
+            "message": {"role": "user", "content": [*images, {"type": "text", "text": self.prompt}]},
+            "parent_tool_use_id": None,
+            "session_id": self.sdk_session_id,
+        }
+
+
+class _Client(ClaudeSDKClient):
+    """The SDK's client with the four things that it does not offer."""
+
+    async def raw_messages(self) -> AsyncIterator[dict[str, Any]]:
+        """The CLI's messages as they came, those of unknown types too; control messages excepted."""
+        if self._query is None:
+            raise CLIConnectionError("not connected")
+        async for message in self._query.receive_messages():
+            yield message
+
+    async def send(self, message: dict[str, Any]) -> None:
+        """Send one user message and keep the input open."""
+
+        async def one() -> AsyncIterator[dict[str, Any]]:
+            yield message
+
+        await self.query(one())
+
+    async def end_input(self) -> None:
+        """Tell the CLI that nothing more will come; it then writes its transcript out and exits."""
+        if self._transport is not None:
+            await self._transport.end_input()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Signal the CLI, if it lives."""
+        process = getattr(self._transport, "_process", None)
+        if process is not None and process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
+
+
+class Execution:
+    """One run from its start to its end. `perform` is called once; `cancel` and `fail` from any thread, any time.
+
+    Args:
+        record: takes each message, in the run's own loop; may wait, and the agent then waits too.
+    """
+
+    def __init__(
+        self,
+        assignment: Assignment,
+        claude: Claude,
+        environ: Mapping[str, str],
+        record: Callable[[dict[str, Any]], Awaitable[None]],
+    ) -> None:
+        self._assignment = assignment
+        self._claude = claude
+        self._environ = environ
+        self._record = record
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        # Set in the run's own loop only.
+        self._stop = asyncio.Event()
+        self._over = asyncio.Event()
+        self._stream_ended = asyncio.Event()
+        self._connected = False
+        self._recording = False
+        # Why it is to stop: the first reason given is the one that counts.
+        self._reason: Outcome | None = None
+        self._results: list[dict[str, Any]] = []
+        # How many results there were when it was told to stop; None while it was not.
+        self._results_before_stop: int | None = None
+        self._session_state: str | None = None
+        self._login_refusals = 0
+        self._stderr: deque[str] = deque(maxlen=STDERR_LINES)
+
+    # ---- from any thread
+
+    def cancel(self) -> None:
+        """Have it stop; it ends as `cancelled`, unless it is over by itself before."""
+        self._stop_for(Outcome(CANCELLED))
+
+    def fail(self, code: str, message: str) -> None:
+        """Have it stop; it ends as `error`."""
+        self._stop_for(Outcome(ERROR, code, message))
+
+    def _stop_for(self, reason: Outcome) -> None:
+        with self._lock:
+            if self._reason is None:
+                self._reason = reason
+            if self._loop is not None and not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._stop.set)
+
+    # ---- in the run's thread
+
+    def perform(self) -> Outcome:
+        """Run it, in an event loop of this thread's own, and say how it ended. No process of it is left then."""
+        started = time.monotonic()
+        try:
+            outcome = asyncio.run(self._perform())
+        finally:
+            if self._reason is not None or not self._over.is_set():
+                end_marked(self._assignment.run_id)
+        result = self._results[-1] if self._results else None
+        return Outcome(
+            status=outcome.status,
+            error_code=outcome.error_code,
+            error_message=outcome.error_message,
+            result=result,
+            cost_usd=self._cost(),
+            duration_ms=round((time.monotonic() - started) * 1000),
+            has_transcript=self._transcript().is_file(),
+        )
+
+    async def _perform(self) -> Outcome:
+        with self._lock:
+            self._loop = asyncio.get_running_loop()
+            if self._reason is not None:
+                self._stop.set()
+        try:
+            return await self._run_claude()
+        finally:
+            with self._lock:
+                self._loop = None
+
+    async def _run_claude(self) -> Outcome:
+        missing = self._claude.missing()
+        if missing is not None:
+            return Outcome(ERROR, "CLI_NOT_FOUND", missing)
+        if not Path(self._assignment.cwd).is_dir():
+            return Outcome(ERROR, "CWD_NOT_FOUND", f"The directory {self._assignment.cwd} is not there any more.")
+        with _private_directory(self._assignment.run_id) as directory:
+            client = _Client(self._options(directory))
+            # Never cancelled before the stream has ended: a cancelled disconnect leaks the CLI and its tools.
+            keeper = asyncio.create_task(self._see_it_end(client))
+            error: Exception | None = None
+            try:
+                await client.connect()
+                self._connected = True
+                await client.send(self._assignment.user_message())
+                async for message in client.raw_messages():
+                    await self._take(message)
+            except Exception as raised:
+                error = raised
+            finally:
+                self._stream_ended.set()
+                await keeper
+                await client.disconnect()
+        return self._judge(error)
+
+    def _options(self, directory: Path) -> ClaudeAgentOptions:
+        assignment = self._assignment
+        arguments = sdk_arguments(
+            assignment.options,
+            permission_mode=self._claude.permission_mode,
+            setting_sources=self._claude.setting_sources,
+            directory=directory,
+            agent=AgentDefinition,
+        )
+        # A run's messages are to read as the whole conversation, the user's side too.
+        arguments["extra_args"]["replay-user-messages"] = None
+        environ = {name: value for name, value in self._environ.items() if name not in arguments["env"]}
+        arguments["env"] |= {
+            **launch_environment(self._claude.cli_path, assignment.run_id, environ),
+            # Tells when a run is over: the first result is not the end while agents work in the background.
+            "CLAUDE_CODE_EMIT_SESSION_STATE_EVENTS": "1",
+            # Claude Code leaves folders in it.
+            "CLAUDE_CODE_TMPDIR": str(directory),
+        }
+        return ClaudeAgentOptions(
+            cwd=assignment.cwd,
+            cli_path=LAUNCH_SCRIPT,
+            session_id=assignment.sdk_session_id,
+            resume=assignment.resume,
+            fork_session=assignment.resume is not None,
+            resume_session_at=assignment.resume_at,
+            max_buffer_size=self._claude.max_message_bytes,
+            stderr=self._take_stderr,
+            **arguments,
+        )
+
+    async def _take(self, message: dict[str, Any]) -> None:
+        kind, subtype = message.get("type"), message.get("subtype")
+        if kind == "system" and subtype == "session_state_changed":
+            # Switched on for ourselves: acted on, and no part of the record.
+            self._session_state = message.get("state")
+        else:
+            self._recording = True
+            await self._record(message)
+            self._recording = False
+        if kind == "result":
+            self._results.append(message)
+        elif kind == "system" and subtype == "api_retry" and message.get("error_status") == 401:
+            self._login_refusals += 1
+            if self._login_refusals == LOGIN_REFUSALS:
+                self.fail(
+                    "AUTHENTICATION_FAILED",
+                    "Claude's API refuses the login (401). Log in again: run `claude` "
+                    "as the service's user, or set ANTHROPIC_API_KEY for the service.",
+                )
+        # A CLI that tells no states (an older one) ends at its result.
+        if self._results and self._session_state in (None, "idle"):
+            self._over.set()
+
+    def _take_stderr(self, line: str) -> None:
+        log.debug("run %s: stderr: %s", self._assignment.run_id, line)
+        self._stderr.append(line[:STDERR_LINE_CHARACTERS])
+
+    async def _see_it_end(self, client: _Client) -> None:
+        """Waits for the run to be over or to be stopped, then ends the CLI by steps, each with its bound.
+
+        It only ever asks the CLI to end; the reader beside it goes on until the stream is closed. With a reader that
+        stands still (storage is behind) an interrupt would hang, so it is left out then.
+        """
+        await _first(self._over, self._stop, self._stream_ended)
+        if self._stop.is_set() and not self._over.is_set():
+            self._results_before_stop = len(self._results)
+        if self._results_before_stop is not None and self._connected and not self._recording:
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(INTERRUPT_SECONDS):
+                    await client.interrupt()
+                    await _first(self._over, self._stream_ended)
+        if self._over.is_set():
+            with contextlib.suppress(Exception):
+                await client.end_input()
+            if await self._ends_within(CLOSE_SECONDS):
+                return
+        while not await self._ends_within(0):
+            client.signal(signal.SIGTERM)
+            if await self._ends_within(TERMINATE_SECONDS):
+                return
+            client.signal(signal.SIGKILL)
+            await self._ends_within(TERMINATE_SECONDS)
+
+    async def _ends_within(self, seconds: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._stream_ended.wait()
+        return self._stream_ended.is_set()
+
+    # ---- afterwards
+
+    def _judge(self, error: Exception | None) -> Outcome:
+        """How it ended. What the result says counts for more than how the process went."""
+        if self._reason is not None and self._results_before_stop == len(self._results):
+            return self._reason
+        if self._over.is_set() and self._results:
+            result = self._results[-1]
+            if not result.get("is_error"):
+                return Outcome(COMPLETED)
+            if self._reason is not None:
+                return self._reason
+            return Outcome(ERROR, _result_code(result), _result_text(result))
+        if self._reason is not None:
+            return self._reason
+        code, message = self._explain(error)
+        return Outcome(ERROR, code, message)
+
+    def _explain(self, error: Exception | None) -> tuple[str, str]:
+        said = "\n".join(self._stderr)
+        if isinstance(error, CLINotFoundError):
+            return "CLI_NOT_FOUND", str(error)
+        if isinstance(error, CLIJSONDecodeError) and "maximum buffer size" in str(error.original_error):
+            return "MESSAGE_TOO_LARGE", (
+                f"Claude Code sent a message of more than {self._claude.max_message_bytes} bytes; "
+                "CCM_MAX_MESSAGE_BYTES sets the limit."
+            )
+        if isinstance(error, CLIJSONDecodeError):
+            return "CLI_CRASHED", "Claude Code sent a message that is no JSON."
+        if isinstance(error, ResultError):
+            code = "SESSION_NOT_RESUMABLE" if "No conversation found" in str(error) else "EXECUTION_ERROR"
+            return code, _with("; ".join(error.errors) or str(error), said)
+        if isinstance(error, ProcessError):
+            return "CLI_CRASHED", _with(f"Claude Code ended with exit code {error.exit_code}.", said)
+        if isinstance(error, CLIConnectionError):
+            return "CLI_CRASHED", _with(f"Claude Code could not be started: {error}", said)
+        if error is not None and "Control request timeout" in str(error):
+            return "TIMEOUT", _with("Claude Code was started and did not answer.", said)
+        if error is not None:
+            log.error("run %s: %r", self._assignment.run_id, error, exc_info=error)
+            return "EXECUTION_ERROR", _with(f"{type(error).__name__}: {error}", said)
+        return "CLI_CRASHED", _with("Claude Code ended before it gave a result.", said)
+
+    def _cost(self) -> float | None:
+        """What this run alone cost: the SDK's total counts the resumed history too."""
+        if not self._results:
+            return None
+        since = [result.get("model_usage_since_last_result") for result in self._results]
+        if all(isinstance(usage, dict) for usage in since):
+            return float(sum(model.get("costUSD") or 0 for usage in since if usage for model in usage.values()))
+        if self._assignment.resume is None:
+            total = self._results[-1].get("total_cost_usd")
+            return None if total is None else float(total)
+        return None
+
+    def _transcript(self) -> Path:
+        environ = {**self._environ, **self._assignment.options.get("env", {})}
+        return transcript_path(self._assignment.cwd, self._assignment.sdk_session_id, environ)
+
+
+def _result_code(result: Mapping[str, Any]) -> str:
+    if result.get("api_error_status") == 401:
+        return "AUTHENTICATION_FAILED"
+    if result.get("terminal_reason") == "api_error" or result.get("api_error_status") is not None:
+        return "API_ERROR"
+    return RESULT_ERRORS.get(str(result.get("subtype")), "EXECUTION_ERROR")
+
+
+def _result_text(result: Mapping[str, Any]) -> str:
+    errors = [str(error) for error in result.get("errors") or []]
+    return "; ".join(errors) or str(result.get("result") or result.get("subtype") or "The run failed.")
+
+
+def _with(message: str, stderr: str) -> str:
+    return f"{message}\n{stderr}" if stderr else message
+
+
+async def _first(*events: asyncio.Event) -> None:
+    """Wait until one of the events is set."""
+    tasks = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+@contextmanager
+def _private_directory(run_id: str) -> Iterator[Path]:
+    """A directory of the run's own, readable by nobody else, gone with the run."""
+    directory = Path(tempfile.mkdtemp(prefix=f"ccm-{run_id[:8]}-"))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)

@@ -1,0 +1,319 @@
+"""What has been recorded, and waiting for more of it: the reading side of the service."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
+
+from ccm.core.doorbell import Doorbell
+from ccm.db import messages, runs, sessions
+from ccm.db.database import Database, Transaction
+from ccm.errors import NotFound, StorageError, Unavailable, ValidationError
+from ccm.models import Run, Session
+
+T = TypeVar("T")
+
+# Bounds of one read, and so of the memory that a list of any length takes.
+CHUNK_BYTES = 2 * 2**20
+CHUNK_MESSAGES = 2_000
+# How long a wait sleeps before it looks whether its client is still there (seconds).
+LOOK_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The messages of one run with an index after `after` and up to `through`."""
+
+    run_id: str
+    after: int
+    through: int
+
+
+@dataclass(frozen=True)
+class ForkPoint:
+    """Where a fork branches off: a run, and within it a message, or its end."""
+
+    run: Run
+    message: str | None = None
+    index: int | None = None
+
+
+class History:
+    """Reads of what is committed. Each is short and gives its connection back; none is held open to a slow client."""
+
+    def __init__(self, database: Database, doorbell: Doorbell) -> None:
+        self._database = database
+        self._doorbell = doorbell
+
+    def _read(self, query: Callable[[Transaction], T]) -> T:
+        """
+        Raises:
+            Unavailable: the database cannot be read.
+        """
+        try:
+            with self._database.transaction() as transaction:
+                return query(transaction)
+        except StorageError as error:
+            raise Unavailable(f"The database cannot be read: {error}. Try again.", code="STORAGE_UNAVAILABLE") from None
+
+    # ---- runs and sessions
+
+    def run(self, run_id: str) -> Run:
+        """
+        Raises:
+            NotFound: RUN_NOT_FOUND.
+        """
+        return self._read(lambda transaction: find_run(transaction, run_id))
+
+    def runs(self, filters: Mapping[str, str], *, limit: int, after: int | None) -> list[Run]:
+        """Runs, the newest first, beyond the one with seq `after`."""
+        return self._read(lambda transaction: runs.page(transaction, filters, limit=limit, after=after))
+
+    def session(self, session_id: str) -> Session:
+        """A session by its id, or by the SDK session id of any of its runs.
+
+        Raises:
+            NotFound: SESSION_NOT_FOUND.
+        """
+        return self._read(lambda transaction: find_session(transaction, session_id))
+
+    def sessions(self, filters: Mapping[str, str], *, limit: int, after: int | None) -> list[Session]:
+        """Sessions, the latest activity first, beyond the one whose last run has seq `after`."""
+        return self._read(lambda transaction: sessions.page(transaction, filters, limit=limit, after=after))
+
+    def session_runs(self, session_id: str, *, limit: int, after: int | None) -> list[Run]:
+        """The runs of a session, the oldest first, beyond the one with seq `after`."""
+
+        def query(transaction: Transaction) -> list[Run]:
+            session = find_session(transaction, session_id)
+            return runs.page(transaction, {"sessionId": session.id}, limit=limit, after=after, oldest_first=True)
+
+        return self._read(query)
+
+    def forks(self, session_id: str, *, limit: int, after: int | None) -> list[Session]:
+        """The sessions that were forked from one, the latest activity first."""
+
+        def query(transaction: Transaction) -> list[Session]:
+            session = find_session(transaction, session_id)
+            return sessions.page(transaction, {"parentSessionId": session.id}, limit=limit, after=after)
+
+        return self._read(query)
+
+    def fork_point(self, session_id: str, at_run_id: str | None, at_message: str | None) -> ForkPoint:
+        """Where a fork of a session is to branch off.
+
+        Raises:
+            NotFound: there is no such session or run.
+            ValidationError: the message or the run is not one to fork from; says which is.
+        """
+        return self._read(lambda transaction: find_fork_point(transaction, session_id, at_run_id, at_message))
+
+    # ---- messages
+
+    def run_segment(self, run_id: str, after: int) -> tuple[Run, Segment]:
+        """A run, and what it has beyond a message at this moment."""
+
+        def query(transaction: Transaction) -> tuple[Run, Segment]:
+            run = find_run(transaction, run_id)
+            return run, Segment(run.id, after, run.message_count - 1)
+
+        return self._read(query)
+
+    def session_segments(
+        self, session_id: str, after: tuple[str, int] | None, with_ancestors: bool
+    ) -> tuple[Session, list[Segment]]:
+        """A session, and what its runs have beyond a message at this moment.
+
+        Args:
+            after: the run and the index of that message; None for all.
+            with_ancestors: also what the session continued, in front.
+
+        Raises:
+            ValidationError: `after` names a run that is not among them.
+        """
+
+        def query(transaction: Transaction) -> tuple[Session, list[Segment]]:
+            session = find_session(transaction, session_id)
+            segments = line(transaction, session) if with_ancestors else own_line(transaction, session)
+            if after is None:
+                return session, segments
+            run_id, index = after
+            places = [place for place, segment in enumerate(segments) if segment.run_id == run_id]
+            if not places:
+                raise ValidationError(f"after: run {run_id} is not part of this history.", field="after")
+            rest = segments[places[0] :]
+            return session, [replace(rest[0], after=index), *rest[1:]]
+
+        return self._read(query)
+
+    def cut(self, segments: Sequence[Segment], types: Sequence[str], limit: int) -> list[Segment]:
+        """The beginning of the segments that holds the first `limit` messages of the given types."""
+
+        def query(transaction: Transaction) -> list[Segment]:
+            kept: list[Segment] = []
+            wanted = limit
+            for segment in segments:
+                found = messages.indexes(
+                    transaction, segment.run_id, segment.after, segment.through, types=types, limit=wanted
+                )
+                wanted -= len(found)
+                if wanted == 0:
+                    kept.append(replace(segment, through=found[-1]))
+                    return kept
+                kept.append(segment)
+            return kept
+
+        return self._read(query)
+
+    def has_any(self, segments: Sequence[Segment], types: Sequence[str]) -> bool:
+        """Whether there is a message of the given types in the segments."""
+
+        def query(transaction: Transaction) -> bool:
+            return any(
+                messages.indexes(transaction, segment.run_id, segment.after, segment.through, types=types, limit=1)
+                for segment in segments
+            )
+
+        return self._read(query)
+
+    def chunks(self, segments: Sequence[Segment], types: Sequence[str]) -> Iterator[list[str]]:
+        """The JSON texts of the messages in the segments, a bounded number of bytes at a time, nothing parsed."""
+        for segment in segments:
+            after = segment.after
+            while after < segment.through:
+                texts, after = self._read(partial(_chunk, segment=segment, after=after, types=types))
+                if texts:
+                    yield texts
+
+    # ---- waiting
+
+    def wait(self, key: str, seconds: float, look: Callable[[], T | None], gone: Callable[[], bool]) -> T | None:
+        """What `look` finds, as soon as it finds something; None when the time has passed or the client has gone.
+
+        Args:
+            key: the run or session whose news is waited for.
+            gone: whether the client has left.
+        """
+        deadline = time.monotonic() + seconds
+        with self._doorbell.listening(key) as rung:
+            while True:
+                rung.clear()
+                found = look()
+                remaining = deadline - time.monotonic()
+                if found is not None or remaining <= 0 or self._doorbell.closed:
+                    return found
+                while not rung.wait(min(LOOK_SECONDS, remaining)):
+                    remaining = deadline - time.monotonic()
+                    if remaining <= 0 or gone():
+                        return look()
+
+
+def _chunk(transaction: Transaction, segment: Segment, after: int, types: Sequence[str]) -> tuple[list[str], int]:
+    """The next texts of a segment, and the index that they reach to."""
+    total = 0
+    through = after
+    for index, size in messages.sizes(transaction, segment.run_id, after, segment.through, CHUNK_MESSAGES):
+        total += size
+        if total > CHUNK_BYTES and through > after:
+            break
+        through = index
+    if through == after:
+        return [], segment.through
+    return messages.texts(transaction, segment.run_id, after, through, types), through
+
+
+def find_run(transaction: Transaction, run_id: str) -> Run:
+    run = runs.find(transaction, run_id)
+    if run is None:
+        raise NotFound(f"There is no run {run_id}. GET /api/runs lists them.", code="RUN_NOT_FOUND")
+    return run
+
+
+def find_session(transaction: Transaction, session_id: str) -> Session:
+    """A session by its id, or by the SDK session id of any of its runs."""
+    session = sessions.find(transaction, session_id)
+    if session is None:
+        run = runs.find_by_sdk_session(transaction, session_id)
+        session = None if run is None else sessions.find(transaction, run.session_id)
+    if session is None:
+        raise NotFound(f"There is no session {session_id}. GET /api/sessions lists them.", code="SESSION_NOT_FOUND")
+    return session
+
+
+def own_line(transaction: Transaction, session: Session) -> list[Segment]:
+    """The runs of a session, in order, each to its present end."""
+    return [Segment(link.id, -1, link.message_count - 1) for link in runs.links(transaction, session.id)]
+
+
+def line(transaction: Transaction, session: Session) -> list[Segment]:
+    """A session's runs with all that they continue in front, each as far as it was continued."""
+    own = runs.links(transaction, session.id)
+    segments = [Segment(link.id, -1, link.message_count - 1) for link in own]
+    ancestors: list[Segment] = []
+    child = own[0] if own else None
+    while child is not None and child.parent_run_id is not None:
+        parent = runs.link(transaction, child.parent_run_id)
+        end = parent.message_count - 1 if child.fork_at_index is None else child.fork_at_index
+        ancestors.append(Segment(parent.id, -1, end))
+        child = parent
+    return ancestors[::-1] + segments
+
+
+def find_fork_point(
+    transaction: Transaction, session_id: str, at_run_id: str | None, at_message: str | None
+) -> ForkPoint:
+    session = find_session(transaction, session_id)
+    if at_run_id is not None:
+        run = runs.find(transaction, at_run_id)
+        if run is None or run.session_id != session.id:
+            raise NotFound(
+                f"Session {session.id} has no run {at_run_id}. GET /api/sessions/{session.id}/runs lists them.",
+                code="RUN_NOT_FOUND",
+            )
+        if at_message is None:
+            return ForkPoint(run)
+        return _message_in(transaction, [Segment(run.id, -1, run.message_count - 1)], at_message)
+    if at_message is not None:
+        return _message_in(transaction, line(transaction, session), at_message)
+    if session.head_run_id is None:
+        raise NotFound(f"Session {session.id} has no run yet that could be forked.", code="RUN_NOT_FOUND")
+    return ForkPoint(find_run(transaction, session.head_run_id))
+
+
+def _message_in(transaction: Transaction, segments: Sequence[Segment], uuid: str) -> ForkPoint:
+    """
+    Raises:
+        ValidationError: no segment has an assistant message of the main thread with that uuid.
+    """
+    for segment in reversed(segments):
+        for index, text in messages.holding(transaction, segment.run_id, uuid):
+            message = json.loads(text)
+            if message.get("uuid") != uuid or index > segment.through:
+                continue
+            if _is_main_assistant(message):
+                return ForkPoint(find_run(transaction, segment.run_id), uuid, index)
+            raise ValidationError(
+                f"atMessage: message {uuid} is of type {message.get('type')!r}; take an assistant message of the main "
+                f"thread{_nearest(transaction, segment, index)}.",
+                field="atMessage",
+            )
+    raise ValidationError(
+        f"atMessage: there is no message {uuid} in this history; take the uuid of an assistant message of it.",
+        field="atMessage",
+    )
+
+
+def _is_main_assistant(message: Mapping[str, object]) -> bool:
+    return message.get("type") == "assistant" and message.get("parent_tool_use_id") is None
+
+
+def _nearest(transaction: Transaction, segment: Segment, index: int) -> str:
+    for text in reversed(messages.texts(transaction, segment.run_id, -1, index, ["assistant"])):
+        message = json.loads(text)
+        if _is_main_assistant(message):
+            return f", such as {message['uuid']} before it"
+    return ""

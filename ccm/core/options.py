@@ -1,0 +1,114 @@
+"""From a client's options, under their TypeScript names, to the keyword arguments of the SDK's `ClaudeAgentOptions`.
+
+The options have been judged before (api/options.py); here they are only carried over. What may be long or secret goes
+to Claude Code in private files: an argument is readable to every user of the host, and Linux allows it 128 KiB.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+CLAUDE_CODE_PROMPT = {"type": "preset", "preset": "claude_code"}
+
+# Options that only change their name.
+RENAMED = {
+    "model": "model",
+    "fallbackModel": "fallback_model",
+    "maxTurns": "max_turns",
+    "maxBudgetUsd": "max_budget_usd",
+    "permissionMode": "permission_mode",
+    "strictMcpConfig": "strict_mcp_config",
+    "settingSources": "setting_sources",
+    "tools": "tools",
+    "allowedTools": "allowed_tools",
+    "disallowedTools": "disallowed_tools",
+    "skills": "skills",
+    "includePartialMessages": "include_partial_messages",
+    "includeHookEvents": "include_hook_events",
+    "forwardSubagentText": "forward_subagent_text",
+    "outputFormat": "output_format",
+    "effort": "effort",
+    "betas": "betas",
+    "taskBudget": "task_budget",
+    "verbatimPrompts": "verbatim_prompts",
+    "additionalDirectories": "add_dirs",
+    "sandbox": "sandbox",
+    "plugins": "plugins",
+}
+
+
+def private_file(directory: Path, name: str, text: str) -> str:
+    """The path of a new file in `directory` (which is its owner's alone) that holds `text`."""
+    path = directory / name
+    path.write_text(text, encoding="utf-8")
+    path.chmod(0o600)
+    return str(path)
+
+
+def sdk_arguments(
+    options: Mapping[str, Any],
+    *,
+    permission_mode: str,
+    setting_sources: tuple[str, ...],
+    directory: Path,
+    agent: Callable[..., Any],
+) -> dict[str, Any]:
+    """The keyword arguments.
+
+    Args:
+        options: a run's options as the client gave them.
+        permission_mode: where the options name none.
+        setting_sources: where the options name none. Always passed on: the SDK's `skills` would widen them silently.
+        directory: the run's own, where private files may be put.
+        agent: the SDK's `AgentDefinition`.
+    """
+    arguments: dict[str, Any] = {
+        "permission_mode": permission_mode,
+        "setting_sources": list(setting_sources),
+        "extra_args": {},
+        "env": {},
+    }
+    arguments |= {RENAMED[name]: value for name, value in options.items() if name in RENAMED}
+    arguments["extra_args"] |= options.get("extraArgs", {})
+    arguments["env"] |= options.get("env", {})
+    _system_prompt(options.get("systemPrompt"), arguments, directory)
+    if "thinking" in options:
+        thinking = dict(options["thinking"])
+        if "budgetTokens" in thinking:
+            thinking["budget_tokens"] = thinking.pop("budgetTokens")
+        arguments["thinking"] = thinking
+    if "agents" in options:
+        arguments["agents"] = {name: agent(**definition) for name, definition in options["agents"].items()}
+    if "settings" in options:
+        settings = options["settings"]
+        text = settings if isinstance(settings, str) else json.dumps(settings)
+        is_a_path = isinstance(settings, str) and not settings.lstrip().startswith("{")
+        arguments["settings"] = settings if is_a_path else private_file(directory, "settings.json", text)
+    if "mcpServers" in options:
+        text = json.dumps({"mcpServers": options["mcpServers"]})
+        arguments["mcp_servers"] = private_file(directory, "mcp.json", text)
+    return arguments
+
+
+def _system_prompt(prompt: Any, arguments: dict[str, Any], directory: Path) -> None:
+    if isinstance(prompt, str):
+        prompt = {"type": "custom", "prompt": prompt}
+    if prompt is None:
+        # The SDK's own default is an empty prompt, and an agent without one is not Claude Code.
+        arguments["system_prompt"] = dict(CLAUDE_CODE_PROMPT)
+    elif prompt["type"] == "custom" and "snapshot" not in prompt:
+        path = private_file(directory, "system-prompt.txt", prompt["prompt"])
+        arguments["system_prompt"] = {"type": "file", "path": path}
+    elif prompt["type"] == "custom":
+        arguments["system_prompt"] = dict(prompt)
+    else:
+        preset = {"excludeDynamicSections": "exclude_dynamic_sections", "snapshot": "snapshot"}
+        arguments["system_prompt"] = dict(CLAUDE_CODE_PROMPT) | {
+            preset[name]: value for name, value in prompt.items() if name in preset
+        }
+        if "append" in prompt:
+            path = private_file(directory, "append-system-prompt.txt", prompt["append"])
+            arguments["extra_args"]["append-system-prompt-file"] = path

@@ -1,0 +1,90 @@
+"""The processes of a run: how Claude Code is started, and how nothing of it is left behind."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+LAUNCH_SCRIPT = Path(__file__).with_name("launch_claude.sh")
+# Every process of a run inherits it: a tool may leave Claude Code's process group, but not its environment.
+RUN_MARK = "CCM_RUN_ID"
+# What the agent has no business with: the service's settings, and how to reach its database.
+HIDDEN_PREFIXES = ("CCM_", "PG")
+HIDDEN_NAMES = ("DATABASE_URL", "DATABASE_PATH")
+
+
+def launcher() -> str:
+    """The programs that start Claude Code apart from the service; empty where the system has none.
+
+    Without `setpriv` (it is Linux's) agents outlive a service that is killed; without `setsid` Ctrl-C at the terminal
+    reaches them too.
+    """
+    words = []
+    setsid = shutil.which("setsid")
+    if setsid:
+        words += [setsid]
+    setpriv = shutil.which("setpriv")
+    if setpriv and sys.platform == "linux":
+        words += [setpriv, "--pdeathsig", "TERM", "--"]
+    return " ".join(words)
+
+
+def launch_environment(claude: Path, run_id: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """What the launch script reads, and the mark of the run."""
+    hidden = [
+        name
+        for name in environ
+        if (name.startswith(HIDDEN_PREFIXES) or name in HIDDEN_NAMES) and name != RUN_MARK and name.isidentifier()
+    ]
+    return {
+        "CCM_LAUNCHER": launcher(),
+        "CCM_CLAUDE": str(claude),
+        "CCM_HIDDEN": " ".join(hidden),
+        RUN_MARK: run_id,
+    }
+
+
+def marked(run_id: str) -> list[int]:
+    """The pids of all processes that carry a run's mark. Linux only: elsewhere none is found."""
+    mark = f"{RUN_MARK}={run_id}".encode()
+    pids = []
+    for entry in os.scandir("/proc") if sys.platform == "linux" else ():
+        if not entry.name.isdigit():
+            continue
+        try:
+            environment = Path(entry.path, "environ").read_bytes()
+        except OSError:
+            continue  # it has ended, or is another user's
+        if mark in environment.split(b"\0"):
+            pids.append(int(entry.name))
+    return pids
+
+
+def end_marked(run_id: str, seconds: float = 5.0) -> None:
+    """Kill what a run has left behind: a tool survives the death of Claude Code in a session of its own.
+
+    Args:
+        seconds: how long to wait for the killed to be gone.
+    """
+    deadline = time.monotonic() + seconds
+    pids = marked(run_id)
+    while pids and time.monotonic() < deadline:
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+            except PermissionError:
+                log.warning("run %s: process %d may not be ended: it is another user's", run_id, pid)
+        time.sleep(0.01)
+        pids = marked(run_id)
+    if pids:
+        log.error("run %s: processes %s would not end", run_id, ", ".join(map(str, pids)))

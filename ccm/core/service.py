@@ -1,0 +1,145 @@
+"""The parts of the service, put together, started and stopped in one place."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+
+from ccm.core.doorbell import Doorbell
+from ccm.core.executor import Claude, bundled_cli
+from ccm.core.history import History
+from ccm.core.recorder import Recorder
+from ccm.core.run_manager import RunManager
+from ccm.db import sqlite_file
+from ccm.db.database import Database
+from ccm.db.lock import ServiceLock
+from ccm.db.migrate import migrate
+from ccm.settings import Settings, unknown_variables
+
+log = logging.getLogger(__name__)
+
+# Seconds for all runs to be interrupted and for their ends to be stored.
+STOP_SECONDS = 25.0
+
+
+class Service:
+    """One CC Manager. Nothing is opened and no thread runs before `start`.
+
+    Args:
+        environ: what agents inherit.
+    """
+
+    def __init__(self, settings: Settings, environ: Mapping[str, str] | None = None) -> None:
+        self.settings = settings
+        self._environ = dict(os.environ if environ is None else environ)
+        self._lock = threading.Lock()
+        self._started = False
+        self._stopped = False
+        self._service_lock = ServiceLock(settings.url)
+        self._claude = Claude(
+            cli_path=settings.cli_path or bundled_cli(),
+            permission_mode=settings.permission_mode,
+            setting_sources=settings.setting_sources,
+            max_message_bytes=settings.max_message_bytes,
+        )
+        self.doorbell = Doorbell()
+        self.history: History
+        self.runs: RunManager
+        self._recorder: Recorder
+        self._databases: list[Database] = []
+
+    def start(self) -> None:
+        """Lock, migrate, recover, and take runs. Idempotent, from any thread.
+
+        Raises:
+            StartRefused: the database is not to be used; nothing has been changed then.
+        """
+        with self._lock:
+            if self._started:
+                return
+            for sentence in unknown_variables(self._environ):
+                log.warning("%s", sentence)
+            sqlite_file.prepare(self.settings.url)
+            self._service_lock.acquire()
+            try:
+                self._open()
+            except BaseException:
+                self._close()
+                raise
+            self._started = True
+
+    def _open(self) -> None:
+        settings = self.settings
+        writer = Database(settings.url, writer=True, pool_size=1)
+        self._databases.append(writer)
+        for migration in migrate(writer):
+            log.info("migration %s applied", migration)
+        reader = Database(settings.url)
+        self._databases.append(reader)
+        self.history = History(reader, self.doorbell)
+        self._recorder = Recorder(
+            writer,
+            self.doorbell,
+            settings.message_budget_bytes,
+            on_refused=self._refused,
+        )
+        self.runs = RunManager(
+            self._recorder,
+            self.doorbell,
+            self._claude,
+            workers=settings.max_concurrent_runs,
+            queue_limit=settings.max_queued_runs,
+            environ=self._environ,
+        )
+        self._recorder.start()
+        self.runs.recover()
+        missing = self.runs.missing()
+        if missing is not None:
+            log.error("%s Runs will fail until then.", missing)
+
+    def _refused(self, run_id: str, error: Exception) -> None:
+        self.runs.refused(run_id, error)
+
+    def end_runs(self) -> bool:
+        """End the runs, then the recorder that stores their ends, then the waits for them. Reads go on.
+
+        Idempotent. False if something had to be given up.
+        """
+        with self._lock:
+            if not self._started or self._stopped:
+                return True
+            self._stopped = True
+            deadline = time.monotonic() + STOP_SECONDS
+            ended = self.runs.stop(deadline)
+            written = self._recorder.stop(max(deadline, time.monotonic() + 1))
+            self.doorbell.close()
+            if not ended:
+                log.error("runs were still going on at the end; the next start reports them as INTERRUPTED")
+            return ended and written
+
+    def close(self) -> None:
+        """End the runs if that was not done, then close the database and let it go. Idempotent."""
+        self.end_runs()
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
+        for database in self._databases:
+            database.close()
+        self._databases.clear()
+        self._service_lock.release()
+
+    def trouble(self) -> str | None:
+        """Why the service cannot do its job at present, or None."""
+        if not self._started:
+            return "starting"
+        if self._stopped or self.runs.stopping:
+            return "shutting down"
+        if self._recorder.trouble is not None:
+            return "storage is not writable"
+        if self.runs.missing() is not None:
+            return "Claude Code is missing"
+        return None

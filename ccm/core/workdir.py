@@ -1,0 +1,41 @@
+"""The rules for a run's working directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ccm.errors import Forbidden, ValidationError
+
+
+def resolve(cwd: str, roots: Sequence[Path]) -> str:
+    """The directory with its symbolic links resolved, as it is stored.
+
+    Args:
+        roots: where it must lie; anywhere if there are none. This prevents mistakes; an agent can still leave it.
+
+    Raises:
+        ValidationError: it is not the absolute path of a directory that this user can enter.
+        Forbidden: CWD_FORBIDDEN.
+    """
+    if not os.path.isabs(cwd):
+        raise ValidationError(f"cwd: {cwd!r} is not an absolute path; begin it with /.", field="cwd")
+    try:
+        path = Path(cwd).resolve(strict=True)
+    except FileNotFoundError:
+        raise ValidationError(f"cwd: {cwd!r} does not exist on the service's host.", field="cwd") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it cannot be resolved"
+        raise ValidationError(f"cwd: {cwd!r} cannot be used: {reason}.", field="cwd") from None
+    if not path.is_dir():
+        raise ValidationError(f"cwd: {cwd!r} is not a directory.", field="cwd")
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise ValidationError(f"cwd: the service's user may not enter {cwd!r}.", field="cwd")
+    if roots and not any(path.is_relative_to(root) for root in roots):
+        raise Forbidden(
+            f"cwd: {cwd!r} lies outside the directories that CCM_ALLOWED_ROOTS allows.",
+            code="CWD_FORBIDDEN",
+            field="cwd",
+        )
+    return str(path)

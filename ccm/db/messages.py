@@ -1,0 +1,74 @@
+"""The table ccr_run_messages. Its texts are handed on as they are, never parsed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ccm.db.database import Transaction
+from ccm.models import Message
+
+RANGE = '"runId" = :run AND "index" > :after AND "index" <= :through'
+
+
+def _of_types(types: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """A condition that keeps the given types, and its parameters; all types if none is given."""
+    if not types:
+        return "", {}
+    names = {f"type{number}": name for number, name in enumerate(types)}
+    return f' AND "messageType" IN ({", ".join(f":{name}" for name in names)})', names
+
+
+def insert_many(transaction: Transaction, messages: Iterable[Message]) -> None:
+    rows = [
+        {
+            "runId": message.run_id,
+            "index": message.index,
+            "messageType": message.type,
+            "createdAt": message.created_at,
+            "size": message.size,
+            "messageJson": message.json,
+        }
+        for message in messages
+    ]
+    transaction.insert_many("ccr_run_messages", rows)
+
+
+def last_index(transaction: Transaction, run_id: str) -> int:
+    """The index of a run's newest message, -1 if it has none."""
+    sql = 'SELECT COALESCE(MAX("index"), -1) FROM ccr_run_messages WHERE "runId" = :run'
+    return int(transaction.value(sql, run=run_id))
+
+
+def indexes(
+    transaction: Transaction, run_id: str, after: int, through: int, *, types: Sequence[str], limit: int
+) -> list[int]:
+    """The indexes of the first `limit` messages of the given types in a range, without their texts."""
+    condition, names = _of_types(types)
+    sql = f'SELECT "index" FROM ccr_run_messages WHERE {RANGE}{condition} ORDER BY "index" LIMIT :limit'
+    found = transaction.column(sql, run=run_id, after=after, through=through, limit=limit, **names)
+    return [int(index) for index in found]
+
+
+def sizes(transaction: Transaction, run_id: str, after: int, through: int, limit: int) -> list[tuple[int, int]]:
+    """Index and bytes of the first `limit` messages in a range."""
+    sql = f'SELECT "index", size FROM ccr_run_messages WHERE {RANGE} ORDER BY "index" LIMIT :limit'
+    rows = transaction.rows(sql, run=run_id, after=after, through=through, limit=limit)
+    return [(int(row["index"]), int(row["size"])) for row in rows]
+
+
+def texts(transaction: Transaction, run_id: str, after: int, through: int, types: Sequence[str] = ()) -> list[str]:
+    """The JSON texts of the messages after one index and through another, in order."""
+    condition, names = _of_types(types)
+    sql = f'SELECT "messageJson" FROM ccr_run_messages WHERE {RANGE}{condition} ORDER BY "index"'
+    return transaction.column(sql, run=run_id, after=after, through=through, **names)
+
+
+def holding(transaction: Transaction, run_id: str, words: str) -> list[tuple[int, str]]:
+    """Index and text of the messages of a run that hold `words`, which must have no `%` and no `_`."""
+    sql = (
+        'SELECT "index", "messageJson" FROM ccr_run_messages WHERE "runId" = :run AND "messageJson" LIKE :pattern '
+        'ORDER BY "index"'
+    )
+    rows: list[Any] = transaction.rows(sql, run=run_id, pattern=f"%{words}%")
+    return [(int(row["index"]), row["messageJson"]) for row in rows]

@@ -1,0 +1,172 @@
+"""The tables ccr_runs and ccr_run_images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ccm.db.database import Transaction
+from ccm.models import ERROR, Row, Run, timestamp
+
+# A run that has not ended counts its messages where they are: a counter would have to be written with each batch, and
+# with it the whole row.
+SELECT = """
+SELECT r.id, r.seq, r."sessionId", r."sdkSessionId", r."parentRunId", r."parentSessionId", r.mode, r.status, r.cwd,
+    r.prompt, r."optionsJson", r."imageCount", r."forkAtMessage", r."forkAtIndex", r."resultType", r."resultJson",
+    r."errorCode", r."errorMessage", r."costUsd", r."durationMs", r."hasTranscript", r."createdBy",
+    r."createdAt", r."startedAt", r."endedAt",
+    CASE WHEN r.status = 'running'
+        THEN (SELECT COALESCE(MAX(m."index") + 1, 0) FROM ccr_run_messages m WHERE m."runId" = r.id)
+        ELSE r."messageCount" END AS "messageCount",
+    CASE WHEN r.status = 'running' AND r."startedAt" IS NULL
+        THEN (SELECT COUNT(*) FROM ccr_runs w WHERE w.status = 'running' AND w."startedAt" IS NULL AND w.seq <= r.seq)
+        END AS "queuePosition"
+FROM ccr_runs r
+"""
+# What a run is to the line of its session, without its texts.
+SELECT_LINK = """
+SELECT r.id, r."parentRunId", r."forkAtIndex", CASE WHEN r.status = 'running'
+        THEN (SELECT COALESCE(MAX(m."index") + 1, 0) FROM ccr_run_messages m WHERE m."runId" = r.id)
+        ELSE r."messageCount" END AS "messageCount"
+FROM ccr_runs r
+"""
+FILTERS = {
+    "status": "r.status = :status",
+    "sessionId": 'r."sessionId" = :sessionId',
+    "cwd": "r.cwd = :cwd",
+    "mode": "r.mode = :mode",
+}
+# The first run in the queue whose session has none that has started: within a session runs follow one another.
+NEXT_STARTABLE = """
+SELECT w.id FROM ccr_runs w
+WHERE w.status = 'running' AND w."startedAt" IS NULL AND NOT EXISTS (
+    SELECT 1 FROM ccr_runs b
+    WHERE b."sessionId" = w."sessionId" AND b.status = 'running' AND b."startedAt" IS NOT NULL)
+ORDER BY w.seq LIMIT 1
+"""
+COUNT_STARTED = "SELECT COUNT(*) FROM ccr_runs WHERE status = 'running' AND \"startedAt\" IS NOT NULL"
+COUNT_WAITING = "SELECT COUNT(*) FROM ccr_runs WHERE status = 'running' AND \"startedAt\" IS NULL"
+
+
+def find(transaction: Transaction, run_id: str) -> Run | None:
+    row = transaction.row(SELECT + "WHERE r.id = :id", id=run_id)
+    return None if row is None else Run.from_row(row)
+
+
+def find_by_sdk_session(transaction: Transaction, sdk_session_id: str) -> Run | None:
+    row = transaction.row(SELECT + 'WHERE r."sdkSessionId" = :id', id=sdk_session_id)
+    return None if row is None else Run.from_row(row)
+
+
+def page(
+    transaction: Transaction, filters: Mapping[str, str], *, limit: int, after: int | None, oldest_first: bool = False
+) -> list[Run]:
+    """Runs in the order of their acceptance, those beyond the run with seq `after`. `filters` has keys of FILTERS."""
+    order, beyond = ("ASC", ">") if oldest_first else ("DESC", "<")
+    conditions = [FILTERS[name] for name in filters]
+    if after is not None:
+        conditions.append(f"r.seq {beyond} :after")
+    where = f"WHERE {' AND '.join(conditions)} " if conditions else ""
+    sql = f"{SELECT} {where}ORDER BY r.seq {order} LIMIT :limit"
+    parameters = dict(filters) | {"limit": limit} | ({} if after is None else {"after": after})
+    return [Run.from_row(row) for row in transaction.rows(sql, **parameters)]
+
+
+@dataclass(frozen=True)
+class Link(Row):
+    """A run as one link of its session's line."""
+
+    id: str
+    parent_run_id: str | None
+    fork_at_index: int | None
+    message_count: int
+
+
+def links(transaction: Transaction, session_id: str) -> list[Link]:
+    """The runs of a session, in order."""
+    rows = transaction.rows(SELECT_LINK + 'WHERE r."sessionId" = :id ORDER BY r.seq', id=session_id)
+    return [Link.from_row(row) for row in rows]
+
+
+def link(transaction: Transaction, run_id: str) -> Link:
+    return Link.from_row(transaction.rows(SELECT_LINK + "WHERE r.id = :id", id=run_id)[0])
+
+
+def next_seq(transaction: Transaction) -> int:
+    """The place after the newest run; only the one writer may ask."""
+    return int(transaction.value("SELECT COALESCE(MAX(seq), 0) + 1 FROM ccr_runs"))
+
+
+def insert(transaction: Transaction, row: Mapping[str, Any], images_json: str | None) -> None:
+    """A run that waits; `row` has what is known when it is accepted."""
+    blank = {"messageCount": 0, "hasTranscript": 0}
+    transaction.insert("ccr_runs", blank | dict(row))
+    if images_json is not None:
+        transaction.insert("ccr_run_images", {"runId": row["id"], "imagesJson": images_json})
+
+
+def images_json(transaction: Transaction, run_id: str) -> str | None:
+    text: str | None = transaction.value('SELECT "imagesJson" FROM ccr_run_images WHERE "runId" = :id', id=run_id)
+    return text
+
+
+def running(transaction: Transaction, session_id: str) -> list[Run]:
+    """The runs of a session that have not ended: the one that has started, and those that wait, in order."""
+    rows = transaction.rows(
+        SELECT + "WHERE r.\"sessionId\" = :id AND r.status = 'running' ORDER BY r.seq", id=session_id
+    )
+    return [Run.from_row(row) for row in rows]
+
+
+def next_startable(transaction: Transaction) -> Run | None:
+    run_id = transaction.value(NEXT_STARTABLE)
+    return None if run_id is None else find(transaction, run_id)
+
+
+def count_started(transaction: Transaction) -> int:
+    return int(transaction.value(COUNT_STARTED))
+
+
+def count_waiting(transaction: Transaction) -> int:
+    return int(transaction.value(COUNT_WAITING))
+
+
+def mark_started(transaction: Transaction, run_id: str, parent_run_id: str | None, owner: str) -> None:
+    transaction.execute(
+        'UPDATE ccr_runs SET "startedAt" = :now, "parentRunId" = :parent, owner = :owner WHERE id = :id',
+        now=timestamp(),
+        parent=parent_run_id,
+        owner=owner,
+        id=run_id,
+    )
+
+
+def end(transaction: Transaction, run_id: str, values: Mapping[str, Any]) -> bool:
+    """The one way into a final state: a compare-and-set. False if the run had ended already."""
+    assignments = ", ".join(f'"{column}" = :{column}' for column in values)
+    changed = transaction.execute(
+        f"UPDATE ccr_runs SET {assignments}, \"endedAt\" = :now WHERE id = :id AND status = 'running'",
+        **values,
+        now=timestamp(),
+        id=run_id,
+    )
+    if changed:
+        transaction.execute('DELETE FROM ccr_run_images WHERE "runId" = :id', id=run_id)
+    return bool(changed)
+
+
+def started(transaction: Transaction) -> list[Run]:
+    """Every run that has started and not ended; at a start of the service, those that its last end cut off."""
+    rows = transaction.rows(SELECT + "WHERE r.status = 'running' AND r.\"startedAt\" IS NOT NULL ORDER BY r.seq")
+    return [Run.from_row(row) for row in rows]
+
+
+def interrupted() -> dict[str, Any]:
+    """The final state of a run whose service died."""
+    return {
+        "status": ERROR,
+        "errorCode": "INTERRUPTED",
+        "errorMessage": "The service ended while this run was going on. It was not run again; resume or fork its "
+        "session to go on.",
+    }

@@ -1,0 +1,84 @@
+"""The table ccr_sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ccm.db.database import Transaction
+from ccm.models import Session
+
+# What is not in the counts yet: the messages of the runs that have not ended, one or a few.
+SELECT = """
+SELECT s.id, s."parentSessionId", s."forkedFromRunId", s.cwd, s.title, s."metadataJson", s."headRunId", s."runCount",
+    s."costUsd", s."firstRunAt", s."lastRunAt", s."lastRunSeq",
+    CASE WHEN EXISTS (SELECT 1 FROM ccr_runs r WHERE r."sessionId" = s.id AND r.status = 'running')
+        THEN 'running' ELSE 'idle' END AS status,
+    s."messageCount" + COALESCE((
+        SELECT SUM((SELECT COALESCE(MAX(m."index") + 1, 0) FROM ccr_run_messages m WHERE m."runId" = r.id))
+        FROM ccr_runs r WHERE r."sessionId" = s.id AND r.status = 'running'), 0) AS "messageCount"
+FROM ccr_sessions s
+"""
+FILTERS = {
+    "cwd": "s.cwd = :cwd",
+    "parentSessionId": 's."parentSessionId" = :parentSessionId',
+    # A search within texts reads them: the one query here that no index serves.
+    "q": """(LOWER(s.title) LIKE :q ESCAPE '!' OR EXISTS (
+        SELECT 1 FROM ccr_runs r WHERE r."sessionId" = s.id AND LOWER(r.prompt) LIKE :q ESCAPE '!'))""",
+}
+
+
+def find(transaction: Transaction, session_id: str) -> Session | None:
+    row = transaction.row(SELECT + "WHERE s.id = :id", id=session_id)
+    return None if row is None else Session.from_row(row)
+
+
+def page(transaction: Transaction, filters: Mapping[str, str], *, limit: int, after: int | None) -> list[Session]:
+    """Sessions, the latest activity first, those beyond the one whose last run has seq `after`."""
+    parameters: dict[str, Any] = dict(filters) | {"limit": limit}
+    if "q" in filters:
+        parameters["q"] = _pattern(filters["q"])
+    conditions = [FILTERS[name] for name in filters]
+    if after is not None:
+        conditions.append('s."lastRunSeq" < :after')
+        parameters["after"] = after
+    where = f"WHERE {' AND '.join(conditions)} " if conditions else ""
+    sql = f'{SELECT} {where}ORDER BY s."lastRunSeq" DESC LIMIT :limit'
+    return [Session.from_row(row) for row in transaction.rows(sql, **parameters)]
+
+
+def _pattern(words: str) -> str:
+    escaped = words.lower().replace("!", "!!").replace("%", "!%").replace("_", "!_")
+    return f"%{escaped}%"
+
+
+def insert(transaction: Transaction, row: Mapping[str, Any]) -> None:
+    blank = {"headRunId": None, "runCount": 0, "messageCount": 0, "costUsd": 0.0}
+    transaction.insert("ccr_sessions", blank | dict(row))
+
+
+def run_accepted(transaction: Transaction, session_id: str, seq: int, at: str) -> None:
+    transaction.execute(
+        'UPDATE ccr_sessions SET "runCount" = "runCount" + 1, "lastRunAt" = :at, "lastRunSeq" = :seq WHERE id = :id',
+        id=session_id,
+        seq=seq,
+        at=at,
+    )
+
+
+def run_ended(transaction: Transaction, session_id: str, messages: int, cost_usd: float, head: str | None) -> None:
+    """Count an ended run in; `head` is its id if it can be continued."""
+    transaction.execute(
+        'UPDATE ccr_sessions SET "messageCount" = "messageCount" + :messages, "costUsd" = "costUsd" + :cost, '
+        '"headRunId" = COALESCE(:head, "headRunId") WHERE id = :id',
+        id=session_id,
+        messages=messages,
+        cost=cost_usd,
+        head=head,
+    )
+
+
+def update(transaction: Transaction, session_id: str, values: Mapping[str, Any]) -> bool:
+    """Write `title` and `metadataJson`, whichever is given. False if there is no such session."""
+    assignments = ", ".join(f'"{column}" = :{column}' for column in values)
+    return bool(transaction.execute(f"UPDATE ccr_sessions SET {assignments} WHERE id = :id", **values, id=session_id))

@@ -1,0 +1,111 @@
+"""Every error that a client or an operator can be told, in one tree.
+
+CCMError                        an answer to a client: code, HTTP status, the field at fault
+├── ValidationError             400 VALIDATION_ERROR
+├── Forbidden                   403 OPTION_FORBIDDEN, CWD_FORBIDDEN
+├── NotFound                    404 RUN_NOT_FOUND, SESSION_NOT_FOUND
+├── Conflict                    409 SESSION_BUSY, SESSION_NOT_RESUMABLE, RUN_ALREADY_ENDED
+├── TooLarge                    413 BODY_TOO_LARGE
+├── UnsupportedMediaType        415 UNSUPPORTED_MEDIA_TYPE
+├── QueueFull                   429 QUEUE_FULL
+└── Unavailable                 503 SHUTTING_DOWN, STORAGE_UNAVAILABLE
+
+StartRefused                    the service does not start; said to the operator in one sentence
+├── BadSetting                  exit code 2
+└── DatabaseRefused             exit code 3
+
+StorageError                    what the database's driver raised, told apart at one edge
+├── StorageDown                 not now: locked, full, unreachable; worth another try
+└── StorageRejected             never: this very statement is refused
+"""
+
+from __future__ import annotations
+
+
+class CCMError(Exception):
+    """An answer to a client. `message` says what is wrong and what to do about it."""
+
+    status = 500
+    code = "INTERNAL_ERROR"
+    retry_after: int | None = None
+
+    def __init__(self, message: str, *, code: str | None = None, field: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        if code is not None:
+            self.code = code
+
+    def to_json(self) -> dict[str, dict[str, str]]:
+        error = {"code": self.code, "message": self.message}
+        if self.field is not None:
+            error["field"] = self.field
+        return {"error": error}
+
+
+class ValidationError(CCMError):
+    status = 400
+    code = "VALIDATION_ERROR"
+
+
+class Forbidden(CCMError):
+    status = 403
+    code = "FORBIDDEN"
+
+
+class NotFound(CCMError):
+    status = 404
+    code = "NOT_FOUND"
+
+
+class Conflict(CCMError):
+    status = 409
+    code = "CONFLICT"
+
+
+class TooLarge(CCMError):
+    status = 413
+    code = "BODY_TOO_LARGE"
+
+
+class UnsupportedMediaType(CCMError):
+    status = 415
+    code = "UNSUPPORTED_MEDIA_TYPE"
+
+
+class QueueFull(CCMError):
+    status = 429
+    code = "QUEUE_FULL"
+    retry_after = 5
+
+
+class Unavailable(CCMError):
+    status = 503
+    code = "UNAVAILABLE"
+    retry_after = 5
+
+
+class StartRefused(Exception):
+    """The service does not start; the message is one sentence for the operator."""
+
+    exit_code = 1
+
+
+class BadSetting(StartRefused):
+    exit_code = 2
+
+
+class DatabaseRefused(StartRefused):
+    exit_code = 3
+
+
+class StorageError(Exception):
+    """What the database's driver raised."""
+
+
+class StorageDown(StorageError):
+    """Storage takes nothing at the moment: locked, full, read-only, unreachable. Another try may succeed."""
+
+
+class StorageRejected(StorageError):
+    """Storage is well and refuses this very statement; another try would be refused too."""

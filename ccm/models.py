@@ -1,0 +1,230 @@
+"""What the service is about, as frozen values: sessions, runs, messages.
+
+The one point where the database's and the API's camelCase meets Python's snake_case.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any, Self
+
+RUNNING = "running"
+COMPLETED = "completed"
+ERROR = "error"
+CANCELLED = "cancelled"
+STATUSES = (RUNNING, COMPLETED, ERROR, CANCELLED)
+
+FRESH = "fresh"
+RESUME = "resume"
+FORK = "fork"
+MODES = (FRESH, RESUME, FORK)
+
+REJECT = "reject"
+ENQUEUE = "enqueue"
+INTERRUPT = "interrupt"
+
+
+def timestamp() -> str:
+    """Now, as ISO 8601 in UTC with milliseconds; sorts as text."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def to_json_text(value: Any) -> str:
+    """JSON in pure ASCII: PostgreSQL's text refuses NUL and lone surrogates, and the escaped form keeps them.
+
+    Raises:
+        ValueError: the value holds a NaN or an infinity, which JSON cannot say.
+    """
+    return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+
+
+@cache
+def _columns(cls: type[Any]) -> dict[str, str]:
+    """Field name to column name, for the fields of a model."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    return {name: re.sub(r"_(\w)", lambda match: match[1].upper(), name) for name in names}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What has columns in the database."""
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Self:
+        columns = _columns(cls)  # type: ignore[arg-type]  # a class is hashable
+        return cls(**{name: row[column] for name, column in columns.items()})
+
+
+@dataclass(frozen=True)
+class Run(Row):
+    """One invocation of the SDK. `seq` is the order in which runs were accepted."""
+
+    id: str
+    seq: int
+    session_id: str
+    sdk_session_id: str
+    parent_run_id: str | None
+    parent_session_id: str | None
+    mode: str
+    status: str
+    cwd: str
+    prompt: str
+    options_json: str
+    image_count: int
+    fork_at_message: str | None
+    fork_at_index: int | None
+    result_type: str | None
+    result_json: str | None
+    error_code: str | None
+    error_message: str | None
+    cost_usd: float | None
+    message_count: int
+    duration_ms: int | None
+    queue_position: int | None
+    has_transcript: int
+    created_by: str | None
+    created_at: str
+    started_at: str | None
+    ended_at: str | None
+
+    @property
+    def ended(self) -> bool:
+        return self.status != RUNNING
+
+    @property
+    def waiting(self) -> bool:
+        return self.status == RUNNING and self.started_at is None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        options: dict[str, Any] = json.loads(self.options_json)
+        return options
+
+    def to_json(self) -> dict[str, Any]:
+        """The run as the API shows it."""
+        result = json.loads(self.result_json) if self.result_json is not None else None
+        return {
+            "id": self.id,
+            "runId": self.id,
+            "sessionId": self.session_id,
+            "sdkSessionId": self.sdk_session_id,
+            "parentRunId": self.parent_run_id,
+            "parentSessionId": self.parent_session_id,
+            "mode": self.mode,
+            "status": self.status,
+            "cwd": self.cwd,
+            "prompt": self.prompt,
+            "options": self.options,
+            "imageCount": self.image_count,
+            "resultType": self.result_type,
+            "result": result,
+            "error": None if self.error_code is None else {"code": self.error_code, "message": self.error_message},
+            "permissionDenials": (result or {}).get("permission_denials") or [],
+            "costUsd": self.cost_usd,
+            "messageCount": self.message_count,
+            "durationMs": self.duration_ms,
+            "queuePosition": self.queue_position,
+            # The database keeps no transcripts yet, and nothing asks for approvals.
+            "transcriptStored": False,
+            "createdBy": self.created_by,
+            "pendingApprovals": 0,
+            "createdAt": self.created_at,
+            "startedAt": self.started_at,
+            "endedAt": self.ended_at,
+        }
+
+
+@dataclass(frozen=True)
+class Session(Row):
+    """A line of runs. `head_run_id` is the run that a resume continues."""
+
+    id: str
+    parent_session_id: str | None
+    forked_from_run_id: str | None
+    cwd: str
+    title: str | None
+    metadata_json: str
+    status: str
+    head_run_id: str | None
+    run_count: int
+    message_count: int
+    cost_usd: float
+    first_run_at: str
+    last_run_at: str
+    last_run_seq: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The session as the API shows it."""
+        return {
+            "sessionId": self.id,
+            "parentSessionId": self.parent_session_id,
+            "forkedFromRunId": self.forked_from_run_id,
+            "cwd": self.cwd,
+            "title": self.title,
+            "metadata": json.loads(self.metadata_json),
+            "status": self.status,
+            "headRunId": self.head_run_id,
+            "runCount": self.run_count,
+            "messageCount": self.message_count,
+            "costUsd": self.cost_usd,
+            "firstRunAt": self.first_run_at,
+            "lastRunAt": self.last_run_at,
+        }
+
+
+@dataclass(frozen=True)
+class Message:
+    """One SDK message of a run, as text. `index` counts from 0 within the run."""
+
+    run_id: str
+    session_id: str
+    index: int
+    type: str
+    json: str
+    created_at: str
+
+    @property
+    def size(self) -> int:
+        """Bytes; the text is ASCII."""
+        return len(self.json)
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture that goes with a prompt; `data` is base64."""
+
+    media_type: str
+    data: str
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What a client asked for, checked. `title` and `metadata` are for the session that it opens."""
+
+    mode: str
+    prompt: str
+    images: tuple[Image, ...] = ()
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    title: str | None = None
+    metadata: Mapping[str, Any] | None = None
+    if_busy: str = REJECT
+    created_by: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    status: str
+    error_code: str | None = None
+    error_message: str | None = None
+    result: Mapping[str, Any] | None = None
+    cost_usd: float | None = None
+    duration_ms: int | None = None
+    has_transcript: bool = False

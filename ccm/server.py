@@ -1,0 +1,128 @@
+"""The production server: waitress, made to answer errors in JSON, to notice clients that leave, and to stop gently."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import socket
+import threading
+import time
+import uuid
+from types import FrameType
+
+from flask import Flask
+from waitress import wasyncore
+from waitress.channel import HTTPChannel
+from waitress.server import create_server
+from waitress.task import ErrorTask
+
+from ccm.core.service import Service
+
+log = logging.getLogger(__name__)
+
+# Threads for requests that are answered at once, beside one for each held place.
+PLAIN_THREADS = 16
+# Seconds that requests in flight get when the service stops.
+DRAIN_SECONDS = 5.0
+
+CODES = {413: "BODY_TOO_LARGE", 431: "HEADERS_TOO_LARGE", 501: "NOT_IMPLEMENTED", 500: "INTERNAL_ERROR"}
+MESSAGES = {
+    413: "The body is larger than CCM_MAX_BODY_BYTES allows.",
+    431: "The headers are too large.",
+    500: "The service failed. Its log says more.",
+    501: "This transfer coding is not supported.",
+}
+
+
+class _JsonErrorTask(ErrorTask):  # type: ignore[misc]  # waitress has no type hints
+    """What waitress refuses before the app sees it, in the API's error format."""
+
+    def execute(self) -> None:
+        error = self.request.error
+        code = CODES.get(error.code, "BAD_REQUEST")
+        message = MESSAGES.get(error.code, "The request is no valid HTTP.")
+        body = json.dumps({"error": {"code": code, "message": message}}).encode() + b"\n"
+        self.status = f"{error.code} {error.reason}"
+        self.response_headers.append(("Content-Type", "application/json"))
+        self.response_headers.append(("X-Request-Id", uuid.uuid4().hex))
+        self.set_close_on_finish()
+        self.content_length = len(body)
+        self.write(body)
+
+
+class _Channel(HTTPChannel):  # type: ignore[misc]
+    error_task_class = _JsonErrorTask
+
+
+class Server:
+    """One listening server over an app and its service."""
+
+    def __init__(self, app: Flask, service: Service) -> None:
+        self._service = service
+        settings = service.settings
+        listener = _listen(settings.host, settings.port)
+        self.port: int = listener.getsockname()[1]
+        threads = settings.max_held + PLAIN_THREADS
+        self._server = create_server(
+            app,
+            sockets=[listener],
+            threads=threads,
+            # More connections than threads: an idle one costs a descriptor and no thread.
+            connection_limit=threads + 1000,
+            max_request_body_size=settings.max_body_bytes,
+            # Notices that a client has gone while its request is held.
+            channel_request_lookahead=1,
+            # select() dies of a descriptor over 1023, and every Claude Code takes some.
+            asyncore_use_poll=True,
+            ident="cc-manager",
+            clear_untrusted_proxy_headers=True,
+        )
+        self._server.channel_class = _Channel
+        self._stop = threading.Event()
+
+    def run(self) -> bool:
+        """Serve until SIGTERM or SIGINT, then stop gently; a second signal ends at once. False if not all went well."""
+        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        loop = threading.Thread(target=self._server.run, name="listener", daemon=True)
+        loop.start()
+        try:
+            self._stop.wait()
+            return self._shut_down()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self._stop.is_set():
+            raise SystemExit(128 + number)
+        self._stop.set()
+
+    def _shut_down(self) -> bool:
+        """The runs end first, and meanwhile new ones get 503 and watchers see the end; then nobody new is let in, the
+        requests in flight are answered, and at last the database is closed that they read.
+        """
+        log.info("stopping: the runs are interrupted and their ends stored")
+        clean = self._service.end_runs()
+        self._server.trigger.pull_trigger(self._stop_listening)
+        deadline = time.monotonic() + DRAIN_SECONDS
+        dispatcher = self._server.task_dispatcher
+        while dispatcher.active_count and time.monotonic() < deadline:
+            time.sleep(0.02)
+        dispatcher.shutdown(timeout=1)
+        self._service.close()
+        log.info("stopped")
+        return clean
+
+    def _stop_listening(self) -> None:
+        # Not the server's own close(): that ends the trigger too, through which answers under way are sent.
+        wasyncore.dispatcher.close(self._server)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((host, port))
+    listener.set_inheritable(False)
+    return listener

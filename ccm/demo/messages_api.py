@@ -83,15 +83,15 @@ def _parse_directive(prompt: str, start: int) -> tuple[Directive, int]:
     return Directive(name.strip(), rest.strip()), close + 2
 
 
-def _text_of(content: Any) -> str:
+def _prompt_of(content: Any) -> str:
+    """The user's words in a message: the last text that is no note of Claude Code's own. Empty for a tool's result.
+
+    The last, because Claude Code joins a turn that failed and the one after it into one message.
+    """
     if isinstance(content, str):
         return content
-    return "\n".join(block["text"] for block in content if block.get("type") == "text")
-
-
-def _is_tool_result(message: dict[str, Any]) -> bool:
-    content = message.get("content")
-    return isinstance(content, list) and any(block.get("type") == "tool_result" for block in content)
+    texts = [block["text"].strip() for block in content if block.get("type") == "text"]
+    return next((text for text in reversed(texts) if not text.startswith(("<system-reminder>", "[Image: "))), "")
 
 
 def current_turn(messages: list[dict[str, Any]]) -> tuple[str, int]:
@@ -100,8 +100,8 @@ def current_turn(messages: list[dict[str, Any]]) -> tuple[str, int]:
     for message in reversed(messages):
         if message.get("role") == "assistant":
             answers += 1
-        elif message.get("role") == "user" and not _is_tool_result(message):
-            return _text_of(message.get("content", "")), answers
+        elif message.get("role") == "user" and (prompt := _prompt_of(message.get("content", ""))):
+            return prompt, answers
     return "", answers
 
 
@@ -142,9 +142,9 @@ class MessagesAPI:
         self.stop()
 
     def prompts(self, request: dict[str, Any]) -> list[str]:
-        """The texts of the user's turns in a recorded request, the oldest first."""
-        users = [m for m in request["messages"] if m["role"] == "user" and not _is_tool_result(m)]
-        return [_text_of(message["content"]) for message in users]
+        """The user's prompts in a recorded request, the oldest first."""
+        prompts = [_prompt_of(message["content"]) for message in request["messages"] if message["role"] == "user"]
+        return [prompt for prompt in prompts if prompt]
 
     def record(self, request: dict[str, Any]) -> None:
         with self._lock:
@@ -263,8 +263,7 @@ def _error(status: int, message: str) -> dict[str, Any]:
 def _closing_words(prompt: str, script: list[list[Directive]]) -> str:
     if script:
         return "Done."
-    quoted = prompt.strip().rpartition("</system-reminder>")[2].strip()
-    return f"The stand-in for Claude heard: {quoted[:200]}"
+    return f"The stand-in for Claude heard: {prompt[:200]}"
 
 
 class _Message:

@@ -83,6 +83,7 @@ class ServiceProcess:
         """
         if not self._settled.wait(START_SECONDS) or not self.url:
             self.process.kill()
+            self.wait()
             raise RuntimeError("the service did not start:\n" + "\n".join(self.log))
         return self
 

@@ -1,0 +1,114 @@
+"""A plain HTTP client for the tests: what curl does, with the answer taken apart."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlencode, urlsplit
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, str]:
+        """The error object; fails if there is none, as every error must have one."""
+        error: dict[str, str] = self.json["error"]
+        assert set(error) <= {"code", "message", "field"}
+        return error
+
+    @property
+    def next(self) -> str | None:
+        """The path and query of the next page."""
+        match = re.fullmatch(r'<([^>]*)>; rel="next"', self.headers.get("Link", ""))
+        if match is None:
+            return None
+        parts = urlsplit(match[1])
+        return f"{parts.path}?{parts.query}"
+
+
+class Client:
+    """Talks to one service; every request on a connection of its own, as curl does."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        parts = urlsplit(url)
+        self.host, self.port = parts.hostname or "", parts.port or 0
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float = 60,
+    ) -> Answer:
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+        sent = dict(headers or {})
+        if body is not None and not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+        if body is not None:
+            sent.setdefault("Content-Type", "application/json")
+        try:
+            connection.request(method, path, body, sent)
+            response = connection.getresponse()
+            return Answer(response.status, dict(response.getheaders()), response.read())
+        finally:
+            connection.close()
+
+    def get(self, path: str, **query: Any) -> Answer:
+        return self.request("GET", path + (f"?{urlencode(query)}" if query else ""))
+
+    def post(self, path: str, body: Any, **query: Any) -> Answer:
+        return self.request("POST", path + (f"?{urlencode(query)}" if query else ""), body)
+
+    def patch(self, path: str, body: Any) -> Answer:
+        return self.request("PATCH", path, body)
+
+    def delete(self, path: str) -> Answer:
+        return self.request("DELETE", path)
+
+    # ---- the main job in short
+
+    def start(self, cwd: Any, prompt: str, wait: float = 60, **fields: Any) -> dict[str, Any]:
+        return self._run("start", {"cwd": str(cwd), "prompt": prompt, **fields}, wait)
+
+    def resume(self, session_id: str, prompt: str, wait: float = 60, **fields: Any) -> dict[str, Any]:
+        return self._run("resume", {"sessionId": session_id, "prompt": prompt, **fields}, wait)
+
+    def fork(self, session_id: str, prompt: str, wait: float = 60, **fields: Any) -> dict[str, Any]:
+        return self._run("fork", {"sessionId": session_id, "prompt": prompt, **fields}, wait)
+
+    def _run(self, kind: str, body: Mapping[str, Any], wait: float) -> dict[str, Any]:
+        answer = self.post(f"/api/runs/{kind}", body, **({"wait": wait} if wait else {}))
+        assert answer.status in (200, 202), answer.body
+        run: dict[str, Any] = answer.json
+        return run
+
+    def run(self, run_id: str, wait: float = 60) -> dict[str, Any]:
+        """A run once it has ended, or as it is after `wait` seconds."""
+        run: dict[str, Any] = self.get(f"/api/runs/{run_id}", wait=wait).json
+        return run
+
+    def messages(self, run_id: str, **query: Any) -> list[dict[str, Any]]:
+        answer = self.get(f"/api/runs/{run_id}/messages", **query)
+        assert answer.status == 200, answer.body
+        messages: list[dict[str, Any]] = answer.json
+        return messages
+
+    def wait_for_message(self, run_id: str, *types: str) -> dict[str, Any]:
+        """The first message of one of the types, once it is stored."""
+        found = self.messages(run_id, type=",".join(types), wait=60, limit=1)
+        assert found, f"run {run_id} has no message of type {types}"
+        return found[0]

@@ -1,0 +1,305 @@
+"""How runs end, with the real Claude Code: by failing, by being cancelled, by the end of the service."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ccm.core.processes import marked
+from tests.client import Client
+from tests.conftest import ServeFunction
+
+SLOW = "[[slow 2000 0.02]]"
+SLEEPING_TOOL = '[[tool Bash {"command": "perl -e \\"sleep 300\\""}]]'
+
+
+def until(condition: Callable[[], object], seconds: float = 30) -> None:
+    """Wait for a condition that nothing rings for: the state of the system's processes."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.01)
+
+
+def commands(run_id: str) -> str:
+    """The command lines of a run's processes."""
+    lines = []
+    for pid in marked(run_id):
+        try:
+            lines.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue
+    return "\n".join(lines)
+
+
+# ---- failing
+
+
+def test_max_turns(client: Client, project: Path) -> None:
+    run = client.start(project, '[[tool Bash {"command": "ls"}]] [[text Done.]]', options={"maxTurns": 1})
+
+    assert [run["status"], run["error"]["code"]] == ["error", "MAX_TURNS_REACHED"]
+    assert run["resultType"] == run["result"]["subtype"] == "error_max_turns"
+
+
+@pytest.mark.parametrize("status", [400, 403])
+def test_an_error_of_the_api_is_an_error_of_the_run(client: Client, project: Path, status: int) -> None:
+    run = client.start(project, f"[[status {status}]]")
+
+    assert [run["status"], run["error"]["code"]] == ["error", "API_ERROR"]
+    assert run["result"]["subtype"] == "success"  # Claude Code says so; is_error is what counts
+    assert str(status) in run["error"]["message"]
+
+
+def test_a_refused_login_is_told_at_the_second_refusal(client: Client, project: Path) -> None:
+    begun = time.monotonic()
+    run = client.start(project, "[[status 401]]")
+
+    assert [run["status"], run["error"]["code"]] == ["error", "AUTHENTICATION_FAILED"]
+    assert time.monotonic() - begun < 30  # Claude Code alone takes three minutes
+    assert len([m for m in client.messages(run["id"]) if m.get("subtype") == "api_retry"]) == 2
+
+
+def test_a_passing_error_of_the_api_is_none_of_the_run(client: Client, project: Path) -> None:
+    run = client.start(project, "Try me. [[status 500 1]] [[text Now.]]")
+
+    assert run["status"] == "completed"
+    assert run["result"]["result"] == "Now."
+
+
+def test_a_failed_run_can_be_continued(client: Client, project: Path) -> None:
+    failed = client.start(project, "[[status 400]]")
+    assert failed["status"] == "error"
+    assert client.resume(failed["sessionId"], "Once more.")["status"] == "completed"
+
+
+def test_a_missing_cli(serve: ServeFunction, project: Path, tmp_path: Path) -> None:
+    client = Client(serve(CCM_CLI_PATH=tmp_path / "nowhere").url)
+    run = client.start(project, "Hello.")
+
+    assert [run["status"], run["error"]["code"]] == ["error", "CLI_NOT_FOUND"]
+    assert "CCM_CLI_PATH" in run["error"]["message"]
+    health = client.get("/health")
+    assert [health.status, health.json["error"]["code"]] == [503, "UNHEALTHY"]
+
+
+def test_a_session_without_a_transcript_cannot_be_resumed(client: Client, project: Path, home: Path) -> None:
+    run = client.start(project, "Hello.")
+    for transcript in home.glob(f".claude/projects/*/{run['sdkSessionId']}.jsonl"):
+        transcript.unlink()
+
+    for kind in ("resume", "fork"):
+        answer = client.post(f"/api/runs/{kind}", {"sessionId": run["sessionId"], "prompt": "x"})
+        assert [answer.status, answer.error["code"]] == [409, "SESSION_NOT_RESUMABLE"]
+
+
+def test_a_session_whose_directory_is_gone_cannot_be_resumed(client: Client, project: Path) -> None:
+    run = client.start(project, "Hello.")
+    (project / "here-is-a-file.txt").unlink()
+    project.rmdir()
+
+    answer = client.post("/api/runs/resume", {"sessionId": run["sessionId"], "prompt": "x"})
+    assert [answer.status, answer.error["code"]] == [409, "SESSION_NOT_RESUMABLE"]
+
+
+# ---- being cancelled
+
+
+def test_cancel_while_streaming(client: Client, project: Path) -> None:
+    run = client.start(project, SLOW, wait=0, options={"includePartialMessages": True})
+    client.wait_for_message(run["id"], "stream_event")
+
+    answer = client.delete(f"/api/runs/{run['id']}")
+
+    assert answer.status == 200
+    assert answer.json["status"] == "cancelled"
+    assert answer.json["result"]["terminal_reason"] == "aborted_streaming"
+    assert marked(run["id"]) == []
+    again = client.delete(f"/api/runs/{run['id']}")
+    assert [again.status, again.json] == [200, answer.json]
+    assert client.resume(run["sessionId"], "Go on.")["status"] == "completed"
+
+
+def test_cancel_before_the_first_byte(client: Client, project: Path) -> None:
+    run = client.start(project, "[[hang]]", wait=0)
+    client.wait_for_message(run["id"], "system")
+
+    assert client.delete(f"/api/runs/{run['id']}").json["status"] == "cancelled"
+    assert marked(run["id"]) == []
+
+
+def test_cancel_while_connecting(client: Client, project: Path) -> None:
+    run = client.start(project, "Hello.", wait=0)
+
+    answer = client.delete(f"/api/runs/{run['id']}")
+    assert answer.json["status"] == "cancelled"
+    assert marked(run["id"]) == []
+
+
+def test_cancel_while_a_tool_runs_ends_the_tool(client: Client, project: Path) -> None:
+    run = client.start(project, SLEEPING_TOOL, wait=0, options={"allowedTools": ["Bash"]})
+    until(lambda: "sleep 300" in commands(run["id"]))
+
+    answer = client.delete(f"/api/runs/{run['id']}")
+
+    assert answer.json["status"] == "cancelled"
+    assert marked(run["id"]) == []
+
+
+def test_cancel_with_a_background_agent_at_work(client: Client, project: Path) -> None:
+    agent = json.dumps({"description": "sub", "prompt": SLOW, "subagent_type": "general-purpose"})
+    run = client.start(project, f"[[tool Task {agent}]] [[text Started it.]]", wait=0)
+    client.wait_for_message(run["id"], "result")
+
+    assert client.delete(f"/api/runs/{run['id']}").json["status"] == "cancelled"
+    assert marked(run["id"]) == []
+
+
+def test_cancel_of_an_ended_run_is_refused(client: Client, project: Path) -> None:
+    run = client.start(project, "Hello.")
+
+    answer = client.delete(f"/api/runs/{run['id']}")
+    assert [answer.status, answer.error["code"]] == [409, "RUN_ALREADY_ENDED"]
+    assert client.run(run["id"]) == run
+
+
+def test_cancel_while_waiting_in_the_queue(serve: ServeFunction, project: Path) -> None:
+    client = Client(serve(CCM_MAX_CONCURRENT_RUNS=1).url)
+    first = client.start(project, SLOW, wait=0)
+    waiting = [client.start(project, f"Number {n}.", wait=0) for n in range(2)]
+    assert [client.run(run["id"], wait=0)["queuePosition"] for run in waiting] == [1, 2]
+
+    answer = client.delete(f"/api/runs/{waiting[0]['id']}")
+
+    assert answer.json["status"] == "cancelled"
+    assert [answer.json["startedAt"], answer.json["messageCount"]] == [None, 0]
+    assert client.run(waiting[1]["id"], wait=0)["queuePosition"] == 1
+    client.delete(f"/api/runs/{first['id']}")
+    assert client.run(waiting[1]["id"])["status"] == "completed"
+
+
+# ---- the rules of a session
+
+
+def test_a_busy_session_refuses_names_the_run_and_goes_on(client: Client, project: Path) -> None:
+    first = client.start(project, "Hello.")
+    busy = client.resume(first["sessionId"], SLOW, wait=0)
+
+    answer = client.post("/api/runs/resume", {"sessionId": first["sessionId"], "prompt": "Me too."})
+    assert [answer.status, answer.error["code"]] == [409, "SESSION_BUSY"]
+    assert busy["id"] in answer.error["message"]
+    assert client.get(f"/api/sessions/{first['sessionId']}").json["status"] == "running"
+
+    # A fork does not wait: it takes the last ended run.
+    fork = client.fork(first["sessionId"], "Aside.")
+    assert [fork["status"], fork["parentRunId"]] == ["completed", first["id"]]
+    client.delete(f"/api/runs/{busy['id']}")
+
+
+def test_enqueued_runs_follow_one_another(client: Client, project: Path) -> None:
+    first = client.start(project, "[[slow 20 0.05]]", wait=0)
+    others = [client.resume(first["sessionId"], f"Then {n}.", wait=0, ifBusy="enqueue") for n in range(2)]
+
+    assert [run["startedAt"] for run in others] == [None, None]
+    ended = [client.run(run["id"]) for run in (first, *others)]
+    assert [run["status"] for run in ended] == ["completed"] * 3
+    assert [run["parentRunId"] for run in ended] == [None, ended[0]["id"], ended[1]["id"]]
+    assert ended[0]["endedAt"] <= ended[1]["startedAt"] <= ended[1]["endedAt"] <= ended[2]["startedAt"]
+
+
+def test_interrupt_makes_way(client: Client, project: Path) -> None:
+    first = client.start(project, "Hello.")
+    busy = client.resume(first["sessionId"], SLOW, wait=0)
+    waiting = client.resume(first["sessionId"], "Patience.", wait=0, ifBusy="enqueue")
+    client.wait_for_message(busy["id"], "system")
+
+    urgent = client.resume(first["sessionId"], "At once.", ifBusy="interrupt")
+
+    assert urgent["status"] == "completed"
+    assert urgent["parentRunId"] == busy["id"]
+    assert [client.run(run["id"])["status"] for run in (busy, waiting)] == ["cancelled"] * 2
+
+
+def test_two_resumes_at_once_one_wins(client: Client, project: Path) -> None:
+    session = client.start(project, "Hello.")["sessionId"]
+    barrier = threading.Barrier(2)
+
+    def resume(number: int) -> int:
+        barrier.wait()
+        body = {"sessionId": session, "prompt": f"Number {number}."}
+        return client.post("/api/runs/resume", body, wait=60).status
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(resume, range(2))) == [200, 409]
+
+
+def test_a_full_queue_refuses(serve: ServeFunction, project: Path) -> None:
+    client = Client(serve(CCM_MAX_CONCURRENT_RUNS=1, CCM_MAX_QUEUED_RUNS=1).url)
+    runs = [client.start(project, SLOW, wait=0) for _ in range(2)]
+
+    answer = client.post("/api/runs/start", {"cwd": str(project), "prompt": "x"})
+
+    assert [answer.status, answer.error["code"]] == [429, "QUEUE_FULL"]
+    assert int(answer.headers["Retry-After"]) > 0
+    assert len(client.get("/api/runs").json) == len(client.get("/api/sessions").json) == 2
+    for run in reversed(runs):
+        client.delete(f"/api/runs/{run['id']}")
+
+
+# ---- the end of the service
+
+
+def test_sigterm_interrupts_and_records_every_run(serve: ServeFunction, project: Path) -> None:
+    service = serve(CCM_MAX_CONCURRENT_RUNS=2)
+    client = Client(service.url)
+    running = [
+        client.start(project, prompt, wait=0, options={"allowedTools": ["Bash"]}) for prompt in (SLOW, SLEEPING_TOOL)
+    ]
+    waiting = client.start(project, "Afterwards.", wait=0)
+    client.wait_for_message(running[0]["id"], "system")
+    until(lambda: "sleep 300" in commands(running[1]["id"]))
+
+    service.process.send_signal(signal.SIGTERM)
+
+    assert service.wait() == 0
+    assert [marked(run["id"]) for run in running] == [[], []]
+    client = Client(serve().url)
+    for run in running:
+        ended = client.run(run["id"])
+        assert [ended["status"], ended["error"]["code"]] == ["error", "INTERRUPTED"]
+        assert ended["result"]["subtype"] == "error_during_execution"
+    assert client.run(waiting["id"])["status"] == "completed"
+
+
+def test_a_killed_service_leaves_no_agent_and_its_runs_are_interrupted(serve: ServeFunction, project: Path) -> None:
+    service = serve(CCM_MAX_CONCURRENT_RUNS=1)
+    client = Client(service.url)
+    running = client.start(project, SLEEPING_TOOL, wait=0, options={"allowedTools": ["Bash"]})
+    waiting = client.start(project, "Afterwards.", wait=0)
+    until(lambda: "sleep 300" in commands(running["id"]))
+    seen = client.messages(running["id"])
+
+    os.kill(service.process.pid, signal.SIGKILL)
+    service.wait()
+
+    until(lambda: not marked(running["id"]))
+    client = Client(serve().url)
+    ended = client.run(running["id"])
+    assert [ended["status"], ended["error"]["code"]] == ["error", "INTERRUPTED"]
+    assert client.messages(running["id"])[: len(seen)] == seen
+    assert client.run(waiting["id"])["status"] == "completed"
+    assert client.resume(running["sessionId"], "Go on.")["status"] == "completed"
+
+
+def test_a_second_service_on_the_same_database_is_refused(serve: ServeFunction) -> None:
+    serve()
+    with pytest.raises(RuntimeError, match="Another CC Manager is at work on this database"):
+        serve()

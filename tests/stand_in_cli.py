@@ -1,0 +1,128 @@
+#!/usr/bin/env python3
+"""A stand-in for the Claude Code CLI: answers at once, and says just what a test or a benchmark has it say.
+
+It speaks the CLI's side of stream-json on its standard streams. The prompt is JSON:
+
+    {"messages": [...], "count": N, "pad": BYTES, "raw": "...", "exit": CODE, "stderr": "...", "states": false,
+     "hold": true, "ignore_interrupt": true, "tool": SECONDS, "result": {...}}
+
+`messages` are written as they are, then `count` assistant messages of `pad` bytes, then a result. Anything else in the
+prompt makes one short turn. With STAND_IN_CLI_LOG in its environment it writes there each line that it writes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+
+SESSION = next((a.split("=", 1)[1] for a in sys.argv if a.startswith("--session-id=")), str(uuid.uuid4()))
+LOG = os.environ.get("STAND_IN_CLI_LOG")
+
+
+def write(message):
+    line = message if isinstance(message, str) else json.dumps(message)
+    sys.stdout.write(line + "\n")
+    if LOG:
+        with open(LOG, "a", encoding="utf-8") as log:
+            log.write(line + "\n")
+
+
+def control(message):
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
+
+
+def transcript():
+    """What the real CLI leaves behind, enough for a resume to be accepted."""
+    home = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(os.environ["HOME"], ".claude")
+    key = "".join(char if char.isalnum() and char.isascii() else "-" for char in os.path.realpath(os.getcwd()))
+    folder = os.path.join(home, "projects", key)
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, SESSION + ".jsonl"), "a", encoding="utf-8") as file:
+        file.write("{}\n")
+
+
+def state(name):
+    return {"type": "system", "subtype": "session_state_changed", "state": name, "session_id": SESSION}
+
+
+def result(**fields):
+    usage = {"stand-in": {"costUSD": 0.25}}
+    return {
+        "type": "result",
+        "subtype": "success",
+        "is_error": False,
+        "result": "Done.",
+        "session_id": SESSION,
+        "num_turns": 1,
+        "total_cost_usd": 0.25,
+        "model_usage_since_last_result": usage,
+        "uuid": str(uuid.uuid4()),
+        **fields,
+    }
+
+
+def assistant(text):
+    content = [{"type": "text", "text": text}]
+    return {
+        "type": "assistant",
+        "message": {"role": "assistant", "content": content},
+        "parent_tool_use_id": None,
+        "session_id": SESSION,
+        "uuid": str(uuid.uuid4()),
+    }
+
+
+def turn(script):
+    states = script.get("states", True)
+    if states:
+        control(state("running"))
+    for message in script.get("messages", []):
+        write(message)
+    for _ in range(script.get("count", 0)):
+        write(assistant("x" * script.get("pad", 100)))
+    if "stderr" in script:
+        sys.stderr.write(script["stderr"] + "\n")
+        sys.stderr.flush()
+    if "raw" in script:
+        write(script["raw"])
+    if script.get("tool"):
+        # A tool of the agent, in a session of its own as the real CLI's are.
+        subprocess.Popen(["sleep", str(script["tool"])], start_new_session=True)
+    sys.stdout.flush()
+    if "exit" in script:
+        os._exit(script["exit"])
+    if script.get("hold"):
+        return
+    write(result(**script.get("result", {})))
+    if states:
+        control(state("idle"))
+    sys.stdout.flush()
+
+
+def main():
+    script = {}
+    for line in sys.stdin:
+        message = json.loads(line)
+        if message["type"] == "control_request":
+            kind = message["request"]["subtype"]
+            if kind == "interrupt" and script.get("ignore_interrupt"):
+                continue
+            reply = {"subtype": "success", "request_id": message["request_id"], "response": {}}
+            control({"type": "control_response", "response": reply})
+            if kind == "interrupt":
+                write(result(subtype="error_during_execution", is_error=True, result=None))
+                control(state("idle"))
+        elif message["type"] == "user":
+            content = message["message"]["content"]
+            text = content if isinstance(content, str) else content[-1]["text"]
+            try:
+                script = json.loads(text)
+            except ValueError:
+                script = {"messages": [assistant("heard: " + text)]}
+            transcript()
+            turn(script)
+
+
+main()

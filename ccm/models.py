@@ -8,11 +8,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
-from typing import Any, Self
+from functools import cache, lru_cache
+from typing import Any, NamedTuple, Self
+
+import pydantic_core
 
 RUNNING = "running"
 COMPLETED = "completed"
@@ -32,16 +35,22 @@ INTERRUPT = "interrupt"
 
 def timestamp() -> str:
     """Now, as ISO 8601 in UTC with milliseconds; sorts as text."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    seconds, milliseconds = divmod(time.time_ns() // 1_000_000, 1_000)
+    return f"{_second(seconds)}.{milliseconds:03}Z"
+
+
+@lru_cache(maxsize=2)
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat().removesuffix("+00:00")
 
 
 def to_json_text(value: Any) -> str:
-    """JSON in pure ASCII: PostgreSQL's text refuses NUL and lone surrogates, and the escaped form keeps them.
-
-    Raises:
-        ValueError: the value holds a NaN or an infinity, which JSON cannot say.
-    """
-    return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    """JSON in pure ASCII: PostgreSQL's text refuses NUL and lone surrogates, and the escaped form keeps them."""
+    try:
+        # Three times as fast as json, and for thousands of messages in a second that counts.
+        return pydantic_core.to_json(value, ensure_ascii=True).decode("ascii")
+    except pydantic_core.PydanticSerializationError:
+        return json.dumps(value, ensure_ascii=True, separators=(",", ":"))  # it holds a lone surrogate
 
 
 @cache
@@ -178,13 +187,15 @@ class Session(Row):
         }
 
 
-@dataclass(frozen=True)
-class Message:
-    """One SDK message of a run, as text. `index` counts from 0 within the run."""
+class Message(NamedTuple):
+    """One SDK message of a run, as text. `index` counts from 0 within the run.
+
+    A tuple, because there are thousands in a second, and a frozen dataclass takes three times as long to make.
+    """
 
     run_id: str
     session_id: str
-    index: int
+    index: int  # type: ignore[assignment]  # and not the method of a tuple
     type: str
     json: str
     created_at: str

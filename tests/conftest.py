@@ -77,7 +77,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     server: str = request.getfixturevalue("postgresql")
     name = f"test_{uuid.uuid4().hex}"
     with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")  # type: ignore[call-overload]  # a name is no parameter
+        connection.execute(f"CREATE DATABASE {name}")
     return f"{server}/{name}"
 
 
@@ -112,7 +112,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def environ(messages_api: MessagesAPI, home: Path) -> dict[str, str]:
-    """The environment of a service for tests: made from nothing, so that no variable of the machine reaches an agent."""
+    """The environment of a service for tests: made from nothing, so that nothing of the machine reaches an agent."""
     return credential_free_environment(messages_api.url, str(home)) | {
         # root, as CI often is, may not bypass permissions outside of a sandbox.
         "IS_SANDBOX": "1",

@@ -10,17 +10,25 @@ It speaks the CLI's side of stream-json on its standard streams. The prompt is J
 prompt makes one short turn. With STAND_IN_CLI_LOG in its environment it writes there each line that it writes.
 """
 
+from __future__ import annotations
+
 import json
 import os
-import subprocess
 import sys
-import uuid
 
-SESSION = next((a.split("=", 1)[1] for a in sys.argv if a.startswith("--session-id=")), str(uuid.uuid4()))
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # imports nothing that it does not need: it is to start fast
+    from typing import Any
+
 LOG = os.environ.get("STAND_IN_CLI_LOG")
 
 
-def write(message):
+def new_id() -> str:
+    text = os.urandom(16).hex()
+    return f"{text[:8]}-{text[8:12]}-4{text[13:16]}-8{text[17:20]}-{text[20:]}"
+
+
+def write(message: object) -> None:
     line = message if isinstance(message, str) else json.dumps(message)
     sys.stdout.write(line + "\n")
     if LOG:
@@ -28,12 +36,15 @@ def write(message):
             log.write(line + "\n")
 
 
-def control(message):
+SESSION = next((a.split("=", 1)[1] for a in sys.argv if a.startswith("--session-id=")), new_id())
+
+
+def control(message: object) -> None:
     sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()
 
 
-def transcript():
+def transcript() -> None:
     """What the real CLI leaves behind, enough for a resume to be accepted."""
     home = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(os.environ["HOME"], ".claude")
     key = "".join(char if char.isalnum() and char.isascii() else "-" for char in os.path.realpath(os.getcwd()))
@@ -43,11 +54,11 @@ def transcript():
         file.write("{}\n")
 
 
-def state(name):
+def state(name: str) -> dict[str, object]:
     return {"type": "system", "subtype": "session_state_changed", "state": name, "session_id": SESSION}
 
 
-def result(**fields):
+def result(**fields: object) -> dict[str, object]:
     usage = {"stand-in": {"costUSD": 0.25}}
     return {
         "type": "result",
@@ -56,25 +67,27 @@ def result(**fields):
         "result": "Done.",
         "session_id": SESSION,
         "num_turns": 1,
+        "duration_ms": 1,
+        "duration_api_ms": 1,
         "total_cost_usd": 0.25,
         "model_usage_since_last_result": usage,
-        "uuid": str(uuid.uuid4()),
+        "uuid": new_id(),
         **fields,
     }
 
 
-def assistant(text):
+def assistant(text: str) -> dict[str, object]:
     content = [{"type": "text", "text": text}]
     return {
         "type": "assistant",
-        "message": {"role": "assistant", "content": content},
+        "message": {"role": "assistant", "model": "stand-in", "content": content},
         "parent_tool_use_id": None,
         "session_id": SESSION,
-        "uuid": str(uuid.uuid4()),
+        "uuid": new_id(),
     }
 
 
-def turn(script):
+def turn(script: dict[str, Any]) -> None:
     states = script.get("states", True)
     if states:
         control(state("running"))
@@ -89,6 +102,8 @@ def turn(script):
         write(script["raw"])
     if script.get("tool"):
         # A tool of the agent, in a session of its own as the real CLI's are.
+        import subprocess
+
         subprocess.Popen(["sleep", str(script["tool"])], start_new_session=True)
     sys.stdout.flush()
     if "exit" in script:
@@ -101,8 +116,8 @@ def turn(script):
     sys.stdout.flush()
 
 
-def main():
-    script = {}
+def main() -> None:
+    script: dict[str, Any] = {}
     for line in sys.stdin:
         message = json.loads(line)
         if message["type"] == "control_request":

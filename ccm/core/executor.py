@@ -23,7 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anyio
 import claude_agent_sdk
+import sniffio
 from claude_agent_sdk import (
     AgentDefinition,
     ClaudeAgentOptions,
@@ -117,23 +119,72 @@ class Assignment:
         }
 
 
-class _Client(ClaudeSDKClient):
-    """The SDK's client with the four things that it does not offer."""
+class _Tap:
+    """Stands in for the sending end of the SDK's message stream, and takes each raw message where the SDK reads it.
 
-    async def raw_messages(self) -> AsyncIterator[dict[str, Any]]:
-        """The CLI's messages as they came, those of unknown types too; control messages excepted."""
-        if self._query is None:
-            raise CLIConnectionError("not connected")
-        async for message in self._query.receive_messages():
-            yield message
+    The stream itself would cost two passes of the event loop for each message, half of what the SDK takes for it, and
+    hold a hundred messages that no budget knows of.
+
+    Args:
+        take: awaited for each message; while it waits the SDK reads nothing.
+        earlier: what had come before the tap was set.
+    """
+
+    def __init__(self, take: Callable[[dict[str, Any]], Awaitable[None]], earlier: list[dict[str, Any]]) -> None:
+        self._take = take
+        self._earlier = earlier
+        self._caught_up = asyncio.Event()
+        self.ended = asyncio.Event()
+        self.error: Exception | None = None
+
+    async def catch_up(self) -> None:
+        for message in self._earlier:
+            await self._sort(message)
+        self._caught_up.set()
 
     async def send(self, message: dict[str, Any]) -> None:
-        """Send one user message and keep the input open."""
+        if not self._caught_up.is_set():
+            await self._caught_up.wait()
+        await self._sort(message)
 
-        async def one() -> AsyncIterator[dict[str, Any]]:
-            yield message
+    async def _sort(self, message: dict[str, Any]) -> None:
+        if message.get("type") == "error" and "exception" in message:
+            self.error = message["exception"]  # the SDK's own word for: the reader has failed
+        elif message.get("type") != "end":
+            await self._take(message)
 
-        await self.query(one())
+    def send_nowait(self, message: dict[str, Any]) -> None:
+        """The SDK calls it to say that the stream is at its end."""
+
+    def close(self) -> None:
+        self.ended.set()
+
+
+class _Client(ClaudeSDKClient):
+    """The SDK's client with the three things that it does not offer."""
+
+    async def receive_raw(self, take: Callable[[dict[str, Any]], Awaitable[None]], message: dict[str, Any]) -> None:
+        """Send one user message, and have `take` get all that the CLI says until its stream ends: the messages as they
+        came, those of unknown types too; control messages excepted. The input is kept open.
+
+        Raises:
+            ClaudeSDKError: how the stream ended, if not well.
+        """
+        query = self._query
+        if query is None:
+            raise CLIConnectionError("not connected")
+        earlier = []
+        with contextlib.suppress(anyio.WouldBlock, anyio.EndOfStream):
+            while True:
+                earlier.append(query._message_receive.receive_nowait())
+        tap = _Tap(take, earlier)
+        closed, query._message_send = query._message_send.statistics().open_send_streams == 0, tap
+        await tap.catch_up()
+        if not closed:
+            await self.query(_one(message))
+            await tap.ended.wait()
+        if tap.error is not None:
+            raise tap.error
 
     async def end_input(self) -> None:
         """Tell the CLI that nothing more will come; it then writes its transcript out and exits."""
@@ -146,6 +197,10 @@ class _Client(ClaudeSDKClient):
         if process is not None and process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(number)
+
+
+async def _one(message: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    yield message
 
 
 class Execution:
@@ -222,6 +277,9 @@ class Execution:
         )
 
     async def _perform(self) -> Outcome:
+        # anyio, beneath the SDK, asks several times for each message which event loop this is; told so, it need not
+        # find out.
+        sniffio.current_async_library_cvar.set("asyncio")
         with self._lock:
             self._loop = asyncio.get_running_loop()
             if self._reason is not None:
@@ -246,9 +304,7 @@ class Execution:
             try:
                 await client.connect()
                 self._connected = True
-                await client.send(self._assignment.user_message())
-                async for message in client.raw_messages():
-                    await self._take(message)
+                await client.receive_raw(self._take, self._assignment.user_message())
             except Exception as raised:
                 error = raised
             finally:

@@ -263,18 +263,18 @@ class Recorder:
         batch: list[Message | Write[object]] = []
         size = 0
         item = self._queue.get()
-        while True:
-            if isinstance(item, _Stop):
-                return batch, True
-            batch.append(item)
-            if isinstance(item, Message):
-                size += item.size
-            if len(batch) >= BATCH_ITEMS or size >= BATCH_BYTES:
-                return batch, False
-            try:
-                item = self._queue.get_nowait()
-            except queue.Empty:
-                return batch, False
+        # One lock for all that is there: taking them one by one costs as much as writing them.
+        with self._queue.mutex:
+            waiting = self._queue.queue
+            while True:
+                if isinstance(item, _Stop):
+                    return batch, True
+                batch.append(item)
+                if isinstance(item, Message):
+                    size += item.size
+                if not waiting or len(batch) >= BATCH_ITEMS or size >= BATCH_BYTES:
+                    return batch, False
+                item = waiting.popleft()
 
     def _write_batch(self, batch: list[Message | Write[object]]) -> None:
         pause = FIRST_PAUSE
@@ -317,7 +317,7 @@ class Recorder:
                 refused.extend(self._insert(transaction, run_of_messages, one_by_one))
                 run_of_messages.clear()
 
-        with self._database.transaction() as transaction:
+        with self._database.transaction(self._uncertain) as transaction:
             for item in batch:
                 if isinstance(item, Message):
                     run_of_messages.append(item)
@@ -331,8 +331,9 @@ class Recorder:
         self, transaction: Transaction, batch: list[Message], one_by_one: bool
     ) -> list[tuple[Message, StorageRejected]]:
         # What follows a refused message is left out, so that a run's indexes never have a gap.
-        batch = [message for message in batch if message.run_id not in self._broken]
-        if self._uncertain:
+        if self._broken:
+            batch = [message for message in batch if message.run_id not in self._broken]
+        if transaction.uncertain:
             stored = {run_id: messages.last_index(transaction, run_id) for run_id in {m.run_id for m in batch}}
             batch = [message for message in batch if message.index > stored[message.run_id]]
         if not one_by_one:
@@ -368,7 +369,8 @@ class Recorder:
             self._on_refused(message.run_id, error)
         for write in writes:
             write.settle()
-        self._doorbell.ring({key for message in stored for key in (message.run_id, message.session_id)})
+        for keys in {(message.run_id, message.session_id) for message in stored}:
+            self._doorbell.ring(keys)
 
     def _report_trouble(self, reason: str) -> None:
         if self._trouble is None:

@@ -276,14 +276,14 @@ class RunManager:
         request: RunRequest,
         new_session: Mapping[str, Any] | None,
     ) -> tuple[Run, _Effects]:
-        stored = runs.find(transaction, row["id"])
-        if stored is not None:
+        if transaction.uncertain and (stored := runs.find(transaction, row["id"])):
             return stored, self._dispatch(transaction)  # the commit before this try had gone through after all
         seq = runs.next_seq(transaction)
         session_id = row["sessionId"]
         effects = _Effects()
         if new_session is None:
             effects |= self._make_way(transaction, session_id, request.if_busy)
+            sessions.run_added(transaction, session_id, seq, row["createdAt"])
         else:
             session = {
                 "id": session_id,
@@ -296,9 +296,9 @@ class RunManager:
             }
             sessions.insert(transaction, session | dict(new_session))
         runs.insert(transaction, dict(row) | {"seq": seq}, images_json)
-        sessions.run_accepted(transaction, session_id, seq, row["createdAt"])
         effects |= self._dispatch(transaction)
-        run = find_run(transaction, row["id"])
+        begun = [start.run for start in effects.starts if start.run.id == row["id"]]
+        run = begun[0] if begun else find_run(transaction, row["id"])
         if run.waiting and runs.count_waiting(transaction) > self._queue_limit:
             raise QueueFull(
                 f"{self._queue_limit} runs are waiting already (CCM_MAX_QUEUED_RUNS). Try again when some have ended."
@@ -343,13 +343,13 @@ class RunManager:
     def _dispatch(self, transaction: Transaction) -> _Effects:
         """Decide which waiting runs start now: the first in the queue whose session is free, while workers are."""
         effects = _Effects()
-        while not self._stopping and runs.count_started(transaction) < self._workers:
-            run = runs.next_startable(transaction)
-            if run is None:
+        while not self._stopping:
+            started, next_id = runs.queue(transaction)
+            if next_id is None or started >= self._workers:
                 break
+            run = find_run(transaction, next_id)
             parent = self._parent(transaction, run)
-            runs.mark_started(transaction, run.id, parent.id if parent else None, self._owner)
-            run = find_run(transaction, run.id)
+            run = runs.start(transaction, run, parent.id if parent else None, self._owner)
             if run.mode != FRESH and parent is None:
                 lost = "The run that this one was to continue left no transcript."
                 effects |= self._end(
@@ -358,7 +358,7 @@ class RunManager:
                     {"status": ERROR, "errorCode": "SESSION_NOT_RESUMABLE", "errorMessage": lost},
                 )
                 continue
-            start = _Start(run, parent, runs.images_json(transaction, run.id))
+            start = _Start(run, parent, runs.images_json(transaction, run.id) if run.image_count else None)
             effects |= _Effects(starts=(start,), news=(run.id, run.session_id))
         return effects
 
@@ -443,7 +443,7 @@ class RunManager:
         }
 
         def work(transaction: Transaction) -> _Effects:
-            ended = self._end(transaction, find_run(transaction, run.id), values)
+            ended = self._end(transaction, run, values)
             return ended | self._dispatch(transaction)
 
         try:
@@ -464,7 +464,7 @@ class RunManager:
     def _end(self, transaction: Transaction, run: Run, values: Mapping[str, Any]) -> _Effects:
         """The final state of a run, once, and what it means for its session."""
         count = messages.last_index(transaction, run.id) + 1
-        if runs.end(transaction, run.id, {**values, "messageCount": count}):
+        if runs.end(transaction, run, {**values, "messageCount": count}):
             head = run.id if values.get("hasTranscript") else None
             sessions.run_ended(transaction, run.session_id, count, values.get("costUsd") or 0.0, head)
         return _Effects(news=(run.id, run.session_id))

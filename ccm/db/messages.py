@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from ccm.db.database import Transaction
 from ccm.models import Message
@@ -46,15 +45,15 @@ def indexes(
     """The indexes of the first `limit` messages of the given types in a range, without their texts."""
     condition, names = _of_types(types)
     sql = f'SELECT "index" FROM ccr_run_messages WHERE {RANGE}{condition} ORDER BY "index" LIMIT :limit'
-    found = transaction.column(sql, run=run_id, after=after, through=through, limit=limit, **names)
-    return [int(index) for index in found]
+    return transaction.column(sql, run=run_id, after=after, through=through, limit=limit, **names)
 
 
 def sizes(transaction: Transaction, run_id: str, after: int, through: int, limit: int) -> list[tuple[int, int]]:
     """Index and bytes of the first `limit` messages in a range."""
     sql = f'SELECT "index", size FROM ccr_run_messages WHERE {RANGE} ORDER BY "index" LIMIT :limit'
-    rows = transaction.rows(sql, run=run_id, after=after, through=through, limit=limit)
-    return [(int(row["index"]), int(row["size"])) for row in rows]
+    return [
+        (index, size) for index, size in transaction.tuples(sql, run=run_id, after=after, through=through, limit=limit)
+    ]
 
 
 def texts(transaction: Transaction, run_id: str, after: int, through: int, types: Sequence[str] = ()) -> list[str]:
@@ -70,5 +69,4 @@ def holding(transaction: Transaction, run_id: str, words: str) -> list[tuple[int
         'SELECT "index", "messageJson" FROM ccr_run_messages WHERE "runId" = :run AND "messageJson" LIKE :pattern '
         'ORDER BY "index"'
     )
-    rows: list[Any] = transaction.rows(sql, run=run_id, pattern=f"%{words}%")
-    return [(int(row["index"]), row["messageJson"]) for row in rows]
+    return [(index, text) for index, text in transaction.tuples(sql, run=run_id, pattern=f"%{words}%")]

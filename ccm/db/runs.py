@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ccm.db.database import Transaction
@@ -37,15 +37,16 @@ FILTERS = {
     "cwd": "r.cwd = :cwd",
     "mode": "r.mode = :mode",
 }
-# The first run in the queue whose session has none that has started: within a session runs follow one another.
-NEXT_STARTABLE = """
-SELECT w.id FROM ccr_runs w
-WHERE w.status = 'running' AND w."startedAt" IS NULL AND NOT EXISTS (
-    SELECT 1 FROM ccr_runs b
-    WHERE b."sessionId" = w."sessionId" AND b.status = 'running' AND b."startedAt" IS NOT NULL)
-ORDER BY w.seq LIMIT 1
+# How many runs have started, and the first in the queue whose session has none that has: within a session runs follow
+# one another.
+QUEUE = """
+SELECT (SELECT COUNT(*) FROM ccr_runs WHERE status = 'running' AND "startedAt" IS NOT NULL), (
+    SELECT w.id FROM ccr_runs w
+    WHERE w.status = 'running' AND w."startedAt" IS NULL AND NOT EXISTS (
+        SELECT 1 FROM ccr_runs b
+        WHERE b."sessionId" = w."sessionId" AND b.status = 'running' AND b."startedAt" IS NOT NULL)
+    ORDER BY w.seq LIMIT 1)
 """
-COUNT_STARTED = "SELECT COUNT(*) FROM ccr_runs WHERE status = 'running' AND \"startedAt\" IS NOT NULL"
 COUNT_WAITING = "SELECT COUNT(*) FROM ccr_runs WHERE status = 'running' AND \"startedAt\" IS NULL"
 
 
@@ -119,40 +120,40 @@ def running(transaction: Transaction, session_id: str) -> list[Run]:
     return [Run.from_row(row) for row in rows]
 
 
-def next_startable(transaction: Transaction) -> Run | None:
-    run_id = transaction.value(NEXT_STARTABLE)
-    return None if run_id is None else find(transaction, run_id)
-
-
-def count_started(transaction: Transaction) -> int:
-    return int(transaction.value(COUNT_STARTED))
+def queue(transaction: Transaction) -> tuple[int, str | None]:
+    """How many runs have started and not ended, and the id of the next one that may start."""
+    started, next_id = transaction.tuples(QUEUE)[0]
+    return started, next_id
 
 
 def count_waiting(transaction: Transaction) -> int:
     return int(transaction.value(COUNT_WAITING))
 
 
-def mark_started(transaction: Transaction, run_id: str, parent_run_id: str | None, owner: str) -> None:
+def start(transaction: Transaction, run: Run, parent_run_id: str | None, owner: str) -> Run:
+    """The run as it is once it has left the queue."""
+    started = replace(run, started_at=timestamp(), parent_run_id=parent_run_id, queue_position=None)
     transaction.execute(
         'UPDATE ccr_runs SET "startedAt" = :now, "parentRunId" = :parent, owner = :owner WHERE id = :id',
-        now=timestamp(),
+        now=started.started_at,
         parent=parent_run_id,
         owner=owner,
-        id=run_id,
+        id=run.id,
     )
+    return started
 
 
-def end(transaction: Transaction, run_id: str, values: Mapping[str, Any]) -> bool:
+def end(transaction: Transaction, run: Run, values: Mapping[str, Any]) -> bool:
     """The one way into a final state: a compare-and-set. False if the run had ended already."""
     assignments = ", ".join(f'"{column}" = :{column}' for column in values)
     changed = transaction.execute(
         f"UPDATE ccr_runs SET {assignments}, \"endedAt\" = :now WHERE id = :id AND status = 'running'",
         **values,
         now=timestamp(),
-        id=run_id,
+        id=run.id,
     )
-    if changed:
-        transaction.execute('DELETE FROM ccr_run_images WHERE "runId" = :id', id=run_id)
+    if changed and run.image_count:
+        transaction.execute('DELETE FROM ccr_run_images WHERE "runId" = :id', id=run.id)
     return bool(changed)
 
 

@@ -53,11 +53,13 @@ def _pattern(words: str) -> str:
 
 
 def insert(transaction: Transaction, row: Mapping[str, Any]) -> None:
-    blank = {"headRunId": None, "runCount": 0, "messageCount": 0, "costUsd": 0.0}
+    """A session with its first run."""
+    blank = {"headRunId": None, "runCount": 1, "messageCount": 0, "costUsd": 0.0}
     transaction.insert("ccr_sessions", blank | dict(row))
 
 
-def run_accepted(transaction: Transaction, session_id: str, seq: int, at: str) -> None:
+def run_added(transaction: Transaction, session_id: str, seq: int, at: str) -> None:
+    """Count a further run in."""
     transaction.execute(
         'UPDATE ccr_sessions SET "runCount" = "runCount" + 1, "lastRunAt" = :at, "lastRunSeq" = :seq WHERE id = :id',
         id=session_id,

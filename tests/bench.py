@@ -1,0 +1,371 @@
+"""Measures the service beside what it is built on: `python -m tests.bench [--quick] [NAME ...]`.
+
+Each measure is paired: both sides run in turn, in one process or on one machine at one time, and the medians and their
+ratio are printed. A stand-in CLI that answers at once (tests/stand_in_cli.py) takes the real CLI's half second and its
+noise out of the way; the real one is measured beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import socket
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from claude_agent_sdk import ClaudeAgentOptions, ClaudeSDKClient, ResultMessage
+
+from ccm.core.doorbell import Doorbell
+from ccm.core.executor import bundled_cli
+from ccm.core.recorder import Recorder
+from ccm.db import migrate, sqlite_file
+from ccm.db.database import Database
+from ccm.demo.messages_api import MessagesAPI
+from ccm.demo.tour import ServiceProcess, credential_free_environment
+from ccm.models import Message, timestamp
+from tests.client import Client
+from tests.conftest import stand_in_cli
+
+MESSAGE = json.dumps({"type": "assistant", "uuid": str(uuid.uuid4()), "message": {"content": "x" * 1400}})
+BARE_FLASK = """
+import socket
+from flask import Flask
+from waitress.server import create_server
+app = Flask("bare", static_folder=None)
+@app.get("/health")
+def health():
+    return {"status": "ok"}
+listener = socket.socket()
+listener.bind(("127.0.0.1", 0))
+server = create_server(app, sockets=[listener], threads=216, asyncore_use_poll=True)
+print(listener.getsockname()[1], flush=True)
+server.run()
+"""
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def timed(action: Callable[[], object]) -> float:
+    """Milliseconds."""
+    begun = time.perf_counter()
+    action()
+    return (time.perf_counter() - begun) * 1000
+
+
+class Bench:
+    """The measures; each method named `measure_*` prints its own lines."""
+
+    def __init__(self, folder: Path, quick: bool) -> None:
+        self.folder = folder
+        self.rounds = 5 if quick else 25
+        self.seconds = 0.5 if quick else 3.0
+        self.scale = 10 if quick else 1
+        self.home = folder / "home"
+        self.project = folder / "project"
+        self.home.mkdir()
+        self.project.mkdir()
+        self.cli = stand_in_cli(folder)
+        self.api = MessagesAPI().start()
+        self.environ = credential_free_environment(self.api.url, str(self.home)) | {"LOG_LEVEL": "error"}
+
+    @contextmanager
+    def service(self, **settings: object) -> Iterator[ServiceProcess]:
+        own = {"DATABASE_PATH": str(self.folder / f"{uuid.uuid4()}.sqlite"), "LOG_LEVEL": "info"}
+        own |= {name: str(value) for name, value in settings.items()}
+        with ServiceProcess(self.environ | own) as service:
+            yield service
+
+    # ---- runs
+
+    def bare_run(self, cli: Path, prompt: str) -> float:
+        """Milliseconds of one run with the SDK alone, as its documentation shows it."""
+
+        async def run() -> None:
+            options = ClaudeAgentOptions(cli_path=cli, cwd=self.project, env=self.environ, max_buffer_size=2**25)
+            async with ClaudeSDKClient(options) as client:
+                await client.query(prompt)
+                async for message in client.receive_messages():
+                    if isinstance(message, ResultMessage):
+                        break
+
+        return timed(lambda: asyncio.run(run()))
+
+    def service_run(self, client: Client, prompt: str) -> float:
+        def run() -> None:
+            ended = client.start(self.project, prompt, wait=120)
+            assert ended["status"] == "completed", ended
+
+        return timed(run)
+
+    def pair(self, name: str, cli: Path, prompt: str, rounds: int) -> None:
+        with self.service(CCM_CLI_PATH=cli) as service:
+            client = Client(service.url)
+            self.bare_run(cli, prompt), self.service_run(client, prompt)
+            bare, ours = [], []
+            for _ in range(rounds):
+                bare.append(self.bare_run(cli, prompt))
+                ours.append(self.service_run(client, prompt))
+        extra = median(ours) - median(bare)
+        ratio = median(ours) / median(bare)
+        print(f"{name}: SDK {median(bare):.1f} ms, service {median(ours):.1f} ms: {extra:+.1f} ms, {ratio:.2f}x")
+
+    def measure_trivial_run(self) -> None:
+        self.pair("trivial run, stand-in CLI", self.cli, "hello", self.rounds)
+        self.pair("trivial run, real CLI", bundled_cli(), "hello", self.rounds // 2)
+
+    def measure_long_run(self) -> None:
+        self.pair("run of 2,003 messages, stand-in CLI", self.cli, json.dumps({"count": 2000}), self.rounds)
+
+    def measure_sixteen_at_once(self) -> None:
+        for name, cli, rounds in (("stand-in", self.cli, 5), ("real", bundled_cli(), 2)):
+            with self.service(CCM_CLI_PATH=cli, CCM_MAX_CONCURRENT_RUNS=16) as service:
+                client = Client(service.url)
+                bare, ours = [], []
+                with ThreadPoolExecutor(16) as pool:
+
+                    def all_at_once(run: Callable[..., float], *words: Any, pool: ThreadPoolExecutor = pool) -> float:
+                        return 16_000 / timed(
+                            lambda: [job.result() for job in [pool.submit(run, *words) for _ in range(16)]]
+                        )
+
+                    all_at_once(self.service_run, client, "hello")
+                    for _ in range(rounds):
+                        bare.append(all_at_once(self.bare_run, cli, "hello"))
+                        ours.append(all_at_once(self.service_run, client, "hello"))
+            print(
+                f"16 runs at once, {name} CLI: SDK {median(bare):.1f} runs/s, service {median(ours):.1f} runs/s: "
+                f"{median(ours) / median(bare):.2f}"
+            )
+
+    def measure_accept(self) -> None:
+        with self.service(CCM_CLI_PATH=self.cli) as service:
+            client = Client(service.url)
+            client.start(self.project, "hello")
+            idle = []
+            for _ in range(self.rounds * 2):
+                begun = time.perf_counter()
+                run = client.start(self.project, "hello", wait=0)
+                idle.append((time.perf_counter() - begun) * 1000)
+                client.run(run["id"])
+            busy = [timed(lambda: client.start(self.project, "hello", wait=0)) for _ in range(self.rounds * 4)]
+        print(f"POST to 202: p50 {median(idle):.1f} ms idle, {median(busy):.1f} ms with 8 runs going on and a queue")
+
+    # ---- reads
+
+    def measure_messages_of_a_run(self) -> None:
+        for runs in (3_000 // self.scale, 30_000 // self.scale):
+            path = self.filled(runs, 50)
+            with self.service(DATABASE_PATH=path) as service:
+                run = Client(service.url).get("/api/runs", limit=2).json[1]["id"]
+                rate = self.rate(service.url, f"/api/runs/{run}/messages")
+            print(f"GET /api/runs/:id/messages, 50 messages, {runs * 50:,} stored: {rate:.0f} requests/s")
+
+    def measure_messages_of_a_session(self) -> None:
+        path = self.filled(10, 1_000, one_session=True)
+        with self.service(DATABASE_PATH=path) as service:
+            client = Client(service.url)
+            session = client.get("/api/sessions").json[0]["sessionId"]
+            path_and_query = f"/api/sessions/{session}/messages"
+            client.get(path_and_query)
+            before = resident(service.process.pid)
+            rate = self.rate(service.url, path_and_query)
+            after = resident(service.process.pid)
+        print(
+            f"GET /api/sessions/:id/messages, 10,000 messages: {rate:.1f} requests/s, "
+            f"memory {before:.0f} MiB after one, {after:.0f} MiB after all"
+        )
+
+    def measure_sessions(self) -> None:
+        for count in (1_000, 10_000):
+            path = self.filled(count, 2)
+            with self.service(DATABASE_PATH=path) as service:
+                rate = self.rate(service.url, "/api/sessions")
+            print(f"GET /api/sessions, first page of 100, {count:,} sessions: {rate:.0f} requests/s")
+
+    def measure_health(self) -> None:
+        bare = subprocess.Popen([sys.executable, "-c", BARE_FLASK], stdout=subprocess.PIPE, text=True)
+        try:
+            assert bare.stdout is not None
+            url = f"http://127.0.0.1:{bare.stdout.readline().strip()}"
+            with self.service() as service:
+                rates: tuple[list[float], list[float]] = ([], [])
+                for _ in range(5):
+                    rates[0].append(self.rate(url, "/health"))
+                    rates[1].append(self.rate(service.url, "/health"))
+        finally:
+            bare.kill()
+            bare.communicate()
+        theirs, ours = median(rates[0]), median(rates[1])
+        print(f"GET /health: bare Flask route {theirs:.0f}, service {ours:.0f} requests/s: {ours / theirs:.2f}")
+
+    def rate(self, url: str, path: str) -> float:
+        """Requests a second that two clients get, each on a connection that it keeps if it may."""
+        host, port = url.removeprefix("http://").split(":")
+        request = f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode()
+        done = [0, 0]
+        stop = threading.Event()
+
+        def load(number: int) -> None:
+            kept = False
+            while not stop.is_set():
+                if not kept:
+                    connection = socket.create_connection((host, int(port)))
+                connection.sendall(request)
+                kept = read_response(connection)
+                done[number] += 1
+                if not kept:
+                    connection.close()
+            connection.close()
+
+        threads = [threading.Thread(target=load, args=(number,)) for number in range(2)]
+        begun = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        time.sleep(self.seconds)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        return sum(done) / (time.perf_counter() - begun)
+
+    def filled(self, runs: int, messages_each: int, one_session: bool = False) -> Path:
+        """A database with so many ended runs of so many messages."""
+        path = self.folder / f"{uuid.uuid4()}.sqlite"
+        url = f"sqlite:///{path}"
+        sqlite_file.prepare(url)
+        database = Database(url, writer=True, pool_size=1)
+        migrate.migrate(database)
+        database.close()
+        result = json.dumps({"type": "result", "subtype": "success", "result": "Done.", "permission_denials": []})
+        connection = sqlite3.connect(path)
+        with connection:
+            for seq in range(1, runs + 1):
+                run_id, now = str(uuid.uuid4()), timestamp()
+                if seq == 1 or not one_session:
+                    session_id = run_id
+                    connection.execute(
+                        "INSERT INTO ccr_sessions VALUES "
+                        "(?, NULL, NULL, '/tmp', 'a title', '{}', ?, ?, ?, 0.1, ?, ?, ?)",
+                        (session_id, run_id, runs if one_session else 1, messages_each, now, now, seq),
+                    )
+                connection.execute(
+                    'INSERT INTO ccr_runs (id, seq, cwd, "sessionId", "sdkSessionId", mode, status, prompt, '
+                    '"optionsJson", "imageCount", "resultType", "resultJson", "messageCount", "hasTranscript", '
+                    "\"createdAt\") VALUES (?, ?, '/tmp', ?, ?, 'fresh', 'completed', 'a prompt', '{}', 0, 'success', "
+                    "?, ?, 1, ?)",
+                    (run_id, seq, session_id, run_id, result, messages_each, now),
+                )
+                connection.executemany(
+                    'INSERT INTO ccr_run_messages ("runId", "index", "messageType", "createdAt", size, "messageJson") '
+                    "VALUES (?, ?, 'assistant', ?, ?, ?)",
+                    [(run_id, index, now, len(MESSAGE), MESSAGE) for index in range(messages_each)],
+                )
+        connection.close()
+        return path
+
+    # ---- writes
+
+    def measure_writes(self) -> None:
+        rows = 50_000 // self.scale
+        raw, ours = [], []
+        for _ in range(3):
+            raw.append(self.raw_writes(rows))
+            ours.append(self.recorded(rows))
+        print(
+            f"messages into the database (WAL, synchronous=FULL, 1.5 KB): executemany {median(raw):,.0f} rows/s, "
+            f"recorder {median(ours):,.0f} rows/s: {median(ours) / median(raw):.2f}"
+        )
+
+    def raw_writes(self, rows: int, batch: int = 1_000) -> float:
+        path = self.filled(1, 0)
+        connection = sqlite3.connect(path)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        run_id = connection.execute("SELECT id FROM ccr_runs").fetchone()[0]
+        begun = time.perf_counter()
+        for first in range(0, rows, batch):
+            with connection:
+                connection.executemany(
+                    'INSERT INTO ccr_run_messages ("runId", "index", "messageType", "createdAt", size, "messageJson") '
+                    "VALUES (?, ?, 'assistant', ?, ?, ?)",
+                    [(run_id, index, timestamp(), len(MESSAGE), MESSAGE) for index in range(first, first + batch)],
+                )
+        seconds = time.perf_counter() - begun
+        connection.close()
+        return rows / seconds
+
+    def recorded(self, rows: int) -> float:
+        path = self.filled(1, 0)
+        database = Database(f"sqlite:///{path}", writer=True, pool_size=1)
+        run_id = database.rows("SELECT id FROM ccr_runs")[0]["id"]
+        recorder = Recorder(database, Doorbell(), 64 * 2**20, on_refused=print)
+        recorder.start()
+
+        async def append() -> None:
+            for index in range(rows):
+                await recorder.append(Message(run_id, run_id, index, "assistant", MESSAGE, timestamp()))
+
+        begun = time.perf_counter()
+        asyncio.run(append())
+        recorder.write(lambda transaction: None)
+        seconds = time.perf_counter() - begun
+        recorder.stop(time.monotonic() + 10)
+        database.close()
+        return rows / seconds
+
+
+def read_response(connection: socket.socket) -> bool:
+    """Read one answer, with a length or in chunks; whether the connection is kept."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += connection.recv(2**18)
+    head, _, body = data.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200"), head
+    for line in head.split(b"\r\n"):
+        name, _, value = line.partition(b": ")
+        if name.lower() == b"content-length":
+            missing = int(value) - len(body)
+            while missing > 0:
+                missing -= len(connection.recv(2**18))
+            return True
+    tail = body[-7:]
+    while not tail.endswith(b"\r\n0\r\n\r\n"):
+        tail = (tail + connection.recv(2**18))[-7:]
+    return False
+
+
+def resident(pid: int) -> float:
+    """Resident memory of a process in MiB."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a tenth of everything, to see that it works")
+    parser.add_argument("names", nargs="*", help="only these measures, such as trivial_run")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="ccm-bench-") as folder:
+        bench = Bench(Path(folder), arguments.quick)
+        for name in [name for name in dir(bench) if name.startswith("measure_")]:
+            if not arguments.names or name.removeprefix("measure_") in arguments.names:
+                getattr(bench, name)()
+        bench.api.stop()
+
+
+if __name__ == "__main__":
+    main()

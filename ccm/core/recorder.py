@@ -215,28 +215,31 @@ class Recorder:
 
     async def append(self, message: Message) -> None:
         """Put a run's next message on the queue; waits in the caller's loop while the budget is spent."""
-        while not self._charge(message.size):
+        while not self._put(message):
             room = asyncio.Event()
             with self._lock:
                 self._waiting.append((asyncio.get_running_loop(), room))
-            # Between the two steps the writer may have made room and rung nobody.
-            if not self._charge(message.size):
-                await room.wait()
-                continue
-            break
-        self._queue.put(message)
+            # Between the two steps the writer may have made room and told nobody.
+            if self._put(message):
+                return
+            await room.wait()
 
-    def _charge(self, size: int) -> bool:
-        with self._lock:
+    def _put(self, message: Message) -> bool:
+        """Charge the budget and queue the message, under the queue's one lock. False if the budget is spent."""
+        size = len(message.json)
+        with self._queue.mutex:
             # One message always fits, or one larger than the budget would wait for ever.
             if self._charged and self._charged + size > self._budget:
                 return False
             self._charged += size
+            self._queue.queue.append(message)
+            self._queue.not_empty.notify()
             return True
 
     def _release(self, size: int) -> None:
-        with self._lock:
+        with self._queue.mutex:
             self._charged -= size
+        with self._lock:
             waiting, self._waiting = self._waiting, []
         for loop, room in waiting:
             try:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from ccm.db.database import Transaction
 from ccm.models import Message
 
+COLUMNS = ("runId", "index", "messageType", "createdAt", "size", "messageJson")
 RANGE = '"runId" = :run AND "index" > :after AND "index" <= :through'
 
 
@@ -19,18 +20,8 @@ def _of_types(types: Sequence[str]) -> tuple[str, dict[str, str]]:
 
 
 def insert_many(transaction: Transaction, messages: Iterable[Message]) -> None:
-    rows = [
-        {
-            "runId": message.run_id,
-            "index": message.index,
-            "messageType": message.type,
-            "createdAt": message.created_at,
-            "size": message.size,
-            "messageJson": message.json,
-        }
-        for message in messages
-    ]
-    transaction.insert_many("ccr_run_messages", rows)
+    rows = [(m.run_id, m.index, m.type, m.created_at, len(m.json), m.json) for m in messages]
+    transaction.insert_many("ccr_run_messages", COLUMNS, rows)
 
 
 def last_index(transaction: Transaction, run_id: str) -> int:

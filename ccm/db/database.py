@@ -191,21 +191,24 @@ class Database:
             told = storage_error(error)
             if told is None:
                 raise
+            self._release(broken=True)
             raise told from error
         finally:
             self._release()
 
-    def _release(self) -> None:
-        """Give this thread's connection back, rolled back if it is not committed.
+    def _release(self, broken: bool = False) -> None:
+        """Give this thread's connection back, rolled back if it is not committed; close it for good if it is broken.
 
         dataset does neither when COMMIT itself fails (it forgets the transaction first and then finds nothing to roll
-        back), and the thread keeps the broken connection for good.
+        back): the thread would keep the connection, and SQLite its open transaction.
         """
         database = self._database
         database.local.tx = []
         with database.lock:
             connection = database.connections.pop(threading.get_ident(), None)
         if connection is not None:
+            if broken:
+                connection.invalidate()
             connection.close()
 
     def rows(self, sql: str, **parameters: Any) -> list[Mapping[str, Any]]:

@@ -62,14 +62,14 @@ class _AdvisoryLock:
 
     def take(self) -> bool:
         try:
-            connection = psycopg.connect(self._url, autocommit=True, connect_timeout=10)
-            row = connection.execute("SELECT pg_try_advisory_lock(%s)", [ADVISORY_LOCK]).fetchone()
+            self._connection = psycopg.connect(self._url, autocommit=True, connect_timeout=10)
+            row = self._connection.execute("SELECT pg_try_advisory_lock(%s)", [ADVISORY_LOCK]).fetchone()
         except psycopg.Error as error:
+            self.drop()
             raise DatabaseRefused(f"PostgreSQL cannot be reached: {str(error).strip().splitlines()[0]}") from None
         if row is None or not row[0]:
-            connection.close()
+            self.drop()
             return False
-        self._connection = connection
         return True
 
     def drop(self) -> None:

@@ -1,0 +1,218 @@
+"""The entry points: `create_app`, `flask run`, `flask migrate`, `flask demo`, `python app.py`."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from app import create_app
+from ccm.settings import Settings
+from tests.client import Client
+from tests.conftest import ServeFunction
+
+ROOT = Path(__file__).parents[1]
+FLASK = [sys.executable, "-m", "flask"]
+
+
+def call(
+    words: list[str], environ: Mapping[str, str], cwd: Path = ROOT, **variables: object
+) -> subprocess.CompletedProcess[str]:
+    own = {name: str(value) for name, value in variables.items()}
+    return subprocess.run(
+        words, env={**environ, **own}, cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_create_app_opens_nothing_and_starts_no_thread(tmp_path: Path) -> None:
+    threads = threading.active_count()
+    create_app(Settings(database_path=tmp_path / "db.sqlite"))
+
+    assert threading.active_count() == threads
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flask_migrate_says_what_it_did_and_may_run_twice(environ: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "db.sqlite"
+    status = call([*FLASK, "migrate", "--status"], environ, DATABASE_PATH=path)
+    first = call([*FLASK, "migrate"], environ, DATABASE_PATH=path)
+    second = call([*FLASK, "migrate"], environ, DATABASE_PATH=path)
+    after = call([*FLASK, "migrate", "--status"], environ, DATABASE_PATH=path)
+
+    assert re.findall(r"^missing  (\d{4})", status.stdout, re.M) == ["0001", "0002"]
+    assert re.findall(r"^applied  (\d{4})", first.stdout, re.M) == ["0001", "0002"]
+    assert second.stdout == "The schema is up to date.\n"
+    assert "missing" not in after.stdout
+    assert [run.returncode for run in (status, first, second, after)] == [0] * 4
+
+
+def test_flask_migrate_by_two_at_once(environ: dict[str, str], tmp_path: Path) -> None:
+    variables = {**environ, "DATABASE_PATH": str(tmp_path / "db.sqlite")}
+    processes = [
+        subprocess.Popen([*FLASK, "migrate"], env=variables, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    outputs = [process.communicate()[0] for process in processes]
+
+    assert [process.returncode for process in processes] == [0] * 4
+    assert sum(output.count("applied") for output in outputs) == 2
+
+
+def test_flask_migrate_refuses_beside_a_running_service_only_if_there_is_something_to_do(
+    serve: ServeFunction, environ: dict[str, str], tmp_path: Path
+) -> None:
+    serve()
+    beside = call([*FLASK, "migrate"], environ, DATABASE_PATH=tmp_path / "db.sqlite")
+    assert [beside.returncode, beside.stdout] == [0, "The schema is up to date.\n"]
+
+
+def test_flask_migrate_on_postgresql(environ: dict[str, str], postgresql: str) -> None:
+    with psycopg.connect(f"{postgresql}/postgres", autocommit=True) as connection:
+        connection.execute("CREATE DATABASE migrated")
+    result = call([*FLASK, "migrate"], environ, DATABASE_URL=f"{postgresql}/migrated")
+
+    assert result.stdout.count("applied") == 2
+
+
+def test_flask_run_starts_the_service_with_the_first_request(
+    environ: dict[str, str], tmp_path: Path, project: Path
+) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    path = tmp_path / "db.sqlite"
+    variables = {**environ, "DATABASE_PATH": str(path)}
+    process = subprocess.Popen(
+        [*FLASK, "run", "--debug", "--port", str(port)],
+        env=variables,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stderr is not None
+        # The reloader's child is the one that serves: it comes second.
+        waiting_for = iter(["Debugger PIN", None])
+        word = next(waiting_for)
+        for line in process.stderr:
+            if word and word in line:
+                break
+        assert not path.exists()
+        client = Client(f"http://127.0.0.1:{port}")
+        run = client.start(project, "Hello, developer.")
+        assert run["status"] == "completed"
+        assert client.get("/health").json == {"status": "ok"}
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.communicate()
+
+
+def test_flask_demo_shows_the_whole_story(environ: dict[str, str], tmp_path: Path) -> None:
+    # From any directory, and with nothing in the environment but what a shell has.
+    own = {name: environ[name] for name in ("PATH", "LANG")} | {"HOME": str(tmp_path)}
+    result = call([*FLASK, "--app", str(ROOT / "app.py"), "demo"], own, cwd=tmp_path)
+
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("$ curl") == 4
+    assert result.stdout.count('"status": "completed"') == 3
+    tree = [
+        line.split()[:2] for line in result.stdout.partition("The tree of runs")[2].splitlines() if "session" in line
+    ]
+    assert [words[0] if words[0] != "└─" else words[1] for words in tree][:3] == ["fresh", "resume", "fork"]
+    assert "a run becomes rows" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flask_demo_serve_stays_until_ctrl_c(environ: dict[str, str], tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*FLASK, "demo", "--serve"], env=environ, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        match = re.search(r"Serving on (\S+) until", line)
+        if match:
+            assert Client(match[1]).get("/health").json == {"status": "ok"}
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    assert "Stopping." in rest
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("variables", "code", "says"),
+    [
+        ({"PORT": "x"}, 2, "PORT must be a whole number"),
+        ({"HOST": "0.0.0.0"}, 2, "HOST must be a loopback address"),
+        ({"DATABASE_PATH": "/nowhere/db.sqlite"}, 3, "/nowhere/db.sqlite cannot be written"),
+        ({"DATABASE_URL": "postgresql://u@127.0.0.1:1/db"}, 3, "PostgreSQL cannot be reached"),
+    ],
+)
+def test_a_start_that_is_refused_says_why(
+    environ: dict[str, str], variables: dict[str, str], code: int, says: str
+) -> None:
+    result = call([sys.executable, "app.py"], environ | variables)
+
+    assert result.returncode == code
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_taken_port_is_said(serve: ServeFunction, environ: dict[str, str], tmp_path: Path) -> None:
+    port = Client(serve().url).port
+    result = call([sys.executable, "app.py"], environ, PORT=port, DATABASE_PATH=tmp_path / "other.sqlite")
+
+    assert result.returncode == 2
+    assert "Address already in use" in result.stderr
+
+
+def test_another_programs_file_is_refused_untouched(environ: dict[str, str], tmp_path: Path) -> None:
+    text, foreign = tmp_path / "notes.txt", tmp_path / "foreign.sqlite"
+    text.write_text("Dear diary.")
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import sqlite3; sqlite3.connect({str(foreign)!r}).execute('CREATE TABLE ccr_runs (id)')",
+        ],
+        check=True,
+    )
+    for path in (text, foreign):
+        before, mode = path.read_bytes(), path.stat().st_mode
+        result = call([sys.executable, "app.py"], environ, DATABASE_PATH=path)
+        assert result.returncode == 3
+        assert str(path) in result.stderr
+        assert (path.read_bytes(), path.stat().st_mode) == (before, mode)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign.sqlite", "notes.txt"]
+
+
+def test_what_the_service_writes_is_its_owners_alone(serve: ServeFunction, tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        serve()
+    finally:
+        os.umask(before)
+
+    files = sorted(tmp_path.glob("db.sqlite*"))
+    assert [path.name for path in files] == ["db.sqlite", "db.sqlite-shm", "db.sqlite-wal", "db.sqlite.lock"]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+
+
+def test_an_unsupported_python_is_refused() -> None:
+    check = (ROOT / "app.py").read_text(encoding="utf-8").partition("import atexit")[0]
+    code = f"import sys; sys.version_info = (3, 10, 0); exec({check!r})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert result.returncode != 0
+    assert "needs Python 3.11 to 3.14" in result.stderr

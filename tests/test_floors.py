@@ -1,0 +1,91 @@
+"""The house: which part may import what, held by reading the imports."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted((ROOT / "ccm").rglob("*.py"))
+SHARED = {"ccm", "ccm.settings", "ccm.errors", "ccm.models"}
+MAY_IMPORT = {
+    "api": {"api", "core", "db"},
+    "core": {"core", "db"},
+    "db": {"db"},
+    "demo": {"demo"},
+    "shared": set(),
+}
+# Who alone may know a package.
+OWNERS = {
+    "flask": {"api", "cli.py", "server.py"},
+    "werkzeug": {"api"},
+    "waitress": {"server.py"},
+    "claude_agent_sdk": {"core/executor.py"},
+    "dataset": {"db/database.py"},
+    "sqlalchemy": {"db/database.py"},
+    "psycopg": {"db"},
+    "sqlite3": {"db"},
+    "pydantic": {"api"},
+    "click": {"cli.py"},
+}
+
+
+def imports(module: Path) -> set[str]:
+    """Every module that a file imports, also within functions."""
+    names = set()
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import"
+            names |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def floor(module: Path) -> str:
+    parts = module.relative_to(ROOT / "ccm").parts
+    if len(parts) > 1:
+        return parts[0]
+    return "top" if module.name in ("cli.py", "server.py", "log.py") else "shared"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_only_go_down(module: Path) -> None:
+    allowed = MAY_IMPORT.get(floor(module))
+    if allowed is None:
+        return  # cli.py and server.py put the parts together
+    for name in imports(module):
+        if name.startswith("ccm.") and not any(
+            name == shared or name.startswith(shared + ".") for shared in SHARED - {"ccm"}
+        ):
+            assert name.split(".")[1] in allowed | {"__version__"}, f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_packages_have_one_owner(module: Path) -> None:
+    place = module.relative_to(ROOT / "ccm")
+    for name in imports(module):
+        owners = OWNERS.get(name.partition(".")[0])
+        if owners is not None:
+            assert str(place) in owners or place.parts[0] in owners, f"{place} imports {name}"
+
+
+def test_dataset_is_never_used_as_a_context_manager() -> None:
+    # `with db:` leaves the thread's connection broken when COMMIT fails.
+    source = (ROOT / "ccm" / "db" / "database.py").read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.With):
+            for item in node.items:
+                assert ast.unparse(item.context_expr) not in ("database", "self._database", "db")
+
+
+def test_only_settings_and_the_entry_points_read_the_environment() -> None:
+    readers = {
+        str(module.relative_to(ROOT / "ccm"))
+        for module in MODULES
+        if "os.environ" in module.read_text(encoding="utf-8")
+    }
+    # The service takes what agents inherit; the demo takes PATH.
+    assert readers == {"cli.py", "core/service.py", "demo/tour.py"}

@@ -1,0 +1,89 @@
+"""The settings: defaults, bad values, and the README's table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ccm.errors import BadSetting
+from ccm.settings import Settings, unknown_variables, variables
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_defaults() -> None:
+    settings = Settings.from_env({})
+
+    assert settings == Settings()
+    assert (settings.host, settings.port, settings.log_level) == ("127.0.0.1", 3000, "info")
+    assert settings.url == f"sqlite:///{Path.cwd()}/db.sqlite"
+
+
+def test_values_are_taken_from_the_environment(tmp_path: Path) -> None:
+    settings = Settings.from_env(
+        {
+            "PORT": "8080",
+            "DATABASE_URL": "postgres://u@h/db",
+            "CCM_PRIVILEGED_OPTIONS": "env, sandbox",
+            "CCM_ALLOWED_ROOTS": f"/:{tmp_path}",
+            "CCM_SETTING_SOURCES": "",
+            "LOG_LEVEL": "",
+        }
+    )
+
+    assert settings.port == 8080
+    assert settings.url == "postgresql://u@h/db"
+    assert settings.privileged_options == ("env", "sandbox")
+    assert settings.allowed_roots == (Path("/"), tmp_path.resolve())
+    assert settings.setting_sources == ()
+    assert settings.log_level == "info"
+
+
+def test_a_star_allows_every_privileged_option() -> None:
+    assert "mcpServers" in Settings.from_env({"CCM_PRIVILEGED_OPTIONS": "*"}).privileged_options
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("PORT", "http", "whole number"),
+        ("PORT", "70000", "from 0 to 65535"),
+        ("HOST", "0.0.0.0", "loopback"),
+        ("HOST", "example.org", "IP address"),
+        ("DATABASE_URL", "mysql://h/db", "postgresql://"),
+        ("LOG_LEVEL", "loud", "debug, info, warn, error"),
+        ("CCM_MAX_CONCURRENT_RUNS", "0", "from 1"),
+        ("CCM_MAX_QUEUED_RUNS", "-1", "from 0"),
+        ("CCM_MAX_HELD", "0", "from 1"),
+        ("CCM_MAX_BODY_BYTES", "1", "from 1024"),
+        ("CCM_MAX_MESSAGE_BYTES", "x", "whole number"),
+        ("CCM_MESSAGE_BUDGET_BYTES", "1", "from 65536"),
+        ("CCM_ALLOWED_ROOTS", "relative", "absolute path of a directory"),
+        ("CCM_ALLOWED_ROOTS", "/nowhere/at/all", "absolute path of a directory"),
+        ("CCM_PRIVILEGED_OPTIONS", "evn", "takes any of"),
+        ("CCM_PERMISSION_MODE", "yolo", "must be one of"),
+        ("CCM_SETTING_SOURCES", "user,team", "takes any of"),
+        ("CCM_CLI_PATH", "claude", "absolute path"),
+    ],
+)
+def test_a_bad_value_is_refused_in_a_sentence_that_names_the_variable(variable: str, value: str, says: str) -> None:
+    with pytest.raises(BadSetting) as refusal:
+        Settings.from_env({variable: value})
+
+    assert str(refusal.value).startswith(variable)
+    assert says in str(refusal.value)
+    assert refusal.value.exit_code == 2
+
+
+def test_a_mistyped_variable_is_noticed() -> None:
+    environ = {"CCM_ALOWED_ROOTS": "/", "CCM_RUN_ID": "an agent started this service", "CCM_MAX_HELD": "5"}
+
+    assert unknown_variables(environ) == ["CCM_ALOWED_ROOTS is not a setting; did you mean CCM_ALLOWED_ROOTS?"]
+
+
+def test_the_readme_has_every_setting_with_its_default() -> None:
+    text = README.read_text(encoding="utf-8")
+    for entry in variables():
+        default = f"`{entry['default']}`" if entry["default"] else ""
+        assert f"| `{entry['variable']}` | {default} | {entry['about']} |" in text

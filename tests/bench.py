@@ -29,8 +29,8 @@ from typing import Any
 from claude_agent_sdk import ClaudeAgentOptions, ClaudeSDKClient, ResultMessage
 
 from ccm.core.doorbell import Doorbell
-from ccm.core.executor import bundled_cli
 from ccm.core.recorder import Recorder
+from ccm.core.sdk import bundled_cli
 from ccm.db import migrate, sqlite_file
 from ccm.db.database import Database
 from ccm.demo.messages_api import MessagesAPI

@@ -22,7 +22,7 @@ OWNERS = {
     "flask": {"api", "cli.py", "server.py"},
     "werkzeug": {"api"},
     "waitress": {"server.py"},
-    "claude_agent_sdk": {"core/executor.py"},
+    "claude_agent_sdk": {"core/sdk.py"},
     "dataset": {"db/database.py"},
     "sqlalchemy": {"db/database.py"},
     "psycopg": {"db"},

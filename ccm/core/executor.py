@@ -1,9 +1,4 @@
-"""One run of Claude Code, as a stream of raw message dicts. The only importer of the SDK.
-
-The SDK's own message classes drop what they do not know, whole types and single fields, so the raw dicts are taken
-before they are parsed (`_Client.raw_messages`, the one place that reaches into the SDK; its version is pinned and
-tests/core/test_executor.py holds it to what is used here).
-"""
+"""One run of Claude Code, from its start to its end, as a stream of raw message dicts."""
 
 from __future__ import annotations
 
@@ -17,28 +12,17 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import anyio
-import claude_agent_sdk
 import sniffio
-from claude_agent_sdk import (
-    AgentDefinition,
-    ClaudeAgentOptions,
-    ClaudeSDKClient,
-    CLIConnectionError,
-    CLIJSONDecodeError,
-    CLINotFoundError,
-    ProcessError,
-    ResultError,
-)
 
 from ccm.core.options import sdk_arguments
 from ccm.core.processes import LAUNCH_SCRIPT, end_marked, launch_environment
+from ccm.core.sdk import AgentDefinition, ClaudeAgentOptions, Client, explain, transcript_path
 from ccm.models import CANCELLED, COMPLETED, ERROR, Image, Outcome
 
 log = logging.getLogger(__name__)
@@ -47,6 +31,8 @@ log = logging.getLogger(__name__)
 INTERRUPT_SECONDS = 3.0
 CLOSE_SECONDS = 5.0
 TERMINATE_SECONDS = 5.0
+# How long the output of a CLI that has gone may stay open.
+EXIT_SECONDS = 0.3
 # The CLI retries a refused login for three minutes; a second refusal is answer enough.
 LOGIN_REFUSALS = 2
 STDERR_LINES = 20
@@ -75,17 +61,6 @@ class Claude:
         if not os.access(self.cli_path, os.X_OK):
             return f"Claude Code at {self.cli_path} may not be executed by this user."
         return None
-
-
-def bundled_cli() -> Path:
-    """The Claude Code that comes inside the SDK's wheel."""
-    return Path(claude_agent_sdk.__file__).parent / "_bundled" / "claude"
-
-
-def transcript_path(cwd: str, sdk_session_id: str, environ: Mapping[str, str]) -> Path:
-    """Where Claude Code keeps the transcript of a session that ran in `cwd`."""
-    home = environ.get("CLAUDE_CONFIG_DIR") or os.path.join(environ.get("HOME") or Path.home(), ".claude")
-    return Path(home, "projects", claude_agent_sdk.project_key_for_directory(cwd), f"{sdk_session_id}.jsonl")
 
 
 @dataclass(frozen=True)
@@ -119,90 +94,6 @@ class Assignment:
         }
 
 
-class _Tap:
-    """Stands in for the sending end of the SDK's message stream, and takes each raw message where the SDK reads it.
-
-    The stream itself would cost two passes of the event loop for each message, half of what the SDK takes for it, and
-    hold a hundred messages that no budget knows of.
-
-    Args:
-        take: awaited for each message; while it waits the SDK reads nothing.
-        earlier: what had come before the tap was set.
-    """
-
-    def __init__(self, take: Callable[[dict[str, Any]], Awaitable[None]], earlier: list[dict[str, Any]]) -> None:
-        self._take = take
-        self._earlier = earlier
-        self._caught_up = asyncio.Event()
-        self.ended = asyncio.Event()
-        self.error: Exception | None = None
-
-    async def catch_up(self) -> None:
-        for message in self._earlier:
-            await self._sort(message)
-        self._caught_up.set()
-
-    async def send(self, message: dict[str, Any]) -> None:
-        if not self._caught_up.is_set():
-            await self._caught_up.wait()
-        await self._sort(message)
-
-    async def _sort(self, message: dict[str, Any]) -> None:
-        if message.get("type") == "error" and "exception" in message:
-            self.error = message["exception"]  # the SDK's own word for: the reader has failed
-        elif message.get("type") != "end":
-            await self._take(message)
-
-    def send_nowait(self, message: dict[str, Any]) -> None:
-        """The SDK calls it to say that the stream is at its end."""
-
-    def close(self) -> None:
-        self.ended.set()
-
-
-class _Client(ClaudeSDKClient):
-    """The SDK's client with the three things that it does not offer."""
-
-    async def receive_raw(self, take: Callable[[dict[str, Any]], Awaitable[None]], message: dict[str, Any]) -> None:
-        """Send one user message, and have `take` get all that the CLI says until its stream ends: the messages as they
-        came, those of unknown types too; control messages excepted. The input is kept open.
-
-        Raises:
-            ClaudeSDKError: how the stream ended, if not well.
-        """
-        query = self._query
-        if query is None:
-            raise CLIConnectionError("not connected")
-        earlier = []
-        with contextlib.suppress(anyio.WouldBlock, anyio.EndOfStream):
-            while True:
-                earlier.append(query._message_receive.receive_nowait())
-        tap = _Tap(take, earlier)
-        closed, query._message_send = query._message_send.statistics().open_send_streams == 0, tap
-        await tap.catch_up()
-        if not closed:
-            await self.query(_one(message))
-            await tap.ended.wait()
-        if tap.error is not None:
-            raise tap.error
-
-    async def end_input(self) -> None:
-        """Tell the CLI that nothing more will come; it then writes its transcript out and exits."""
-        if self._transport is not None:
-            await self._transport.end_input()
-
-    def signal(self, number: signal.Signals) -> None:
-        """Signal the CLI, if it lives."""
-        process = getattr(self._transport, "_process", None)
-        if process is not None and process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(number)
-
-
-async def _one(message: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    yield message
-
-
 class Execution:
     """One run from its start to its end. `perform` is called once; `cancel` and `fail` from any thread, any time.
 
@@ -227,7 +118,8 @@ class Execution:
         self._stop = asyncio.Event()
         self._over = asyncio.Event()
         self._stream_ended = asyncio.Event()
-        self._connected = False
+        self._connected = asyncio.Event()
+        self._exited = asyncio.Event()
         self._recording = False
         # Why it is to stop: the first reason given is the one that counts.
         self._reason: Outcome | None = None
@@ -297,14 +189,15 @@ class Execution:
         if not Path(self._assignment.cwd).is_dir():
             return Outcome(ERROR, "CWD_NOT_FOUND", f"The directory {self._assignment.cwd} is not there any more.")
         with _private_directory(self._assignment.run_id) as directory:
-            client = _Client(self._options(directory))
+            client = Client(self._options(directory))
             # Never cancelled before the stream has ended: a cancelled disconnect leaks the CLI and its tools.
             keeper = asyncio.create_task(self._see_it_end(client))
             error: Exception | None = None
             try:
                 await client.connect()
-                self._connected = True
-                await client.receive_raw(self._take, self._assignment.user_message())
+                self._connected.set()
+                if not self._stop.is_set():
+                    await client.receive_raw(self._take, self._assignment.user_message())
             except Exception as raised:
                 error = raised
             finally:
@@ -371,31 +264,43 @@ class Execution:
         log.debug("run %s: stderr: %s", self._assignment.run_id, line)
         self._stderr.append(line[:STDERR_LINE_CHARACTERS])
 
-    async def _see_it_end(self, client: _Client) -> None:
+    async def _see_it_end(self, client: Client) -> None:
         """Waits for the run to be over or to be stopped, then ends the CLI by steps, each with its bound.
 
         It only ever asks the CLI to end; the reader beside it goes on until the stream is closed. With a reader that
         stands still (storage is behind) an interrupt would hang, so it is left out then.
         """
-        await _first(self._over, self._stop, self._stream_ended)
-        if self._stop.is_set() and not self._over.is_set():
-            self._results_before_stop = len(self._results)
-        if self._results_before_stop is not None and self._connected and not self._recording:
-            with contextlib.suppress(Exception):
-                async with asyncio.timeout(INTERRUPT_SECONDS):
-                    await client.interrupt()
-                    await _first(self._over, self._stream_ended)
-        if self._over.is_set():
-            with contextlib.suppress(Exception):
-                await client.end_input()
-            if await self._ends_within(CLOSE_SECONDS):
+        exit_watch = asyncio.create_task(self._notice_exit(client))
+        try:
+            await _first(self._over, self._stop, self._stream_ended, self._exited)
+            if self._stop.is_set() and not self._over.is_set():
+                self._results_before_stop = len(self._results)
+            if self._results_before_stop is not None and self._connected.is_set() and not self._recording:
+                with contextlib.suppress(Exception):
+                    async with asyncio.timeout(INTERRUPT_SECONDS):
+                        await client.interrupt()
+                        await _first(self._over, self._stream_ended)
+            if self._over.is_set():
+                with contextlib.suppress(Exception):
+                    await client.end_input()
+            if (self._over.is_set() or self._exited.is_set()) and await self._ends_within(CLOSE_SECONDS):
                 return
-        while not await self._ends_within(0):
-            client.signal(signal.SIGTERM)
-            if await self._ends_within(TERMINATE_SECONDS):
-                return
-            client.signal(signal.SIGKILL)
-            await self._ends_within(TERMINATE_SECONDS)
+            while not self._stream_ended.is_set():
+                client.signal(signal.SIGTERM)
+                if await self._ends_within(TERMINATE_SECONDS):
+                    return
+                client.signal(signal.SIGKILL)
+                await self._ends_within(TERMINATE_SECONDS)
+        finally:
+            exit_watch.cancel()
+
+    async def _notice_exit(self, client: Client) -> None:
+        """When the CLI has gone, end what it left: a tool that holds its output open would hold the run open too."""
+        await self._connected.wait()
+        await client.wait_for_exit()
+        self._exited.set()
+        if not await self._ends_within(EXIT_SECONDS):
+            await asyncio.to_thread(end_marked, self._assignment.run_id)
 
     async def _ends_within(self, seconds: float) -> bool:
         with contextlib.suppress(TimeoutError):
@@ -418,33 +323,10 @@ class Execution:
             return Outcome(ERROR, _result_code(result), _result_text(result))
         if self._reason is not None:
             return self._reason
-        code, message = self._explain(error)
-        return Outcome(ERROR, code, message)
-
-    def _explain(self, error: Exception | None) -> tuple[str, str]:
-        said = "\n".join(self._stderr)
-        if isinstance(error, CLINotFoundError):
-            return "CLI_NOT_FOUND", str(error)
-        if isinstance(error, CLIJSONDecodeError) and "maximum buffer size" in str(error.original_error):
-            return "MESSAGE_TOO_LARGE", (
-                f"Claude Code sent a message of more than {self._claude.max_message_bytes} bytes; "
-                "CCM_MAX_MESSAGE_BYTES sets the limit."
-            )
-        if isinstance(error, CLIJSONDecodeError):
-            return "CLI_CRASHED", "Claude Code sent a message that is no JSON."
-        if isinstance(error, ResultError):
-            code = "SESSION_NOT_RESUMABLE" if "No conversation found" in str(error) else "EXECUTION_ERROR"
-            return code, _with("; ".join(error.errors) or str(error), said)
-        if isinstance(error, ProcessError):
-            return "CLI_CRASHED", _with(f"Claude Code ended with exit code {error.exit_code}.", said)
-        if isinstance(error, CLIConnectionError):
-            return "CLI_CRASHED", _with(f"Claude Code could not be started: {error}", said)
-        if error is not None and "Control request timeout" in str(error):
-            return "TIMEOUT", _with("Claude Code was started and did not answer.", said)
-        if error is not None:
+        code, message = explain(error, "\n".join(self._stderr), self._claude.max_message_bytes)
+        if code == "EXECUTION_ERROR":
             log.error("run %s: %r", self._assignment.run_id, error, exc_info=error)
-            return "EXECUTION_ERROR", _with(f"{type(error).__name__}: {error}", said)
-        return "CLI_CRASHED", _with("Claude Code ended before it gave a result.", said)
+        return Outcome(ERROR, code, message)
 
     def _cost(self) -> float | None:
         """What this run alone cost: the SDK's total counts the resumed history too."""
@@ -474,10 +356,6 @@ def _result_code(result: Mapping[str, Any]) -> str:
 def _result_text(result: Mapping[str, Any]) -> str:
     errors = [str(error) for error in result.get("errors") or []]
     return "; ".join(errors) or str(result.get("result") or result.get("subtype") or "The run failed.")
-
-
-def _with(message: str, stderr: str) -> str:
-    return f"{message}\n{stderr}" if stderr else message
 
 
 async def _first(*events: asyncio.Event) -> None:

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ccm.core.doorbell import Doorbell
-from ccm.core.executor import Assignment, Claude, Execution, transcript_path
+from ccm.core.executor import Assignment, Claude, Execution
 from ccm.core.history import ForkPoint, find_run, find_session
 from ccm.core.processes import end_marked
 from ccm.core.recorder import Recorder
+from ccm.core.sdk import transcript_path
 from ccm.db import messages, runs, sessions
 from ccm.db.database import Transaction
 from ccm.errors import Conflict, QueueFull, Unavailable

@@ -9,10 +9,11 @@ import time
 from collections.abc import Mapping
 
 from ccm.core.doorbell import Doorbell
-from ccm.core.executor import Claude, bundled_cli
+from ccm.core.executor import Claude
 from ccm.core.history import History
 from ccm.core.recorder import Recorder
 from ccm.core.run_manager import RunManager
+from ccm.core.sdk import bundled_cli
 from ccm.db import sqlite_file
 from ccm.db.database import Database
 from ccm.db.lock import ServiceLock

@@ -1,0 +1,168 @@
+"""The SDK, and what the service needs of it beyond what it offers. The only importer of claude_agent_sdk.
+
+The SDK's own message classes drop what they do not know, whole types and single fields, so the raw dicts are taken
+before they are parsed (`Client.receive_raw`). That reaches into the SDK: its version is pinned, all of it is here, and
+tests/core/test_executor.py holds the SDK to what is used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import anyio
+import claude_agent_sdk
+from claude_agent_sdk import (
+    AgentDefinition,
+    ClaudeAgentOptions,
+    ClaudeSDKClient,
+    CLIConnectionError,
+    CLIJSONDecodeError,
+    CLINotFoundError,
+    ProcessError,
+    ResultError,
+)
+
+__all__ = ["AgentDefinition", "ClaudeAgentOptions", "Client", "bundled_cli", "explain", "transcript_path"]
+
+
+def bundled_cli() -> Path:
+    """The Claude Code that comes inside the SDK's wheel."""
+    return Path(claude_agent_sdk.__file__).parent / "_bundled" / "claude"
+
+
+def transcript_path(cwd: str, sdk_session_id: str, environ: Mapping[str, str]) -> Path:
+    """Where Claude Code keeps the transcript of a session that ran in `cwd`."""
+    home = environ.get("CLAUDE_CONFIG_DIR") or os.path.join(environ.get("HOME") or Path.home(), ".claude")
+    return Path(home, "projects", claude_agent_sdk.project_key_for_directory(cwd), f"{sdk_session_id}.jsonl")
+
+
+class _Tap:
+    """Stands in for the sending end of the SDK's message stream, and takes each raw message where the SDK reads it.
+
+    The stream itself would cost two passes of the event loop for each message, half of what the SDK takes for it, and
+    hold a hundred messages that no budget knows of.
+
+    Args:
+        take: awaited for each message; while it waits the SDK reads nothing.
+        earlier: what had come before the tap was set.
+    """
+
+    def __init__(self, take: Callable[[dict[str, Any]], Awaitable[None]], earlier: list[dict[str, Any]]) -> None:
+        self._take = take
+        self._earlier = earlier
+        self._caught_up = asyncio.Event()
+        self.ended = asyncio.Event()
+        self.error: Exception | None = None
+
+    async def catch_up(self) -> None:
+        for message in self._earlier:
+            await self._sort(message)
+        self._caught_up.set()
+
+    async def send(self, message: dict[str, Any]) -> None:
+        if not self._caught_up.is_set():
+            await self._caught_up.wait()
+        await self._sort(message)
+
+    async def _sort(self, message: dict[str, Any]) -> None:
+        if message.get("type") == "error" and "exception" in message:
+            self.error = message["exception"]  # the SDK's own word for: the reader has failed
+        elif message.get("type") != "end":
+            await self._take(message)
+
+    def send_nowait(self, message: dict[str, Any]) -> None:
+        """The SDK calls it to say that the stream is at its end."""
+
+    def close(self) -> None:
+        self.ended.set()
+
+
+class Client(ClaudeSDKClient):
+    """The SDK's client with the four things that it does not offer."""
+
+    async def receive_raw(self, take: Callable[[dict[str, Any]], Awaitable[None]], message: dict[str, Any]) -> None:
+        """Send one user message, and have `take` get all that the CLI says until its stream ends: the messages as they
+        came, those of unknown types too; control messages excepted. The input is kept open.
+
+        Raises:
+            ClaudeSDKError: how the stream ended, if not well.
+        """
+        query = self._query
+        if query is None:
+            raise CLIConnectionError("not connected")
+        earlier = []
+        with contextlib.suppress(anyio.WouldBlock, anyio.EndOfStream):
+            while True:
+                earlier.append(query._message_receive.receive_nowait())
+        tap = _Tap(take, earlier)
+        stream, query._message_send = query._message_send, tap
+        if stream.statistics().open_send_streams == 0:
+            tap.close()  # the reader had ended before
+        stream.close()
+        await tap.catch_up()
+        if not tap.ended.is_set():
+            await self.query(_one(message))
+        await tap.ended.wait()
+        if tap.error is not None:
+            raise tap.error
+
+    async def end_input(self) -> None:
+        """Tell the CLI that nothing more will come; it then writes its transcript out and exits."""
+        if self._transport is not None:
+            await self._transport.end_input()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Signal the CLI, if it lives."""
+        process = getattr(self._transport, "_process", None)
+        if process is not None and process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
+
+    async def wait_for_exit(self) -> None:
+        """Return when the CLI's process has gone, though a tool may still hold its output open."""
+        process = getattr(self._transport, "_process", None)
+        if process is not None:
+            await process.wait()
+
+
+async def _one(message: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    yield message
+
+
+def explain(error: Exception | None, said: str, max_message_bytes: int) -> tuple[str, str]:
+    """The code and the sentence for a run that ended without a result.
+
+    Args:
+        error: what the SDK raised, if anything.
+        said: the last lines of the CLI's stderr.
+    """
+    if isinstance(error, CLINotFoundError):
+        return "CLI_NOT_FOUND", str(error)
+    if isinstance(error, CLIJSONDecodeError) and "maximum buffer size" in error.line:
+        return "MESSAGE_TOO_LARGE", (
+            f"Claude Code sent a message of more than {max_message_bytes} bytes; CCM_MAX_MESSAGE_BYTES sets the limit."
+        )
+    if isinstance(error, CLIJSONDecodeError):
+        return "CLI_CRASHED", "Claude Code sent a message that is no JSON."
+    if isinstance(error, ResultError):
+        code = "SESSION_NOT_RESUMABLE" if "No conversation found" in str(error) else "EXECUTION_ERROR"
+        return code, _with("; ".join(error.errors) or str(error), said)
+    if isinstance(error, ProcessError):
+        return "CLI_CRASHED", _with(f"Claude Code ended with exit code {error.exit_code}.", said)
+    if isinstance(error, CLIConnectionError):
+        return "CLI_CRASHED", _with(f"Claude Code could not be started: {error}", said)
+    if error is not None and "Control request timeout" in str(error):
+        return "TIMEOUT", _with("Claude Code was started and did not answer.", said)
+    if error is not None:
+        return "EXECUTION_ERROR", _with(f"{type(error).__name__}: {error}", said)
+    return "CLI_CRASHED", _with("Claude Code ended before it gave a result.", said)
+
+
+def _with(message: str, stderr: str) -> str:
+    return f"{message}\n{stderr}" if stderr else message

@@ -1,0 +1,342 @@
+"""One execution, with a CLI that says just what a test has it say, and the contract with the SDK's insides."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import os
+import signal
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from claude_agent_sdk import ClaudeAgentOptions, ClaudeSDKClient
+from claude_agent_sdk._internal.query import Query
+from claude_agent_sdk._internal.transport.subprocess_cli import SubprocessCLITransport
+
+from ccm.core.executor import Assignment, Claude, Execution
+from ccm.core.processes import marked
+from ccm.models import Outcome
+from tests.conftest import stand_in_cli
+
+SOON = 30.0
+
+
+class Run:
+    """One execution in a thread of its own, with what it recorded."""
+
+    def __init__(self, folder: Path, script: object, environ: dict[str, str] | None = None, **claude: Any) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self.gate: asyncio.Event | None = None
+        self.run_id = str(uuid.uuid4())
+        prompt = script if isinstance(script, str) else json.dumps(script)
+        environ = {"PATH": os.environ["PATH"], "HOME": str(folder), **(environ or {})}
+        settings: dict[str, Any] = {
+            "cli_path": stand_in_cli(folder),
+            "permission_mode": "default",
+            "setting_sources": (),
+            "max_message_bytes": 2**20,
+        }
+        assignment = Assignment(
+            run_id=self.run_id,
+            sdk_session_id=str(uuid.uuid4()),
+            cwd=str(folder),
+            prompt=prompt,
+            images=(),
+            options={},
+        )
+        self.execution = Execution(assignment, Claude(**settings | claude), environ, self._record)
+        self.outcome: Outcome | None = None
+        self._thread = threading.Thread(target=self._perform)
+
+    async def _record(self, message: dict[str, Any]) -> None:
+        self.messages.append(message)
+        if self.gate is not None:
+            await self.gate.wait()
+
+    def _perform(self) -> None:
+        self.outcome = self.execution.perform()
+
+    def start(self) -> Run:
+        self._thread.start()
+        return self
+
+    def end(self) -> Outcome:
+        if not self._thread.ident:
+            self.start()
+        self._thread.join(SOON)
+        assert self.outcome is not None, "it did not end"
+        assert marked(self.run_id) == [], "it left processes behind"
+        return self.outcome
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The SDK passes on this process's own environment."""
+    for name in os.environ:
+        if name.startswith(("CLAUDE", "ANTHROPIC", "CCM_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + SOON
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def tell(run: Run, **fields: Any) -> tuple[str, str]:
+    outcome = run.end()
+    return outcome.status, str(outcome.error_code)
+
+
+# ---- what is recorded
+
+
+def test_messages_of_every_kind_are_recorded_as_they_came(tmp_path: Path) -> None:
+    said: list[dict[str, Any]] = [
+        {"type": "tomorrow's type", "payload": [1, 2.5, None, {"deep": "\ud800\0\U0001f600"}]},
+        {"type": "system", "subtype": "unheard of", "big": 12345678901234567890},
+        {"no": "type at all"},
+        {"type": "assistant", "message": {"role": "assistant", "content": "not even a list"}},
+    ]
+    run = Run(tmp_path, {"messages": said})
+
+    assert run.end().status == "completed"
+    assert run.messages[:-1] == said
+    assert run.messages[-1]["type"] == "result"
+
+
+def test_what_the_cli_says_before_the_first_prompt_is_recorded_first(tmp_path: Path) -> None:
+    early = tmp_path / "early"
+    early.write_text(
+        f'#!/bin/sh\nread line\nprintf \'%s\\n\' \'{{"type": "system", "subtype": "hook_started"}}\'\n'
+        f'printf "%s\\n" "$line" | sed \'s/.*"request_id": "\\([^"]*\\)".*/'
+        '{"type": "control_response", "response": {"subtype": "success", "request_id": "\\1", "response": {}}}/\'\n'
+        f'exec {stand_in_cli(tmp_path)} "$@"\n'
+    )
+    early.chmod(0o755)
+    run = Run(tmp_path, {"count": 1}, cli_path=early)
+
+    assert run.end().status == "completed"
+    assert [message.get("subtype") or message["type"] for message in run.messages] == [
+        "hook_started",
+        "assistant",
+        "success",
+    ]
+
+
+def test_the_session_states_are_acted_on_and_not_recorded(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"count": 1})
+    run.end()
+
+    assert [message["type"] for message in run.messages] == ["assistant", "result"]
+
+
+def test_a_cli_that_tells_no_states_ends_with_its_result(tmp_path: Path) -> None:
+    assert tell(Run(tmp_path, {"states": False, "count": 1})) == ("completed", "None")
+
+
+def test_several_results_count_together_and_the_last_is_the_runs(tmp_path: Path) -> None:
+    first = {"type": "result", "is_error": False, "model_usage_since_last_result": {"m": {"costUSD": 0.5}}}
+    outcome = Run(tmp_path, {"messages": [first], "result": {"result": "The second."}}).end()
+
+    assert outcome.result is not None
+    assert outcome.result["result"] == "The second."
+    assert outcome.cost_usd == 0.75
+
+
+def test_is_error_decides_and_not_the_subtype(tmp_path: Path) -> None:
+    result = {"is_error": True, "subtype": "success", "api_error_status": 529, "result": "Overloaded."}
+    outcome = Run(tmp_path, {"result": result}).end()
+
+    assert (outcome.status, outcome.error_code, outcome.error_message) == ("error", "API_ERROR", "Overloaded.")
+
+
+# ---- how it fails
+
+
+def test_a_crash_tells_the_exit_code_and_what_was_said_on_stderr(tmp_path: Path) -> None:
+    outcome = Run(tmp_path, {"count": 1, "stderr": "out of luck", "exit": 7}).end()
+
+    assert (outcome.status, outcome.error_code) == ("error", "CLI_CRASHED")
+    assert outcome.error_message == "Claude Code ended with exit code 7.\nout of luck"
+
+
+def test_an_end_without_a_result_is_a_crash(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"count": 1, "exit": 0})
+    assert tell(run) == ("error", "CLI_CRASHED")
+    assert len(run.messages) == 1
+
+
+def test_a_killed_cli_is_a_crash_and_its_tool_is_ended(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"hold": True, "count": 1, "tool": 300}).start()
+    until(lambda: run.messages and len(marked(run.run_id)) == 2)
+    claude = next(pid for pid in marked(run.run_id) if b"stand_in_cli" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    begun = time.monotonic()
+    os.kill(claude, signal.SIGKILL)
+
+    assert tell(run) == ("error", "CLI_CRASHED")
+    assert time.monotonic() - begun < 1
+
+
+def test_a_message_over_the_limit_ends_the_run(tmp_path: Path) -> None:
+    outcome = Run(tmp_path, {"count": 1, "pad": 200_000}, max_message_bytes=100_000).end()
+
+    assert (outcome.status, outcome.error_code) == ("error", "MESSAGE_TOO_LARGE")
+    assert "CCM_MAX_MESSAGE_BYTES" in str(outcome.error_message)
+
+
+def test_a_line_that_is_no_json_ends_the_run(tmp_path: Path) -> None:
+    assert tell(Run(tmp_path, {"raw": '{"type": "assist'})) == ("error", "CLI_CRASHED")
+
+
+def test_noise_between_the_messages_is_passed_over(tmp_path: Path) -> None:
+    assert tell(Run(tmp_path, {"raw": "[SandboxDebug] hello"})) == ("completed", "None")
+
+
+def test_a_cli_that_is_not_there_or_not_a_program(tmp_path: Path) -> None:
+    assert tell(Run(tmp_path, "x", cli_path=tmp_path / "none")) == ("error", "CLI_NOT_FOUND")
+    (tmp_path / "text").write_text("no program")
+    assert tell(Run(tmp_path, "x", cli_path=tmp_path / "text")) == ("error", "CLI_NOT_FOUND")
+
+
+def test_a_second_refusal_of_the_login_ends_the_run(tmp_path: Path) -> None:
+    refusal = {"type": "system", "subtype": "api_retry", "error_status": 401}
+    outcome = Run(tmp_path, {"messages": [refusal, refusal], "hold": True}).end()
+
+    assert (outcome.status, outcome.error_code) == ("error", "AUTHENTICATION_FAILED")
+
+
+# ---- how it is stopped
+
+
+def test_a_cancel_before_the_start_lets_nothing_through(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"count": 1})
+    run.execution.cancel()
+
+    assert tell(run) == ("cancelled", "None")
+
+
+def test_an_interrupt_that_is_heard_ends_it_at_once(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"count": 1, "hold": True}).start()
+    until(lambda: run.messages)
+    run.execution.cancel()
+    outcome = run.end()
+
+    assert outcome.status == "cancelled"
+    assert outcome.result is not None
+    assert outcome.result["subtype"] == "error_during_execution"
+
+
+def test_a_cli_that_ignores_the_interrupt_is_terminated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ccm.core.executor.INTERRUPT_SECONDS", 0.2)
+    run = Run(tmp_path, {"count": 1, "hold": True, "ignore_interrupt": True, "tool": 300}).start()
+    until(lambda: run.messages)
+    run.execution.cancel()
+
+    assert tell(run) == ("cancelled", "None")
+
+
+def test_a_cli_that_ignores_the_terminate_too_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ccm.core.executor.INTERRUPT_SECONDS", 0.2)
+    monkeypatch.setattr("ccm.core.executor.TERMINATE_SECONDS", 0.2)
+    stubborn = tmp_path / "stubborn"
+    stubborn.write_text(f'#!/bin/sh\ntrap "" TERM\nexec {stand_in_cli(tmp_path)} "$@"\n')
+    stubborn.chmod(0o755)
+    run = Run(tmp_path, {"count": 1, "hold": True, "ignore_interrupt": True}, cli_path=stubborn).start()
+    until(lambda: run.messages)
+    run.execution.cancel()
+
+    assert tell(run) == ("cancelled", "None")
+
+
+def test_a_cancel_under_back_pressure_ends_the_process_though_nothing_is_read(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"count": 1, "hold": True, "tool": 300})
+    run.gate = asyncio.Event()
+    run.start()
+    until(lambda: run.messages)
+    run.execution.cancel()
+    until(lambda: not [p for p in marked(run.run_id) if b"stand_in" in Path(f"/proc/{p}/cmdline").read_bytes()])
+
+    loop = run.execution._loop
+    assert loop is not None
+    loop.call_soon_threadsafe(run.gate.set)
+    assert tell(run) == ("cancelled", "None")
+
+
+def test_a_stop_for_a_reason_ends_with_that_reason(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"count": 1, "hold": True}).start()
+    until(lambda: run.messages)
+    run.execution.fail("INTERRUPTED", "The service was shut down.")
+    run.execution.cancel()
+    outcome = run.end()
+
+    assert (outcome.status, outcome.error_code, outcome.error_message) == (
+        "error",
+        "INTERRUPTED",
+        "The service was shut down.",
+    )
+
+
+# ---- what the agent's processes see
+
+
+def test_the_agent_sees_nothing_of_the_services_own_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = {"CCM_ALLOWED_ROOTS": "/", "DATABASE_URL": "postgresql://u:p@h/d", "PGPASSWORD": "p", "KEPT": "yes"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    shown = tmp_path / "shown"
+    spy = tmp_path / "spy"
+    spy.write_text(f'#!/bin/sh\nenv > {shown}\nexec {stand_in_cli(tmp_path)} "$@"\n')
+    spy.chmod(0o755)
+    run = Run(tmp_path, {"count": 1}, environ=secrets, cli_path=spy)
+    assert run.end().status == "completed"
+
+    environ = dict(line.split("=", 1) for line in shown.read_text().splitlines() if "=" in line)
+    assert environ["KEPT"] == "yes"
+    assert {name for name in environ if name.startswith(("CCM_", "PG", "DATABASE"))} == {"CCM_RUN_ID"}
+    assert environ["CCM_RUN_ID"] == run.run_id
+    assert not Path(environ["CLAUDE_CODE_TMPDIR"]).exists()
+
+
+def test_the_cli_is_in_a_session_of_its_own_and_dies_with_the_service(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"count": 1, "hold": True}).start()
+    until(lambda: run.messages)
+    (claude,) = marked(run.run_id)
+    assert os.getsid(claude) == claude
+    run.execution.cancel()
+    run.end()
+
+
+# ---- the contract with the SDK's insides
+
+
+def test_the_sdk_still_has_what_the_executor_reaches_into() -> None:
+    client = ClaudeSDKClient(ClaudeAgentOptions())
+    assert {"_query", "_transport"} <= set(vars(client))
+    query = Query(
+        transport=SubprocessCLITransport(prompt=_nothing(), options=ClaudeAgentOptions()), is_streaming_mode=True
+    )
+    assert isinstance(query._message_send, anyio.streams.memory.MemoryObjectSendStream)
+    assert isinstance(query._message_receive, anyio.streams.memory.MemoryObjectReceiveStream)
+    assert "_process" in vars(query.transport)
+    source = inspect.getsource(Query._read_messages)
+    # All that the reader does with the stream is what ccm.core.sdk._Tap offers.
+    assert set(source.split("self._message_send.")[1:]) != set()
+    calls = {part.partition("(")[0] for part in source.split("self._message_send.")[1:]}
+    assert calls == {"send", "send_nowait", "close"}
+    query._message_send.close()
+    query._message_receive.close()
+
+
+async def _nothing() -> AsyncIterator[dict[str, Any]]:
+    for message in ():
+        yield message

@@ -1,0 +1,367 @@
+"""The single writer, on real databases, its faults included."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from ccm.core.doorbell import Doorbell
+from ccm.core.recorder import Recorder
+from ccm.db import messages, runs, sessions
+from ccm.db.database import Database, Transaction
+from ccm.db.migrate import migrate
+from ccm.errors import NotFound, StorageRejected, Unavailable
+from ccm.models import Message, timestamp
+
+SOON = 30.0
+
+
+class Harness:
+    """A recorder with two runs, `a` and `b`, that it may record messages of."""
+
+    def __init__(self, database: Database, budget: int = 2**20) -> None:
+        self.refused: list[tuple[str, str]] = []
+        self.doorbell = Doorbell()
+        self.database = database
+        with database.transaction() as transaction:
+            for seq, name in enumerate("ab", start=1):
+                now = timestamp()
+                session = {"id": name, "cwd": "/", "metadataJson": "{}", "firstRunAt": now, "lastRunAt": now}
+                sessions.insert(transaction, session | {"lastRunSeq": seq})
+                row = {"id": name, "seq": seq, "cwd": "/", "sessionId": name, "sdkSessionId": name, "mode": "fresh"}
+                row |= {"status": "running", "prompt": "", "optionsJson": "{}", "imageCount": 0, "createdAt": now}
+                runs.insert(transaction, row, None)
+        self.recorder = Recorder(
+            database, self.doorbell, budget, lambda run, error: self.refused.append((run, str(error)))
+        )
+
+    def __enter__(self) -> Harness:
+        self.recorder.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.recorder.stop(time.monotonic() + SOON)
+
+    def append(self, run_id: str, *indexes: int, text: str = "{}") -> None:
+        async def put() -> None:
+            for index in indexes:
+                await self.recorder.append(Message(run_id, run_id, index, "assistant", text, timestamp()))
+
+        asyncio.run(put())
+
+    def settle(self) -> None:
+        """Everything put before is committed."""
+        self.recorder.submit(lambda _: None).future.result(SOON)
+
+
+@pytest.fixture
+def harness(writer: Database) -> Iterator[Harness]:
+    with Harness(writer) as harness:
+        yield harness
+
+
+def indexes(reader: Database, run_id: str) -> list[int]:
+    with reader.transaction() as transaction:
+        return messages.indexes(transaction, run_id, -1, 10**9, types=[], limit=10**6)
+
+
+def lock(path: Path) -> sqlite3.Connection:
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    return other
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + SOON
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+# ---- the normal way
+
+
+def test_messages_are_stored_in_order_and_then_rung(harness: Harness, reader: Database) -> None:
+    with harness.doorbell.listening("a") as rung:
+        harness.append("a", *range(500))
+        assert rung.wait(SOON)
+    harness.settle()
+
+    assert indexes(reader, "a") == list(range(500))
+
+
+def test_a_ring_means_committed(harness: Harness, reader: Database) -> None:
+    for index in range(50):
+        with harness.doorbell.listening("a") as rung:
+            harness.append("a", index)
+            assert rung.wait(SOON)
+        assert indexes(reader, "a") == list(range(index + 1))
+
+
+def test_a_write_gives_its_result_once_it_is_committed(harness: Harness, reader: Database) -> None:
+    followed: list[tuple[str, int]] = []
+
+    def work(transaction: Transaction) -> str:
+        transaction.execute("UPDATE ccr_runs SET prompt = 'written' WHERE id = 'a'")
+        return "done"
+
+    def follow(result: str) -> None:
+        followed.append((result, len(reader.rows("SELECT id FROM ccr_runs WHERE prompt = 'written'"))))
+
+    assert harness.recorder.write(work, follow) == "done"
+    assert followed == [("done", 1)]
+
+
+def test_writes_and_messages_keep_their_order(harness: Harness) -> None:
+    seen: list[int] = []
+
+    def count(transaction: Transaction) -> None:
+        seen.append(messages.last_index(transaction, "a") + 1)
+
+    pending = []
+    for index in range(100):
+        harness.append("a", index)
+        pending.append(harness.recorder.submit(count))
+    for write in pending:
+        write.future.result(SOON)
+
+    assert seen == list(range(1, 101))
+
+
+def test_a_write_that_raises_undoes_itself_alone(harness: Harness, reader: Database) -> None:
+    def refuse(transaction: Transaction) -> None:
+        transaction.execute("UPDATE ccr_runs SET prompt = 'half done' WHERE id = 'b'")
+        raise NotFound("no such thing")
+
+    harness.append("a", 0)
+    with pytest.raises(NotFound):
+        harness.recorder.write(refuse)
+    with pytest.raises(StorageRejected):
+        harness.recorder.write(lambda transaction: transaction.execute("INSERT INTO nowhere VALUES (1)"))
+    harness.append("a", 1)
+    harness.settle()
+
+    assert indexes(reader, "a") == [0, 1]
+    assert reader.rows("SELECT id FROM ccr_runs WHERE prompt = 'half done'") == []
+
+
+def test_under_load_batches_form(harness: Harness, reader: Database) -> None:
+    held = threading.Event()
+    blocking = harness.recorder.submit(lambda _: held.wait(SOON))
+    commits: list[int] = []
+    original = harness.database.transaction
+
+    def counted(uncertain: bool = False) -> object:
+        commits.append(1)
+        return original(uncertain)
+
+    until(lambda: blocking._begun)
+    harness.database.transaction = counted  # type: ignore[method-assign, assignment]
+    harness.append("a", *range(1000))
+    held.set()
+    harness.settle()
+
+    assert indexes(reader, "a") == list(range(1000))
+    assert len(commits) <= 2
+
+
+# ---- back-pressure
+
+
+def test_a_spent_budget_makes_the_run_wait_and_no_loop_stand_still(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/db.sqlite"
+    database, reader = Database(url, writer=True, pool_size=1), Database(url)
+    migrate(database)
+    with Harness(database, budget=10_000) as harness:
+        other = lock(tmp_path / "db.sqlite")
+        ticks = 0
+
+        async def run() -> tuple[int, int]:
+            nonlocal ticks
+            done = 0
+
+            async def produce() -> None:
+                nonlocal done
+                for index in range(100):
+                    await harness.recorder.append(Message("a", "a", index, "assistant", "x" * 1_000, timestamp()))
+                    done += 1
+
+            producer = asyncio.create_task(produce())
+            while not harness.recorder._waiting:
+                ticks += 1
+                await asyncio.sleep(0)
+            before = done
+            assert harness.recorder.backlog_bytes <= 10_000
+            for _ in range(100):  # the loop is alive while the run waits
+                await asyncio.sleep(0)
+            other.execute("ROLLBACK")
+            await producer
+            return before, done
+
+        before, done = asyncio.run(run())
+        harness.settle()
+        assert (before, done) == (10, 100)
+        assert indexes(reader, "a") == list(range(100))
+        assert harness.recorder.backlog_bytes == 0
+        other.close()
+    database.close()
+    reader.close()
+
+
+def test_a_message_larger_than_the_budget_gets_through(writer: Database, reader: Database) -> None:
+    with Harness(writer, budget=100) as harness:
+        harness.append("a", 0, 1, 2, text="x" * 1_000)
+        harness.settle()
+        assert indexes(reader, "a") == [0, 1, 2]
+
+
+# ---- faults
+
+
+def test_a_locked_database_loses_nothing(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/db.sqlite"
+    database, reader = Database(url, writer=True, pool_size=1), Database(url)
+    migrate(database)
+    with Harness(database) as harness:
+        other = lock(tmp_path / "db.sqlite")
+        harness.append("a", *range(100))
+        pending = harness.recorder.submit(lambda transaction: messages.last_index(transaction, "a"))
+        until(lambda: harness.recorder.trouble)
+        assert "locked" in str(harness.recorder.trouble)
+        other.execute("ROLLBACK")
+        other.close()
+
+        assert pending.future.result(SOON) == 99
+        until(lambda: harness.recorder.trouble is None)
+        assert indexes(reader, "a") == list(range(100))
+    database.close()
+    reader.close()
+
+
+def test_who_gives_up_waiting_has_provably_stored_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ccm.core.recorder.PATIENCE", 0.1)
+    url = f"sqlite:///{tmp_path}/db.sqlite"
+    database, reader = Database(url, writer=True, pool_size=1), Database(url)
+    migrate(database)
+    with Harness(database) as harness:
+        other = lock(tmp_path / "db.sqlite")
+        with pytest.raises(Unavailable) as refusal:
+            harness.recorder.write(lambda transaction: transaction.execute("UPDATE ccr_runs SET prompt = 'late'"))
+        assert refusal.value.code == "STORAGE_UNAVAILABLE"
+        other.execute("ROLLBACK")
+        other.close()
+        harness.settle()
+        assert reader.rows("SELECT id FROM ccr_runs WHERE prompt = 'late'") == []
+    database.close()
+    reader.close()
+
+
+def test_a_poison_message_fails_its_own_run_only(harness: Harness, reader: Database) -> None:
+    held = threading.Event()
+    blocking = harness.recorder.submit(lambda _: held.wait(SOON))
+    until(lambda: blocking._begun)
+    # One batch: `b` sends index 1 twice, which storage can never take.
+    harness.append("a", 0, 1)
+    harness.append("b", 0, 1, 1, 2, 3)
+    harness.append("a", 2, 3)
+    held.set()
+    harness.settle()
+    harness.append("b", 4)
+    harness.append("a", 4)
+    harness.settle()
+
+    assert indexes(reader, "a") == [0, 1, 2, 3, 4]
+    assert indexes(reader, "b") == [0, 1]
+    assert [run for run, _ in harness.refused] == ["b"]
+    assert harness.recorder.backlog_bytes == 0
+
+
+def test_a_message_of_an_unknown_run_is_reported(harness: Harness) -> None:
+    harness.append("nobody", 0)
+    harness.settle()
+
+    assert [run for run, _ in harness.refused] == ["nobody"]
+
+
+def test_after_an_uncertain_commit_nothing_is_stored_twice(postgresql: str) -> None:
+    url = f"{postgresql}/postgres"
+    with psycopg.connect(url, autocommit=True) as admin:
+        admin.execute("CREATE DATABASE uncertain")
+    database = Database(f"{postgresql}/uncertain", writer=True, pool_size=1)
+    reader = Database(f"{postgresql}/uncertain")
+    migrate(database)
+    with Harness(database) as harness:
+        original = database._database.commit
+        broken: list[int] = []
+
+        def commit_and_lose_the_answer() -> None:
+            original()
+            if len(broken) < 3:
+                broken.append(1)
+                raise psycopg.OperationalError("the connection was lost in COMMIT")
+
+        database._database.commit = commit_and_lose_the_answer  # type: ignore[method-assign]
+        harness.append("a", *range(20))
+        harness.settle()
+        assert broken
+        assert indexes(reader, "a") == list(range(20))
+        assert harness.refused == []
+    database.close()
+    reader.close()
+
+
+def test_postgresql_that_drops_its_connections_loses_nothing(postgresql: str) -> None:
+    with psycopg.connect(f"{postgresql}/postgres", autocommit=True) as admin:
+        admin.execute("CREATE DATABASE dropped")
+        database = Database(f"{postgresql}/dropped", writer=True, pool_size=1)
+        reader = Database(f"{postgresql}/dropped")
+        migrate(database)
+        with Harness(database) as harness:
+            for index in range(40):
+                harness.append("a", index)
+                if index % 5 == 0:
+                    admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'dropped'")
+            harness.settle()
+            assert indexes(reader, "a") == list(range(40))
+        database.close()
+        reader.close()
+
+
+# ---- the end
+
+
+def test_stop_writes_what_is_queued_and_then_takes_nothing(writer: Database, reader: Database) -> None:
+    harness = Harness(writer)
+    harness.recorder.start()
+    harness.append("a", *range(100))
+
+    assert harness.recorder.stop(time.monotonic() + SOON)
+    assert harness.recorder.stop(time.monotonic() + SOON)
+    assert indexes(reader, "a") == list(range(100))
+    with pytest.raises(Unavailable) as refusal:
+        harness.recorder.write(lambda _: None)
+    assert refusal.value.code == "SHUTTING_DOWN"
+
+
+def test_stop_gives_up_at_its_deadline_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    database = Database(f"sqlite:///{tmp_path}/db.sqlite", writer=True, pool_size=1)
+    migrate(database)
+    harness = Harness(database)
+    harness.recorder.start()
+    other = lock(tmp_path / "db.sqlite")
+    harness.append("a", 0, 1)
+    pending = harness.recorder.submit(lambda _: None)
+
+    assert not harness.recorder.stop(time.monotonic())
+    with pytest.raises(Unavailable):
+        pending.future.result(SOON)
+    assert "were not stored" in caplog.text
+    other.close()
+    database.close()

@@ -86,10 +86,10 @@ def _loopback(value: str) -> str:
 
 
 def _database_url(value: str) -> str:
-    scheme = value.partition("://")[0]
-    if scheme not in ("postgresql", "postgres", "sqlite"):
-        raise ValueError("must begin with postgresql:// or sqlite:///")
-    return value.replace("postgres://", "postgresql://", 1) if scheme == "postgres" else value
+    scheme, _, rest = value.partition("://")
+    if scheme not in ("postgresql", "postgres"):
+        raise ValueError("must begin with postgresql://; DATABASE_PATH names a SQLite file")
+    return f"postgresql://{rest}"
 
 
 def _directories(value: str) -> tuple[Path, ...]:
@@ -100,6 +100,12 @@ def _directories(value: str) -> tuple[Path, ...]:
             raise ValueError(f"has {part!r}, which is not the absolute path of a directory")
         roots.append(path.resolve())
     return tuple(roots)
+
+
+def _sqlite_path(value: str) -> Path:
+    if "?" in value:
+        raise ValueError("must not contain a question mark, which would begin the options of a database's URL")
+    return Path(value)
 
 
 def _file(value: str) -> Path:
@@ -121,7 +127,7 @@ class Settings:
 
     port: int = _setting("PORT", 3000, _integer(0, 65535), "TCP port; 0 takes a free one and logs it")
     host: str = _setting("HOST", "127.0.0.1", _loopback, "Address to listen on; a loopback address")
-    database_path: Path = _setting("DATABASE_PATH", Path("db.sqlite"), Path, "SQLite file", "./db.sqlite")
+    database_path: Path = _setting("DATABASE_PATH", Path("db.sqlite"), _sqlite_path, "SQLite file", "./db.sqlite")
     database_url: str | None = _setting(
         "DATABASE_URL", None, _database_url, "`postgresql://user:password@host/name` instead of the SQLite file", ""
     )
@@ -208,13 +214,15 @@ class Settings:
             try:
                 values[field.name] = field.metadata["parse"](raw)
             except ValueError as error:
-                raise BadSetting(f"{variable} {error} (it is {raw!r}).") from None
+                shown = "" if variable == "DATABASE_URL" else f" (it is {raw!r})"  # that one holds a password
+                raise BadSetting(f"{variable} {error}{shown}.") from None
         return cls(**values)
 
     @property
     def url(self) -> str:
         """The database as SQLAlchemy names it."""
-        return self.database_url or f"sqlite:///{self.database_path.absolute()}"
+        # Links resolved: two names of one file must not pass for two databases.
+        return self.database_url or f"sqlite:///{self.database_path.resolve()}"
 
 
 def variables() -> list[dict[str, str]]:

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -116,6 +117,33 @@ def test_flask_run_starts_the_service_with_the_first_request(
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.communicate()
+
+
+def test_ctrl_c_under_flask_run_interrupts_the_runs(environ: dict[str, str], tmp_path: Path, project: Path) -> None:
+    path = tmp_path / "db.sqlite"
+    process = subprocess.Popen(
+        [*FLASK, "run", "--port", "0"],
+        env={**environ, "DATABASE_PATH": str(path), "LOG_LEVEL": "info"},
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        match = re.search(r"Running on (http://127\S+)", line)
+        if match:
+            client = Client(match[1])
+            break
+    run = client.start(project, "[[slow 3000 0.02]]", wait=0)
+    client.wait_for_message(run["id"], "system")
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=20)
+
+    with sqlite3.connect(path) as database:
+        ended = database.execute('SELECT status, "errorCode" FROM ccr_runs').fetchall()
+    database.close()
+    assert ended == [("error", "INTERRUPTED")]
 
 
 def test_flask_demo_shows_the_whole_story(environ: dict[str, str], tmp_path: Path) -> None:

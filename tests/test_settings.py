@@ -40,6 +40,18 @@ def test_values_are_taken_from_the_environment(tmp_path: Path) -> None:
     assert settings.log_level == "info"
 
 
+def test_two_names_of_one_file_are_one_database(tmp_path: Path) -> None:
+    (tmp_path / "link.sqlite").symlink_to(tmp_path / "real.sqlite")
+    names = [Settings.from_env({"DATABASE_PATH": f"{tmp_path}/{name}.sqlite"}).url for name in ("link", "real")]
+    assert names[0] == names[1]
+
+
+def test_a_refusal_shows_no_password() -> None:
+    with pytest.raises(BadSetting) as refusal:
+        Settings.from_env({"DATABASE_URL": "mysql://user:secret@h/db"})
+    assert "secret" not in str(refusal.value)
+
+
 def test_a_star_allows_every_privileged_option() -> None:
     assert "mcpServers" in Settings.from_env({"CCM_PRIVILEGED_OPTIONS": "*"}).privileged_options
 
@@ -52,6 +64,8 @@ def test_a_star_allows_every_privileged_option() -> None:
         ("HOST", "0.0.0.0", "loopback"),
         ("HOST", "example.org", "IP address"),
         ("DATABASE_URL", "mysql://h/db", "postgresql://"),
+        ("DATABASE_URL", "sqlite:///db.sqlite", "DATABASE_PATH"),
+        ("DATABASE_PATH", "what?.sqlite", "question mark"),
         ("LOG_LEVEL", "loud", "debug, info, warn, error"),
         ("CCM_MAX_CONCURRENT_RUNS", "0", "from 1"),
         ("CCM_MAX_QUEUED_RUNS", "-1", "from 0"),

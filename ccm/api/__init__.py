@@ -13,7 +13,7 @@ from ccm.api import health, runs, sessions
 from ccm.api.context import EXTENSION, answer, service
 from ccm.api.held import HeldSlots
 from ccm.core.service import Service
-from ccm.errors import CCMError
+from ccm.errors import CCMError, StartRefused
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ def register(app: Flask, the_service: Service) -> None:
     app.before_request(_begin)
     app.after_request(_finish)
     app.register_error_handler(CCMError, _refuse)
+    app.register_error_handler(StartRefused, _not_started)
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(Exception, _unexpected)
     for blueprint in (health.blueprint, runs.blueprint, sessions.blueprint):
@@ -52,6 +53,13 @@ def _finish(response: Response) -> Response:
 def _refuse(error: CCMError) -> Response:
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     return answer(error.to_json(), error.status, headers)
+
+
+def _not_started(refusal: StartRefused) -> Response:
+    """Under `flask run` only: the first request starts the service."""
+    log.error("the service does not start: %s", refusal)
+    error = {"code": "NOT_STARTED", "message": "The service does not start. Its log says why."}
+    return answer({"error": error}, 503)
 
 
 def _http_error(error: HTTPException) -> Response:

@@ -15,13 +15,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from ccm.core.doorbell import Doorbell
 from ccm.core.executor import Assignment, Claude, Execution
 from ccm.core.history import ForkPoint, find_run, find_session
+from ccm.core.pool import WorkerPool
 from ccm.core.processes import end_marked
 from ccm.core.recorder import Recorder
 from ccm.core.sdk import transcript_path
@@ -100,7 +100,7 @@ class RunManager:
         self._queue_limit = queue_limit
         self._environ = environ
         self._owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="run")
+        self._pool = WorkerPool(workers)
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._executions: dict[str, Execution] = {}
@@ -401,7 +401,7 @@ class RunManager:
             stopping = self._stopping
         if stopping:
             execution.fail("INTERRUPTED", "The service was shut down while this run was going on.")
-        self._pool.submit(self._perform, run, execution)
+        self._pool.submit(lambda: self._perform(run, execution))
 
     def _record(self, run: Run) -> Callable[[dict[str, Any]], Any]:
         """A function that numbers the messages of a run and hands them to the recorder."""

@@ -338,5 +338,6 @@ def test_the_sdk_still_has_what_the_executor_reaches_into() -> None:
 
 
 async def _nothing() -> AsyncIterator[dict[str, Any]]:
-    for message in ():
+    nothing: tuple[dict[str, Any], ...] = ()
+    for message in nothing:
         yield message

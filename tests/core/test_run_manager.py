@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -119,4 +120,6 @@ def test_images_of_a_waiting_run_survive_a_restart_and_are_gone_after_it(
     sent = [json.loads(line) for line in log.read_text().splitlines() if '"user"' in line]
     content = next(m["message"]["content"] for m in sent if m["type"] == "user")
     assert [block.get("source", {}).get("data") for block in content] == [PNG, PNG, None]
-    assert PNG.encode() not in (tmp_path / "db.sqlite").read_bytes()
+    with sqlite3.connect(tmp_path / "db.sqlite") as database:
+        assert database.execute("SELECT COUNT(*) FROM ccr_run_images").fetchone() == (0,)
+    database.close()

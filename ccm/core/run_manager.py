@@ -1,8 +1,8 @@
 """The life of runs: accepted, waiting, started, ended; started fresh, resumed, forked, cancelled.
 
-Every decision is taken in the recorder's thread, inside the transaction that stores it (`_accept`, `_dispatch`,
-`_end`, `_cancel`), and read off the database alone. So no two decisions race, and what this process remembers (the
-executions that are going on) is only ever a copy, updated after the commit.
+The decisions are taken by core/lifecycle.py inside the transactions that store them. Here is what leads to them and
+what follows: threads, executions, and whoever waits. What this process remembers (the executions that are going on) is
+only ever a copy of what is stored, updated after the commit.
 """
 
 from __future__ import annotations
@@ -15,27 +15,22 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ccm.core.doorbell import Doorbell
 from ccm.core.executor import Assignment, Claude, Execution
 from ccm.core.history import ForkPoint, find_run, find_session
+from ccm.core.lifecycle import Effects, Lifecycle, Start, not_resumable
 from ccm.core.pool import WorkerPool
 from ccm.core.processes import end_marked
 from ccm.core.recorder import Recorder
 from ccm.core.sdk import transcript_path
-from ccm.db import messages, runs, sessions
+from ccm.db import runs, sessions
 from ccm.db.database import Transaction
-from ccm.errors import Conflict, QueueFull, Unavailable
+from ccm.errors import Conflict, Unavailable
 from ccm.models import (
     CANCELLED,
-    ENQUEUE,
     ERROR,
-    FORK,
-    FRESH,
-    INTERRUPT,
-    RESUME,
     RUNNING,
     Image,
     Message,
@@ -48,27 +43,6 @@ from ccm.models import (
 )
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Start:
-    """A run whose start is decided: the run as it is now stored, and the parent whose transcript it continues."""
-
-    run: Run
-    parent: Run | None
-    images_json: str | None
-
-
-@dataclass(frozen=True)
-class _Effects:
-    """What is to follow a commit."""
-
-    starts: tuple[_Start, ...] = ()
-    cancels: tuple[str, ...] = ()
-    news: tuple[str, ...] = ()
-
-    def __or__(self, other: _Effects) -> _Effects:
-        return _Effects(self.starts + other.starts, self.cancels + other.cancels, self.news + other.news)
 
 
 class RunManager:
@@ -96,10 +70,9 @@ class RunManager:
         self._recorder = recorder
         self._doorbell = doorbell
         self._claude = claude
-        self._workers = workers
-        self._queue_limit = queue_limit
         self._environ = environ
-        self._owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self._lifecycle = Lifecycle(workers, queue_limit, owner, lambda run: self._has_transcript(run, run.options))
         self._pool = WorkerPool(workers)
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
@@ -166,11 +139,11 @@ class RunManager:
             Conflict: RUN_ALREADY_ENDED, otherwise than by being cancelled.
         """
 
-        def work(transaction: Transaction) -> tuple[Run, _Effects]:
+        def work(transaction: Transaction) -> tuple[Run, Effects]:
             run = find_run(transaction, run_id)
             if run.ended and run.status != CANCELLED:
                 raise Conflict(f"Run {run.id} has already ended: it is {run.status!r}.", code="RUN_ALREADY_ENDED")
-            effects = self._cancel(transaction, run)
+            effects = self._lifecycle.cancel(transaction, run)
             return find_run(transaction, run_id), effects
 
         return self._recorder.write(work, lambda done: self._follow(done[1]))[0]
@@ -198,14 +171,11 @@ class RunManager:
     def recover(self) -> None:
         """After a start: what the last service left in mid-run is reported, what had not begun begins."""
 
-        def work(transaction: Transaction) -> _Effects:
-            effects = _Effects()
+        def work(transaction: Transaction) -> Effects:
             for run in runs.started(transaction):
                 log.warning("run %s was cut off by the end of the last service: INTERRUPTED", run.id)
                 end_marked(run.id)
-                head = self._has_transcript(run, run.options)
-                effects |= self._end(transaction, run, {**runs.interrupted(), "hasTranscript": int(head)})
-            return effects | self._dispatch(transaction)
+            return self._lifecycle.recover(transaction)
 
         self._recorder.write(work, self._follow)
 
@@ -217,6 +187,7 @@ class RunManager:
         """
         with self._lock:
             self._stopping = True
+            self._lifecycle.open = False
             executions = list(self._executions.values())
         for execution in executions:
             execution.fail("INTERRUPTED", "The service was shut down while this run was going on.")
@@ -264,66 +235,10 @@ class RunManager:
         images = [{"mediaType": image.media_type, "data": image.data} for image in request.images]
         images_json = to_json_text(images) if images else None
 
-        def work(transaction: Transaction) -> tuple[Run, _Effects]:
-            return self._accept(transaction, row, images_json, request, new_session)
+        def work(transaction: Transaction) -> tuple[Run, Effects]:
+            return self._lifecycle.accept(transaction, row, images_json, request, new_session)
 
         return self._recorder.write(work, lambda accepted: self._follow(accepted[1]))[0]
-
-    def _accept(
-        self,
-        transaction: Transaction,
-        row: Mapping[str, Any],
-        images_json: str | None,
-        request: RunRequest,
-        new_session: Mapping[str, Any] | None,
-    ) -> tuple[Run, _Effects]:
-        if transaction.uncertain and (stored := runs.find(transaction, row["id"])):
-            return stored, self._dispatch(transaction)  # the commit before this try had gone through after all
-        seq = runs.next_seq(transaction)
-        session_id = row["sessionId"]
-        effects = _Effects()
-        if new_session is None:
-            effects |= self._make_way(transaction, session_id, request.if_busy)
-            sessions.run_added(transaction, session_id, seq, row["createdAt"])
-        else:
-            session = {
-                "id": session_id,
-                "cwd": row["cwd"],
-                "title": request.title,
-                "metadataJson": to_json_text(dict(request.metadata or {})),
-                "firstRunAt": row["createdAt"],
-                "lastRunAt": row["createdAt"],
-                "lastRunSeq": seq,
-            }
-            sessions.insert(transaction, session | dict(new_session))
-        runs.insert(transaction, dict(row) | {"seq": seq}, images_json)
-        effects |= self._dispatch(transaction)
-        begun = [start.run for start in effects.starts if start.run.id == row["id"]]
-        run = begun[0] if begun else find_run(transaction, row["id"])
-        if run.waiting and runs.count_waiting(transaction) > self._queue_limit:
-            raise QueueFull(
-                f"{self._queue_limit} runs are waiting already (CCM_MAX_QUEUED_RUNS). Try again when some have ended."
-            )
-        return run, effects
-
-    def _make_way(self, transaction: Transaction, session_id: str, if_busy: str) -> _Effects:
-        """Within a session runs follow one another: the CLI itself would let two go on and lose a prompt."""
-        session = find_session(transaction, session_id)
-        busy = runs.running(transaction, session_id)
-        if not busy and session.head_run_id is None:
-            raise _not_resumable(session, "none of its runs left a transcript")
-        if not busy or if_busy == ENQUEUE:
-            return _Effects()
-        if if_busy != INTERRUPT:
-            raise Conflict(
-                f"Session {session_id} is busy with run {busy[0].id}. Wait for it, cancel it, or set ifBusy to "
-                "'enqueue' or 'interrupt'.",
-                code="SESSION_BUSY",
-            )
-        effects = _Effects()
-        for run in busy:
-            effects |= self._cancel(transaction, run)
-        return effects
 
     def _check_transcript(self, parent: Run, session: Session, options: Mapping[str, Any]) -> None:
         """
@@ -331,9 +246,9 @@ class RunManager:
             Conflict: SESSION_NOT_RESUMABLE.
         """
         if not os.path.isdir(session.cwd):
-            raise _not_resumable(session, f"its directory {session.cwd} is not there any more")
+            raise not_resumable(session, f"its directory {session.cwd} is not there any more")
         if not parent.has_transcript or not self._has_transcript(parent, options):
-            raise _not_resumable(session, f"run {parent.id} has no transcript")
+            raise not_resumable(session, f"run {parent.id} has no transcript")
 
     def _has_transcript(self, run: Run, options: Mapping[str, Any]) -> bool:
         environ = {**self._environ, **options.get("env", {})}
@@ -341,38 +256,7 @@ class RunManager:
 
     # ---- starting
 
-    def _dispatch(self, transaction: Transaction) -> _Effects:
-        """Decide which waiting runs start now: the first in the queue whose session is free, while workers are."""
-        effects = _Effects()
-        while not self._stopping:
-            started, next_id = runs.queue(transaction)
-            if next_id is None or started >= self._workers:
-                break
-            run = find_run(transaction, next_id)
-            parent = self._parent(transaction, run)
-            run = runs.start(transaction, run, parent.id if parent else None, self._owner)
-            if run.mode != FRESH and parent is None:
-                lost = "The run that this one was to continue left no transcript."
-                effects |= self._end(
-                    transaction,
-                    run,
-                    {"status": ERROR, "errorCode": "SESSION_NOT_RESUMABLE", "errorMessage": lost},
-                )
-                continue
-            start = _Start(run, parent, runs.images_json(transaction, run.id) if run.image_count else None)
-            effects |= _Effects(starts=(start,), news=(run.id, run.session_id))
-        return effects
-
-    def _parent(self, transaction: Transaction, run: Run) -> Run | None:
-        """The run whose transcript this one continues: chosen when it starts, not when it was accepted."""
-        if run.mode == FORK and run.parent_run_id is not None:
-            return find_run(transaction, run.parent_run_id)
-        if run.mode == RESUME:
-            head = find_session(transaction, run.session_id).head_run_id
-            return None if head is None else find_run(transaction, head)
-        return None
-
-    def _follow(self, effects: _Effects) -> None:
+    def _follow(self, effects: Effects) -> None:
         """Do what follows a commit; in the recorder's thread."""
         for start in effects.starts:
             self._begin(start)
@@ -382,8 +266,10 @@ class RunManager:
                 execution.cancel()
         self._doorbell.ring(effects.news)
 
-    def _begin(self, start: _Start) -> None:
+    def _begin(self, start: Start) -> None:
         run, parent = start.run, start.parent
+        if run.id in self._executions:
+            return
         images = tuple(Image(image["mediaType"], image["data"]) for image in json.loads(start.images_json or "[]"))
         assignment = Assignment(
             run_id=run.id,
@@ -443,40 +329,21 @@ class RunManager:
             "hasTranscript": int(outcome.has_transcript),
         }
 
-        def work(transaction: Transaction) -> _Effects:
-            ended = self._end(transaction, run, values)
-            return ended | self._dispatch(transaction)
+        def work(transaction: Transaction) -> Effects:
+            ended = self._lifecycle.end(transaction, run, values)
+            return ended | self._lifecycle.dispatch(transaction)
 
         try:
             self._recorder.submit(work, lambda effects: self._ended(run, effects)).future.result()
         except Exception:
             log.exception("run %s: its end (%s) was not stored; the next start will report it", run.id, outcome.status)
-            self._ended(run, _Effects())
+            self._ended(run, Effects())
         else:
             detail = f" {outcome.error_code}: {outcome.error_message}" if outcome.error_code else ""
             log.info("run %s %s after %s ms%s", run.id, outcome.status, outcome.duration_ms, detail)
 
-    def _ended(self, run: Run, effects: _Effects) -> None:
+    def _ended(self, run: Run, effects: Effects) -> None:
         with self._idle:
             self._executions.pop(run.id, None)
             self._idle.notify_all()
         self._follow(effects)
-
-    def _end(self, transaction: Transaction, run: Run, values: Mapping[str, Any]) -> _Effects:
-        """The final state of a run, once, and what it means for its session."""
-        count = messages.last_index(transaction, run.id) + 1
-        if runs.end(transaction, run, {**values, "messageCount": count}):
-            head = run.id if values.get("hasTranscript") else None
-            sessions.run_ended(transaction, run.session_id, count, values.get("costUsd") or 0.0, head)
-        return _Effects(news=(run.id, run.session_id))
-
-    def _cancel(self, transaction: Transaction, run: Run) -> _Effects:
-        if run.waiting:
-            return self._end(transaction, run, {"status": CANCELLED})
-        return _Effects() if run.ended else _Effects(cancels=(run.id,))
-
-
-def _not_resumable(session: Session, why: str) -> Conflict:
-    return Conflict(
-        f"Session {session.id} cannot be continued: {why}. Start a fresh run.", code="SESSION_NOT_RESUMABLE"
-    )

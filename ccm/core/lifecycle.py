@@ -1,0 +1,187 @@
+"""The decisions in the life of runs: which is accepted, which starts next, how one ends.
+
+Each is taken inside the transaction that stores it, in the recorder's thread, and read off the database alone, so no
+two of them race. What is to happen then outside of the database is given back as `Effects`, for after the commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ccm.core.history import find_run, find_session
+from ccm.db import messages, runs, sessions
+from ccm.db.database import Transaction
+from ccm.errors import Conflict, QueueFull
+from ccm.models import CANCELLED, ENQUEUE, ERROR, FORK, FRESH, INTERRUPT, RESUME, Run, RunRequest, Session, to_json_text
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run whose start is decided: the run as it is now stored, and the parent whose transcript it continues."""
+
+    run: Run
+    parent: Run | None
+    images_json: str | None
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What is to follow a commit."""
+
+    starts: tuple[Start, ...] = ()
+    cancels: tuple[str, ...] = ()
+    news: tuple[str, ...] = ()
+
+    def __or__(self, other: Effects) -> Effects:
+        return Effects(self.starts + other.starts, self.cancels + other.cancels, self.news + other.news)
+
+
+class Lifecycle:
+    """
+    Args:
+        workers: runs at once.
+        queue_limit: runs that may wait for a worker.
+        owner: the name of this service in the rows of its runs.
+        has_transcript: whether a run has left a transcript on this host.
+    """
+
+    def __init__(self, workers: int, queue_limit: int, owner: str, has_transcript: Callable[[Run], bool]) -> None:
+        self._workers = workers
+        self._queue_limit = queue_limit
+        self._owner = owner
+        self._has_transcript = has_transcript
+        # While it is False no waiting run starts.
+        self.open = True
+
+    def accept(
+        self,
+        transaction: Transaction,
+        row: Mapping[str, Any],
+        images_json: str | None,
+        request: RunRequest,
+        new_session: Mapping[str, Any] | None,
+    ) -> tuple[Run, Effects]:
+        """Store a run, in the queue or at once started.
+
+        Args:
+            row: the run as far as it is known before it starts.
+            new_session: what is particular to the session that it opens; None if it adds to one.
+
+        Raises:
+            Conflict: SESSION_BUSY, SESSION_NOT_RESUMABLE.
+            QueueFull: too many runs are waiting.
+        """
+        if transaction.uncertain and (stored := runs.find(transaction, row["id"])):
+            return stored, self.dispatch(transaction)  # the commit before this try had gone through after all
+        seq = runs.next_seq(transaction)
+        session_id = row["sessionId"]
+        effects = Effects()
+        if new_session is None:
+            effects |= self._make_way(transaction, session_id, request.if_busy)
+            sessions.run_added(transaction, session_id, seq, row["createdAt"])
+        else:
+            session = {
+                "id": session_id,
+                "cwd": row["cwd"],
+                "title": request.title,
+                "metadataJson": to_json_text(dict(request.metadata or {})),
+                "firstRunAt": row["createdAt"],
+                "lastRunAt": row["createdAt"],
+                "lastRunSeq": seq,
+            }
+            sessions.insert(transaction, session | dict(new_session))
+        runs.insert(transaction, dict(row) | {"seq": seq}, images_json)
+        effects |= self.dispatch(transaction)
+        begun = [start.run for start in effects.starts if start.run.id == row["id"]]
+        run = begun[0] if begun else find_run(transaction, row["id"])
+        if run.waiting and runs.count_waiting(transaction) > self._queue_limit:
+            raise QueueFull(
+                f"{self._queue_limit} runs are waiting already (CCM_MAX_QUEUED_RUNS). Try again when some have ended."
+            )
+        return run, effects
+
+    def _make_way(self, transaction: Transaction, session_id: str, if_busy: str) -> Effects:
+        """Within a session runs follow one another: the CLI itself would let two go on and lose a prompt."""
+        session = find_session(transaction, session_id)
+        busy = runs.running(transaction, session_id)
+        if not busy and session.head_run_id is None:
+            raise not_resumable(session, "none of its runs left a transcript")
+        if not busy or if_busy == ENQUEUE:
+            return Effects()
+        if if_busy != INTERRUPT:
+            raise Conflict(
+                f"Session {session_id} is busy with run {busy[0].id}. Wait for it, cancel it, or set ifBusy to "
+                "'enqueue' or 'interrupt'.",
+                code="SESSION_BUSY",
+            )
+        effects = Effects()
+        for run in busy:
+            effects |= self.cancel(transaction, run)
+        return effects
+
+    def end(self, transaction: Transaction, run: Run, values: Mapping[str, Any]) -> Effects:
+        """The final state of a run, once, and what it means for its session."""
+        count = messages.last_index(transaction, run.id) + 1
+        if runs.end(transaction, run, {**values, "messageCount": count}):
+            head = run.id if values.get("hasTranscript") else None
+            sessions.run_ended(transaction, run.session_id, count, values.get("costUsd") or 0.0, head)
+        return Effects(news=(run.id, run.session_id))
+
+    def cancel(self, transaction: Transaction, run: Run) -> Effects:
+        """A waiting run ends at once; a started one is to be told."""
+        if run.waiting:
+            return self.end(transaction, run, {"status": CANCELLED})
+        return Effects() if run.ended else Effects(cancels=(run.id,))
+
+    def dispatch(self, transaction: Transaction) -> Effects:
+        """Decide which waiting runs start now: the first in the queue whose session is free, while workers are."""
+        effects = Effects()
+        if transaction.uncertain:
+            # A start that was decided in the try before may have been committed, and nobody has followed it.
+            effects |= Effects(starts=tuple(self._start_of(transaction, run) for run in runs.started(transaction)))
+        while self.open:
+            started, next_id = runs.queue(transaction)
+            if next_id is None or started >= self._workers:
+                break
+            run = find_run(transaction, next_id)
+            parent = self._parent(transaction, run)
+            run = runs.start(transaction, run, parent.id if parent else None, self._owner)
+            if run.mode != FRESH and parent is None:
+                lost = "The run that this one was to continue left no transcript."
+                effects |= self.end(
+                    transaction,
+                    run,
+                    {"status": ERROR, "errorCode": "SESSION_NOT_RESUMABLE", "errorMessage": lost},
+                )
+                continue
+            effects |= Effects(starts=(self._start_of(transaction, run),), news=(run.id, run.session_id))
+        return effects
+
+    def _start_of(self, transaction: Transaction, run: Run) -> Start:
+        parent = None if run.parent_run_id is None else find_run(transaction, run.parent_run_id)
+        return Start(run, parent, runs.images_json(transaction, run.id) if run.image_count else None)
+
+    def _parent(self, transaction: Transaction, run: Run) -> Run | None:
+        """The run whose transcript this one continues: chosen when it starts, not when it was accepted."""
+        if run.mode == FORK and run.parent_run_id is not None:
+            return find_run(transaction, run.parent_run_id)
+        if run.mode == RESUME:
+            head = find_session(transaction, run.session_id).head_run_id
+            return None if head is None else find_run(transaction, head)
+        return None
+
+    def recover(self, transaction: Transaction) -> Effects:
+        """At a start: what the last service left in mid-run is reported; what had not begun may begin."""
+        effects = Effects()
+        for run in runs.started(transaction):
+            values = {**runs.interrupted(), "hasTranscript": int(self._has_transcript(run))}
+            effects |= self.end(transaction, run, values)
+        return effects | self.dispatch(transaction)
+
+
+def not_resumable(session: Session, why: str) -> Conflict:
+    return Conflict(
+        f"Session {session.id} cannot be continued: {why}. Start a fresh run.", code="SESSION_NOT_RESUMABLE"
+    )

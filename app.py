@@ -26,9 +26,10 @@ def create_app(settings: Settings | None = None) -> Flask:
         settings: those of the environment if left out.
     """
     if settings is None:
-        settings = Settings.from_env(os.environ)
+        settings = _settings()
         configure(settings.log_level)
     app = Flask("ccm", static_folder=None)
+    app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # no CORS: OPTIONS is as unknown as any other method
     service = Service(settings)
     api.register(app, service)
     cli.register(app)
@@ -36,20 +37,32 @@ def create_app(settings: Settings | None = None) -> Flask:
     return app
 
 
+def _settings() -> Settings:
+    """Those of the environment. Ends the program with a sentence if one cannot be used."""
+    try:
+        return Settings.from_env(os.environ)
+    except StartRefused as refusal:
+        print(f"CC Manager does not start: {refusal}", file=sys.stderr)
+        sys.exit(refusal.exit_code)
+
+
 def main() -> int:
     """Serve with waitress until SIGTERM or SIGINT. The exit code: 2 for a bad setting, 3 for a refused database."""
+    app = create_app()
+    service: Service = app.extensions["ccm"]
+    host, port = service.settings.host, service.settings.port
     try:
-        app = create_app()
-        service: Service = app.extensions["ccm"]
         server = Server(app, service)
         service.start()
     except StartRefused as refusal:
         print(f"CC Manager does not start: {refusal}", file=sys.stderr)
         return refusal.exit_code
     except OSError as error:
-        print(f"CC Manager does not start: it cannot listen on HOST and PORT: {error}.", file=sys.stderr)
+        reason = error.strerror or error
+        print(f"CC Manager does not start: it cannot listen on HOST {host}, PORT {port}: {reason}.", file=sys.stderr)
         return 2
-    logging.getLogger("ccm").info("listening on http://%s:%d", service.settings.host, server.port)
+    shown = f"[{host}]" if ":" in host else host
+    logging.getLogger("ccm").info("listening on http://%s:%d", shown, server.port)
     return 0 if server.run() else 1
 
 

@@ -34,14 +34,12 @@ def migrate_command(status: bool) -> None:
     """
     try:
         settings = Settings.from_env(os.environ)
+        if status:
+            _show_status(settings)
+            return
         sqlite_file.prepare(settings.url)
         database = Database(settings.url, writer=True, pool_size=1)
-        missing = pending(database)
-        if status:
-            for migration in read_migrations(database.dialect):
-                click.echo(f"{'missing' if migration in missing else 'applied'}  {migration}")
-            return
-        if missing:
+        if pending(database):
             with ServiceLock(settings.url, MIGRATION_PATIENCE):
                 for migration in migrate(database):
                     click.echo(f"applied  {migration}")
@@ -49,6 +47,17 @@ def migrate_command(status: bool) -> None:
     except StartRefused as refusal:
         click.echo(str(refusal), err=True)
         sys.exit(refusal.exit_code)
+
+
+def _show_status(settings: Settings) -> None:
+    """Changes nothing, and makes no file."""
+    dialect = "sqlite" if settings.database_url is None else "postgresql"
+    missing = read_migrations(dialect)
+    if settings.database_url is not None or settings.database_path.exists():
+        sqlite_file.prepare(settings.url)
+        missing = pending(Database(settings.url))
+    for migration in read_migrations(dialect):
+        click.echo(f"{'missing' if migration in missing else 'applied'}  {migration}")
 
 
 @click.command("demo")

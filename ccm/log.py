@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
+
+
+# Werkzeug colours what `flask run` says.
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class OneLine(logging.Formatter):
@@ -20,7 +25,7 @@ class OneLine(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = COLOUR.sub("", super().format(record)).strip()
         if text.isprintable():
             return text
         return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -21,6 +21,9 @@ RUNNING = "running"
 COMPLETED = "completed"
 ERROR = "error"
 CANCELLED = "cancelled"
+# Sums of floats are rounded to it: a millionth of a cent.
+MONEY_DIGITS = 8
+
 STATUSES = (RUNNING, COMPLETED, ERROR, CANCELLED)
 
 FRESH = "fresh"
@@ -181,7 +184,7 @@ class Session(Row):
             "headRunId": self.head_run_id,
             "runCount": self.run_count,
             "messageCount": self.message_count,
-            "costUsd": self.cost_usd,
+            "costUsd": round(self.cost_usd, MONEY_DIGITS),
             "firstRunAt": self.first_run_at,
             "lastRunAt": self.last_run_at,
         }

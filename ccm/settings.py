@@ -58,6 +58,10 @@ def _one_of(*allowed: str) -> Callable[[str], str]:
     return parse
 
 
+def _log_level(value: str) -> str:
+    return _one_of(*LOG_LEVELS)(value.lower())
+
+
 def _some_of(*allowed: str, wildcard: bool = False) -> Callable[[str], tuple[str, ...]]:
     def parse(value: str) -> tuple[str, ...]:
         if wildcard and value.strip() == "*":
@@ -129,9 +133,13 @@ class Settings:
     host: str = _setting("HOST", "127.0.0.1", _loopback, "Address to listen on; a loopback address")
     database_path: Path = _setting("DATABASE_PATH", Path("db.sqlite"), _sqlite_path, "SQLite file", "./db.sqlite")
     database_url: str | None = _setting(
-        "DATABASE_URL", None, _database_url, "`postgresql://user:password@host/name` instead of the SQLite file", ""
+        "DATABASE_URL",
+        None,
+        _database_url,
+        "`postgresql://user:password@host/name` instead of the SQLite file",
+        "(empty)",
     )
-    log_level: str = _setting("LOG_LEVEL", "info", _one_of(*LOG_LEVELS), "`debug`, `info`, `warn` or `error`")
+    log_level: str = _setting("LOG_LEVEL", "info", _log_level, "`debug`, `info`, `warn` or `error`")
     max_concurrent_runs: int = _setting(
         "CCM_MAX_CONCURRENT_RUNS",
         8,
@@ -168,7 +176,7 @@ class Settings:
         _directories,
         f"Directories, separated by `{os.pathsep}`, in one of which every `cwd` must lie. It prevents mistakes; "
         "it is no sandbox",
-        "any directory",
+        "(empty: any directory)",
     )
     privileged_options: tuple[str, ...] = _setting(
         "CCM_PRIVILEGED_OPTIONS",
@@ -176,13 +184,14 @@ class Settings:
         _some_of(*PRIVILEGED_OPTIONS, wildcard=True),
         "Options that run programs or widen access and that clients may use all the same: names separated by commas, "
         "or `*`. They are " + ", ".join(f"`{name}`" for name in PRIVILEGED_OPTIONS),
-        "none",
+        "(empty: none)",
     )
     permission_mode: str = _setting(
         "CCM_PERMISSION_MODE",
         "acceptEdits",
         _one_of(*PERMISSION_MODES, *PRIVILEGED_PERMISSION_MODES),
-        "Claude Code's permission mode for runs that name none",
+        "Claude Code's permission mode for runs that name none: `default`, `acceptEdits`, `plan`, `dontAsk`, "
+        "`bypassPermissions` (not as root) or `auto`",
     )
     setting_sources: tuple[str, ...] = _setting(
         "CCM_SETTING_SOURCES",
@@ -192,7 +201,11 @@ class Settings:
         ",".join(SETTING_SOURCES),
     )
     cli_path: Path | None = _setting(
-        "CCM_CLI_PATH", None, _file, "A Claude Code other than the one that comes with the SDK", "the bundled one"
+        "CCM_CLI_PATH",
+        None,
+        _file,
+        "A Claude Code other than the one that comes with the SDK",
+        "(empty: the bundled one)",
     )
 
     @classmethod
@@ -214,7 +227,9 @@ class Settings:
             try:
                 values[field.name] = field.metadata["parse"](raw)
             except ValueError as error:
-                shown = "" if variable == "DATABASE_URL" else f" (it is {raw!r})"  # that one holds a password
+                # Not that of a URL, which holds a password; not twice.
+                known = variable == "DATABASE_URL" or repr(raw) in str(error)
+                shown = "" if known else f" (it is {raw!r})"
                 raise BadSetting(f"{variable} {error}{shown}.") from None
         return cls(**values)
 

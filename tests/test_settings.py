@@ -99,5 +99,5 @@ def test_a_mistyped_variable_is_noticed() -> None:
 def test_the_readme_has_every_setting_with_its_default() -> None:
     text = README.read_text(encoding="utf-8")
     for entry in variables():
-        default = f"`{entry['default']}`" if entry["default"] else ""
+        default = entry["default"] if entry["default"].startswith("(") else f"`{entry['default']}`"
         assert f"| `{entry['variable']}` | {default} | {entry['about']} |" in text

@@ -53,7 +53,7 @@ def _cursor() -> int | None:
 
 def next_link(**changes: str) -> dict[str, str]:
     """The `Link` header to this very address with some parameters changed."""
-    query = {name: value for name, value in request.args.items() if name != "wait"} | changes
+    query = dict(request.args.items()) | changes
     return {"Link": f'<{request.base_url}?{urlencode(query)}>; rel="next"'}
 
 

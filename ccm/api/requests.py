@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -22,6 +23,7 @@ IMAGES = 20
 IMAGE_CHARACTERS = 27_000_000
 TITLE_CHARACTERS = 500
 PATH_CHARACTERS = 4_096
+UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", re.ASCII)
 SIGNATURES = {
     "image/png": (b"\x89PNG\r\n\x1a\n",),
     "image/jpeg": (b"\xff\xd8\xff",),
@@ -36,12 +38,18 @@ def _not_blank(text: str) -> str:
     return no_nul(text)
 
 
+def _uuid(text: str) -> str:
+    if not UUID.fullmatch(text):
+        raise ValueError("must be a UUID, such as 160f5bda-edc4-4a77-aa69-dad3a26497bb")
+    return text.lower()
+
+
 Prompt = Annotated[str, Field(max_length=PROMPT_CHARACTERS), AfterValidator(_not_blank)]
 Title = Annotated[str, Field(max_length=TITLE_CHARACTERS), AfterValidator(no_nul)]
 Metadata = Annotated[dict[str, JsonValue], AfterValidator(plain_json)]
 Path = Annotated[str, Field(min_length=1, max_length=PATH_CHARACTERS), AfterValidator(no_nul)]
 # A UUID in its usual form: Claude Code would take a session's title too, and another session for it.
-Id = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$")]
+Id = Annotated[str, AfterValidator(_uuid)]
 
 
 class ImageBody(Strict):

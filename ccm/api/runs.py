@@ -6,6 +6,7 @@ import os
 from typing import TypeVar
 
 from flask import Blueprint, Response, request, url_for
+from werkzeug.exceptions import MethodNotAllowed
 
 from ccm.api.context import answer, check_query, service, wait_seconds, wait_until
 from ccm.api.message_lists import Extent, message_list
@@ -22,6 +23,8 @@ blueprint = Blueprint("runs", __name__, url_prefix="/api/runs")
 # the end is to be stored.
 CANCEL_SECONDS = 30.0
 HIGHEST_INDEX = 2**53
+# They stand where a run's id stands.
+POST_ONLY = ("start", "resume", "fork")
 
 Body = TypeVar("Body", bound=RunBody)
 
@@ -98,6 +101,8 @@ def runs() -> Response:
 @blueprint.get("/<run_id>")
 def run(run_id: str) -> Response:
     """One run; with wait, once it has ended."""
+    if run_id in POST_ONLY:
+        raise MethodNotAllowed(["POST"])
     check_query("wait")
     return answer(_wait_for_end(service().history.run(plain(run_id, "runId")), wait_seconds()).to_json())
 
@@ -105,6 +110,8 @@ def run(run_id: str) -> Response:
 @blueprint.delete("/<run_id>")
 def cancel(run_id: str) -> Response:
     """Cancel a run."""
+    if run_id in POST_ONLY:
+        raise MethodNotAllowed(["POST"])
     check_query()
     run = service().runs.cancel(plain(run_id, "runId"))
     if not run.ended:
@@ -174,5 +181,7 @@ def _after() -> int:
     if text is None or text == "-1":
         return -1
     if not (text.isascii() and text.isdigit() and len(text) < 17 and int(text) <= HIGHEST_INDEX):
-        raise ValidationError("after: must be the index of a message: a whole number from 0.", field="after")
+        raise ValidationError(
+            "after: must be the index of a message: a whole number from 0, or -1 for all.", field="after"
+        )
     return int(text)

@@ -23,7 +23,7 @@ import sniffio
 from ccm.core.options import sdk_arguments
 from ccm.core.processes import LAUNCH_SCRIPT, end_marked, launch_environment
 from ccm.core.sdk import AgentDefinition, ClaudeAgentOptions, Client, explain, transcript_path
-from ccm.models import CANCELLED, COMPLETED, ERROR, Image, Outcome
+from ccm.models import CANCELLED, COMPLETED, ERROR, MONEY_DIGITS, Image, Outcome
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,10 @@ TERMINATE_SECONDS = 5.0
 EXIT_SECONDS = 0.3
 # The CLI retries a refused login for three minutes; a second refusal is answer enough.
 LOGIN_REFUSALS = 2
+LOGIN_ADVICE = (
+    "Claude Code has no login that is accepted. Log in again: run `claude` and /login as the service's user, or set "
+    "ANTHROPIC_API_KEY for the service."
+)
 STDERR_LINES = 20
 STDERR_LINE_CHARACTERS = 500
 
@@ -128,6 +132,8 @@ class Execution:
         self._results_before_stop: int | None = None
         self._session_state: str | None = None
         self._login_refusals = 0
+        # What the last assistant message of the main thread reports as an error of the API.
+        self._api_error: str | None = None
         self._stderr: deque[str] = deque(maxlen=STDERR_LINES)
 
     # ---- from any thread
@@ -251,11 +257,9 @@ class Execution:
         elif kind == "system" and subtype == "api_retry" and message.get("error_status") == 401:
             self._login_refusals += 1
             if self._login_refusals == LOGIN_REFUSALS:
-                self.fail(
-                    "AUTHENTICATION_FAILED",
-                    "Claude's API refuses the login (401). Log in again: run `claude` "
-                    "as the service's user, or set ANTHROPIC_API_KEY for the service.",
-                )
+                self.fail("AUTHENTICATION_FAILED", LOGIN_ADVICE)
+        elif kind == "assistant" and message.get("parent_tool_use_id") is None:
+            self._api_error = message.get("error")
         # A CLI that tells no states (an older one) ends at its result.
         if self._results and self._session_state in (None, "idle"):
             self._over.set()
@@ -320,7 +324,9 @@ class Execution:
                 return Outcome(COMPLETED)
             if self._reason is not None:
                 return self._reason
-            return Outcome(ERROR, _result_code(result), _result_text(result))
+            code = _result_code(result, self._api_error)
+            said = _result_text(result)
+            return Outcome(ERROR, code, f"{said} {LOGIN_ADVICE}" if code == "AUTHENTICATION_FAILED" else said)
         if self._reason is not None:
             return self._reason
         code, message = explain(error, "\n".join(self._stderr), self._claude.max_message_bytes)
@@ -334,10 +340,11 @@ class Execution:
             return None
         since = [result.get("model_usage_since_last_result") for result in self._results]
         if all(isinstance(usage, dict) for usage in since):
-            return float(sum(model.get("costUSD") or 0 for usage in since if usage for model in usage.values()))
+            costs = [model.get("costUSD") or 0 for usage in since if usage for model in usage.values()]
+            return round(float(sum(costs)), MONEY_DIGITS)
         if self._assignment.resume is None:
             total = self._results[-1].get("total_cost_usd")
-            return None if total is None else float(total)
+            return None if total is None else round(float(total), MONEY_DIGITS)
         return None
 
     def _transcript(self) -> Path:
@@ -345,8 +352,8 @@ class Execution:
         return transcript_path(self._assignment.cwd, self._assignment.sdk_session_id, environ)
 
 
-def _result_code(result: Mapping[str, Any]) -> str:
-    if result.get("api_error_status") == 401:
+def _result_code(result: Mapping[str, Any], api_error: str | None) -> str:
+    if result.get("api_error_status") == 401 or api_error == "authentication_failed":
         return "AUTHENTICATION_FAILED"
     if result.get("terminal_reason") == "api_error" or result.get("api_error_status") is not None:
         return "API_ERROR"

@@ -12,7 +12,7 @@ from typing import TypeVar
 from ccm.core.doorbell import Doorbell
 from ccm.db import messages, runs, sessions
 from ccm.db.database import Database, Transaction
-from ccm.errors import NotFound, StorageError, Unavailable, ValidationError
+from ccm.errors import Conflict, NotFound, StorageError, Unavailable, ValidationError
 from ccm.models import Run, Session
 
 T = TypeVar("T")
@@ -280,7 +280,10 @@ def find_fork_point(
     if at_message is not None:
         return _message_in(transaction, line(transaction, session), at_message)
     if session.head_run_id is None:
-        raise NotFound(f"Session {session.id} has no run yet that could be forked.", code="RUN_NOT_FOUND")
+        raise Conflict(
+            f"Session {session.id} has no ended run with a transcript yet that could be forked.",
+            code="SESSION_NOT_RESUMABLE",
+        )
     return ForkPoint(find_run(transaction, session.head_run_id))
 
 

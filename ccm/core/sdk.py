@@ -158,7 +158,7 @@ def explain(error: Exception | None, said: str, max_message_bytes: int) -> tuple
     if isinstance(error, CLIConnectionError):
         return "CLI_CRASHED", _with(f"Claude Code could not be started: {error}", said)
     if error is not None and "Control request timeout" in str(error):
-        return "TIMEOUT", _with("Claude Code was started and did not answer.", said)
+        return "CLI_NOT_RESPONDING", _with("Claude Code was started and did not answer.", said)
     if error is not None:
         return "EXECUTION_ERROR", _with(f"{type(error).__name__}: {error}", said)
     return "CLI_CRASHED", _with("Claude Code ended before it gave a result.", said)

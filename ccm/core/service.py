@@ -75,6 +75,7 @@ class Service:
     def _open(self) -> None:
         settings = self.settings
         writer = Database(settings.url, writer=True, pool_size=1)
+        log.info("database %s", writer)
         self._databases.append(writer)
         for migration in migrate(writer):
             log.info("migration %s applied", migration)

@@ -163,6 +163,9 @@ class Database:
         if self.is_sqlite:
             event.listen(self._database.engine, "begin", self._begin_sqlite)
 
+    def __str__(self) -> str:
+        return sqlalchemy.make_url(self.url).render_as_string(hide_password=True)
+
     def _begin_sqlite(self, connection: sqlalchemy.Connection) -> None:
         connection.exec_driver_sql(self._begin)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -113,6 +114,9 @@ class Tour:
 
     def run(self, serve: bool) -> int:
         """Show it all; with `serve`, leave the service running until Ctrl-C. The exit code."""
+        # Left alone, SIGTERM and a closed terminal would end this process and leave the service behind.
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cc-manager-demo-")))
             home, project = folder / "home", folder / "project"
@@ -122,6 +126,7 @@ class Tour:
             environ = credential_free_environment(api.url, str(home)) | {
                 "DATABASE_PATH": str(folder / "db.sqlite"),
                 "LOG_LEVEL": "info",
+                **{name: value for name, value in os.environ.items() if name.startswith("CCM_")},
             }
             service = stack.enter_context(ServiceProcess(environ, self._echo if serve else None))
             self._url = service.url
@@ -197,7 +202,7 @@ class Tour:
         self._echo(
             "\nTo go on with a real login: log in once with Claude Code as this user (run `claude`, then /login), or\n"
             "set ANTHROPIC_API_KEY, and start the service with `python app.py`. The requests stay the same; the\n"
-            "[[directives]] in the prompts above are for the stand-in only."
+            "[[directives]] in the prompts above are for the stand-in only (ccm/demo/messages_api.py has them all)."
         )
 
     def _serve(self, service: ServiceProcess, project: Path) -> None:

@@ -50,13 +50,20 @@ def test_max_turns(client: Client, project: Path) -> None:
     assert run["resultType"] == run["result"]["subtype"] == "error_max_turns"
 
 
-@pytest.mark.parametrize("status", [400, 403])
-def test_an_error_of_the_api_is_an_error_of_the_run(client: Client, project: Path, status: int) -> None:
+@pytest.mark.parametrize(("status", "code"), [(400, "API_ERROR"), (403, "AUTHENTICATION_FAILED")])
+def test_an_error_of_the_api_is_an_error_of_the_run(client: Client, project: Path, status: int, code: str) -> None:
     run = client.start(project, f"[[status {status}]]")
 
-    assert [run["status"], run["error"]["code"]] == ["error", "API_ERROR"]
+    assert [run["status"], run["error"]["code"]] == ["error", code]
     assert run["result"]["subtype"] == "success"  # Claude Code says so; is_error is what counts
     assert str(status) in run["error"]["message"]
+
+
+def test_no_login_is_said_so_that_one_knows_what_to_do(serve: ServeFunction, project: Path) -> None:
+    run = Client(serve(ANTHROPIC_API_KEY="").url).start(project, "Hello.")
+
+    assert [run["status"], run["error"]["code"]] == ["error", "AUTHENTICATION_FAILED"]
+    assert "ANTHROPIC_API_KEY" in run["error"]["message"]
 
 
 def test_a_refused_login_is_told_at_the_second_refusal(client: Client, project: Path) -> None:

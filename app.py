@@ -30,6 +30,7 @@ def create_app(settings: Settings | None = None) -> Flask:
         configure(settings.log_level)
     app = Flask("ccm", static_folder=None)
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # no CORS: OPTIONS is as unknown as any other method
+    app.url_map.merge_slashes = False  # no redirects: they would name a Host that may be none
     service = Service(settings)
     api.register(app, service)
     cli.register(app)

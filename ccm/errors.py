@@ -100,7 +100,9 @@ class DatabaseRefused(StartRefused):
 
 
 class StorageError(Exception):
-    """What the database's driver raised."""
+    """What the database's driver raised. `may_be_committed`: it was in COMMIT, and its outcome is unknown."""
+
+    may_be_committed = False
 
 
 class StorageDown(StorageError):

@@ -56,6 +56,13 @@ def to_json_text(value: Any) -> str:
         return json.dumps(value, ensure_ascii=True, separators=(",", ":"))  # it holds a lone surrogate
 
 
+def storable(text: object) -> str | None:
+    """A text of Claude Code's as a database takes it, None if it is no text: NUL and lone surrogates are replaced."""
+    if not isinstance(text, str):
+        return None
+    return text.encode("utf-8", "replace").decode("utf-8").replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
 @cache
 def _columns(cls: type[Any]) -> dict[str, str]:
     """Field name to column name, for the fields of a model."""

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from ccm.errors import Forbidden
 from ccm.settings import PERMISSION_MODES, PRIVILEGED_PERMISSION_MODES, Settings
@@ -262,6 +262,16 @@ class Options(Strict):
     plugins: Annotated[list[Plugin], Field(max_length=100)] | None = None
     sandbox: Object | None = None
     settings: ArgumentText | Object | None = None
+
+    @model_validator(mode="after")
+    def _fits_the_command_line(self) -> Options:
+        """Skills become rules among the allowed tools, and a prompt with a snapshot is an argument."""
+        skills = self.skills if isinstance(self.skills, list) else []
+        _fits_an_argument([*(self.allowedTools or []), *(f"Skill({name})" for name in skills)])
+        prompt = self.systemPrompt
+        if isinstance(prompt, CustomPrompt) and prompt.snapshot is not None:
+            _fits_an_argument([prompt.prompt])
+        return self
 
     def given(self) -> dict[str, Any]:
         """What the client gave, as it gave it; a null counts as not given."""

@@ -54,7 +54,9 @@ def _cursor() -> int | None:
 def next_link(**changes: str) -> dict[str, str]:
     """The `Link` header to this very address with some parameters changed."""
     query = dict(request.args.items()) | changes
-    return {"Link": f'<{request.base_url}?{urlencode(query)}>; rel="next"'}
+    # A Host that is none makes no address; the path alone is a valid one too.
+    address = request.base_url if request.host else request.path
+    return {"Link": f'<{address}?{urlencode(query)}>; rel="next"'}
 
 
 def page(read: Callable[[int, int | None], Sequence[ItemT]], place: Callable[[ItemT], int]) -> Response:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 from typing import TypeVar
 
 from flask import Blueprint, Response, request, url_for
@@ -93,7 +93,7 @@ def runs() -> Response:
     if "sessionId" in filters:
         filters["sessionId"] = service().history.session(plain(filters["sessionId"], "sessionId")).id
     if "cwd" in filters:
-        filters["cwd"] = os.path.realpath(plain(filters["cwd"], "cwd"))
+        filters["cwd"] = workdir.canonical(plain(filters["cwd"], "cwd"))
     history = service().history
     return page(lambda limit, after: history.runs(filters, limit=limit, after=after), lambda run: run.seq)
 
@@ -160,7 +160,9 @@ def _read(model: type[Body]) -> tuple[Body, float]:
 
 
 def _accepted(run: Run, seconds: float) -> Response:
-    run = _wait_for_end(run, seconds)
+    # Accepted it is, whatever the wait comes to: an error would have the client start it again.
+    with contextlib.suppress(Unavailable):
+        run = _wait_for_end(run, seconds)
     location = {"Location": url_for("runs.run", run_id=run.id)}
     return answer(run.to_json(), 200 if run.ended else 202, location)
 

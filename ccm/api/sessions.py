@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 
 from flask import Blueprint, Response, request
@@ -12,6 +11,7 @@ from ccm.api.message_lists import Extent, message_list
 from ccm.api.paging import page
 from ccm.api.requests import SessionBody, read_body
 from ccm.api.runs import plain
+from ccm.core import workdir
 from ccm.errors import ValidationError
 from ccm.models import RUNNING
 
@@ -27,7 +27,7 @@ def sessions() -> Response:
     check_query("cwd", "q", "limit", "cursor")
     filters = {name: plain(request.args[name], name) for name in ("cwd", "q") if name in request.args}
     if "cwd" in filters:
-        filters["cwd"] = os.path.realpath(filters["cwd"])
+        filters["cwd"] = workdir.canonical(filters["cwd"])
     if len(filters.get("q", "")) > QUERY_CHARACTERS:
         raise ValidationError(f"q: must be at most {QUERY_CHARACTERS} characters.", field="q")
     history = service().history

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import shutil
 import signal
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,8 +39,8 @@ LOGIN_ADVICE = (
     "Claude Code has no login that is accepted. Log in again: run `claude` and /login as the service's user, or set "
     "ANTHROPIC_API_KEY for the service."
 )
-STDERR_LINES = 20
-STDERR_LINE_CHARACTERS = 500
+STDERR_FILE = "stderr"
+STDERR_BYTES = 4_000
 
 RESULT_ERRORS = {
     "error_max_turns": "MAX_TURNS_REACHED",
@@ -134,7 +134,7 @@ class Execution:
         self._login_refusals = 0
         # What the last assistant message of the main thread reports as an error of the API.
         self._api_error: str | None = None
-        self._stderr: deque[str] = deque(maxlen=STDERR_LINES)
+        self._said = ""
 
     # ---- from any thread
 
@@ -209,8 +209,17 @@ class Execution:
             finally:
                 self._stream_ended.set()
                 await keeper
-                await client.disconnect()
+                await self._disconnect(client)
+                self._said = _tail(directory / STDERR_FILE)
         return self._judge(error)
+
+    async def _disconnect(self, client: Client) -> None:
+        try:
+            await client.disconnect()
+        except Exception:
+            # The run is over, and how it went is known; what is left of it is ended by its mark.
+            log.exception("run %s: Claude Code could not be let go", self._assignment.run_id)
+            await asyncio.to_thread(end_marked, self._assignment.run_id)
 
     def _options(self, directory: Path) -> ClaudeAgentOptions:
         assignment = self._assignment
@@ -225,7 +234,7 @@ class Execution:
         arguments["extra_args"]["replay-user-messages"] = None
         environ = {name: value for name, value in self._environ.items() if name not in arguments["env"]}
         arguments["env"] |= {
-            **launch_environment(self._claude.cli_path, assignment.run_id, environ),
+            **launch_environment(self._claude.cli_path, assignment.run_id, environ, directory / STDERR_FILE),
             # Tells when a run is over: the first result is not the end while agents work in the background.
             "CLAUDE_CODE_EMIT_SESSION_STATE_EVENTS": "1",
             # Claude Code leaves folders in it.
@@ -239,7 +248,6 @@ class Execution:
             fork_session=assignment.resume is not None,
             resume_session_at=assignment.resume_at,
             max_buffer_size=self._claude.max_message_bytes,
-            stderr=self._take_stderr,
             **arguments,
         )
 
@@ -263,10 +271,6 @@ class Execution:
         # A CLI that tells no states (an older one) ends at its result.
         if self._results and self._session_state in (None, "idle"):
             self._over.set()
-
-    def _take_stderr(self, line: str) -> None:
-        log.debug("run %s: stderr: %s", self._assignment.run_id, line)
-        self._stderr.append(line[:STDERR_LINE_CHARACTERS])
 
     async def _see_it_end(self, client: Client) -> None:
         """Waits for the run to be over or to be stopped, then ends the CLI by steps, each with its bound.
@@ -294,6 +298,8 @@ class Execution:
                 if await self._ends_within(TERMINATE_SECONDS):
                     return
                 client.signal(signal.SIGKILL)
+                # A tool may hold the output open that a dead CLI no longer writes to.
+                await asyncio.to_thread(end_marked, self._assignment.run_id)
                 await self._ends_within(TERMINATE_SECONDS)
         finally:
             exit_watch.cancel()
@@ -329,7 +335,7 @@ class Execution:
             return Outcome(ERROR, code, f"{said} {LOGIN_ADVICE}" if code == "AUTHENTICATION_FAILED" else said)
         if self._reason is not None:
             return self._reason
-        code, message = explain(error, "\n".join(self._stderr), self._claude.max_message_bytes)
+        code, message = explain(error, self._said, self._claude.max_message_bytes)
         if code == "EXECUTION_ERROR":
             log.error("run %s: %r", self._assignment.run_id, error, exc_info=error)
         return Outcome(ERROR, code, message)
@@ -340,16 +346,34 @@ class Execution:
             return None
         since = [result.get("model_usage_since_last_result") for result in self._results]
         if all(isinstance(usage, dict) for usage in since):
-            costs = [model.get("costUSD") or 0 for usage in since if usage for model in usage.values()]
-            return round(float(sum(costs)), MONEY_DIGITS)
+            models = [model for usage in since if usage for model in usage.values()]
+            costs = [_money(model.get("costUSD")) for model in models if isinstance(model, dict)]
+            return _money(sum(cost for cost in costs if cost is not None))
         if self._assignment.resume is None:
             total = self._results[-1].get("total_cost_usd")
-            return None if total is None else round(float(total), MONEY_DIGITS)
+            return _money(total)
         return None
 
     def _transcript(self) -> Path:
         environ = {**self._environ, **self._assignment.options.get("env", {})}
         return transcript_path(self._assignment.cwd, self._assignment.sdk_session_id, environ)
+
+
+def _money(amount: object) -> float | None:
+    """Rounded; None if it is no amount."""
+    if not isinstance(amount, int | float) or not math.isfinite(amount):
+        return None
+    return round(float(amount), MONEY_DIGITS)
+
+
+def _tail(file: Path) -> str:
+    """The end of what was said on stderr."""
+    try:
+        with file.open("rb") as stream:
+            stream.seek(max(0, file.stat().st_size - STDERR_BYTES))
+            return stream.read().decode("utf-8", "replace").strip()
+    except OSError:
+        return ""
 
 
 def _result_code(result: Mapping[str, Any], api_error: str | None) -> str:
@@ -378,8 +402,14 @@ async def _first(*events: asyncio.Event) -> None:
 @contextmanager
 def _private_directory(run_id: str) -> Iterator[Path]:
     """A directory of the run's own, readable by nobody else, gone with the run."""
-    directory = Path(tempfile.mkdtemp(prefix=f"ccm-{run_id[:8]}-"))
+    directory = Path(tempfile.mkdtemp(prefix=f"ccm-{run_id}-"))
     try:
         yield directory
     finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def remove_directories(run_id: str) -> None:
+    """Remove what a run has left whose service was killed: its prompts and settings may hold secrets."""
+    for directory in Path(tempfile.gettempdir()).glob(f"ccm-{run_id}-*"):
         shutil.rmtree(directory, ignore_errors=True)

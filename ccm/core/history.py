@@ -315,8 +315,8 @@ def _is_main_assistant(message: Mapping[str, object]) -> bool:
 
 
 def _nearest(transaction: Transaction, segment: Segment, index: int) -> str:
-    for text in reversed(messages.texts(transaction, segment.run_id, -1, index, ["assistant"])):
+    for text in messages.texts_before(transaction, segment.run_id, index, "assistant", 5):
         message = json.loads(text)
-        if _is_main_assistant(message):
+        if _is_main_assistant(message) and "uuid" in message:
             return f", such as {message['uuid']} before it"
     return ""

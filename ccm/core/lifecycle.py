@@ -74,7 +74,12 @@ class Lifecycle:
             QueueFull: too many runs are waiting.
         """
         if transaction.uncertain and (stored := runs.find(transaction, row["id"])):
-            return stored, self.dispatch(transaction)  # the commit before this try had gone through after all
+            # The commit before this try had gone through after all; what was to follow it still is.
+            effects = self.dispatch(transaction)
+            if request.if_busy == INTERRUPT:
+                others = [run for run in runs.running(transaction, row["sessionId"]) if run.seq < stored.seq]
+                effects |= Effects(cancels=tuple(run.id for run in others if not run.waiting))
+            return stored, effects
         seq = runs.next_seq(transaction)
         session_id = row["sessionId"]
         effects = Effects()
@@ -105,19 +110,19 @@ class Lifecycle:
     def _make_way(self, transaction: Transaction, session_id: str, if_busy: str) -> Effects:
         """Within a session runs follow one another: the CLI itself would let two go on and lose a prompt."""
         session = find_session(transaction, session_id)
-        busy = runs.running(transaction, session_id)
-        if not busy and session.head_run_id is None:
+        first = runs.first_running(transaction, session_id)
+        if first is None and session.head_run_id is None:
             raise not_resumable(session, "none of its runs left a transcript")
-        if not busy or if_busy == ENQUEUE:
+        if first is None or if_busy == ENQUEUE:
             return Effects()
         if if_busy != INTERRUPT:
             raise Conflict(
-                f"Session {session_id} is busy with run {busy[0].id}. Wait for it, cancel it, or set ifBusy to "
+                f"Session {session_id} is busy with run {first}. Wait for it, cancel it, or set ifBusy to "
                 "'enqueue' or 'interrupt'.",
                 code="SESSION_BUSY",
             )
         effects = Effects()
-        for run in busy:
+        for run in runs.running(transaction, session_id):
             effects |= self.cancel(transaction, run)
         return effects
 

@@ -37,7 +37,7 @@ def launcher() -> str:
     return " ".join(words)
 
 
-def launch_environment(claude: Path, run_id: str, environ: Mapping[str, str]) -> dict[str, str]:
+def launch_environment(claude: Path, run_id: str, environ: Mapping[str, str], stderr: Path) -> dict[str, str]:
     """What the launch script reads, and the mark of the run."""
     hidden = [
         name
@@ -47,6 +47,7 @@ def launch_environment(claude: Path, run_id: str, environ: Mapping[str, str]) ->
     return {
         "CCM_LAUNCHER": launcher(),
         "CCM_CLAUDE": str(claude),
+        "CCM_STDERR": str(stderr),
         "CCM_HIDDEN": " ".join(hidden),
         RUN_MARK: run_id,
     }

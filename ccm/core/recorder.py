@@ -38,6 +38,8 @@ BATCH_ITEMS = 2_000
 BATCH_BYTES = 8 * 2**20
 # How long a request waits for its write (seconds).
 PATIENCE = 10.0
+# How often one who gives up looks whether the writer has let go of the write (seconds).
+LOOK_AGAIN = 0.05
 # Pauses between tries while storage is down (seconds).
 FIRST_PAUSE = 0.02
 LONGEST_PAUSE = 1.0
@@ -138,13 +140,18 @@ class Recorder:
         self._accepting = False
         self._abandoned = threading.Event()
         self._uncertain = False
-        self._broken: set[str] = set()
+        # Runs of which storage has refused a message, with the reason.
+        self._broken: dict[str, str] = {}
         self._trouble: str | None = None
 
     @property
     def trouble(self) -> str | None:
         """Why nothing is written at present, or None."""
         return self._trouble
+
+    def broken(self, run_id: str) -> str | None:
+        """Why storage has refused a message of a run, or None. For the writer's own thread."""
+        return self._broken.get(run_id)
 
     @property
     def backlog_bytes(self) -> int:
@@ -200,9 +207,10 @@ class Recorder:
             Unavailable: it was not done, and will not be.
         """
         write = self.submit(work, on_commit)
+        patience = PATIENCE
         while True:
             try:
-                return write.future.result(PATIENCE)
+                return write.future.result(patience)
             except TimeoutError:
                 if write.future.done():
                     raise  # it is the work that raised it
@@ -212,6 +220,7 @@ class Recorder:
                         f"Nothing was stored, because the database takes no writes: {reason}. Try again.",
                         code="STORAGE_UNAVAILABLE",
                     ) from None
+                patience = LOOK_AGAIN  # the writer has it in hand just now
 
     async def append(self, message: Message) -> None:
         """Put a run's next message on the queue; waits in the caller's loop while the budget is spent."""
@@ -285,39 +294,40 @@ class Recorder:
         while True:
             writes = [item for item in batch if isinstance(item, Write) and item.begin()]
             try:
-                refused = self._attempt(batch, set(writes), one_by_one)
-            except StorageRejected as error:
-                for write in writes:
-                    write.put_back()
-                if one_by_one:
-                    # Not one row but the commit itself is refused: nobody's fault that could be told apart.
-                    self._give_up(batch, error)
-                    return
-                one_by_one = True
+                self._attempt(batch, set(writes), one_by_one)
             except StorageDown as error:
-                for write in writes:
-                    write.put_back()
-                # The connection may have been lost inside COMMIT: look before writing again.
-                self._uncertain = True
+                if error.may_be_committed:
+                    # Look before writing again; and what may be stored can no more be cancelled.
+                    self._uncertain = True
+                else:
+                    self._put_back(writes)
                 self._report_trouble(str(error))
                 if self._abandoned.wait(pause):
                     self._give_up(batch, error)
                     return
                 pause = min(pause * 2, LONGEST_PAUSE)
+            except Exception as error:
+                self._put_back(writes)
+                if one_by_one:
+                    # Not one row but the commit itself is refused: nobody's fault that could be told apart.
+                    self._give_up(batch, error)
+                    return
+                one_by_one = True
             else:
-                self._settle(batch, writes, refused)
+                self._settle(batch, writes)
                 return
 
-    def _attempt(
-        self, batch: list[Message | Write[object]], writes: set[Write[object]], one_by_one: bool
-    ) -> list[tuple[Message, StorageRejected]]:
-        """One transaction over the batch, in order; gives the messages that were refused."""
-        refused: list[tuple[Message, StorageRejected]] = []
+    def _put_back(self, writes: list[Write[object]]) -> None:
+        for write in writes:
+            write.put_back()
+
+    def _attempt(self, batch: list[Message | Write[object]], writes: set[Write[object]], one_by_one: bool) -> None:
+        """One transaction over the batch, in order."""
         run_of_messages: list[Message] = []
 
         def flush(transaction: Transaction) -> None:
             if run_of_messages:
-                refused.extend(self._insert(transaction, run_of_messages, one_by_one))
+                self._insert(transaction, run_of_messages, one_by_one)
                 run_of_messages.clear()
 
         with self._database.transaction(self._uncertain) as transaction:
@@ -328,13 +338,10 @@ class Recorder:
                     flush(transaction)
                     item.perform(transaction)
             flush(transaction)
-        return refused
 
-    def _insert(
-        self, transaction: Transaction, batch: list[Message], one_by_one: bool
-    ) -> list[tuple[Message, StorageRejected]]:
-        # What follows a refused message is left out, so that a run's indexes never have a gap.
+    def _insert(self, transaction: Transaction, batch: list[Message], one_by_one: bool) -> None:
         if self._broken:
+            # What follows a refused message is left out, so that a run's indexes never have a gap.
             batch = [message for message in batch if message.run_id not in self._broken]
         if transaction.uncertain:
             stored = {run_id: messages.last_index(transaction, run_id) for run_id in {m.run_id for m in batch}}
@@ -342,34 +349,29 @@ class Recorder:
         if not one_by_one:
             if batch:
                 messages.insert_many(transaction, batch)
-            return []
-        refused: dict[str, tuple[Message, StorageRejected]] = {}
+            return
         for message in batch:
-            if message.run_id in refused:
+            if message.run_id in self._broken:
                 continue
             try:
                 with transaction.savepoint():
                     messages.insert_many(transaction, [message])
             except StorageRejected as error:
-                refused[message.run_id] = (message, error)
-        return list(refused.values())
+                self._refuse(message, error)
 
-    def _settle(
-        self,
-        batch: list[Message | Write[object]],
-        writes: list[Write[object]],
-        refused: list[tuple[Message, StorageRejected]],
-    ) -> None:
+    def _refuse(self, message: Message, error: Exception) -> None:
+        """Storage will never take it: its run fails, and nothing more of that run is stored."""
+        log.error("run %s: storage refuses message %d: %s", message.run_id, message.index, error)
+        self._broken[message.run_id] = str(error)
+        self._on_refused(message.run_id, error)
+
+    def _settle(self, batch: list[Message | Write[object]], writes: list[Write[object]]) -> None:
         self._uncertain = False
         if self._trouble is not None:
             log.warning("storage takes writes again")
             self._trouble = None
         stored = [item for item in batch if isinstance(item, Message)]
-        self._release(sum(message.size for message in stored))
-        for message, error in refused:
-            log.error("run %s: storage refuses message %d: %s", message.run_id, message.index, error)
-            self._broken.add(message.run_id)
-            self._on_refused(message.run_id, error)
+        self._release(sum(len(message.json) for message in stored))
         for write in writes:
             write.settle()
         for keys in {(message.run_id, message.session_id) for message in stored}:
@@ -388,5 +390,5 @@ class Recorder:
         for item in batch:
             if isinstance(item, Write) and not item.future.done():
                 item.future.set_exception(Unavailable(f"Nothing was stored: {error}.", code="STORAGE_UNAVAILABLE"))
-            elif isinstance(item, Message):
-                self._on_refused(item.run_id, error)
+            elif isinstance(item, Message) and item.run_id not in self._broken:
+                self._refuse(item, error)

@@ -15,10 +15,11 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from ccm.core.doorbell import Doorbell
-from ccm.core.executor import Assignment, Claude, Execution
+from ccm.core.executor import Assignment, Claude, Execution, remove_directories
 from ccm.core.history import ForkPoint, find_run, find_session
 from ccm.core.lifecycle import Effects, Lifecycle, Start, not_resumable
 from ccm.core.pool import WorkerPool
@@ -38,6 +39,7 @@ from ccm.models import (
     Run,
     RunRequest,
     Session,
+    storable,
     timestamp,
     to_json_text,
 )
@@ -171,13 +173,11 @@ class RunManager:
     def recover(self) -> None:
         """After a start: what the last service left in mid-run is reported, what had not begun begins."""
 
-        def work(transaction: Transaction) -> Effects:
-            for run in runs.started(transaction):
-                log.warning("run %s was cut off by the end of the last service: INTERRUPTED", run.id)
-                end_marked(run.id)
-            return self._lifecycle.recover(transaction)
-
-        self._recorder.write(work, self._follow)
+        for run in self._recorder.write(runs.started):
+            log.warning("run %s was cut off by the end of the last service: INTERRUPTED", run.id)
+            end_marked(run.id)
+            remove_directories(run.id)
+        self._recorder.write(self._lifecycle.recover, self._follow)
 
     def stop(self, deadline: float) -> bool:
         """Interrupt every run and see their ends recorded; runs that wait stay in the queue for the next start.
@@ -192,7 +192,11 @@ class RunManager:
         for execution in executions:
             execution.fail("INTERRUPTED", "The service was shut down while this run was going on.")
         with self._idle:
-            return self._idle.wait_for(lambda: not self._executions, max(0.0, deadline - time.monotonic()))
+            ended = self._idle.wait_for(lambda: not self._executions, max(0.0, deadline - time.monotonic()))
+            left = list(self._executions)
+        for run_id in left:
+            end_marked(run_id)
+        return ended
 
     def refused(self, run_id: str, error: Exception) -> None:
         """A message of a run cannot be stored: the run ends, for its record would have a hole."""
@@ -259,7 +263,12 @@ class RunManager:
     def _follow(self, effects: Effects) -> None:
         """Do what follows a commit; in the recorder's thread."""
         for start in effects.starts:
-            self._begin(start)
+            try:
+                self._begin(start)
+            except Exception:
+                log.exception("run %s could not be begun", start.run.id)
+                values = {"status": ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": "It could not be begun."}
+                self._recorder.submit(partial(self._lifecycle.end, run=start.run, values=values))
         for run_id in effects.cancels:
             execution = self._executions.get(run_id)
             if execution is not None:
@@ -299,7 +308,7 @@ class RunManager:
                 run_id=run.id,
                 session_id=run.session_id,
                 index=index,
-                type=str(raw.get("type", "unknown")),
+                type=storable(raw.get("type")) or "unknown",
                 json=to_json_text(raw),
                 created_at=timestamp(),
             )
@@ -321,29 +330,40 @@ class RunManager:
         values = {
             "status": outcome.status,
             "errorCode": outcome.error_code,
-            "errorMessage": outcome.error_message,
-            "resultType": None if outcome.result is None else outcome.result.get("subtype"),
+            "errorMessage": storable(outcome.error_message),
+            "resultType": None if outcome.result is None else storable(outcome.result.get("subtype")),
             "resultJson": None if outcome.result is None else to_json_text(outcome.result),
             "costUsd": outcome.cost_usd,
             "durationMs": outcome.duration_ms,
             "hasTranscript": int(outcome.has_transcript),
         }
 
+        if not self._store_end(run, values):
+            unsaid = "The end of this run could not be stored as it was; the service's log says more."
+            self._store_end(run, {"status": ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": unsaid})
+        self._ended(run)
+        detail = f", {outcome.error_code}: {outcome.error_message}" if outcome.error_code else ""
+        log.info("run %s %s after %s ms%s", run.id, outcome.status, outcome.duration_ms, detail)
+
+    def _store_end(self, run: Run, values: Mapping[str, Any]) -> bool:
+        """Wait until the end of a run is committed, as long as it takes; False if it is refused."""
+
         def work(transaction: Transaction) -> Effects:
-            ended = self._lifecycle.end(transaction, run, values)
-            return ended | self._lifecycle.dispatch(transaction)
+            refusal = self._recorder.broken(run.id)
+            told = values
+            if refusal is not None:
+                message = f"A message of this run cannot be stored: {refusal}."
+                told = {**values, "status": ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": storable(message)}
+            return self._lifecycle.end(transaction, run, told) | self._lifecycle.dispatch(transaction)
 
         try:
-            self._recorder.submit(work, lambda effects: self._ended(run, effects)).future.result()
+            self._recorder.submit(work, self._follow).future.result()
         except Exception:
-            log.exception("run %s: its end (%s) was not stored; the next start will report it", run.id, outcome.status)
-            self._ended(run, Effects())
-        else:
-            detail = f" {outcome.error_code}: {outcome.error_message}" if outcome.error_code else ""
-            log.info("run %s %s after %s ms%s", run.id, outcome.status, outcome.duration_ms, detail)
+            log.exception("run %s: its end was not stored", run.id)
+            return False
+        return True
 
-    def _ended(self, run: Run, effects: Effects) -> None:
+    def _ended(self, run: Run) -> None:
         with self._idle:
             self._executions.pop(run.id, None)
             self._idle.notify_all()
-        self._follow(effects)

@@ -18,6 +18,7 @@ from ccm.db import sqlite_file
 from ccm.db.database import Database
 from ccm.db.lock import ServiceLock
 from ccm.db.migrate import migrate
+from ccm.errors import DatabaseRefused, Unavailable
 from ccm.settings import Settings, unknown_variables
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,10 @@ class Service:
         Raises:
             StartRefused: the database is not to be used; nothing has been changed then.
         """
+        if not self._started:  # asked without the lock, which is held for long while the service stops
+            self._start()
+
+    def _start(self) -> None:
         with self._lock:
             if self._started:
                 return
@@ -67,6 +72,10 @@ class Service:
             self._service_lock.acquire()
             try:
                 self._open()
+            except Unavailable as error:
+                self._recorder.stop(time.monotonic())
+                self._close()
+                raise DatabaseRefused(f"The database takes no writes: {error.message}") from None
             except BaseException:
                 self._close()
                 raise

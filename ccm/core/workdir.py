@@ -8,6 +8,9 @@ from pathlib import Path
 
 from ccm.errors import Forbidden, ValidationError
 
+# PostgreSQL indexes values of up to 2,700 bytes.
+PATH_BYTES = 2_000
+
 
 def resolve(cwd: str, roots: Sequence[Path]) -> str:
     """The directory with its symbolic links resolved, as it is stored.
@@ -32,6 +35,12 @@ def resolve(cwd: str, roots: Sequence[Path]) -> str:
         raise ValidationError(f"cwd: {cwd!r} is not a directory.", field="cwd")
     if not os.access(path, os.R_OK | os.X_OK):
         raise ValidationError(f"cwd: the service's user may not enter {cwd!r}.", field="cwd")
+    try:
+        size = len(str(path).encode("utf-8"))
+    except UnicodeEncodeError:
+        raise ValidationError(f"cwd: {cwd!r} leads to a directory whose name is not UTF-8.", field="cwd") from None
+    if size > PATH_BYTES:
+        raise ValidationError(f"cwd: must be at most {PATH_BYTES} bytes long.", field="cwd")
     if roots and not any(path.is_relative_to(root) for root in roots):
         raise Forbidden(
             f"cwd: {cwd!r} lies outside the directories that CCM_ALLOWED_ROOTS allows.",
@@ -39,3 +48,9 @@ def resolve(cwd: str, roots: Sequence[Path]) -> str:
             field="cwd",
         )
     return str(path)
+
+
+def canonical(cwd: str) -> str:
+    """A directory as `resolve` would store it, whether it is there or not: for looking runs up by it."""
+    path = os.path.realpath(cwd)
+    return path if path.isprintable() or path.isascii() else path.encode("utf-8", "replace").decode("utf-8")

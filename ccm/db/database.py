@@ -20,12 +20,13 @@ import psycopg
 import sqlalchemy
 from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from ccm.errors import StorageDown, StorageError, StorageRejected
 
 # How long SQLite itself waits for a lock. The recorder tries again after that, so that a cancelled write is let go.
 BUSY_TIMEOUT_MS = 1_000
+# How long a transaction waits for a free connection (seconds).
+CONNECTION_SECONDS = 10.0
 # What SQLite answers when the statement is to blame and not the file; all other codes are the storage's trouble.
 SQLITE_STATEMENT_ERRORS = frozenset(
     {
@@ -38,7 +39,10 @@ SQLITE_STATEMENT_ERRORS = frozenset(
     }
 )
 NAMED_PARAMETER = re.compile(r"(?<![:\w]):([A-Za-z]\w*)")
-READ_ONLY_TRANSACTION = "25006"  # PostgreSQL's SQLSTATE: a standby, or one made read-only when its disk is full
+# PostgreSQL's SQLSTATEs: a class that psycopg takes for the server's trouble, though the row is to blame (it is too
+# large for an index, say); and a standby, or a server made read-only when its disk is full.
+PROGRAM_LIMIT_EXCEEDED = "54"
+READ_ONLY_TRANSACTION = "25006"
 
 
 @cache
@@ -137,17 +141,19 @@ class Database:
     is one writer in a process (core/recorder.py); everyone else reads.
     """
 
-    def __init__(self, url: str, *, writer: bool = False, pool_size: int = 10) -> None:
+    def __init__(self, url: str, *, writer: bool = False, pool_size: int = 20) -> None:
         self.url = url
         self.is_sqlite = url.startswith("sqlite")
         self._begin = "BEGIN IMMEDIATE" if writer else "BEGIN"
+        # dataset takes a connection with a lock in hand that giving one back needs too: with none free everything would
+        # stand still. So nobody gets there before there is one.
+        self._free = threading.BoundedSemaphore(pool_size)
         self._database = dataset.connect(
             url,
             ensure_schema=False,  # or a key of a row becomes a column
             engine_kwargs={
                 "pool_size": pool_size,
-                "max_overflow": 0 if writer else pool_size,
-                "pool_timeout": 10,
+                "max_overflow": 0,
                 "pool_pre_ping": not self.is_sqlite,
                 # None: the sqlite3 module begins no transaction of its own, see _begin_sqlite.
                 "connect_args": {"isolation_level": None} if self.is_sqlite else {},
@@ -186,18 +192,25 @@ class Database:
             StorageRejected: storage refuses a statement.
         """
         database = self._database
+        if not self._free.acquire(timeout=CONNECTION_SECONDS):
+            raise StorageDown("all connections are in use")
+        committing = False
         try:
             database.begin()
             yield Transaction(database, uncertain)
+            committing = True
             database.commit()
         except Exception as error:
             told = storage_error(error)
             if told is None:
                 raise
             self._release(broken=True)
+            # A COMMIT that SQLite refuses is not committed; one whose answer is lost on its way may be.
+            told.may_be_committed = committing and not self.is_sqlite
             raise told from error
         finally:
             self._release()
+            self._free.release()
 
     def _release(self, broken: bool = False) -> None:
         """Give this thread's connection back, rolled back if it is not committed; close it for good if it is broken.
@@ -227,19 +240,23 @@ def storage_error(error: BaseException) -> StorageError | None:
     """What a driver raised, by itself or wrapped by SQLAlchemy, as one of ours; None if it comes from no driver."""
     if isinstance(error, StorageError):
         return error
+    if isinstance(error, UnicodeError | OverflowError):
+        return StorageRejected(f"a value cannot be stored: {type(error).__name__}")
     cause = getattr(error, "orig", None) or error
     if not isinstance(error, SQLAlchemyError) and not isinstance(cause, sqlite3.Error | psycopg.Error):
         return None
     reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-    return StorageDown(reason) if _is_down(error, cause) else StorageRejected(reason)
+    return StorageDown(reason) if _is_down(cause) else StorageRejected(reason)
 
 
-def _is_down(error: BaseException, cause: BaseException) -> bool:
+def _is_down(cause: BaseException) -> bool:
     if isinstance(cause, sqlite3.Error):
         code = getattr(cause, "sqlite_errorcode", sqlite3.SQLITE_MISUSE)
         return (code & 0xFF) not in SQLITE_STATEMENT_ERRORS
     if isinstance(cause, psycopg.Error):
+        if (cause.sqlstate or "").startswith(PROGRAM_LIMIT_EXCEEDED):
+            return False
         return isinstance(cause, psycopg.OperationalError | psycopg.InterfaceError) or (
             cause.sqlstate == READ_ONLY_TRANSACTION
         )
-    return isinstance(error, PoolTimeoutError)
+    return False

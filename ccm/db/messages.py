@@ -54,6 +54,15 @@ def texts(transaction: Transaction, run_id: str, after: int, through: int, types
     return transaction.column(sql, run=run_id, after=after, through=through, **names)
 
 
+def texts_before(transaction: Transaction, run_id: str, index: int, kind: str, limit: int) -> list[str]:
+    """The JSON texts of the last few messages of a type before an index, the nearest first."""
+    sql = (
+        'SELECT "messageJson" FROM ccr_run_messages WHERE "runId" = :run AND "index" < :index '
+        'AND "messageType" = :kind ORDER BY "index" DESC LIMIT :limit'
+    )
+    return transaction.column(sql, run=run_id, index=index, kind=kind, limit=limit)
+
+
 def holding(transaction: Transaction, run_id: str, words: str) -> list[tuple[int, str]]:
     """Index and text of the messages of a run that hold `words`, which must have no `%` and no `_`."""
     sql = (

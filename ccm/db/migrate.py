@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ccm.db.database import Database, Transaction
-from ccm.errors import DatabaseRefused, StorageError
+from ccm.errors import DatabaseRefused, StorageDown, StorageError
 from ccm.models import timestamp
 
 MIGRATIONS_FILE = Path(__file__).parents[2] / "migrations.sql"
 HEADING = re.compile(r"^-- (?P<number>\d{4}) (?P<name>[^(]+?)(?: \((?P<dialect>sqlite|postgresql)\))?$")
+
+# Each takes as long as SQLite waits for a lock (db/database.py).
+LOCKED_TRIES = 10
 
 CREATE_HISTORY = """
 CREATE TABLE IF NOT EXISTS ccr_migrations (number BIGINT PRIMARY KEY, name TEXT NOT NULL, "appliedAt" TEXT NOT NULL)
@@ -86,6 +89,7 @@ def pending(database: Database, migrations: list[Migration] | None = None) -> li
     """
     migrations = read_migrations(database.dialect) if migrations is None else migrations
     try:
+        _wait_for(database)
         with database.transaction() as transaction:
             tables = transaction.column(TABLES[database.dialect])
             if "ccr_migrations" not in tables:
@@ -132,6 +136,17 @@ def migrate(database: Database, migrations: list[Migration] | None = None) -> li
             raise DatabaseRefused(f"Migration {migration} failed and was undone: {error}.") from None
         applied.append(migration)
     return applied
+
+
+def _wait_for(database: Database) -> None:
+    """A backup or a shell may hold the database for a moment just when the service starts."""
+    for last in [False] * LOCKED_TRIES + [True]:
+        try:
+            with database.transaction():
+                return
+        except StorageDown as error:
+            if last or "locked" not in str(error):
+                raise
 
 
 def _applied(transaction: Transaction) -> set[int]:

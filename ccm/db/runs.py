@@ -120,6 +120,13 @@ def running(transaction: Transaction, session_id: str) -> list[Run]:
     return [Run.from_row(row) for row in rows]
 
 
+def first_running(transaction: Transaction, session_id: str) -> str | None:
+    """The id of the first run of a session that has not ended."""
+    sql = "SELECT id FROM ccr_runs WHERE \"sessionId\" = :id AND status = 'running' ORDER BY seq LIMIT 1"
+    run_id: str | None = transaction.value(sql, id=session_id)
+    return run_id
+
+
 def queue(transaction: Transaction) -> tuple[int, str | None]:
     """How many runs have started and not ended, and the id of the next one that may start."""
     started, next_id = transaction.tuples(QUEUE)[0]

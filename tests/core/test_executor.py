@@ -341,3 +341,39 @@ async def _nothing() -> AsyncIterator[dict[str, Any]]:
     nothing: tuple[dict[str, Any], ...] = ()
     for message in nothing:
         yield message
+
+
+# ---- schedules and inputs that have failed once
+
+
+def test_a_cancel_while_the_cli_never_answers_ends_its_children_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ccm.core.executor.TERMINATE_SECONDS", 0.2)
+    mute = tmp_path / "mute"
+    mute.write_text("#!/bin/sh\nsleep 300 &\nwait\n")  # the child holds the output open
+    mute.chmod(0o755)
+    run = Run(tmp_path, "x", cli_path=mute).start()
+    until(lambda: len(marked(run.run_id)) == 2)
+    run.execution.cancel()
+
+    assert tell(run) == ("cancelled", "None")
+
+
+def test_bytes_on_stderr_that_are_no_text_do_not_hang_the_run(tmp_path: Path) -> None:
+    noisy = tmp_path / "noisy"
+    noisy.write_text(
+        f'#!/bin/sh\nprintf "\\377" >&2\nhead -c 300000 /dev/zero >&2\nexec {stand_in_cli(tmp_path)} "$@"\n'
+    )
+    noisy.chmod(0o755)
+
+    assert tell(Run(tmp_path, {"count": 1}, cli_path=noisy)) == ("completed", "None")
+
+
+@pytest.mark.parametrize("usage", [{"m": None}, {"m": {"costUSD": "free"}}, {"m": {"costUSD": 1e999}}, [1]])
+def test_an_odd_cost_does_not_spoil_a_good_result(tmp_path: Path, usage: object) -> None:
+    result = {"model_usage_since_last_result": usage, "total_cost_usd": None}
+    outcome = Run(tmp_path, {"result": result}).end()
+
+    assert outcome.status == "completed"
+    assert outcome.cost_usd in (None, 0.0)

@@ -32,7 +32,7 @@ def test_marked_processes_are_found_and_ended_wherever_they_hide() -> None:
 
 def test_what_is_hidden_from_the_agent() -> None:
     environ = {"CCM_X": "1", "PGHOST": "h", "DATABASE_URL": "u", "PATH": "/bin", RUN_MARK: "outer", "CCM_BAD-NAME": "1"}
-    launch = launch_environment(Path("/claude"), "inner", environ)
+    launch = launch_environment(Path("/claude"), "inner", environ, Path("/stderr"))
 
     assert set(launch["CCM_HIDDEN"].split()) == {"CCM_X", "PGHOST", "DATABASE_URL"}
     assert launch[RUN_MARK] == "inner"

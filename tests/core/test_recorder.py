@@ -365,3 +365,46 @@ def test_stop_gives_up_at_its_deadline_and_says_so(tmp_path: Path, caplog: pytes
     assert "were not stored" in caplog.text
     other.close()
     database.close()
+
+
+# ---- schedules that have failed once
+
+
+def test_a_value_that_cannot_be_bound_fails_its_own_run_only(harness: Harness, reader: Database) -> None:
+    held = threading.Event()
+    blocking = harness.recorder.submit(lambda _: held.wait(SOON))
+    until(lambda: blocking._begun)
+    harness.append("a", 0, 1)
+
+    async def put() -> None:
+        await harness.recorder.append(Message("b", "b", 0, "\ud800", "{}", timestamp()))
+
+    asyncio.run(put())
+    harness.append("a", 2)
+    held.set()
+    harness.settle()
+
+    assert indexes(reader, "a") == [0, 1, 2]
+    assert indexes(reader, "b") == []
+    assert [run for run, _ in harness.refused] == ["b"]
+
+
+def test_more_readers_than_connections_only_wait_for_one_another(reader: Database, writer: Database) -> None:
+    barrier = threading.Barrier(40)
+    done: list[int] = []
+
+    def read(number: int) -> None:
+        barrier.wait(SOON)
+        with reader.transaction() as transaction:
+            transaction.value("SELECT 1")
+            threading.Event().wait(0.02)  # a read that takes its time
+            done.append(number)
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(40)]
+    begun = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SOON)
+    assert sorted(done) == list(range(40))
+    assert time.monotonic() - begun < 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import sqlite3
 import threading
@@ -123,3 +124,66 @@ def test_images_of_a_waiting_run_survive_a_restart_and_are_gone_after_it(
     with sqlite3.connect(tmp_path / "db.sqlite") as database:
         assert database.execute("SELECT COUNT(*) FROM ccr_run_images").fetchone() == (0,)
     database.close()
+
+
+# ---- schedules and inputs that have failed once
+
+
+def test_an_end_that_no_column_takes_is_stored_all_the_same(serve: ServeFunction, home: Path, project: Path) -> None:
+    client = Client(service(serve, home).url)
+    results: list[dict[str, object]] = [
+        {"is_error": True, "result": "bad \ud800 and \0"},
+        {"subtype": "\0\ud800"},
+        {"subtype": ["no", "text"]},
+        {"is_error": True, "errors": [{"no": "text"}]},
+    ]
+    for result in results:
+        run = client.start(project, json.dumps({"result": result}))
+        assert run["status"] == ("error" if result.get("is_error") else "completed")
+        assert client.resume(run["sessionId"], "and on")["status"] == "completed"
+
+
+def test_a_run_with_a_message_that_cannot_be_stored_is_no_completed_one(
+    serve: ServeFunction, home: Path, project: Path, postgresql: str
+) -> None:
+    client = Client(service(serve, home).url)
+    run = client.start(project, json.dumps({"messages": [{"type": "a\0b\ud800"}]}))
+    assert run["status"] == "completed"
+    assert client.messages(run["id"])[0]["type"] == "a\0b\ud800"
+
+
+def test_a_start_whose_commit_was_uncertain_is_followed(home: Path, project: Path, tmp_path: Path) -> None:
+    import psycopg
+
+    from ccm.core.service import Service
+    from ccm.models import RunRequest
+    from ccm.settings import Settings
+
+    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    running = Service(Settings(database_path=tmp_path / "u.sqlite", cli_path=stand_in_cli(tmp_path)), environ)
+    running.start()
+    database = running._recorder._database
+    commit = database._database.commit
+    lost: list[int] = []
+
+    def commit_and_lose_the_answer() -> None:
+        commit()
+        if len(lost) < 2:
+            lost.append(1)
+            raise psycopg.OperationalError("lost in COMMIT")
+
+    database.is_sqlite = False  # so that it passes for a server whose answer can be lost
+    database._database.commit = commit_and_lose_the_answer  # type: ignore[method-assign]
+    try:
+        run = running.runs.start(RunRequest(mode="fresh", prompt="hello"), str(project))
+        ended = running.history.wait(
+            run.id,
+            30,
+            lambda: next(iter([r for r in [running.history.run(run.id)] if r.ended]), None),
+            lambda: False,
+        )
+        assert lost
+        assert ended is not None
+        assert ended.status == "completed"
+    finally:
+        running.close()

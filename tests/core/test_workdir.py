@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from ccm.core.workdir import resolve
+from ccm.core.workdir import canonical, resolve
 from ccm.errors import Forbidden, ValidationError
 
 
@@ -45,3 +46,23 @@ def test_a_link_does_not_lead_out_of_the_roots(tmp_path: Path) -> None:
         with pytest.raises(Forbidden, match="CCM_ALLOWED_ROOTS") as refusal:
             resolve(cwd, (root,))
         assert refusal.value.code == "CWD_FORBIDDEN"
+
+
+def test_a_link_to_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    odd = os.fsencode(tmp_path) + b"/\xff"
+    os.mkdir(odd)
+    os.symlink(odd, tmp_path / "link")
+
+    with pytest.raises(ValidationError, match="not UTF-8"):
+        resolve(f"{tmp_path}/link", ())
+    canonical(f"{tmp_path}/link").encode("utf-8")
+
+
+def test_a_name_that_an_index_cannot_hold_is_refused(tmp_path: Path) -> None:
+    deep = tmp_path
+    while len(str(deep)) < 2_000:
+        deep = deep / ("x" * 200)
+    deep.mkdir(parents=True)
+
+    with pytest.raises(ValidationError, match="at most 2000 bytes"):
+        resolve(str(deep), ())

@@ -84,6 +84,8 @@ QUERIES: dict[str, Callable[[Transaction], object]] = {
     "indexes of types": lambda t: messages.indexes(t, "r", -1, 10, types=["a", "b"], limit=10),
     "sizes": lambda t: messages.sizes(t, "r", -1, 10, 10),
     "texts": lambda t: messages.texts(t, "r", -1, 10),
+    "texts before": lambda t: messages.texts_before(t, "r", 10, "a", 5),
+    "first running": lambda t: runs.first_running(t, "s"),
     "holding": lambda t: messages.holding(t, "r", "x"),
 }
 

@@ -15,7 +15,7 @@ from flask import Flask
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
 from waitress.server import create_server
-from waitress.task import ErrorTask
+from waitress.task import ErrorTask, WSGITask
 
 from ccm.core.service import Service
 
@@ -51,7 +51,18 @@ class _JsonErrorTask(ErrorTask):  # type: ignore[misc]  # waitress has no type h
         self.write(body)
 
 
+class _Task(WSGITask):  # type: ignore[misc]
+    def finish(self) -> None:
+        """Without the chunk that ends a streamed body where there is no body: waitress sends it after HEAD too."""
+        if not self.wrote_header:
+            self.write(b"")
+        if self.request.command == "HEAD":
+            self.chunked_response = False
+        super().finish()
+
+
 class _Channel(HTTPChannel):  # type: ignore[misc]
+    task_class = _Task
     error_task_class = _JsonErrorTask
 
 
@@ -70,7 +81,7 @@ class Server:
             threads=threads,
             # More connections than threads: an idle one costs a descriptor and no thread.
             connection_limit=threads + 1000,
-            max_request_body_size=settings.max_body_bytes,
+            max_request_body_size=settings.max_body_bytes + 1,  # the first size that it refuses
             # Notices that a client has gone while its request is held.
             channel_request_lookahead=1,
             # select() dies of a descriptor over 1023, and every Claude Code takes some.

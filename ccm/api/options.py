@@ -7,6 +7,7 @@ mistakes; it is no sandbox: `allowedTools: ["Bash"]` is a shell.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -108,11 +109,25 @@ def _fits_an_argument(items: list[str]) -> list[str]:
     return items
 
 
+def _is_an_argument(text: str) -> str:
+    _fits_an_argument([text])
+    return text
+
+
 def _own_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     for name in arguments:
         if name in OWNED_ARGUMENTS:
             raise ValueError(f"--{name} is set by the service itself")
     return arguments
+
+
+def _is_settings(text: str) -> str:
+    if text.startswith("/"):
+        return text
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(json.loads(text), dict):
+            return text
+    raise ValueError("must be a JSON object, or the absolute path of a file that holds one")
 
 
 def _own_variables(variables: dict[str, str]) -> dict[str, str]:
@@ -240,7 +255,7 @@ class Options(Strict):
         Annotated[
             dict[
                 Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=200)],
-                Annotated[str, Field(max_length=ARGUMENT_CHARACTERS), AfterValidator(no_nul)],
+                Annotated[str, AfterValidator(no_nul), AfterValidator(_is_an_argument)],
             ],
             Field(max_length=1_000),
             AfterValidator(_own_variables),
@@ -251,7 +266,7 @@ class Options(Strict):
         Annotated[
             dict[
                 Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$", max_length=100)],
-                Annotated[str, Field(max_length=ARGUMENT_CHARACTERS), AfterValidator(no_nul)] | None,
+                Annotated[str, AfterValidator(no_nul), AfterValidator(_is_an_argument)] | None,
             ],
             Field(max_length=100),
             AfterValidator(_own_arguments),
@@ -261,7 +276,7 @@ class Options(Strict):
     mcpServers: Annotated[dict[Word, Object], Field(max_length=100)] | None = None
     plugins: Annotated[list[Plugin], Field(max_length=100)] | None = None
     sandbox: Object | None = None
-    settings: ArgumentText | Object | None = None
+    settings: Annotated[ArgumentText, AfterValidator(_is_settings)] | Object | None = None
 
     @model_validator(mode="after")
     def _fits_the_command_line(self) -> Options:

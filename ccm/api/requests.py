@@ -62,7 +62,9 @@ class ImageBody(Strict):
             data = base64.b64decode(self.data, validate=True)
         except (binascii.Error, ValueError):
             raise ValueError("data must be base64, without line breaks or a data: prefix") from None
-        if not data.startswith(SIGNATURES[self.mediaType]):
+        if not data.startswith(SIGNATURES[self.mediaType]) or (
+            self.mediaType == "image/webp" and data[8:12] != b"WEBP"
+        ):
             raise ValueError(f"data is not of the type {self.mediaType}")
         return self
 
@@ -141,15 +143,18 @@ def _told(errors: list[ErrorDetails], data: bytes, model: type[Strict]) -> Valid
     error = _closest(errors)
     if error["type"] == "json_invalid":
         return ValidationError(f"The body is no valid JSON: {error['msg'].removeprefix('Invalid JSON: ')}.")
-    field = ".".join(str(part) for part in _path(error, from_json(data)))
-    if not field:
+    path = _path(error, from_json(data))
+    if not path:
         return ValidationError("The body must be a JSON object.")
+    field = ".".join(str(part) for part in path)
     if error["type"] == "extra_forbidden":
         return ValidationError(_unknown(field, model), field=field)
     reason = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
         reason = "is required"
-    return ValidationError(f"{field}: {reason[:1].lower()}{reason[1:]}.", field=field)
+    if reason[1:2].islower():  # a sentence, and not the name of a variable
+        reason = reason[0].lower() + reason[1:]
+    return ValidationError(f"{field}: {reason}.", field=field)
 
 
 def _closest(errors: list[ErrorDetails]) -> ErrorDetails:
@@ -162,12 +167,15 @@ def _closest(errors: list[ErrorDetails]) -> ErrorDetails:
 def _path(error: ErrorDetails, value: Any) -> list[int | str]:
     """The place in the body that pydantic means: without the names of the types that it tried on the way."""
     path: list[int | str] = []
-    for number, part in enumerate(error["loc"]):
+    loc = error["loc"]
+    for number, part in enumerate(loc):
+        if number and str(loc[number - 1]).startswith("tagged-union["):
+            continue  # the tag, which may be the name of a field as well
         children: Any = value if isinstance(value, dict | list) else ()
         try:
             value = children[part]
         except (LookupError, TypeError):
-            if error["type"] != "missing" or number < len(error["loc"]) - 1:
+            if error["type"] != "missing" or number < len(loc) - 1:
                 continue
         path.append(part)
     return path

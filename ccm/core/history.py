@@ -13,7 +13,7 @@ from ccm.core.doorbell import Doorbell
 from ccm.db import messages, runs, sessions
 from ccm.db.database import Database, Transaction
 from ccm.errors import Conflict, NotFound, StorageError, Unavailable, ValidationError
-from ccm.models import Run, Session
+from ccm.models import RUNNING, Run, Session
 
 T = TypeVar("T")
 
@@ -246,13 +246,23 @@ def find_session(transaction: Transaction, session_id: str) -> Session:
 
 def own_line(transaction: Transaction, session: Session) -> list[Segment]:
     """The runs of a session, in order, each to its present end."""
-    return [Segment(link.id, -1, link.message_count - 1) for link in runs.links(transaction, session.id)]
+    return _to_their_ends(runs.links(transaction, session.id))
+
+
+def _to_their_ends(links: Sequence[runs.Link]) -> list[Segment]:
+    """Not beyond a run that goes on: who reads on from there must not miss what it says after others have queued."""
+    segments: list[Segment] = []
+    for link in links:
+        segments.append(Segment(link.id, -1, link.message_count - 1))
+        if link.status == RUNNING:
+            break
+    return segments
 
 
 def line(transaction: Transaction, session: Session) -> list[Segment]:
     """A session's runs with all that they continue in front, each as far as it was continued."""
     own = runs.links(transaction, session.id)
-    segments = [Segment(link.id, -1, link.message_count - 1) for link in own]
+    segments = _to_their_ends(own)
     ancestors: list[Segment] = []
     child = own[0] if own else None
     while child is not None and child.parent_run_id is not None:

@@ -35,7 +35,6 @@ RENAMED = {
     "taskBudget": "task_budget",
     "verbatimPrompts": "verbatim_prompts",
     "additionalDirectories": "add_dirs",
-    "sandbox": "sandbox",
     "plugins": "plugins",
 }
 
@@ -82,15 +81,26 @@ def sdk_arguments(
         arguments["thinking"] = thinking
     if "agents" in options:
         arguments["agents"] = {name: agent(**definition) for name, definition in options["agents"].items()}
-    if "settings" in options:
-        settings = options["settings"]
-        text = settings if isinstance(settings, str) else json.dumps(settings)
-        is_a_path = isinstance(settings, str) and not settings.lstrip().startswith("{")
-        arguments["settings"] = settings if is_a_path else private_file(directory, "settings.json", text)
+    _settings(options, arguments, directory)
     if "mcpServers" in options:
         text = json.dumps({"mcpServers": options["mcpServers"]})
         arguments["mcp_servers"] = private_file(directory, "mcp.json", text)
     return arguments
+
+
+def _settings(options: Mapping[str, Any], arguments: dict[str, Any], directory: Path) -> None:
+    """The sandbox is a part of the settings; the SDK would join the two in an argument."""
+    settings = options.get("settings")
+    if isinstance(settings, str) and settings.lstrip().startswith("{"):
+        settings = json.loads(settings)
+    if "sandbox" in options:
+        if isinstance(settings, str):
+            settings = json.loads(Path(settings).read_text(encoding="utf-8-sig"))
+        settings = {**(settings or {}), "sandbox": options["sandbox"]}
+    if isinstance(settings, dict):
+        settings = private_file(directory, "settings.json", json.dumps(settings))
+    if settings is not None:
+        arguments["settings"] = settings
 
 
 def _system_prompt(prompt: Any, arguments: dict[str, Any], directory: Path) -> None:

@@ -168,9 +168,16 @@ class Database:
         )
         if self.is_sqlite:
             event.listen(self._database.engine, "begin", self._begin_sqlite)
+            event.listen(self._database.engine, "connect", self._teach_sqlite)
 
     def __str__(self) -> str:
         return sqlalchemy.make_url(self.url).render_as_string(hide_password=True)
+
+    def _teach_sqlite(self, connection: sqlite3.Connection, _record: object) -> None:
+        """SQLite's own LOWER knows ASCII only, and a search should find École in either case, as in PostgreSQL."""
+        connection.create_function(
+            "LOWER", 1, lambda text: None if text is None else str(text).lower(), deterministic=True
+        )
 
     def _begin_sqlite(self, connection: sqlalchemy.Connection) -> None:
         connection.exec_driver_sql(self._begin)

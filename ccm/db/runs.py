@@ -26,7 +26,7 @@ FROM ccr_runs r
 """
 # What a run is to the line of its session, without its texts.
 SELECT_LINK = """
-SELECT r.id, r."parentRunId", r."forkAtIndex", CASE WHEN r.status = 'running'
+SELECT r.id, r.status, r."parentRunId", r."forkAtIndex", CASE WHEN r.status = 'running'
         THEN (SELECT COALESCE(MAX(m."index") + 1, 0) FROM ccr_run_messages m WHERE m."runId" = r.id)
         ELSE r."messageCount" END AS "messageCount"
 FROM ccr_runs r
@@ -79,6 +79,7 @@ class Link(Row):
     """A run as one link of its session's line."""
 
     id: str
+    status: str
     parent_run_id: str | None
     fork_at_index: int | None
     message_count: int

@@ -14,9 +14,9 @@ SELECT s.id, s."parentSessionId", s."forkedFromRunId", s.cwd, s.title, s."metada
     s."costUsd", s."firstRunAt", s."lastRunAt", s."lastRunSeq",
     CASE WHEN EXISTS (SELECT 1 FROM ccr_runs r WHERE r."sessionId" = s.id AND r.status = 'running')
         THEN 'running' ELSE 'idle' END AS status,
-    s."messageCount" + COALESCE((
+    CAST(s."messageCount" + COALESCE((
         SELECT SUM((SELECT COALESCE(MAX(m."index") + 1, 0) FROM ccr_run_messages m WHERE m."runId" = r.id))
-        FROM ccr_runs r WHERE r."sessionId" = s.id AND r.status = 'running'), 0) AS "messageCount"
+        FROM ccr_runs r WHERE r."sessionId" = s.id AND r.status = 'running'), 0) AS BIGINT) AS "messageCount"
 FROM ccr_sessions s
 """
 FILTERS = {

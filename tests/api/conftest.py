@@ -1,0 +1,98 @@
+"""What the tests of the HTTP API share: services for a whole file of tests, refusals taken apart, raw connections."""
+
+from __future__ import annotations
+
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from ccm.demo.tour import APP, ServiceProcess
+from tests.client import Answer, Client
+from tests.conftest import ServeFunction, stand_in_cli
+
+# Well formed, and of no run and no session.
+NOWHERE = "00000000-0000-4000-8000-000000000000"
+
+
+@pytest.fixture(scope="module")
+def serve_all(environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeFunction]:
+    """Starts services for all tests of a file, with the stand-in CLI; ends them and reads their logs afterwards."""
+    folder = tmp_path_factory.mktemp("services")
+    own = {"HOME": str(folder), "CCM_CLI_PATH": str(stand_in_cli(folder)), "LOG_LEVEL": "debug"}
+    services: list[ServiceProcess] = []
+    with ExitStack() as stack:
+
+        def start(**settings: object) -> ServiceProcess:
+            database = {"DATABASE_PATH": str(folder / f"db-{len(services)}.sqlite")}
+            given = {name: str(value) for name, value in settings.items()}
+            services.append(stack.enter_context(ServiceProcess(environ | own | database | given)))
+            return services[-1]
+
+        yield start
+        for service in services:
+            service.process.terminate()  # all at once; then they are waited for
+    for service in services:
+        assert stack_traces(service) == []
+
+
+def new_database(postgresql: str) -> str:
+    """The URL of a new, empty database on a PostgreSQL server."""
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(f"{postgresql}/postgres", autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return f"{postgresql}/{name}"
+
+
+def stack_traces(service: ServiceProcess) -> list[str]:
+    """The lines of a service's log that begin one."""
+    return [line for line in service.log if "Traceback" in line]
+
+
+def refused(answer: Answer, field: str | None = None, status: int = 400, code: str = "VALIDATION_ERROR") -> str:
+    """The message of a refusal, which has a status, a code and the field at fault."""
+    assert answer.status >= 400, f"accepted: {answer.body[:300]!r}"
+    assert [answer.status, answer.error["code"], answer.error.get("field")] == [status, code, field], answer.body
+    assert answer.headers["Content-Type"] == "application/json"
+    assert answer.headers["X-Request-Id"]
+    assert str(APP.parent) not in answer.body.decode()
+    return answer.error["message"]
+
+
+def until(condition: Callable[[], object], seconds: float = 30) -> None:
+    """Wait for a condition that nothing rings for."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.01)
+
+
+def connect(client: Client, *parts: bytes) -> socket.socket:
+    """A connection of its own on which bytes have been sent as they are."""
+    connection = socket.create_connection((client.host, client.port), timeout=30)
+    for part in parts:
+        connection.sendall(part)
+    return connection
+
+
+def read_all(connection: socket.socket, said: bytes = b"") -> tuple[bytes, bytes]:
+    """Head and body of what the service says until it closes the connection; `said` has been read already."""
+    try:
+        while received := connection.recv(2**16):
+            said += received
+    except ConnectionResetError:
+        assert said, "the connection was reset before anything was said"
+    head, _, body = said.partition(b"\r\n\r\n")
+    return head, body
+
+
+def folder_of(path: Path, name: str = "project") -> Path:
+    """A new directory for agents to work in."""
+    folder = path / name
+    folder.mkdir()
+    return folder

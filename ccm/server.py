@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 PLAIN_THREADS = 16
 # Seconds that requests in flight get when the service stops.
 DRAIN_SECONDS = 5.0
+# How often the main thread wakes to look for signals.
+WAKE_SECONDS = 0.5
 
 CODES = {413: "BODY_TOO_LARGE", 431: "HEADERS_TOO_LARGE", 501: "NOT_IMPLEMENTED", 500: "INTERNAL_ERROR"}
 MESSAGES = {
@@ -98,7 +100,9 @@ class Server:
         loop = threading.Thread(target=self._server.run, name="listener", daemon=True)
         loop.start()
         try:
-            self._stop.wait()
+            # The kernel may hand a signal to any thread, and Python's handler runs when the main one next wakes.
+            while not self._stop.wait(WAKE_SECONDS):
+                pass
             return self._shut_down()
         finally:
             for number, handler in previous.items():

@@ -64,10 +64,15 @@ def strict(strict_service: ServiceProcess) -> Client:
 
 
 @pytest.fixture(scope="module")
-def lenient(serve_all: ServeFunction, root: Path) -> Client:
-    """A client of a service whose operator allows every option, and only small bodies."""
+def lenient_service(serve_all: ServeFunction, root: Path) -> ServiceProcess:
     own = {"CCM_ALLOWED_ROOTS": root, "CCM_SETTING_SOURCES": "user"}
-    return Client(serve_all(**own, CCM_PRIVILEGED_OPTIONS="*", CCM_MAX_BODY_BYTES=SMALL).url)
+    return serve_all(**own, CCM_PRIVILEGED_OPTIONS="*", CCM_MAX_BODY_BYTES=SMALL)
+
+
+@pytest.fixture(scope="module")
+def lenient(lenient_service: ServiceProcess) -> Client:
+    """A client of a service whose operator allows every option, and only small bodies."""
+    return Client(lenient_service.url)
 
 
 @pytest.fixture(scope="module")
@@ -591,6 +596,21 @@ def test_allowing_one_privileged_option_allows_no_other(name: str) -> None:
         else:
             with pytest.raises(Forbidden):
                 check_policy({given: value}, settings)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[1]", "\udcff"], ids=["missing", "no JSON", "no object", "no text"])
+def test_a_settings_file_that_cannot_be_read_fails_its_run_and_nothing_else(
+    lenient_service: ServiceProcess, lenient: Client, root: Path, tmp_path: Path, content: str | None
+) -> None:
+    file = tmp_path / "settings.json"
+    if content is not None:
+        file.write_text(content, encoding="utf-8", errors="surrogateescape")
+    options = {"settings": str(file), "sandbox": {"enabled": False}}
+    run = lenient.start(root / "project", "Hello.", options=options)
+    assert run["status"] == "error"
+    assert str(file) in run["error"]["message"]
+    traces = [line for line in stack_traces(lenient_service) if run["id"] in line]
+    assert traces == [], "what a client gave is no failure of the service"
 
 
 HIDDEN = [

@@ -26,7 +26,6 @@ TRANSLATED = {
     "systemPrompt": "system_prompt",
     "thinking": "thinking",
     "agents": "agents",
-    "sandbox": "sandbox",
     "settings": "settings",
     "sandbox": "settings",
     "mcpServers": "mcp_servers",

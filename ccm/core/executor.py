@@ -20,7 +20,7 @@ from typing import Any
 
 import sniffio
 
-from ccm.core.options import sdk_arguments
+from ccm.core.options import UnusableOptionsError, sdk_arguments
 from ccm.core.processes import LAUNCH_SCRIPT, end_marked, launch_environment
 from ccm.core.sdk import AgentDefinition, ClaudeAgentOptions, Client, explain, transcript_path
 from ccm.models import CANCELLED, COMPLETED, ERROR, MONEY_DIGITS, Image, Outcome
@@ -195,7 +195,10 @@ class Execution:
         if not Path(self._assignment.cwd).is_dir():
             return Outcome(ERROR, "CWD_NOT_FOUND", f"The directory {self._assignment.cwd} is not there any more.")
         with _private_directory(self._assignment.run_id) as directory:
-            client = Client(self._options(directory))
+            try:
+                client = Client(self._options(directory))
+            except UnusableOptionsError as unusable:
+                return Outcome(ERROR, "OPTIONS_UNUSABLE", str(unusable))
             # Never cancelled before the stream has ended: a cancelled disconnect leaks the CLI and its tools.
             keeper = asyncio.create_task(self._see_it_end(client))
             error: Exception | None = None

@@ -39,6 +39,10 @@ RENAMED = {
 }
 
 
+class UnusableOptionsError(Exception):
+    """A run cannot be made with its options, as only its start shows; the message says why."""
+
+
 def private_file(directory: Path, name: str, text: str) -> str:
     """The path of a new file in `directory` (which is its owner's alone) that holds `text`."""
     path = directory / name
@@ -95,12 +99,23 @@ def _settings(options: Mapping[str, Any], arguments: dict[str, Any], directory: 
         settings = json.loads(settings)
     if "sandbox" in options:
         if isinstance(settings, str):
-            settings = json.loads(Path(settings).read_text(encoding="utf-8-sig"))
+            settings = _read_settings(Path(settings))
         settings = {**(settings or {}), "sandbox": options["sandbox"]}
     if isinstance(settings, dict):
         settings = private_file(directory, "settings.json", json.dumps(settings))
     if settings is not None:
         arguments["settings"] = settings
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it holds no JSON"
+        raise UnusableOptionsError(f"options.settings: the file {file} cannot be used: {reason}.") from None
+    if not isinstance(settings, dict):
+        raise UnusableOptionsError(f"options.settings: the file {file} cannot be used: it holds no JSON object.")
+    return settings
 
 
 def _system_prompt(prompt: Any, arguments: dict[str, Any], directory: Path) -> None:

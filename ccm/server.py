@@ -25,8 +25,6 @@ log = logging.getLogger(__name__)
 PLAIN_THREADS = 16
 # Seconds that requests in flight get when the service stops.
 DRAIN_SECONDS = 5.0
-# How often the main thread wakes to look for signals.
-WAKE_SECONDS = 0.5
 
 CODES = {413: "BODY_TOO_LARGE", 431: "HEADERS_TOO_LARGE", 501: "NOT_IMPLEMENTED", 500: "INTERNAL_ERROR"}
 MESSAGES = {
@@ -92,26 +90,30 @@ class Server:
             clear_untrusted_proxy_headers=True,
         )
         self._server.channel_class = _Channel
-        self._stop = threading.Event()
+        self._asked_to_stop = False
 
     def run(self) -> bool:
         """Serve until SIGTERM or SIGINT, then stop gently; a second signal ends at once. False if not all went well."""
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        loop = threading.Thread(target=self._server.run, name="listener", daemon=True)
-        loop.start()
+        # The kernel may hand a signal to any thread, and Python's handlers run in the main one when it next wakes: a
+        # byte on this socket wakes it, wherever the signal went.
+        waker, wakes = socket.socketpair()
+        wakes.settimeout(0)
+        signal.set_wakeup_fd(wakes.fileno())
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        threading.Thread(target=self._server.run, name="listener", daemon=True).start()
         try:
-            # The kernel may hand a signal to any thread, and Python's handler runs when the main one next wakes.
-            while not self._stop.wait(WAKE_SECONDS):
-                pass
+            waker.recv(1)
             return self._shut_down()
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            signal.set_wakeup_fd(-1)
+            waker.close()
+            wakes.close()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self._stop.is_set():
+        if self._asked_to_stop:
             raise SystemExit(128 + number)
-        self._stop.set()
+        self._asked_to_stop = True
 
     def _shut_down(self) -> bool:
         """The runs end first, and meanwhile new ones get 503 and watchers see the end; then nobody new is let in, the

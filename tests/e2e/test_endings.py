@@ -286,6 +286,17 @@ def test_sigterm_interrupts_and_records_every_run(serve: ServeFunction, project:
     assert client.run(waiting["id"])["status"] == "completed"
 
 
+def test_a_signal_that_another_thread_gets_stops_the_service_too(serve: ServeFunction) -> None:
+    service = serve()
+    threads = [int(name) for name in os.listdir(f"/proc/{service.process.pid}/task")]
+    other = max(threads)
+    assert other != service.process.pid
+
+    os.kill(other, signal.SIGTERM)  # Linux hands it to that very thread
+
+    assert service.process.wait(timeout=20) == 0
+
+
 def test_a_killed_service_leaves_no_agent_and_its_runs_are_interrupted(serve: ServeFunction, project: Path) -> None:
     service = serve(CCM_MAX_CONCURRENT_RUNS=1)
     client = Client(service.url)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import pwd
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -35,7 +35,7 @@ def _free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgresql() -> Iterator[str]:
     """The URL of a real PostgreSQL server of the tests' own, without the database's name."""
     found = shutil.which("initdb") or (str(POSTGRESQL_PROGRAMS[-1]) if POSTGRESQL_PROGRAMS else None)
     if found is None:
@@ -43,14 +43,11 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             pytest.fail("CI needs PostgreSQL: install Debian's package postgresql")
         pytest.skip("PostgreSQL's initdb is not installed; Debian's package postgresql has it")
     programs = Path(found).resolve().parent
-    folder = tmp_path_factory.mktemp("postgresql")
-    # PostgreSQL refuses to run as root.
+    # Not below pytest's own directories, which are closed to others: PostgreSQL refuses to run as root.
+    folder = Path(tempfile.mkdtemp(prefix="ccm-postgresql-"))
     user = "nobody" if os.geteuid() == 0 else None
     if user is not None:
         shutil.chown(folder, user)
-        for parent in folder.parents[:3]:
-            parent.chmod(parent.stat().st_mode | 0o011)
-    account = pwd.getpwnam(user) if user else pwd.getpwuid(os.geteuid())
     environ = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": str(folder)}
     data, port = folder / "data", _free_port()
 
@@ -60,11 +57,11 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     call(str(programs / "initdb"), "-D", str(data), "-A", "trust", "-U", "ccm", "-E", "UTF8", "--no-sync")
     options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c max_connections=200"
     call(str(programs / "pg_ctl"), "-D", str(data), "-w", "-l", str(folder / "log"), "-o", options, "start")
-    assert account
     try:
         yield f"postgresql://ccm@127.0.0.1:{port}"
     finally:
         call(str(programs / "pg_ctl"), "-D", str(data), "-m", "immediate", "-w", "stop")
+        shutil.rmtree(folder)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -11,6 +11,8 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from ccm.demo.tour import ServiceProcess
 from tests.client import Client
 from tests.conftest import ServeFunction, stand_in_cli
@@ -143,10 +145,11 @@ def test_an_end_that_no_column_takes_is_stored_all_the_same(serve: ServeFunction
         assert client.resume(run["sessionId"], "and on")["status"] == "completed"
 
 
-def test_a_run_with_a_message_that_cannot_be_stored_is_no_completed_one(
-    serve: ServeFunction, home: Path, project: Path, postgresql: str
+def test_a_type_that_no_column_takes_is_recorded_all_the_same(
+    serve: ServeFunction, home: Path, project: Path, database_url: str
 ) -> None:
-    client = Client(service(serve, home).url)
+    server = {"DATABASE_URL": database_url} if database_url.startswith("postgresql") else {}
+    client = Client(service(serve, home, **server).url)
     run = client.start(project, json.dumps({"messages": [{"type": "a\0b\ud800"}]}))
     assert run["status"] == "completed"
     assert client.messages(run["id"])[0]["type"] == "a\0b\ud800"
@@ -185,5 +188,32 @@ def test_a_start_whose_commit_was_uncertain_is_followed(home: Path, project: Pat
         assert lost
         assert ended is not None
         assert ended.status == "completed"
+    finally:
+        running.close()
+
+
+def test_a_run_of_which_a_message_was_refused_ends_in_error_though_it_went_well(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ccm.core.service import Service
+    from ccm.models import RunRequest
+    from ccm.settings import Settings
+
+    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    running = Service(Settings(database_path=tmp_path / "r.sqlite", cli_path=stand_in_cli(tmp_path)), environ)
+    running.start()
+    # A text that no driver binds stands for whatever storage will never take.
+    monkeypatch.setattr("ccm.core.run_manager.storable", lambda text: text)
+    try:
+        prompt = json.dumps({"messages": [{"type": "\ud800"}]})
+        run = running.runs.start(RunRequest(mode="fresh", prompt=prompt), str(project))
+        ended = running.history.wait(
+            run.id,
+            30,
+            lambda: next(iter([r for r in [running.history.run(run.id)] if r.ended]), None),
+            lambda: False,
+        )
+        assert ended is not None
+        assert (ended.status, ended.error_code, ended.message_count) == ("error", "EXECUTION_ERROR", 0)
     finally:
         running.close()

@@ -92,3 +92,39 @@ CREATE TABLE ccr_run_messages (
     "messageJson" TEXT NOT NULL
 );
 CREATE UNIQUE INDEX ccr_run_messages_by_run ON ccr_run_messages ("runId", "index");
+
+-- 0003 transcripts and idempotency keys
+-- Whether the database holds the run's transcript whole, so that it can be continued where Claude Code's own is gone.
+ALTER TABLE ccr_runs ADD COLUMN "transcriptStored" INTEGER NOT NULL DEFAULT 0;
+-- The client's own name for its request, and a digest of that request: a second one is answered with this run.
+ALTER TABLE ccr_runs ADD COLUMN "idempotencyKey" TEXT;
+ALTER TABLE ccr_runs ADD COLUMN "requestDigest" TEXT;
+CREATE UNIQUE INDEX ccr_runs_by_idempotency_key ON ccr_runs ("idempotencyKey");
+
+-- Claude Code's transcripts, one for each file that it writes. The main one of a session has an empty subpath, those
+-- of its subagents have `subagents/agent-ID`.
+CREATE TABLE ccr_transcripts (
+    id BIGINT PRIMARY KEY,
+    "sdkSessionId" TEXT NOT NULL,
+    "projectKey" TEXT NOT NULL,
+    subpath TEXT NOT NULL,
+    "updatedAtMs" BIGINT NOT NULL
+);
+CREATE UNIQUE INDEX ccr_transcripts_by_key ON ccr_transcripts ("sdkSessionId", "projectKey", subpath);
+CREATE INDEX ccr_transcripts_by_project ON ccr_transcripts ("projectKey", subpath);
+
+-- Every fork copies the whole transcript before it, with about 90 KB of Claude Code's own texts. Here a text is kept
+-- once, under its digest, and a transcript is a list of digests. (No foreign key: one would be looked up backwards for
+-- each text that `flask prune` deletes.)
+CREATE TABLE ccr_transcript_texts (
+    digest TEXT PRIMARY KEY,
+    text TEXT NOT NULL
+);
+CREATE TABLE ccr_transcript_entries (
+    "transcriptId" BIGINT NOT NULL REFERENCES ccr_transcripts (id),
+    "index" BIGINT NOT NULL,
+    uuid TEXT,
+    digest TEXT NOT NULL,
+    PRIMARY KEY ("transcriptId", "index")
+);
+CREATE INDEX ccr_transcript_entries_by_uuid ON ccr_transcript_entries ("transcriptId", uuid);

@@ -107,6 +107,7 @@ class Run(Row):
     duration_ms: int | None
     queue_position: int | None
     has_transcript: int
+    transcript_stored: int
     created_by: str | None
     created_at: str
     started_at: str | None
@@ -149,10 +150,9 @@ class Run(Row):
             "messageCount": self.message_count,
             "durationMs": self.duration_ms,
             "queuePosition": self.queue_position,
-            # The database keeps no transcripts yet, and nothing asks for approvals.
-            "transcriptStored": False,
+            "transcriptStored": bool(self.transcript_stored),
             "createdBy": self.created_by,
-            "pendingApprovals": 0,
+            "pendingApprovals": 0,  # nothing asks for approvals yet
             "createdAt": self.created_at,
             "startedAt": self.started_at,
             "endedAt": self.ended_at,

@@ -37,6 +37,7 @@ RUN = Run(
     duration_ms=None,
     queue_position=None,
     has_transcript=0,
+    transcript_stored=0,
     created_by=None,
     created_at="",
     started_at=None,

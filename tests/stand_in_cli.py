@@ -44,14 +44,39 @@ def control(message: object) -> None:
     sys.stdout.flush()
 
 
-def transcript() -> None:
-    """What the real CLI leaves behind, enough for a resume to be accepted."""
+def projects() -> str:
     home = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(os.environ["HOME"], ".claude")
+    return os.path.join(home, "projects")
+
+
+def argument(name: str) -> str | None:
+    return next((a.split("=", 1)[1] for a in sys.argv if a.startswith(f"--{name}=")), None)
+
+
+def transcript(*texts: str) -> None:
+    """What the real CLI leaves behind, enough for a resume: a file, and its mirror on stdout where that is asked for.
+
+    The first call copies the parent's, as every fork does.
+    """
     key = "".join(char if char.isalnum() and char.isascii() else "-" for char in os.path.realpath(os.getcwd()))
-    folder = os.path.join(home, "projects", key)
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, SESSION + ".jsonl"), "a", encoding="utf-8") as file:
-        file.write("{}\n")
+    path = os.path.join(projects(), key, SESSION + ".jsonl")
+    entries = [] if os.path.exists(path) else copied()
+    entries += [{"type": "assistant", "uuid": new_id(), "sessionId": SESSION, "text": text} for text in texts]
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in entries)
+    if "--session-mirror" in sys.argv:
+        control({"type": "transcript_mirror", "filePath": path, "entries": entries})
+
+
+def copied() -> list[Any]:
+    parent = argument("resume")
+    for folder in os.listdir(projects()) if parent else ():
+        path = os.path.join(projects(), folder, f"{parent}.jsonl")
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                return [json.loads(line) | {"sessionId": SESSION} for line in file]
+    return []
 
 
 def state(name: str) -> dict[str, object]:
@@ -93,8 +118,9 @@ def turn(script: dict[str, Any]) -> None:
         control(state("running"))
     for message in script.get("messages", []):
         write(message)
-    for _ in range(script.get("count", 0)):
-        write(assistant("x" * script.get("pad", 100)))
+    said = ["x" * script.get("pad", 100)] * script.get("count", 0)
+    for text in said:
+        write(assistant(text))
     if "stderr" in script:
         sys.stderr.write(script["stderr"] + "\n")
         sys.stderr.flush()
@@ -110,6 +136,7 @@ def turn(script: dict[str, Any]) -> None:
         os._exit(script["exit"])
     if script.get("hold"):
         return
+    transcript(*said)
     write(result(**script.get("result", {})))
     if states:
         control(state("idle"))
@@ -136,7 +163,7 @@ def main() -> None:
                 script = json.loads(text)
             except ValueError:
                 script = {"messages": [assistant("heard: " + text)]}
-            transcript()
+            transcript(text)
             turn(script)
 
 

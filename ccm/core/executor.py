@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import os
 import shutil
 import signal
@@ -22,8 +21,10 @@ import sniffio
 
 from ccm.core.options import UnusableOptionsError, sdk_arguments
 from ccm.core.processes import LAUNCH_SCRIPT, end_marked, launch_environment
+from ccm.core.results import cost, error_code, error_text
 from ccm.core.sdk import AgentDefinition, ClaudeAgentOptions, Client, explain, transcript_path
-from ccm.models import CANCELLED, COMPLETED, ERROR, MONEY_DIGITS, Image, Outcome
+from ccm.core.transcript_store import Mirror
+from ccm.models import CANCELLED, COMPLETED, ERROR, Image, Outcome
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +42,6 @@ LOGIN_ADVICE = (
 )
 STDERR_FILE = "stderr"
 STDERR_BYTES = 4_000
-
-RESULT_ERRORS = {
-    "error_max_turns": "MAX_TURNS_REACHED",
-    "error_max_budget_usd": "MAX_BUDGET_REACHED",
-    "error_max_structured_output_retries": "STRUCTURED_OUTPUT_FAILED",
-}
 
 
 @dataclass(frozen=True)
@@ -103,6 +98,7 @@ class Execution:
 
     Args:
         record: takes each message, in the run's own loop; may wait, and the agent then waits too.
+        mirror: takes the transcript as it grows; none is taken if it is left out.
     """
 
     def __init__(
@@ -111,7 +107,9 @@ class Execution:
         claude: Claude,
         environ: Mapping[str, str],
         record: Callable[[dict[str, Any]], Awaitable[None]],
+        mirror: Mirror | None = None,
     ) -> None:
+        self._mirror = mirror
         self._assignment = assignment
         self._claude = claude
         self._environ = environ
@@ -135,6 +133,12 @@ class Execution:
         # What the last assistant message of the main thread reports as an error of the API.
         self._api_error: str | None = None
         self._said = ""
+        self._closed_by_itself = False
+
+    @property
+    def closed_by_itself(self) -> bool:
+        """Whether Claude Code closed its output once it was over, with everything said that it had to say."""
+        return self._closed_by_itself
 
     # ---- from any thread
 
@@ -169,7 +173,7 @@ class Execution:
             error_code=outcome.error_code,
             error_message=outcome.error_message,
             result=result,
-            cost_usd=self._cost(),
+            cost_usd=cost(self._results, fresh=self._assignment.resume is None),
             duration_ms=round((time.monotonic() - started) * 1000),
             has_transcript=self._transcript().is_file(),
         )
@@ -251,6 +255,9 @@ class Execution:
             fork_session=assignment.resume is not None,
             resume_session_at=assignment.resume_at,
             max_buffer_size=self._claude.max_message_bytes,
+            session_store=self._mirror,  # type: ignore[arg-type]  # the SDK wants no more of it, for a store of its own
+            # As it grows: what is kept until the turn's end is lost with a service that is killed.
+            session_store_flush="eager",
             **arguments,
         )
 
@@ -265,6 +272,10 @@ class Execution:
             self._recording = False
         if kind == "result":
             self._results.append(message)
+        elif kind == "system" and subtype == "mirror_error":
+            log.warning(
+                "run %s: its transcript could not be mirrored: %s", self._assignment.run_id, message.get("error")
+            )
         elif kind == "system" and subtype == "api_retry" and message.get("error_status") == 401:
             self._login_refusals += 1
             if self._login_refusals == LOGIN_REFUSALS:
@@ -295,6 +306,7 @@ class Execution:
                 with contextlib.suppress(Exception):
                     await client.end_input()
             if (self._over.is_set() or self._exited.is_set()) and await self._ends_within(CLOSE_SECONDS):
+                self._closed_by_itself = self._over.is_set()
                 return
             while not self._stream_ended.is_set():
                 client.signal(signal.SIGTERM)
@@ -333,8 +345,8 @@ class Execution:
                 return Outcome(COMPLETED)
             if self._reason is not None:
                 return self._reason
-            code = _result_code(result, self._api_error)
-            said = _result_text(result)
+            code = error_code(result, self._api_error)
+            said = error_text(result)
             return Outcome(ERROR, code, f"{said} {LOGIN_ADVICE}" if code == "AUTHENTICATION_FAILED" else said)
         if self._reason is not None:
             return self._reason
@@ -343,30 +355,9 @@ class Execution:
             log.error("run %s: %r", self._assignment.run_id, error, exc_info=error)
         return Outcome(ERROR, code, message)
 
-    def _cost(self) -> float | None:
-        """What this run alone cost: the SDK's total counts the resumed history too."""
-        if not self._results:
-            return None
-        since = [result.get("model_usage_since_last_result") for result in self._results]
-        if all(isinstance(usage, dict) for usage in since):
-            models = [model for usage in since if usage for model in usage.values()]
-            costs = [_money(model.get("costUSD")) for model in models if isinstance(model, dict)]
-            return _money(sum(cost for cost in costs if cost is not None))
-        if self._assignment.resume is None:
-            total = self._results[-1].get("total_cost_usd")
-            return _money(total)
-        return None
-
     def _transcript(self) -> Path:
         environ = {**self._environ, **self._assignment.options.get("env", {})}
         return transcript_path(self._assignment.cwd, self._assignment.sdk_session_id, environ)
-
-
-def _money(amount: object) -> float | None:
-    """Rounded; None if it is no amount."""
-    if not isinstance(amount, int | float) or not math.isfinite(amount):
-        return None
-    return round(float(amount), MONEY_DIGITS)
 
 
 def _tail(file: Path) -> str:
@@ -377,19 +368,6 @@ def _tail(file: Path) -> str:
             return stream.read().decode("utf-8", "replace").strip()
     except OSError:
         return ""
-
-
-def _result_code(result: Mapping[str, Any], api_error: str | None) -> str:
-    if result.get("api_error_status") == 401 or api_error == "authentication_failed":
-        return "AUTHENTICATION_FAILED"
-    if result.get("terminal_reason") == "api_error" or result.get("api_error_status") is not None:
-        return "API_ERROR"
-    return RESULT_ERRORS.get(str(result.get("subtype")), "EXECUTION_ERROR")
-
-
-def _result_text(result: Mapping[str, Any]) -> str:
-    errors = [str(error) for error in result.get("errors") or []]
-    return "; ".join(errors) or str(result.get("result") or result.get("subtype") or "The run failed.")
 
 
 async def _first(*events: asyncio.Event) -> None:

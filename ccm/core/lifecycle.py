@@ -6,7 +6,7 @@ two of them race. What is to happen then outside of the database is given back a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,14 +44,12 @@ class Lifecycle:
         workers: runs at once.
         queue_limit: runs that may wait for a worker.
         owner: the name of this service in the rows of its runs.
-        has_transcript: whether a run has left a transcript on this host.
     """
 
-    def __init__(self, workers: int, queue_limit: int, owner: str, has_transcript: Callable[[Run], bool]) -> None:
+    def __init__(self, workers: int, queue_limit: int, owner: str) -> None:
         self._workers = workers
         self._queue_limit = queue_limit
         self._owner = owner
-        self._has_transcript = has_transcript
         # While it is False no waiting run starts.
         self.open = True
 
@@ -177,12 +175,15 @@ class Lifecycle:
             return None if head is None else find_run(transaction, head)
         return None
 
-    def recover(self, transaction: Transaction) -> Effects:
-        """At a start: what the last service left in mid-run is reported; what had not begun may begin."""
+    def recover(self, transaction: Transaction, transcripts: Mapping[str, Mapping[str, Any]]) -> Effects:
+        """At a start: what the last service left in mid-run is reported; what had not begun may begin.
+
+        Args:
+            transcripts: what is to be said of the transcript of each run that was left, by its id.
+        """
         effects = Effects()
         for run in runs.started(transaction):
-            values = {**runs.interrupted(), "hasTranscript": int(self._has_transcript(run))}
-            effects |= self.end(transaction, run, values)
+            effects |= self.end(transaction, run, {**runs.interrupted(), **transcripts[run.id]})
         return effects | self.dispatch(transaction)
 
 

@@ -25,10 +25,11 @@ from ccm.core.lifecycle import Effects, Lifecycle, Start, not_resumable
 from ccm.core.pool import WorkerPool
 from ccm.core.processes import end_marked
 from ccm.core.recorder import Recorder
-from ccm.core.sdk import transcript_path
+from ccm.core.transcript_files import TranscriptFiles
+from ccm.core.transcript_store import Mirror
 from ccm.db import runs, sessions
 from ccm.db.database import Transaction
-from ccm.errors import Conflict, Unavailable
+from ccm.errors import Conflict, StorageError, Unavailable
 from ccm.models import (
     CANCELLED,
     ERROR,
@@ -54,6 +55,7 @@ class RunManager:
         recorder: takes every change.
         doorbell: rung when a run has started or ended.
         claude: what runs are made with.
+        transcripts: those of runs, here and in the database.
         workers: runs at once.
         queue_limit: runs that may wait for a worker.
         environ: what agents inherit.
@@ -64,6 +66,7 @@ class RunManager:
         recorder: Recorder,
         doorbell: Doorbell,
         claude: Claude,
+        transcripts: TranscriptFiles,
         *,
         workers: int,
         queue_limit: int,
@@ -72,9 +75,10 @@ class RunManager:
         self._recorder = recorder
         self._doorbell = doorbell
         self._claude = claude
+        self._transcripts = transcripts
         self._environ = environ
         owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
-        self._lifecycle = Lifecycle(workers, queue_limit, owner, lambda run: self._has_transcript(run, run.options))
+        self._lifecycle = Lifecycle(workers, queue_limit, owner)
         self._pool = WorkerPool(workers)
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
@@ -103,7 +107,7 @@ class RunManager:
             CCMError: it is refused; then nothing is stored.
         """
         if head is not None:
-            self._check_transcript(head, session, request.options)
+            self._check_transcript(head, session, session.cwd, request.options)
         row = self._row(request, session.id, str(uuid.uuid4()), session.cwd)
         return self._submit(row, request, new_session=None)
 
@@ -123,9 +127,10 @@ class RunManager:
                 "and atMessage out to fork the last ended one.",
                 code="SESSION_BUSY",
             )
-        self._check_transcript(parent, session, request.options)
+        cwd = cwd or session.cwd
+        self._check_transcript(parent, session, cwd, request.options)
         new_id = str(uuid.uuid4())
-        row = self._row(request, new_id, new_id, cwd or session.cwd) | {
+        row = self._row(request, new_id, new_id, cwd) | {
             "parentSessionId": session.id,
             "parentRunId": parent.id,
             "forkAtMessage": point.message,
@@ -172,12 +177,13 @@ class RunManager:
 
     def recover(self) -> None:
         """After a start: what the last service left in mid-run is reported, what had not begun begins."""
-
+        transcripts = {}
         for run in self._recorder.write(runs.started):
             log.warning("run %s was cut off by the end of the last service: INTERRUPTED", run.id)
             end_marked(run.id)
             remove_directories(run.id)
-        self._recorder.write(self._lifecycle.recover, self._follow)
+            transcripts[run.id] = self._transcripts.keep(run)
+        self._recorder.write(lambda transaction: self._lifecycle.recover(transaction, transcripts), self._follow)
 
     def stop(self, deadline: float) -> bool:
         """Interrupt every run and see their ends recorded; runs that wait stay in the queue for the next start.
@@ -244,19 +250,16 @@ class RunManager:
 
         return self._recorder.write(work, lambda accepted: self._follow(accepted[1]))[0]
 
-    def _check_transcript(self, parent: Run, session: Session, options: Mapping[str, Any]) -> None:
+    def _check_transcript(self, parent: Run, session: Session, cwd: str, options: Mapping[str, Any]) -> None:
         """
         Raises:
             Conflict: SESSION_NOT_RESUMABLE.
         """
-        if not os.path.isdir(session.cwd):
-            raise not_resumable(session, f"its directory {session.cwd} is not there any more")
-        if not parent.has_transcript or not self._has_transcript(parent, options):
-            raise not_resumable(session, f"run {parent.id} has no transcript")
-
-    def _has_transcript(self, run: Run, options: Mapping[str, Any]) -> bool:
-        environ = {**self._environ, **options.get("env", {})}
-        return transcript_path(run.cwd, run.sdk_session_id, environ).is_file()
+        if not os.path.isdir(cwd):
+            raise not_resumable(session, f"its directory {cwd} is not there any more")
+        if not self._transcripts.can_provide(parent, cwd, options):
+            lost = "is neither on this host nor whole in the database" if parent.has_transcript else "was never written"
+            raise not_resumable(session, f"the transcript of run {parent.id} {lost}")
 
     # ---- starting
 
@@ -290,13 +293,14 @@ class RunManager:
             resume=parent.sdk_session_id if parent else None,
             resume_at=run.fork_at_message,
         )
-        execution = Execution(assignment, self._claude, self._environ, self._record(run))
+        mirror = self._transcripts.mirror(run)
+        execution = Execution(assignment, self._claude, self._environ, self._record(run), mirror)
         with self._lock:
             self._executions[run.id] = execution
             stopping = self._stopping
         if stopping:
             execution.fail("INTERRUPTED", "The service was shut down while this run was going on.")
-        self._pool.submit(lambda: self._perform(run, execution))
+        self._pool.submit(lambda: self._perform(run, parent, execution, mirror))
 
     def _record(self, run: Run) -> Callable[[dict[str, Any]], Any]:
         """A function that numbers the messages of a run and hands them to the recorder."""
@@ -319,11 +323,12 @@ class RunManager:
 
     # ---- ending
 
-    def _perform(self, run: Run, execution: Execution) -> None:
+    def _perform(self, run: Run, parent: Run | None, execution: Execution, mirror: Mirror) -> None:
         """The whole of a run, in a thread of the pool that lives as long as the run's processes."""
         log.info("run %s started: %s in session %s", run.id, run.mode, run.session_id)
         try:
-            outcome = execution.perform()
+            lost = None if parent is None else self._provide(parent, run)
+            outcome = lost or execution.perform()
         except Exception as error:
             log.exception("run %s: the executor failed", run.id)
             outcome = Outcome(ERROR, "EXECUTION_ERROR", f"{type(error).__name__}: {error}")
@@ -335,7 +340,7 @@ class RunManager:
             "resultJson": None if outcome.result is None else to_json_text(outcome.result),
             "costUsd": outcome.cost_usd,
             "durationMs": outcome.duration_ms,
-            "hasTranscript": int(outcome.has_transcript),
+            **self._transcripts.keep(run, mirror if execution.closed_by_itself else None),
         }
 
         if not self._store_end(run, values):
@@ -344,6 +349,18 @@ class RunManager:
         self._ended(run)
         detail = f", {outcome.error_code}: {outcome.error_message}" if outcome.error_code else ""
         log.info("run %s %s after %s ms%s", run.id, outcome.status, outcome.duration_ms, detail)
+
+    def _provide(self, parent: Run, run: Run) -> Outcome | None:
+        """Have the transcript of a parent at hand; how the run ends if there is none."""
+        try:
+            if self._transcripts.provide(parent, run):
+                return None
+            reason = "it is neither on this host nor whole in the database"
+        except (OSError, StorageError) as error:
+            log.exception("run %s: the transcript of run %s could not be written back", run.id, parent.id)
+            reason = f"it could not be written back: {error}"
+        message = f"The transcript of run {parent.id}, which this one was to continue, is not there: {reason}."
+        return Outcome(ERROR, "SESSION_NOT_RESUMABLE", message)
 
     def _store_end(self, run: Run, values: Mapping[str, Any]) -> bool:
         """Wait until the end of a run is committed, as long as it takes; False if it is refused."""

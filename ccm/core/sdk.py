@@ -26,9 +26,18 @@ from claude_agent_sdk import (
     CLINotFoundError,
     ProcessError,
     ResultError,
+    fold_session_summary,
 )
 
-__all__ = ["AgentDefinition", "ClaudeAgentOptions", "Client", "bundled_cli", "explain", "transcript_path"]
+__all__ = [
+    "AgentDefinition",
+    "ClaudeAgentOptions",
+    "Client",
+    "bundled_cli",
+    "explain",
+    "fold_session_summary",
+    "transcript_path",
+]
 
 
 def bundled_cli() -> Path:
@@ -56,6 +65,7 @@ class _Tap:
     def __init__(self, take: Callable[[dict[str, Any]], Awaitable[None]], earlier: list[dict[str, Any]]) -> None:
         self._take = take
         self._earlier = earlier
+        self._noted: list[dict[str, Any]] = []
         self._caught_up = asyncio.Event()
         self.ended = asyncio.Event()
         self.error: Exception | None = None
@@ -68,7 +78,13 @@ class _Tap:
     async def send(self, message: dict[str, Any]) -> None:
         if not self._caught_up.is_set():
             await self._caught_up.wait()
+        await self.take_noted()
         await self._sort(message)
+
+    async def take_noted(self) -> None:
+        noted, self._noted = self._noted, []
+        for message in noted:
+            await self._sort(message)
 
     async def _sort(self, message: dict[str, Any]) -> None:
         if message.get("type") == "error" and "exception" in message:
@@ -77,7 +93,8 @@ class _Tap:
             await self._take(message)
 
     def send_nowait(self, message: dict[str, Any]) -> None:
-        """The SDK calls it to say that the stream is at its end."""
+        """The SDK calls it for what it has to say itself: that a transcript could not be mirrored, and the end."""
+        self._noted.append(message)
 
     def close(self) -> None:
         self.ended.set()
@@ -109,6 +126,7 @@ class Client(ClaudeSDKClient):
         if not tap.ended.is_set():
             await self.query(_one(message))
         await tap.ended.wait()
+        await tap.take_noted()
         if tap.error is not None:
             raise tap.error
 

@@ -14,6 +14,8 @@ from ccm.core.history import History
 from ccm.core.recorder import Recorder
 from ccm.core.run_manager import RunManager
 from ccm.core.sdk import bundled_cli
+from ccm.core.transcript_files import TranscriptFiles
+from ccm.core.transcript_store import TranscriptStore
 from ccm.db import sqlite_file
 from ccm.db.database import Database
 from ccm.db.lock import ServiceLock
@@ -101,6 +103,7 @@ class Service:
             self._recorder,
             self.doorbell,
             self._claude,
+            TranscriptFiles(TranscriptStore(self._recorder, reader), self._environ),
             workers=settings.max_concurrent_runs,
             queue_limit=settings.max_queued_runs,
             environ=self._environ,

@@ -103,15 +103,22 @@ class Transaction:
         values = ", ".join(f":{column}" for column in row)
         self._execute(f"INSERT INTO {table} ({columns}) VALUES ({values})", row)
 
-    def insert_many(self, table: str, columns: Sequence[str], rows: list[tuple[Any, ...]]) -> None:
+    def insert_many(
+        self, table: str, columns: Sequence[str], rows: list[tuple[Any, ...]], *, known_ignored: bool = False
+    ) -> None:
         """The rows in one statement, on dataset's connection.
+
+        Args:
+            known_ignored: leave out rows whose key is there already; else they are refused.
 
         dataset's own insert_many goes through the keys of every row three times before it does the same, and SQLAlchemy
         through its values twice: more than the database itself takes for a row.
         """
         names = ", ".join(f'"{column}"' for column in columns)
         marks = ", ".join(["?" if self._database.is_sqlite else "%s"] * len(columns))
-        self._database.executable.exec_driver_sql(f"INSERT INTO {table} ({names}) VALUES ({marks})", rows)
+        if rows:
+            end = " ON CONFLICT DO NOTHING" if known_ignored else ""
+            self._database.executable.exec_driver_sql(f"INSERT INTO {table} ({names}) VALUES ({marks}){end}", rows)
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:

@@ -1,0 +1,154 @@
+"""Claude Code's transcripts in the database: the SDK's `SessionStore` on our tables, and what a run gets of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from ccm.core.recorder import PATIENCE, Recorder
+from ccm.core.sdk import fold_session_summary
+from ccm.db import transcripts
+from ccm.db.database import Database, Transaction
+from ccm.db.transcripts import Entry, TranscriptKey
+from ccm.models import to_json_text
+
+T = TypeVar("T")
+
+# Entries that are read at a time; one may have some 100 KB.
+CHUNK_ENTRIES = 200
+
+
+def _key(key: Mapping[str, str]) -> TranscriptKey:
+    return TranscriptKey(key["session_id"], key["project_key"], key.get("subpath") or "")
+
+
+def entry(line: Mapping[str, Any]) -> Entry:
+    """A line of a transcript as it is stored."""
+    uuid = line.get("uuid")
+    return Entry(uuid if isinstance(uuid, str) and uuid.isascii() and uuid.isprintable() else None, to_json_text(line))
+
+
+class TranscriptStore:
+    """What each coroutine owes to the SDK stands at `claude_agent_sdk.SessionStore`."""
+
+    def __init__(self, recorder: Recorder, database: Database) -> None:
+        self._recorder = recorder
+        self._database = database
+
+    # ---- for the SDK
+
+    async def append(self, key: Mapping[str, str], entries: Sequence[Mapping[str, Any]]) -> None:
+        """
+        Raises:
+            TimeoutError: it is not stored yet, and may be later.
+            CCMError, StorageError: it is not stored.
+        """
+        if entries:
+            rows = [entry(line) for line in entries]
+            await self._write(lambda transaction: transcripts.append(transaction, _key(key), rows))
+
+    async def load(self, key: Mapping[str, str]) -> list[dict[str, Any]] | None:
+        texts = await asyncio.to_thread(lambda: list(self.texts(_key(key))))
+        return [json.loads(text) for text in texts] or None
+
+    async def list_sessions(self, project_key: str) -> list[dict[str, Any]]:
+        stored = await asyncio.to_thread(self._read, lambda t: transcripts.of_project(t, project_key))
+        return [{"session_id": session_id, "mtime": updated} for session_id, updated in stored]
+
+    async def list_session_summaries(self, project_key: str) -> list[dict[str, Any]]:
+        """Folded when they are asked for: the service never asks, and kept ones would cost every append."""
+        summaries = []
+        for listed in await self.list_sessions(project_key):
+            key = {"project_key": project_key, "session_id": listed["session_id"]}
+            folded = fold_session_summary(None, key, await self.load(key) or [])  # type: ignore[arg-type]
+            summaries.append({**folded, "mtime": listed["mtime"]})
+        return summaries
+
+    async def delete(self, key: Mapping[str, str]) -> None:
+        await self._write(lambda transaction: transcripts.delete(transaction, _key(key)))
+
+    async def list_subkeys(self, key: Mapping[str, str]) -> list[str]:
+        stored = await asyncio.to_thread(self.of_session, key["session_id"])
+        return [found.subpath for found in stored if found.subpath and found.project_key == key["project_key"]]
+
+    # ---- for the service
+
+    def texts(self, key: TranscriptKey) -> Iterator[str]:
+        """The JSON texts of a transcript's entries, in order, read some at a time.
+
+        Raises:
+            StorageError: the database cannot be read.
+        """
+        first = 0
+        while found := self._read(partial(transcripts.texts, key=key, first=first, limit=CHUNK_ENTRIES)):
+            yield from found
+            first += len(found)
+
+    def of_session(self, sdk_session_id: str) -> list[TranscriptKey]:
+        """The transcripts that are stored of an SDK session, the main one first.
+
+        Raises:
+            StorageError: the database cannot be read.
+        """
+        return self._read(lambda transaction: transcripts.of_session(transaction, sdk_session_id))
+
+    def replace(self, main: TranscriptKey, files: Mapping[TranscriptKey, Sequence[Entry]]) -> None:
+        """Store a session's transcripts anew. Returns when it is committed, however long that takes.
+
+        Raises:
+            CCMError, StorageError: it is not stored.
+        """
+
+        def work(transaction: Transaction) -> None:
+            transcripts.delete(transaction, main)
+            for key, entries in files.items():
+                transcripts.append(transaction, key, entries)
+
+        self._recorder.submit(work).future.result()
+
+    def _read(self, query: Callable[[Transaction], T]) -> T:
+        with self._database.transaction() as transaction:
+            return query(transaction)
+
+    async def _write(self, work: Callable[[Transaction], None]) -> None:
+        write = self._recorder.submit(work)
+        try:
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(write.future)), PATIENCE)
+        except TimeoutError:
+            write.cancel()
+            raise
+
+
+class Mirror:
+    """What a run gets as its session store: it takes everything in and gives nothing out.
+
+    A session that the SDK loaded from a store would be resumed in a temporary configuration directory, which has none
+    of the user's settings and is deleted with the only copy of the new transcript in it. With nothing to load, Claude
+    Code works on its own files, and this is a second copy.
+    """
+
+    def __init__(self, store: TranscriptStore, sdk_session_id: str) -> None:
+        self._store = store
+        self._sdk_session_id = sdk_session_id
+        self._begun = False
+        self._failed = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether the main transcript has arrived, and nothing has failed."""
+        return self._begun and not self._failed
+
+    async def append(self, key: Mapping[str, str], entries: Sequence[Mapping[str, Any]]) -> None:
+        try:
+            await self._store.append(key, entries)
+        except BaseException:
+            self._failed = True
+            raise
+        self._begun = self._begun or (key["session_id"] == self._sdk_session_id and not key.get("subpath"))
+
+    async def load(self, _key: Mapping[str, str]) -> list[dict[str, Any]] | None:
+        """Nothing, ever."""
+        return None

@@ -1,0 +1,133 @@
+"""The tables of the transcripts: ccr_transcripts, ccr_transcript_entries and ccr_transcript_texts."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ccm.db.database import Transaction
+
+# Stands for the transcript's own session id in a stored text, so that the entries that a fork copies have the text of
+# those they are copies of. JSON never holds the character itself, only its escape.
+OWN_SESSION = "\x01"
+DIGEST_BYTES = 16
+# How many a statement is given at the most: the databases take some 32,000.
+PARAMETERS = 1_000
+
+OF_KEY = '"sdkSessionId" = :sdk_session_id AND "projectKey" = :project_key AND subpath = :subpath'
+
+
+class TranscriptKey(NamedTuple):
+    """One file of Claude Code's. `subpath` is empty for the main one, `subagents/agent-ID` for a subagent's."""
+
+    sdk_session_id: str
+    project_key: str
+    subpath: str = ""
+
+
+class Entry(NamedTuple):
+    """One line of a transcript as JSON text in ASCII, and its uuid if it has one."""
+
+    uuid: str | None
+    text: str
+
+
+def append(transaction: Transaction, key: TranscriptKey, entries: Sequence[Entry]) -> None:
+    """Add entries at the end, without those whose uuid is there already."""
+    transcript = _of_key(transaction, key)
+    entries = _without_known(transaction, transcript, entries)
+    texts = [entry.text.replace(key.sdk_session_id, OWN_SESSION) for entry in entries]
+    digests = [hashlib.blake2b(text.encode("ascii"), digest_size=DIGEST_BYTES).hexdigest() for text in texts]
+    first = _length(transaction, transcript)
+    if transaction.uncertain and digests == _digests(transaction, transcript, first - len(digests)):
+        return  # the commit before this try had gone through after all
+    transaction.insert_many(
+        "ccr_transcript_texts", ("digest", "text"), list(zip(digests, texts, strict=True)), known_ignored=True
+    )
+    rows = [
+        (transcript, first + number, entry.uuid, digest)
+        for number, (entry, digest) in enumerate(zip(entries, digests, strict=True))
+    ]
+    transaction.insert_many("ccr_transcript_entries", ("transcriptId", "index", "uuid", "digest"), rows)
+
+
+def _of_key(transaction: Transaction, key: TranscriptKey) -> int:
+    """The id of a transcript, which is made if it is not there; it is touched either way."""
+    now = time.time_ns() // 1_000_000
+    transcript = find(transaction, key)
+    if transcript is not None:
+        transaction.execute('UPDATE ccr_transcripts SET "updatedAtMs" = :now WHERE id = :id', now=now, id=transcript)
+        return transcript
+    new = int(transaction.value("SELECT COALESCE(MAX(id), 0) + 1 FROM ccr_transcripts"))
+    row = {"id": new, "sdkSessionId": key.sdk_session_id, "projectKey": key.project_key, "subpath": key.subpath}
+    transaction.insert("ccr_transcripts", row | {"updatedAtMs": now})
+    return new
+
+
+def _without_known(transaction: Transaction, transcript: int, entries: Sequence[Entry]) -> list[Entry]:
+    uuids = [entry.uuid for entry in entries if entry.uuid is not None]
+    known: set[str | None] = set()
+    for start in range(0, len(uuids), PARAMETERS):
+        some = {f"uuid{number}": uuid for number, uuid in enumerate(uuids[start : start + PARAMETERS])}
+        names = ", ".join(f":{name}" for name in some)
+        sql = f'SELECT uuid FROM ccr_transcript_entries WHERE "transcriptId" = :transcript AND uuid IN ({names})'
+        known.update(transaction.column(sql, transcript=transcript, **some))
+    fresh = []
+    for entry in entries:
+        if entry.uuid is None or entry.uuid not in known:
+            fresh.append(entry)
+            known.add(entry.uuid)
+    return fresh
+
+
+def _length(transaction: Transaction, transcript: int) -> int:
+    sql = 'SELECT COALESCE(MAX("index") + 1, 0) FROM ccr_transcript_entries WHERE "transcriptId" = :id'
+    return int(transaction.value(sql, id=transcript))
+
+
+def _digests(transaction: Transaction, transcript: int, first: int) -> list[str]:
+    sql = 'SELECT digest FROM ccr_transcript_entries WHERE "transcriptId" = :id AND "index" >= :first ORDER BY "index"'
+    return transaction.column(sql, id=transcript, first=first)
+
+
+def find(transaction: Transaction, key: TranscriptKey) -> int | None:
+    """The id of a transcript, None if there is none."""
+    found: int | None = transaction.value(f"SELECT id FROM ccr_transcripts WHERE {OF_KEY}", **key._asdict())
+    return found
+
+
+def of_session(transaction: Transaction, sdk_session_id: str) -> list[TranscriptKey]:
+    """The transcripts of an SDK session, the main one first."""
+    sql = (
+        'SELECT "sdkSessionId", "projectKey", subpath FROM ccr_transcripts WHERE "sdkSessionId" = :id '
+        'ORDER BY subpath, "projectKey"'
+    )
+    return [TranscriptKey(*row) for row in transaction.tuples(sql, id=sdk_session_id)]
+
+
+def of_project(transaction: Transaction, project_key: str) -> list[tuple[str, int]]:
+    """The SDK sessions with a main transcript in a project, and when each was last written (ms since 1970)."""
+    sql = 'SELECT "sdkSessionId", "updatedAtMs" FROM ccr_transcripts WHERE "projectKey" = :key AND subpath = \'\''
+    return [(session, updated) for session, updated in transaction.tuples(sql, key=project_key)]
+
+
+def texts(transaction: Transaction, key: TranscriptKey, first: int, limit: int) -> list[str]:
+    """The texts of at most `limit` entries from the index `first` on, in order."""
+    sql = (
+        "SELECT t.text FROM ccr_transcript_entries e JOIN ccr_transcript_texts t ON t.digest = e.digest "
+        'WHERE e."transcriptId" = :id AND e."index" >= :first ORDER BY e."index" LIMIT :limit'
+    )
+    stored = transaction.column(sql, id=find(transaction, key), first=first, limit=limit)
+    return [text.replace(OWN_SESSION, key.sdk_session_id) for text in stored]
+
+
+def delete(transaction: Transaction, key: TranscriptKey) -> None:
+    """Delete a transcript; a main one takes those of its subagents with it. Texts stay: others may hold them too."""
+    subpaths = "" if not key.subpath else " AND subpath = :subpath"
+    condition = f'"sdkSessionId" = :sdk_session_id AND "projectKey" = :project_key{subpaths}'
+    parameters: dict[str, Any] = key._asdict()
+    for transcript in transaction.column(f"SELECT id FROM ccr_transcripts WHERE {condition}", **parameters):
+        transaction.execute('DELETE FROM ccr_transcript_entries WHERE "transcriptId" = :id', id=transcript)
+        transaction.execute("DELETE FROM ccr_transcripts WHERE id = :id", id=transcript)

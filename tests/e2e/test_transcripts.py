@@ -1,0 +1,245 @@
+"""Sessions outlive the host's own copy of their transcripts, with the real Claude Code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ccm.core.processes import marked
+from ccm.core.sdk import transcript_path
+from ccm.core.service import Service
+from ccm.db import transcripts
+from ccm.demo.messages_api import MessagesAPI
+from ccm.errors import StorageRejected
+from ccm.models import RunRequest
+from ccm.settings import Settings
+from tests.client import Client
+from tests.conftest import ServeFunction, stand_in_cli
+from tests.e2e.test_endings import until
+from tests.e2e.test_runs import prompts_sent
+
+BASH = {"allowedTools": ["Bash"]}
+SUBAGENT = '[[tool Agent {"description": "x", "prompt": "say [[text hello]]", "subagent_type": "general-purpose"}]]'
+LOCAL_ONLY = ("api-request", "cost-state")
+
+
+def local(home: Path, run: dict[str, Any]) -> Path:
+    """Claude Code's own transcript of a run."""
+    return transcript_path(run["cwd"], run["sdkSessionId"], {"HOME": str(home)})
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in found if not line["type"].startswith(LOCAL_ONLY)]
+
+
+@pytest.fixture
+def host(tmp_path: Path, serve: ServeFunction) -> Callable[[str], tuple[Client, Path]]:
+    """Starts a service as on a host of the given name: a HOME of its own, and the one database."""
+
+    def start(name: str, **settings: object) -> tuple[Client, Path]:
+        home = tmp_path / name
+        home.mkdir(exist_ok=True)
+        return Client(serve(HOME=home, **settings).url), home
+
+    return start
+
+
+Host = Callable[..., tuple[Client, Path]]
+
+
+def test_a_runs_transcript_is_stored_whole(host: Host, project: Path) -> None:
+    client, home = host("here")
+    first = client.start(project, '[[tool Bash {"command": "echo hi"}]]', options=BASH)
+    second = client.resume(first["sessionId"], "And then?")
+    away, elsewhere = local(home, second), home / "moved"
+    original = lines(away)
+    away.rename(elsewhere)
+
+    fork = client.fork(first["sessionId"], "Back again.", atRunId=second["id"])
+
+    assert [run["transcriptStored"] for run in (first, second, fork)] == [True] * 3
+    assert fork["status"] == "completed"
+    assert lines(away) == original
+    assert stat.S_IMODE(away.stat().st_mode) == 0o600
+
+
+def test_a_session_goes_on_after_its_transcripts_were_deleted(
+    host: Host, project: Path, messages_api: MessagesAPI
+) -> None:
+    client, home = host("here")
+    first = client.start(project, "Remember the number 4711.")
+    shutil.rmtree(home / ".claude" / "projects")
+
+    second = client.resume(first["sessionId"], "Which number was it, after the clean-up?")
+
+    assert second["status"] == "completed"
+    assert prompts_sent(messages_api, "after the clean-up?") == [
+        "Remember the number 4711.",
+        "Which number was it, after the clean-up?",
+    ]
+    assert local(home, second).is_file()
+
+
+def test_a_session_goes_on_on_another_host(
+    serve: ServeFunction, project: Path, tmp_path: Path, messages_api: MessagesAPI, database_url: str
+) -> None:
+    own = {"DATABASE_URL": database_url} if database_url.startswith("postgresql") else {}
+    homes = [tmp_path / "here", tmp_path / "there"]
+    for home in homes:
+        home.mkdir()
+    prompt = f"{database_url[-8:]} says the fork on the other host."
+    with serve(HOME=homes[0], **own) as service:
+        client = Client(service.url)
+        first = client.start(project, "Hello from here.")
+        second = client.resume(first["sessionId"], "Still here.")
+    other = tmp_path / "other-project"
+    other.mkdir()
+
+    client = Client(serve(HOME=homes[1], **own).url)
+    third = client.resume(first["sessionId"], "Now there.")
+    fork = client.fork(first["sessionId"], prompt, cwd=str(other), atRunId=second["id"])
+
+    assert [run["status"] for run in (third, fork)] == ["completed"] * 2
+    assert prompts_sent(messages_api, prompt) == ["Hello from here.", "Still here.", prompt]
+    assert [local(homes[1], run).is_file() for run in (third, fork)] == [True, True]
+
+
+def test_a_fork_takes_a_deleted_transcript_into_another_directory(
+    host: Host, project: Path, tmp_path: Path, messages_api: MessagesAPI
+) -> None:
+    client, home = host("here")
+    first = client.start(project, "In the first directory.")
+    shutil.rmtree(home / ".claude" / "projects")
+    shutil.rmtree(project)
+    other = tmp_path / "other"
+    other.mkdir()
+
+    answer = client.post("/api/runs/resume", {"sessionId": first["sessionId"], "prompt": "x"})
+    assert [answer.status, answer.error["code"]] == [409, "SESSION_NOT_RESUMABLE"]
+    assert str(project) in answer.error["message"]
+    fork = client.fork(first["sessionId"], "In the second directory.", cwd=str(other))
+    assert fork["status"] == "completed"
+    assert prompts_sent(messages_api, "In the second directory.")[0] == "In the first directory."
+
+
+def test_subagents_are_mirrored_and_written_back(host: Host, project: Path) -> None:
+    client, home = host("here")
+    run = client.start(project, f"{SUBAGENT} [[text It said hello.]]", options={"allowedTools": ["Agent"]})
+    assert [run["status"], run["transcriptStored"]] == ["completed", True]
+    folder = local(home, run).with_suffix("")
+    before = {file.relative_to(folder): lines(file) for file in folder.rglob("agent-*.jsonl")}
+    metadata = {file.relative_to(folder): json.loads(file.read_text()) for file in folder.rglob("*.meta.json")}
+    assert before
+    assert metadata
+    shutil.rmtree(home / ".claude" / "projects")
+
+    assert client.resume(run["sessionId"], "Thanks.")["status"] == "completed"
+
+    assert {file.relative_to(folder): lines(file) for file in folder.rglob("agent-*.jsonl")} == before
+    back = {file.relative_to(folder): json.loads(file.read_text()) for file in folder.rglob("*.meta.json")}
+    assert back == metadata
+
+
+def test_a_cancelled_run_can_be_continued_after_its_transcript_was_deleted(host: Host, project: Path) -> None:
+    client, home = host("here")
+    run = client.start(project, '[[tool Bash {"command": "perl -e \'sleep 300\'"}]]', wait=0, options=BASH)
+    until(lambda: client.messages(run["id"], type="assistant"))
+    cancelled = client.delete(f"/api/runs/{run['id']}").json
+    shutil.rmtree(home / ".claude" / "projects")
+
+    assert cancelled["transcriptStored"] is True
+    assert client.resume(run["sessionId"], "Go on.")["status"] == "completed"
+
+
+def test_the_transcript_of_a_run_whose_service_was_killed_is_taken_over(
+    serve: ServeFunction, project: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "here"
+    home.mkdir()
+    service = serve(HOME=home)
+    client = Client(service.url)
+    run = client.start(project, '[[tool Bash {"command": "perl -e \'sleep 300\'"}]]', wait=0, options=BASH)
+    until(lambda: client.messages(run["id"], type="assistant"))
+    os.kill(service.process.pid, signal.SIGKILL)
+    service.wait()
+    until(lambda: not marked(run["id"]))
+
+    client = Client(serve(HOME=home).url)
+    interrupted = client.run(run["id"])
+    shutil.rmtree(home / ".claude" / "projects")
+
+    assert [interrupted["error"]["code"], interrupted["transcriptStored"]] == ["INTERRUPTED", True]
+    assert client.resume(run["sessionId"], "Go on.")["status"] == "completed"
+
+
+def test_a_session_whose_transcript_is_nowhere_cannot_be_continued(host: Host, project: Path, tmp_path: Path) -> None:
+    client, home = host("here")
+    run = client.start(project, "Hello.")
+    local(home, run).unlink()
+    with sqlite3.connect(tmp_path / "db.sqlite") as database:
+        database.execute('UPDATE ccr_runs SET "transcriptStored" = 0')
+    database.close()
+
+    for kind in ("resume", "fork"):
+        answer = client.post(f"/api/runs/{kind}", {"sessionId": run["sessionId"], "prompt": "x"})
+        assert [answer.status, answer.error["code"]] == [409, "SESSION_NOT_RESUMABLE"]
+        assert run["id"] in answer.error["message"]
+
+
+def test_what_a_resumed_session_adds_is_small(host: Host, project: Path, tmp_path: Path) -> None:
+    client, home = host("here")
+    run = client.start(project, "[[text one]]")
+
+    def stored() -> int:
+        with sqlite3.connect(tmp_path / "db.sqlite") as database:
+            (size,) = database.execute("SELECT SUM(LENGTH(text)) FROM ccr_transcript_texts").fetchone()
+        database.close()
+        return int(size)
+
+    first = stored()
+    for number in range(4):
+        run = client.resume(run["sessionId"], f"[[text {number}]]")
+
+    copied = sum(len(json.dumps(line)) for line in lines(local(home, run)))
+    assert copied > 20_000  # what each of the four has in its file
+    assert (stored() - first) / 4 < copied / 2
+
+
+# ---- faults
+
+
+def test_a_mirror_error_fails_no_run_and_is_told(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise StorageRejected("the table is full of eels")
+
+    monkeypatch.setattr(transcripts, "append", refuse)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    running = Service(Settings(database_path=tmp_path / "m.sqlite", cli_path=stand_in_cli(tmp_path)), environ)
+    running.start()
+    try:
+        run = running.runs.start(RunRequest(mode="fresh", prompt="hello"), str(project))
+        ended = running.history.wait(
+            run.id, 30, lambda: next((r for r in [running.history.run(run.id)] if r.ended), None), lambda: False
+        )
+        assert ended is not None
+        assert (ended.status, ended.transcript_stored, ended.has_transcript) == ("completed", 0, 1)
+        _, segment = running.history.run_segment(run.id, -1)
+        recorded = [json.loads(text) for texts in running.history.chunks([segment], []) for text in texts]
+        assert [m["error"] for m in recorded if m.get("subtype") == "mirror_error"] == ["the table is full of eels"]
+        assert recorded[-1]["type"] == "result"
+        assert "could not be mirrored: the table is full of eels" in caplog.text
+    finally:
+        running.close()

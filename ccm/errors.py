@@ -7,6 +7,7 @@ CCMError                        an answer to a client: code, HTTP status, the fi
 ├── Conflict                    409 SESSION_BUSY, SESSION_NOT_RESUMABLE, RUN_ALREADY_ENDED
 ├── TooLarge                    413 BODY_TOO_LARGE
 ├── UnsupportedMediaType        415 UNSUPPORTED_MEDIA_TYPE
+├── KeyReused                   422 IDEMPOTENCY_KEY_REUSED
 ├── QueueFull                   429 QUEUE_FULL
 └── Unavailable                 503 SHUTTING_DOWN, STORAGE_UNAVAILABLE
 
@@ -71,6 +72,11 @@ class TooLarge(CCMError):
 class UnsupportedMediaType(CCMError):
     status = 415
     code = "UNSUPPORTED_MEDIA_TYPE"
+
+
+class KeyReused(CCMError):
+    status = 422
+    code = "IDEMPOTENCY_KEY_REUSED"
 
 
 class QueueFull(CCMError):

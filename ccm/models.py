@@ -225,6 +225,14 @@ class Image:
 
 
 @dataclass(frozen=True)
+class IdempotencyKey:
+    """A client's own name for a request, and a digest of that request: the same name goes with the same request."""
+
+    text: str
+    digest: str
+
+
+@dataclass(frozen=True)
 class RunRequest:
     """What a client asked for, checked. `title` and `metadata` are for the session that it opens."""
 
@@ -236,6 +244,14 @@ class RunRequest:
     metadata: Mapping[str, Any] | None = None
     if_busy: str = REJECT
     created_by: str | None = None
+    idempotency_key: IdempotencyKey | None = None
+
+
+class Accepted(NamedTuple):
+    """The run that a request has made, or, where it is `replayed`, that an earlier one with the same key had made."""
+
+    run: Run
+    replayed: bool
 
 
 @dataclass(frozen=True)

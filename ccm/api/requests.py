@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import binascii
 import difflib
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
@@ -16,13 +18,14 @@ from pydantic_core import ErrorDetails, from_json
 
 from ccm.api.options import SERVICE_OWNED, Options, Strict, no_nul, plain_json
 from ccm.errors import TooLarge, UnsupportedMediaType, ValidationError
-from ccm.models import Image
+from ccm.models import IdempotencyKey, Image
 
 PROMPT_CHARACTERS = 1_000_000
 IMAGES = 20
 IMAGE_CHARACTERS = 27_000_000
 TITLE_CHARACTERS = 500
 PATH_CHARACTERS = 4_096
+KEY_CHARACTERS = 255
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", re.ASCII)
 SIGNATURES = {
     "image/png": (b"\x89PNG\r\n\x1a\n",),
@@ -131,6 +134,24 @@ def read_body(request: Request, model: type[Body], limit: int) -> Body:
         return model.model_validate_json(data)
     except pydantic.ValidationError as error:
         raise _told(error.errors(include_url=False, include_context=False, include_input=False), data, model) from None
+
+
+def idempotency_key(request: Request, body: RunBody) -> IdempotencyKey | None:
+    """The request's `Idempotency-Key`, None if it has none. A request is its path and its body, without the query.
+
+    Raises:
+        ValidationError: it is blank or too long.
+    """
+    text = request.headers.get("Idempotency-Key")
+    if text is None:
+        return None
+    if not text.strip() or len(text) > KEY_CHARACTERS:
+        raise ValidationError(
+            f"Idempotency-Key: must be a text of 1 to {KEY_CHARACTERS} characters, such as a UUID.",
+            field="Idempotency-Key",
+        )
+    given = json.dumps(body.model_dump(exclude_unset=True), sort_keys=True)
+    return IdempotencyKey(text, hashlib.sha256(f"{request.path}\0{given}".encode()).hexdigest())
 
 
 # pydantic's names for a value that is not even of the right kind.

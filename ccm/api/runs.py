@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 from flask import Blueprint, Response, request, url_for
@@ -12,10 +14,10 @@ from ccm.api.context import answer, check_query, service, wait_seconds, wait_unt
 from ccm.api.message_lists import Extent, message_list
 from ccm.api.options import check_policy
 from ccm.api.paging import page
-from ccm.api.requests import ForkBody, ResumeBody, RunBody, StartBody, read_body
+from ccm.api.requests import ForkBody, ResumeBody, RunBody, StartBody, idempotency_key, read_body
 from ccm.core import workdir
 from ccm.errors import Conflict, Unavailable, ValidationError
-from ccm.models import CANCELLED, FORK, FRESH, MODES, RESUME, STATUSES, Run, RunRequest
+from ccm.models import CANCELLED, FORK, FRESH, MODES, RESUME, STATUSES, Accepted, Run, RunRequest
 
 blueprint = Blueprint("runs", __name__, url_prefix="/api/runs")
 
@@ -32,54 +34,41 @@ Body = TypeVar("Body", bound=RunBody)
 @blueprint.post("/start")
 def start() -> Response:
     """Start a fresh run in a new session."""
-    body, seconds = _read(StartBody)
-    cwd = workdir.resolve(body.cwd, service().settings.allowed_roots)
-    run_request = RunRequest(
-        mode=FRESH,
-        prompt=body.prompt,
-        images=body.pictures(),
-        options=body.options.given(),
-        title=body.title,
-        metadata=body.metadata,
-    )
-    return _accepted(service().runs.start(run_request, cwd), seconds)
+
+    def accept(body: StartBody, run_request: RunRequest) -> Accepted:
+        cwd = workdir.resolve(body.cwd, service().settings.allowed_roots)
+        opened = replace(run_request, title=body.title, metadata=body.metadata)
+        return service().runs.start(opened, cwd)
+
+    return _begin(FRESH, StartBody, accept)
 
 
 @blueprint.post("/resume")
 def resume() -> Response:
     """Continue a session with another run."""
-    body, seconds = _read(ResumeBody)
-    history = service().history
-    session = history.session(body.sessionId)
-    head = None if session.head_run_id is None else history.run(session.head_run_id)
-    run_request = RunRequest(
-        mode=RESUME,
-        prompt=body.prompt,
-        images=body.pictures(),
-        options=body.options.given(),
-        if_busy=body.ifBusy,
-    )
-    return _accepted(service().runs.resume(run_request, session, head), seconds)
+
+    def accept(body: ResumeBody, run_request: RunRequest) -> Accepted:
+        history = service().history
+        session = history.session(body.sessionId)
+        head = None if session.head_run_id is None else history.run(session.head_run_id)
+        return service().runs.resume(replace(run_request, if_busy=body.ifBusy), session, head)
+
+    return _begin(RESUME, ResumeBody, accept)
 
 
 @blueprint.post("/fork")
 def fork() -> Response:
     """Branch off a session into a new one."""
-    body, seconds = _read(ForkBody)
-    history = service().history
-    session = history.session(body.sessionId)
-    point = history.fork_point(session.id, body.atRunId, body.atMessage)
-    roots = service().settings.allowed_roots
-    cwd = None if body.cwd is None else workdir.resolve(body.cwd, roots)
-    run_request = RunRequest(
-        mode=FORK,
-        prompt=body.prompt,
-        images=body.pictures(),
-        options=body.options.given(),
-        title=body.title,
-        metadata=body.metadata,
-    )
-    return _accepted(service().runs.fork(run_request, session, point, cwd), seconds)
+
+    def accept(body: ForkBody, run_request: RunRequest) -> Accepted:
+        history = service().history
+        session = history.session(body.sessionId)
+        point = history.fork_point(session.id, body.atRunId, body.atMessage)
+        cwd = None if body.cwd is None else workdir.resolve(body.cwd, service().settings.allowed_roots)
+        opened = replace(run_request, title=body.title, metadata=body.metadata)
+        return service().runs.fork(opened, session, point, cwd)
+
+    return _begin(FORK, ForkBody, accept)
 
 
 @blueprint.get("")
@@ -150,21 +139,38 @@ def plain(text: str, field: str) -> str:
     return text
 
 
-def _read(model: type[Body]) -> tuple[Body, float]:
+def _begin(mode: str, model: type[Body], accept: Callable[[Body, RunRequest], Accepted]) -> Response:
+    """Read a request for a run, and answer with the run that it makes, or has made before under the same key.
+
+    Args:
+        accept: has the run made.
+    """
     check_query("wait")
     seconds = wait_seconds()
     settings = service().settings
     body = read_body(request, model, settings.max_body_bytes)
+    key = idempotency_key(request, body)
+    # Before anything of the present state is looked at: a resume that is sent again must find its own run and not a
+    # busy session, nor interrupt itself.
+    earlier = None if key is None else service().history.run_of_key(key)
+    if earlier is not None:
+        return _accepted(Accepted(earlier, replayed=True), seconds)
     check_policy(body.options.given(), settings)
-    return body, seconds
+    run_request = RunRequest(
+        mode=mode, prompt=body.prompt, images=body.pictures(), options=body.options.given(), idempotency_key=key
+    )
+    return _accepted(accept(body, run_request), seconds)
 
 
-def _accepted(run: Run, seconds: float) -> Response:
+def _accepted(accepted: Accepted, seconds: float) -> Response:
+    run = accepted.run
     # Accepted it is, whatever the wait comes to: an error would have the client start it again.
     with contextlib.suppress(Unavailable):
         run = _wait_for_end(run, seconds)
-    location = {"Location": url_for("runs.run", run_id=run.id)}
-    return answer(run.to_json(), 200 if run.ended else 202, location)
+    headers = {"Location": url_for("runs.run", run_id=run.id)}
+    if accepted.replayed:
+        headers["Idempotent-Replayed"] = "true"
+    return answer(run.to_json(), 200 if run.ended else 202, headers)
 
 
 def _ended(run_id: str) -> Run | None:

@@ -12,8 +12,8 @@ from typing import TypeVar
 from ccm.core.doorbell import Doorbell
 from ccm.db import messages, runs, sessions
 from ccm.db.database import Database, Transaction
-from ccm.errors import Conflict, NotFound, StorageError, Unavailable, ValidationError
-from ccm.models import RUNNING, Run, Session
+from ccm.errors import Conflict, KeyReused, NotFound, StorageError, Unavailable, ValidationError
+from ccm.models import RUNNING, IdempotencyKey, Run, Session
 
 T = TypeVar("T")
 
@@ -68,6 +68,14 @@ class History:
             NotFound: RUN_NOT_FOUND.
         """
         return self._read(lambda transaction: find_run(transaction, run_id))
+
+    def run_of_key(self, key: IdempotencyKey) -> Run | None:
+        """The run that a request with this key has made, None if there was none.
+
+        Raises:
+            KeyReused: that was another request.
+        """
+        return self._read(lambda transaction: find_run_of_key(transaction, key))
 
     def runs(self, filters: Mapping[str, str], *, limit: int, after: int | None) -> list[Run]:
         """Runs, the newest first, beyond the one with seq `after`."""
@@ -230,6 +238,19 @@ def find_run(transaction: Transaction, run_id: str) -> Run:
     run = runs.find(transaction, run_id)
     if run is None:
         raise NotFound(f"There is no run {run_id}. GET /api/runs lists them.", code="RUN_NOT_FOUND")
+    return run
+
+
+def find_run_of_key(transaction: Transaction, key: IdempotencyKey) -> Run | None:
+    found = runs.find_by_idempotency_key(transaction, key.text)
+    if found is None:
+        return None
+    run, digest = found
+    if digest != key.digest:
+        raise KeyReused(
+            f"This Idempotency-Key was used for another request, which made run {run.id}. Use a new key for a new "
+            "request; a retry must have the same path and body."
+        )
     return run
 
 

@@ -10,11 +10,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ccm.core.history import find_run, find_session
+from ccm.core.history import find_run, find_run_of_key, find_session
 from ccm.db import messages, runs, sessions
 from ccm.db.database import Transaction
 from ccm.errors import Conflict, QueueFull
-from ccm.models import CANCELLED, ENQUEUE, ERROR, FORK, FRESH, INTERRUPT, RESUME, Run, RunRequest, Session, to_json_text
+from ccm.models import (
+    CANCELLED,
+    ENQUEUE,
+    ERROR,
+    FORK,
+    FRESH,
+    INTERRUPT,
+    RESUME,
+    Accepted,
+    Run,
+    RunRequest,
+    Session,
+    to_json_text,
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,7 @@ class Lifecycle:
         images_json: str | None,
         request: RunRequest,
         new_session: Mapping[str, Any] | None,
-    ) -> tuple[Run, Effects]:
+    ) -> tuple[Accepted, Effects]:
         """Store a run, in the queue or at once started.
 
         Args:
@@ -69,6 +82,7 @@ class Lifecycle:
 
         Raises:
             Conflict: SESSION_BUSY, SESSION_NOT_RESUMABLE.
+            KeyReused: the request's key belongs to another request.
             QueueFull: too many runs are waiting.
         """
         if transaction.uncertain and (stored := runs.find(transaction, row["id"])):
@@ -77,7 +91,12 @@ class Lifecycle:
             if request.if_busy == INTERRUPT:
                 others = [run for run in runs.running(transaction, row["sessionId"]) if run.seq < stored.seq]
                 effects |= Effects(cancels=tuple(run.id for run in others if not run.waiting))
-            return stored, effects
+            return Accepted(stored, replayed=False), effects
+        key = request.idempotency_key
+        earlier = None if key is None else find_run_of_key(transaction, key)
+        if earlier is not None:
+            # Its twin was quicker: both had found nothing when they looked.
+            return Accepted(earlier, replayed=True), Effects()
         seq = runs.next_seq(transaction)
         session_id = row["sessionId"]
         effects = Effects()
@@ -103,7 +122,7 @@ class Lifecycle:
             raise QueueFull(
                 f"{self._queue_limit} runs are waiting already (CCM_MAX_QUEUED_RUNS). Try again when some have ended."
             )
-        return run, effects
+        return Accepted(run, replayed=False), effects
 
     def _make_way(self, transaction: Transaction, session_id: str, if_busy: str) -> Effects:
         """Within a session runs follow one another: the CLI itself would let two go on and lose a prompt."""

@@ -34,6 +34,7 @@ from ccm.models import (
     CANCELLED,
     ERROR,
     RUNNING,
+    Accepted,
     Image,
     Message,
     Outcome,
@@ -87,7 +88,7 @@ class RunManager:
 
     # ---- for clients
 
-    def start(self, request: RunRequest, cwd: str) -> Run:
+    def start(self, request: RunRequest, cwd: str) -> Accepted:
         """Accept a fresh run.
 
         Raises:
@@ -97,7 +98,7 @@ class RunManager:
         row = self._row(request, session_id, session_id, cwd)
         return self._submit(row, request, new_session={"parentSessionId": None, "forkedFromRunId": None})
 
-    def resume(self, request: RunRequest, session: Session, head: Run | None) -> Run:
+    def resume(self, request: RunRequest, session: Session, head: Run | None) -> Accepted:
         """Accept a run that continues a session.
 
         Args:
@@ -111,7 +112,7 @@ class RunManager:
         row = self._row(request, session.id, str(uuid.uuid4()), session.cwd)
         return self._submit(row, request, new_session=None)
 
-    def fork(self, request: RunRequest, session: Session, point: ForkPoint, cwd: str | None) -> Run:
+    def fork(self, request: RunRequest, session: Session, point: ForkPoint, cwd: str | None) -> Accepted:
         """Accept a run that branches off a session into a new one.
 
         Args:
@@ -235,17 +236,19 @@ class RunManager:
             "prompt": request.prompt,
             "optionsJson": to_json_text(dict(request.options)),
             "imageCount": len(request.images),
+            "idempotencyKey": None if request.idempotency_key is None else request.idempotency_key.text,
+            "requestDigest": None if request.idempotency_key is None else request.idempotency_key.digest,
             "createdBy": request.created_by,
             "createdAt": timestamp(),
         }
 
-    def _submit(self, row: Mapping[str, Any], request: RunRequest, new_session: Mapping[str, Any] | None) -> Run:
+    def _submit(self, row: Mapping[str, Any], request: RunRequest, new_session: Mapping[str, Any] | None) -> Accepted:
         if self._stopping:
             raise Unavailable("The service is shutting down; try again when it is back.", code="SHUTTING_DOWN")
         images = [{"mediaType": image.media_type, "data": image.data} for image in request.images]
         images_json = to_json_text(images) if images else None
 
-        def work(transaction: Transaction) -> tuple[Run, Effects]:
+        def work(transaction: Transaction) -> tuple[Accepted, Effects]:
             return self._lifecycle.accept(transaction, row, images_json, request, new_session)
 
         return self._recorder.write(work, lambda accepted: self._follow(accepted[1]))[0]

@@ -60,6 +60,13 @@ def find_by_sdk_session(transaction: Transaction, sdk_session_id: str) -> Run | 
     return None if row is None else Run.from_row(row)
 
 
+def find_by_idempotency_key(transaction: Transaction, key: str) -> tuple[Run, str] | None:
+    """The run that a key belongs to, and the digest of the request that made it."""
+    row = transaction.row('SELECT id, "requestDigest" FROM ccr_runs WHERE "idempotencyKey" = :key', key=key)
+    run = None if row is None else find(transaction, row["id"])
+    return None if row is None or run is None else (run, row["requestDigest"])
+
+
 def page(
     transaction: Transaction, filters: Mapping[str, str], *, limit: int, after: int | None, oldest_first: bool = False
 ) -> list[Run]:

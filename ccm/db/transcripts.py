@@ -102,7 +102,7 @@ def of_session(transaction: Transaction, sdk_session_id: str) -> list[Transcript
     """The transcripts of an SDK session, the main one first."""
     sql = (
         'SELECT "sdkSessionId", "projectKey", subpath FROM ccr_transcripts WHERE "sdkSessionId" = :id '
-        'ORDER BY subpath, "projectKey"'
+        'ORDER BY "projectKey", subpath'
     )
     return [TranscriptKey(*row) for row in transaction.tuples(sql, id=sdk_session_id)]
 
@@ -117,9 +117,10 @@ def texts(transaction: Transaction, key: TranscriptKey, first: int, limit: int) 
     """The texts of at most `limit` entries from the index `first` on, in order."""
     sql = (
         "SELECT t.text FROM ccr_transcript_entries e JOIN ccr_transcript_texts t ON t.digest = e.digest "
-        'WHERE e."transcriptId" = :id AND e."index" >= :first ORDER BY e."index" LIMIT :limit'
+        f'WHERE e."transcriptId" = (SELECT id FROM ccr_transcripts WHERE {OF_KEY}) AND e."index" >= :first '
+        'ORDER BY e."index" LIMIT :limit'
     )
-    stored = transaction.column(sql, id=find(transaction, key), first=first, limit=limit)
+    stored = transaction.column(sql, first=first, limit=limit, **key._asdict())
     return [text.replace(OWN_SESSION, key.sdk_session_id) for text in stored]
 
 

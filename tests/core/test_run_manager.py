@@ -178,7 +178,7 @@ def test_a_start_whose_commit_was_uncertain_is_followed(home: Path, project: Pat
     database.is_sqlite = False  # so that it passes for a server whose answer can be lost
     database._database.commit = commit_and_lose_the_answer  # type: ignore[method-assign]
     try:
-        run = running.runs.start(RunRequest(mode="fresh", prompt="hello"), str(project))
+        run = running.runs.start(RunRequest(mode="fresh", prompt="hello"), str(project)).run
         ended = running.history.wait(
             run.id,
             30,
@@ -206,7 +206,7 @@ def test_a_run_of_which_a_message_was_refused_ends_in_error_though_it_went_well(
     monkeypatch.setattr("ccm.core.run_manager.storable", lambda text: text)
     try:
         prompt = json.dumps({"messages": [{"type": "\ud800"}]})
-        run = running.runs.start(RunRequest(mode="fresh", prompt=prompt), str(project))
+        run = running.runs.start(RunRequest(mode="fresh", prompt=prompt), str(project)).run
         ended = running.history.wait(
             run.id,
             30,

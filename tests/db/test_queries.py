@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ccm.db import messages, runs, sessions
+from ccm.db import messages, runs, sessions, transcripts
 from ccm.db.database import Database, Transaction
 from ccm.models import Run, timestamp
 
@@ -43,6 +43,7 @@ RUN = Run(
     started_at=None,
     ended_at=None,
 )
+KEY = transcripts.TranscriptKey("s", "p")
 FILTERS: list[dict[str, str]] = [
     {},
     {"status": "running"},
@@ -53,6 +54,7 @@ FILTERS: list[dict[str, str]] = [
 ]
 QUERIES: dict[str, Callable[[Transaction], object]] = {
     "run": lambda t: runs.find(t, "r"),
+    "run by key": lambda t: runs.find_by_idempotency_key(t, "k"),
     "run by SDK session": lambda t: runs.find_by_sdk_session(t, "s"),
     **{
         f"runs {filters} {after} {oldest}": lambda t, f=filters, a=after, o=oldest: runs.page(  # type: ignore[misc]
@@ -71,6 +73,11 @@ QUERIES: dict[str, Callable[[Transaction], object]] = {
     "images": lambda t: runs.images_json(t, "r"),
     "start": lambda t: runs.start(t, RUN, None, "me"),
     "end": lambda t: runs.end(t, RUN, {"status": "completed"}),
+    "transcript": lambda t: transcripts.append(t, KEY, [transcripts.Entry("u", "{}"), transcripts.Entry(None, "{}")]),
+    "transcript entries": lambda t: transcripts.texts(t, KEY, 5, 10),
+    "transcripts of a session": lambda t: transcripts.of_session(t, "s"),
+    "transcripts of a project": lambda t: transcripts.of_project(t, "p"),
+    "no transcript any more": lambda t: transcripts.delete(t, KEY),
     "session": lambda t: sessions.find(t, "s"),
     **{
         f"sessions {filters} {after}": lambda t, f=filters, a=after: sessions.page(t, f, limit=10, after=a)  # type: ignore[misc]

@@ -230,7 +230,7 @@ def test_a_mirror_error_fails_no_run_and_is_told(
     running = Service(Settings(database_path=tmp_path / "m.sqlite", cli_path=stand_in_cli(tmp_path)), environ)
     running.start()
     try:
-        run = running.runs.start(RunRequest(mode="fresh", prompt="hello"), str(project))
+        run = running.runs.start(RunRequest(mode="fresh", prompt="hello"), str(project)).run
         ended = running.history.wait(
             run.id, 30, lambda: next((r for r in [running.history.run(run.id)] if r.ended), None), lambda: False
         )

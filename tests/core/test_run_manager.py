@@ -23,7 +23,7 @@ def service(serve: ServeFunction, home: Path, **settings: object) -> ServiceProc
 
 
 def test_cancel_racing_completion_has_one_outcome(serve: ServeFunction, home: Path, project: Path) -> None:
-    client = Client(service(serve, home, CCM_MAX_CONCURRENT_RUNS=4).url)
+    client = Client(service(serve, home, CCM_MAX_CONCURRENT_RUNS=8).url)
     chance = random.Random(7)
 
     def race(number: int) -> tuple[int, str]:
@@ -37,8 +37,8 @@ def test_cancel_racing_completion_has_one_outcome(serve: ServeFunction, home: Pa
             assert answer.json == ended
         return answer.status, ended["status"]
 
-    with ThreadPoolExecutor(4) as pool:
-        outcomes = set(pool.map(race, range(120)))
+    with ThreadPoolExecutor(8) as pool:
+        outcomes = set(pool.map(race, range(1_000)))
     assert outcomes == {(200, "cancelled"), (409, "completed")}
     assert client.get("/api/runs", status="running").json == []
 

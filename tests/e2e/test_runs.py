@@ -17,6 +17,10 @@ from tests.client import Client
 from tests.conftest import ServeFunction
 
 
+# What the CLI and the SDK say to each other, and the copies of the transcript.
+NOT_MESSAGES = ("control_request", "control_response", "control_cancel_request", "transcript_mirror")
+
+
 def _png() -> str:
     """A picture of one red pixel, as base64."""
 
@@ -378,7 +382,7 @@ def test_every_message_is_what_the_cli_wrote(serve: ServeFunction, project: Path
     expected = [
         line
         for line in lines
-        if line["type"] not in ("control_request", "control_response", "control_cancel_request")
+        if line["type"] not in NOT_MESSAGES
         and line.get("subtype") != "session_state_changed"
     ]
     assert client.messages(run["id"]) == expected

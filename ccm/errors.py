@@ -9,7 +9,7 @@ CCMError                        an answer to a client: code, HTTP status, the fi
 ├── UnsupportedMediaType        415 UNSUPPORTED_MEDIA_TYPE
 ├── KeyReused                   422 IDEMPOTENCY_KEY_REUSED
 ├── QueueFull                   429 QUEUE_FULL
-└── Unavailable                 503 SHUTTING_DOWN, STORAGE_UNAVAILABLE
+└── Unavailable                 503 SHUTTING_DOWN, STORAGE_UNAVAILABLE, SLOTS_TAKEN
 
 StartRefused                    the service does not start; said to the operator in one sentence
 ├── BadSetting                  exit code 2

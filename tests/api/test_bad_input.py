@@ -898,6 +898,7 @@ PLACES = [
 TYPES = ["", ",", "assistant,", "assistant,,user", "%20", "assistant%00", ",".join("x" * 51)]
 LISTS = ["/api/runs", "/api/sessions", "/api/sessions/{session}/runs", "/api/sessions/{session}/forks"]
 MESSAGES = ["/api/runs/{run}/messages", "/api/sessions/{session}/messages"]
+STREAMS = ["/api/runs/{run}/stream", "/api/sessions/{session}/stream"]
 QUERIES: list[tuple[str, str, list[str]]] = [
     *((path, "limit", LIMITS) for path in [*LISTS, *MESSAGES]),
     *((path, "cursor", CURSORS) for path in LISTS),
@@ -905,6 +906,8 @@ QUERIES: list[tuple[str, str, list[str]]] = [
     *((path, "type", TYPES) for path in MESSAGES),
     (MESSAGES[0], "after", INDEXES),
     (MESSAGES[1], "after", [*PLACES, f"{NOWHERE}:0"]),
+    (STREAMS[0], "after", [*INDEXES, "end", "End"]),
+    (STREAMS[1], "after", [*PLACES, f"{NOWHERE}:0", f"{NOWHERE}:end", "end", f"{NOWHERE}:END"]),
     (MESSAGES[1], "history", ["", "own%00", "FULL", "all"]),
     ("/api/runs", "status", ["", "x", "RUNNING", "running,error", "%00"]),
     ("/api/runs", "mode", ["", "x", "FRESH", "fresh,fork", "%00"]),
@@ -912,7 +915,11 @@ QUERIES: list[tuple[str, str, list[str]]] = [
     ("/api/runs", "cwd", ["/%00"]),
     ("/api/sessions", "cwd", ["/%00"]),
     ("/api/sessions", "q", ["%00", "x" * 1001]),
-    *((path, "bogus", ["1"]) for path in ["/", "/api/runs/{run}", "/api/sessions/{session}", *LISTS, *MESSAGES]),
+    *(
+        (path, "bogus", ["1"])
+        for path in ["/", "/api/runs/{run}", "/api/sessions/{session}", *LISTS, *MESSAGES, *STREAMS]
+    ),
+    *((path, name, ["1"]) for path in STREAMS for name in ("limit", "type", "wait", "lastEventId")),
     ("/api/runs", "wait", ["1"]),
     ("/api/runs", "sessionid", [NOWHERE]),
     ("/api/sessions", "status", ["idle"]),

@@ -125,5 +125,3 @@ def _end_all(client: Client, witness: Witness) -> None:
     until(nothing_left)
     assert {run["id"] for run in client.get("/api/runs", limit=1000).json} >= set(witness.accepted)
     assert not any(marked(run_id) for run_id in witness.accepted)
-
-

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 
 from ccm.core.recorder import Recorder
 from ccm.core.write import Write
 from ccm.db import heartbeat
-from ccm.errors import Unavailable
+
+log = logging.getLogger(__name__)
 
 # A commit that is as old as that still proves that all is well (seconds).
 FRESH_SECONDS = 1.0
@@ -33,19 +35,20 @@ class Pulse:
         """Why storage takes no writes, in words that anybody may read; None if it does. Takes BEAT_SECONDS at most."""
         recorder = self._recorder
         now = time.monotonic()
-        if recorder.trouble is None and now - recorder.last_commit < FRESH_SECONDS:
+        if recorder.trouble is not None:
+            return recorder.trouble  # the recorder is trying on by itself
+        if now - recorder.last_commit < FRESH_SECONDS:
             return None
         try:
             beat, since = self._beating(now)
-        except Unavailable as stopped:
-            return stopped.message
-        if recorder.trouble is None:
-            try:
-                beat.future.result(max(0.0, since + BEAT_SECONDS - now))
-            except Exception:
-                # Refused, or not in time; unless something else has been stored meanwhile.
-                if recorder.last_commit < now:
-                    return recorder.trouble or SILENCE
+            beat.future.result(max(0.0, since + BEAT_SECONDS - now))
+        except TimeoutError:
+            beat.give_up(TimeoutError())
+            silent = recorder.last_commit < now  # or else something was stored meanwhile
+            return recorder.trouble or (SILENCE if silent else None)
+        except Exception as error:
+            log.warning("the heartbeat failed: %s", error)
+            return recorder.trouble or "the database refuses to be written"
         return recorder.trouble
 
     def _beating(self, now: float) -> tuple[Write[None], float]:

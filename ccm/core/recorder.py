@@ -241,13 +241,16 @@ class Recorder:
         one_by_one = False
         while True:
             begun: list[Write[object]] = []
+            since = time.monotonic()
             try:
                 self._attempt(batch, begun, one_by_one)
             except StorageDown as error:
                 if error.may_be_committed:
                     self._uncertain = True  # look before writing again
                 self._put_back(begun)
-                self._report_trouble(error)
+                self._report_trouble(error, since)
+                if not self._accepting and all(isinstance(item, Write) and item.future.done() for item in batch):
+                    return  # nobody waits for any of it, and the end of the service need not either
                 if self._abandoned.wait(pause):
                     self._give_up(batch, error)
                     return
@@ -341,14 +344,15 @@ class Recorder:
         for keys in {(message.run_id, message.session_id) for message in stored}:
             self._doorbell.ring(keys)
 
-    def _report_trouble(self, error: StorageDown) -> None:
+    def _report_trouble(self, error: StorageDown, since: float) -> None:
         if self._trouble is None:
-            self._trouble_since = time.monotonic()
+            self._trouble_since = since
             log.error("storage takes no writes, trying on: %s", error)
         self._trouble = error.summary
 
     def _give_up(self, batch: list[Message | Write[object]], error: Exception) -> None:
         """What could not be written is reported, not forgotten in silence."""
+        self._trouble = None  # it is not being tried any more; the next write will tell
         lost = [item for item in batch if isinstance(item, Message)]
         log.critical("%d messages and %d writes were not stored: %s", len(lost), len(batch) - len(lost), error)
         self._release(sum(message.size for message in lost))

@@ -32,7 +32,7 @@ SQLITE_SUMMARIES = {
     sqlite3.SQLITE_FULL: FULL,
     sqlite3.SQLITE_READONLY: READ_ONLY,
     sqlite3.SQLITE_PERM: READ_ONLY,
-    sqlite3.SQLITE_IOERR: "the disk of the database fails",
+    sqlite3.SQLITE_IOERR: "the disk of the database fails, or has become read-only",
     sqlite3.SQLITE_CANTOPEN: "the database file cannot be opened",
 }
 

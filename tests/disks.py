@@ -21,7 +21,8 @@ class SmallDisk:
         return self
 
     def __exit__(self, *_: object) -> None:
-        subprocess.run(["umount", str(self.path)], check=True)
+        # Lazily: a test that failed may have files open, and pytest cannot remove what is mounted.
+        subprocess.run(["umount", "--lazy", str(self.path)], check=True)
 
     def _mount(self, options: str, *words: str) -> None:
         result = subprocess.run(

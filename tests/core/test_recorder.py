@@ -16,6 +16,7 @@ import pytest
 
 from ccm.core.doorbell import Doorbell
 from ccm.core.recorder import Recorder
+from ccm.core.write import Write
 from ccm.db import messages, runs, sessions
 from ccm.db.database import Database, Transaction
 from ccm.db.migrate import migrate
@@ -267,6 +268,36 @@ def test_who_gives_up_waiting_has_provably_stored_nothing(tmp_path: Path, monkey
     reader.close()
 
 
+def test_who_gives_up_a_write_in_hand_is_told_as_soon_as_it_has_come_to_nothing(
+    harness: Harness, reader: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ccm.core.recorder.PATIENCE", 0.1)
+    given_up = threading.Event()
+    tries: list[int] = []
+
+    def work(transaction: Transaction) -> None:
+        tries.append(1)
+        transaction.execute("UPDATE ccr_runs SET prompt = 'late' WHERE id = 'a'")
+        given_up.wait(SOON)
+        raise StorageDown("the disk is full just now")
+
+    give_up = Write.give_up
+
+    def tell(write: Write[None], reason: Exception) -> None:
+        give_up(write, reason)
+        given_up.set()
+
+    monkeypatch.setattr(Write, "give_up", tell)
+    begun = time.monotonic()
+    with pytest.raises(Unavailable) as refusal:
+        harness.recorder.write(work)
+    assert refusal.value.code == "STORAGE_UNAVAILABLE"
+    assert time.monotonic() - begun < 5
+    harness.settle()
+    assert tries == [1]
+    assert reader.rows("SELECT id FROM ccr_runs WHERE prompt = 'late'") == []
+
+
 def test_a_poison_message_fails_its_own_run_only(harness: Harness, reader: Database) -> None:
     held = threading.Event()
     blocking = harness.recorder.submit(lambda _: held.wait(SOON))
@@ -393,9 +424,11 @@ def test_a_commit_that_a_server_swallows_is_answered_in_a_bounded_time(
             transaction.execute("UPDATE ccr_runs SET prompt = 'stored' WHERE id = 'a'")
             stack.enter_context(postgresql_server.standing_still())
 
+        begun = time.monotonic()
         with pytest.raises(Unavailable) as refusal:
             harness.recorder.write(work)
         assert refusal.value.code == "OUTCOME_UNKNOWN"
+        assert time.monotonic() - begun < 5
         stack.close()
         harness.settle()
         assert reader.rows("SELECT id FROM ccr_runs WHERE prompt = 'stored'")

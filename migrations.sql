@@ -128,3 +128,12 @@ CREATE TABLE ccr_transcript_entries (
     PRIMARY KEY ("transcriptId", "index")
 );
 CREATE INDEX ccr_transcript_entries_by_uuid ON ccr_transcript_entries ("transcriptId", uuid);
+
+-- 0004 heartbeat
+-- One row, written to find out whether storage takes writes. What proves that there is room is in `padding`.
+CREATE TABLE ccr_heartbeat (
+    id INTEGER PRIMARY KEY,
+    "beatAt" TEXT NOT NULL,
+    padding TEXT NOT NULL
+);
+INSERT INTO ccr_heartbeat (id, "beatAt", padding) VALUES (1, '', '');

@@ -24,7 +24,7 @@ OWNERS = {
     "waitress": {"server.py"},
     "claude_agent_sdk": {"core/sdk.py"},
     "dataset": {"db/database.py"},
-    "sqlalchemy": {"db/database.py"},
+    "sqlalchemy": {"db/database.py", "db/faults.py"},
     "psycopg": {"db"},
     "sqlite3": {"db"},
     "pydantic": {"api"},

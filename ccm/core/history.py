@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,8 @@ from ccm.db import messages, runs, sessions
 from ccm.db.database import Database, Transaction
 from ccm.errors import Conflict, KeyReused, NotFound, StorageError, Unavailable, ValidationError
 from ccm.models import RUNNING, IdempotencyKey, Run, Session
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -62,7 +65,9 @@ class History:
             with self._database.transaction() as transaction:
                 return query(transaction)
         except StorageError as error:
-            raise Unavailable(f"The database cannot be read: {error}. Try again.", code="STORAGE_UNAVAILABLE") from None
+            log.debug("a read failed: %s", error)
+            told = f"The database cannot be read: {error.summary}. Try again."
+            raise Unavailable(told, code="STORAGE_UNAVAILABLE") from None
 
     # ---- runs and sessions
 

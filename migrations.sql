@@ -128,3 +128,7 @@ CREATE TABLE ccr_transcript_entries (
     PRIMARY KEY ("transcriptId", "index")
 );
 CREATE INDEX ccr_transcript_entries_by_uuid ON ccr_transcript_entries ("transcriptId", uuid);
+
+-- 0004 children of runs
+-- A run that is deleted is looked up as a parent: without an index each one deleted would read the whole table.
+CREATE INDEX ccr_runs_by_parent ON ccr_runs ("parentRunId");

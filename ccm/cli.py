@@ -1,4 +1,4 @@
-"""The commands beside `flask run`: `flask migrate` and `flask demo`."""
+"""The commands beside `flask run`: `flask migrate` and `flask demo`; cli_archive.py has the others."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import click
 from flask import Flask
 
+from ccm import cli_archive
 from ccm.db import sqlite_file
 from ccm.db.database import Database
 from ccm.db.lock import ServiceLock
@@ -23,6 +24,8 @@ MIGRATION_PATIENCE = 10.0
 def register(app: Flask) -> None:
     app.cli.add_command(migrate_command)
     app.cli.add_command(demo_command)
+    for command in cli_archive.COMMANDS:
+        app.cli.add_command(command)
 
 
 @click.command("migrate")

@@ -17,7 +17,8 @@ from ccm.models import RUNNING
 
 blueprint = Blueprint("sessions", __name__, url_prefix="/api/sessions")
 
-PLACE = re.compile(r"([0-9a-fA-F-]{36}):(-1|\d{1,16})", re.ASCII)
+# An imported run has the id that its first service gave it, which need not be a UUID.
+PLACE = re.compile(r"([\w.-]{1,128}):(-1|\d{1,16})", re.ASCII)
 QUERY_CHARACTERS = 1_000
 
 

@@ -10,11 +10,10 @@ from typing import Any
 
 from click.testing import CliRunner
 
-from ccm.cli import migrate_command
 from ccm.cli_archive import COMMANDS
 
 FLASK = [sys.executable, "-m", "flask"]
-BY_NAME = {command.name: command for command in (*COMMANDS, migrate_command)}
+BY_NAME = {command.name: command for command in COMMANDS}
 
 
 def variables(url: str) -> dict[str, str]:

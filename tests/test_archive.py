@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ccm.db import runs, sessions
+from ccm.db import runs, sessions, sqlite_file
 from ccm.db.database import Database
 from ccm.db.migrate import migrate
 from tests.api.conftest import new_database
@@ -187,7 +187,7 @@ def test_an_export_of_no_database_makes_none(flask: Flask, tmp_path: Path) -> No
 
 
 def test_imported_history_comes_before_what_was_there_and_is_paged_through(
-    flask: Flask, filled: str, other_url: str, serve: ServeFunction, project: Path, tmp_path: Path
+    flask: Flask, filled: str, other_url: str, serve: ServeFunction, project: Path
 ) -> None:
     exported = flask(filled, "export").stdout
     service = serve(**variables(other_url))
@@ -266,7 +266,13 @@ def test_a_run_that_had_not_ended_comes_in_as_interrupted(
     flask: Flask, writer: Database, database_url: str, other_url: str, other: Database
 ) -> None:
     fill(writer)
-    going_on = {"status": "running", "resultType": None, "resultJson": None, "costUsd": None, "endedAt": None}
+    going_on: dict[str, Any] = {
+        "status": "running",
+        "resultType": None,
+        "resultJson": None,
+        "costUsd": None,
+        "endedAt": None,
+    }
     add_run(
         writer,
         OTHER,
@@ -294,8 +300,9 @@ def test_a_run_that_had_not_ended_comes_in_as_interrupted(
 
 
 def test_an_idempotency_key_that_another_run_has_here_is_left_behind(flask: Flask, filled: str, other_url: str) -> None:
-    flask(other_url, "migrate")
+    sqlite_file.prepare(other_url)
     own = Database(other_url, writer=True, pool_size=1)
+    migrate(own)
     add_session(own, uuid_of(50))
     add_run(own, uuid_of(50), 50, idempotencyKey="key-1", requestDigest="e" * 32)
     own.close()

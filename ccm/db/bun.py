@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from ccm.db.sqlite_file import APPLICATION_ID, APPLICATION_ID_AT, MAGIC
+from ccm.db.sqlite_file import APPLICATION_ID, APPLICATION_ID_AT, HEADER_SIZE, MAGIC
 from ccm.errors import CommandRefused
 
 RUN_COLUMNS = (
@@ -28,6 +28,9 @@ RUN_COLUMNS = (
 )
 LINK_COLUMNS = ("id", "session_id", "parent_session_id", "mode", "created_at")
 MESSAGE_COLUMNS = ("message_type", "message_json", "created_at")
+# https://www.sqlite.org/fileformat.html#file_format_version_numbers
+WRITE_VERSION_AT = slice(18, 19)
+WAL_VERSION = b"\x02"
 # Without these it is some other program's.
 NEEDED = {"ccr_runs": ("id", "cwd", "session_id"), "ccr_run_messages": ("run_id", "message_json")}
 
@@ -64,13 +67,14 @@ class BunDatabase:
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
-            if int.from_bytes(file.read(100)[APPLICATION_ID_AT]) == APPLICATION_ID:
-                raise CommandRefused(
-                    f"{path} is a database of CC Manager itself; write it out with flask export, and import that."
-                )
+            header = file.read(HEADER_SIZE)
+        if int.from_bytes(header[APPLICATION_ID_AT]) == APPLICATION_ID:
+            raise CommandRefused(
+                f"{path} is a database of CC Manager itself; write it out with flask export, and import that."
+            )
         self._path = path
         try:
-            self._connection = self._open()
+            self._connection = self._open(header)
             self._columns = {table: self._columns_of(table) for table in NEEDED}
         except sqlite3.Error as error:
             raise CommandRefused(f"{path} cannot be read: {error}.") from None
@@ -83,33 +87,42 @@ class BunDatabase:
                         f"table {table}."
                     )
 
-    def _open(self) -> sqlite3.Connection:
-        """It is never written to. A write-ahead log beside it counts, unless that cannot even be opened."""
-        error: sqlite3.Error | None = None
-        for mode in ("mode=ro", "mode=ro&immutable=1"):
-            log = self._path.with_name(self._path.name + "-wal")
-            if "immutable" in mode and log.exists() and log.stat().st_size:
-                break  # without its log the database would be an older one, or none
-            connection = sqlite3.connect(f"file:{quote(str(self._path))}?{mode}", uri=True, isolation_level=None)
-            connection.text_factory = lambda data: data.decode("utf-8", "replace")
-            try:
-                connection.execute("BEGIN")
-                connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
-            except sqlite3.OperationalError as refused:
-                connection.close()
-                error = refused
-            except sqlite3.Error:
-                connection.close()
-                raise
-            else:
-                return connection
-        raise error or sqlite3.OperationalError("it cannot be opened")
+    def _open(self, header: bytes) -> sqlite3.Connection:
+        """It is never written to, and its write-ahead log counts where there is one.
+
+        Where there could be one and is none, nobody has the file open; only declared immutable does it then stay without
+        a log: SQLite would make one, and one of another user's would shut the service out of its own database.
+        """
+        log = self._path.with_name(self._path.name + "-wal")
+        unused = header[WRITE_VERSION_AT] == WAL_VERSION and not log.exists()
+        options = "mode=ro&immutable=1" if unused else "mode=ro"
+        connection = sqlite3.connect(f"file:{quote(str(self._path))}?{options}", uri=True, isolation_level=None)
+        connection.text_factory = lambda data: data.decode("utf-8", "replace")
+        try:
+            connection.execute("BEGIN")
+            connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+        except sqlite3.Error:
+            connection.close()
+            raise
+        return connection
 
     def _columns_of(self, table: str) -> set[str]:
         return {row[1] for row in self._connection.execute(f"PRAGMA table_info({table})")}
 
     def close(self) -> None:
         self._connection.close()
+
+    def _rows(self, sql: str, *parameters: Any) -> Iterator[tuple[Any, ...]]:
+        """What a query gives, row by row.
+
+        Raises:
+            CommandRefused: the file is damaged. Not a driver's error: it would be taken for our own database's.
+        """
+        try:
+            with closing(self._connection.execute(sql, parameters)) as rows:
+                yield from rows
+        except sqlite3.Error as error:
+            raise CommandRefused(f"{self._path} cannot be read: {error}.") from None
 
     def _selected(self, table: str, columns: tuple[str, ...]) -> str:
         there = self._columns[table]
@@ -118,40 +131,35 @@ class BunDatabase:
     def links(self) -> Iterator[BunLink]:
         """All runs, by rowid."""
         sql = f"SELECT rowid, {self._selected('ccr_runs', LINK_COLUMNS)} FROM ccr_runs ORDER BY rowid"
-        with closing(self._connection.execute(sql)) as rows:
-            for row in rows:
-                yield BunLink(*row)
+        return (BunLink(*row) for row in self._rows(sql))
 
     def run(self, rowid: int) -> Mapping[str, Any]:
         """A run whole, as it is stored."""
         sql = f"SELECT {self._selected('ccr_runs', RUN_COLUMNS)} FROM ccr_runs WHERE rowid = ?"
-        row = self._connection.execute(sql, [rowid]).fetchone()
-        return dict(zip(RUN_COLUMNS, row, strict=True))
+        return dict(zip(RUN_COLUMNS, next(self._rows(sql, rowid)), strict=True))
 
     def order_messages(self) -> None:
         """Note where each run's messages are: the table itself need not have an index by run."""
         there = self._columns["ccr_run_messages"]
-        keys = [f'"{column}"' if column in there else "NULL" for column in ("index", "id")]
-        connection = self._connection
-        connection.execute("PRAGMA temp_store = FILE")
-        connection.execute(
-            f"CREATE TEMP TABLE places AS SELECT run_id, {keys[0]} AS place, {keys[1]} AS id, rowid AS at "
-            "FROM main.ccr_run_messages"
-        )
-        connection.execute("CREATE INDEX temp.places_by_run ON places (run_id, place, id, at)")
+        place, message_id = (f'"{column}"' if column in there else "NULL" for column in ("index", "id"))
+        for statement in (
+            "PRAGMA temp_store = FILE",
+            f"CREATE TEMP TABLE places AS SELECT run_id, {place} AS place, {message_id} AS nth, rowid AS at "
+            "FROM main.ccr_run_messages",
+            "CREATE INDEX temp.places_by_run ON places (run_id, place, nth, at)",
+        ):
+            list(self._rows(statement))
 
     def messages(self, run_id: Any) -> Iterator[BunMessage]:
         """A run's messages, by their index, else by their id. `order_messages` comes first."""
+        columns = self._selected("ccr_run_messages", MESSAGE_COLUMNS)
         sql = (
-            f"SELECT {self._selected('ccr_run_messages', MESSAGE_COLUMNS)} FROM ("
-            "SELECT at AS nth_row, place, id AS nth_id FROM temp.places WHERE run_id = ?) "
-            "CROSS JOIN main.ccr_run_messages m ON m.rowid = nth_row ORDER BY place, nth_id, nth_row"
+            f"SELECT {columns} FROM (SELECT place, nth, at FROM temp.places WHERE run_id = ?) "
+            "CROSS JOIN main.ccr_run_messages m ON m.rowid = at ORDER BY place, nth, at"
         )
-        with closing(self._connection.execute(sql, [run_id])) as rows:
-            for row in rows:
-                yield BunMessage(*row)
+        return (BunMessage(*row) for row in self._rows(sql, run_id))
 
     def orphans(self) -> int:
         """How many messages belong to no run."""
         sql = "SELECT COUNT(*) FROM temp.places WHERE run_id IS NULL OR run_id NOT IN (SELECT id FROM main.ccr_runs)"
-        return int(self._connection.execute(sql).fetchone()[0])
+        return int(next(self._rows(sql))[0])

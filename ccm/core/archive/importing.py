@@ -70,8 +70,6 @@ class Importer:
                     incoming.take()
             if there is not None:
                 self.report.already_there += 1
-                for _ in run.parts:
-                    pass
             else:
                 self._count(incoming)
 

@@ -87,7 +87,10 @@ class LineSource:
                 session_count += 1
             elif line.type == "run" and session is not None:
                 run = _Run(line, session)
-                yield ArchivedRun(_session(session), run.row(), run.parts(self._next))
+                parts = run.parts(self._next)
+                yield ArchivedRun(_session(session), run.row(), parts)
+                for _ in parts:
+                    pass  # not wanted, and still to be got past
                 run_count += 1
                 line = run.next
             else:

@@ -44,7 +44,7 @@ class ArchivedRun:
     Args:
         session: the columns of its session that are known when that begins.
         row: the columns of the run. `messageCount` None: as many as there are. `seq` is its place in the source.
-        parts: to be read before the next run.
+        parts: can be read until the next run is asked for.
     """
 
     session: dict[str, Any]

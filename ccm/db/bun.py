@@ -90,8 +90,8 @@ class BunDatabase:
     def _open(self, header: bytes) -> sqlite3.Connection:
         """It is never written to, and its write-ahead log counts where there is one.
 
-        Where there could be one and is none, nobody has the file open; only declared immutable does it then stay without
-        a log: SQLite would make one, and one of another user's would shut the service out of its own database.
+        Where there could be one and is none, nobody has the file open. Then it is declared immutable, or SQLite would
+        make a log beside it, and one of another user's would shut the original service out of its database.
         """
         log = self._path.with_name(self._path.name + "-wal")
         unused = header[WRITE_VERSION_AT] == WAL_VERSION and not log.exists()

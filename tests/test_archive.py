@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from ccm.db import runs, sessions, sqlite_file
+from ccm.core.archive.exporting import export
+from ccm.db import archive, runs, sessions, sqlite_file
 from ccm.db.database import Database
 from ccm.db.migrate import migrate
 from tests.api.conftest import new_database
@@ -122,6 +123,42 @@ def test_an_import_of_a_cut_off_export_keeps_what_is_whole_and_is_completed_by_t
     whole = flask(other_url, "import", "-", given=exported)
     assert whole.returncode == 0
     assert flask(other_url, "export").stdout.splitlines()[1:] == exported.splitlines()[1:]
+
+
+def test_the_rest_of_an_import_that_was_cut_off_goes_to_where_it_would_have_gone(
+    flask: Flask, filled: str, other_url: str
+) -> None:
+    sqlite_file.prepare(other_url)
+    own = Database(other_url, writer=True, pool_size=1)
+    migrate(own)
+    add_session(own, uuid_of(50))
+    add_run(own, uuid_of(50), 50)
+    own.close()
+    exported = flask(filled, "export").stdout
+    middle = exported.index(f'{{"type":"session","sessionId":"{FORK}"')
+
+    assert flask(other_url, "import", "-", given=exported[:middle]).returncode == 1
+    assert flask(other_url, "import", "-", given=exported).returncode == 0
+
+    seqs = {run["runId"]: run["seq"] for run in of_type(flask.export(other_url), "run")}
+    assert seqs == {uuid_of(1050): 50, **{uuid_of(1000 + seq): 45 + seq for seq in (1, 2, 3, 4)}}
+
+
+def test_what_is_written_while_an_export_goes_on_is_not_in_it(
+    writer: Database, reader: Database, database_url: str
+) -> None:
+    fill(writer)
+    with reader.transaction() as transaction:
+        archive.hold_snapshot(transaction, reader.dialect)
+        lines = export(transaction, None)
+        beginning = [next(lines), next(lines)]
+        add_run(writer, ROOT, 5, [{"type": "late"}], mode="resume", parentRunId=uuid_of(1003))
+        add_session(writer, uuid_of(60))
+        add_run(writer, uuid_of(60), 6)
+        exported = [json.loads(line) for line in [*beginning, *lines]]
+
+    assert [run["seq"] for run in of_type(exported, "run")] == [1, 3, 2, 4]
+    assert exported[-1] == {"type": "end", "sessions": 3, "runs": 4}
 
 
 def test_one_session_is_exported_with_all_that_it_was_forked_from(flask: Flask, filled: str, other_url: str) -> None:
@@ -242,7 +279,9 @@ def test_a_resume_of_what_has_gone_on_otherwise_here_becomes_a_fork(
     add_run(writer, ROOT, 5, mode="resume", parentRunId=uuid_of(1003))
     add_run(writer, ROOT, 6, mode="resume", parentRunId=uuid_of(1005))
     own = Database(other_url, writer=True, pool_size=1)
-    add_run(own, ROOT, 9, mode="resume", parentRunId=uuid_of(1003))
+    # It has taken the place that run 5 would have.
+    taken = {"id": uuid_of(1999), "sdkSessionId": uuid_of(2999)}
+    add_run(own, ROOT, 5, mode="resume", parentRunId=uuid_of(1003), **taken)
     own.close()
 
     again = flask(other_url, "import", "-", given=flask(database_url, "export").stdout)
@@ -259,7 +298,7 @@ def test_a_resume_of_what_has_gone_on_otherwise_here_becomes_a_fork(
         assert [beyond.mode, beyond.session_id, session.run_count] == ["resume", session.id, 2]
         root = sessions.find(transaction, ROOT)
         assert root is not None
-        assert [root.run_count, root.head_run_id] == [3, uuid_of(1009)]
+        assert [root.run_count, root.head_run_id] == [3, uuid_of(1999)]
 
 
 def test_a_run_that_had_not_ended_comes_in_as_interrupted(

@@ -191,23 +191,29 @@ def _warn(sentence: str) -> None:
     click.echo(sentence, err=True)
 
 
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def _tell_report(report: Report) -> None:
     click.echo(
-        f"Imported {report.sessions} sessions, {report.runs} runs, {report.messages} messages and {report.transcripts} "
-        f"transcripts; {report.already_there} runs were here already."
+        f"Imported {_number(report.sessions, 'session')}, {_number(report.runs, 'run')}, "
+        f"{_number(report.messages, 'message')} and {_number(report.transcripts, 'transcript')}; here already: "
+        f"{_number(report.already_there, 'run')}."
     )
     if report.interrupted:
-        click.echo(f"{report.interrupted} of the runs had not ended; they are error / INTERRUPTED now.")
+        click.echo(f"Had not ended and became error / INTERRUPTED: {_number(report.interrupted, 'run')}.")
     if report.runs:
-        click.echo(f"{report.resumable} of the runs have their transcript here and can be resumed or forked.")
+        click.echo(f"Can be resumed or forked, for the transcript is here: {_number(report.resumable, 'run')}.")
 
 
 def _tell_tree(candidate: pruning.Candidate, did: str) -> None:
     tree = candidate.tree
     click.echo(
-        f"{did} the tree of session {tree.root}: {len(tree.sessions)} sessions, {tree.runs} runs, {tree.messages} "
-        f"messages ({tree.message_bytes} bytes), {tree.transcripts} transcripts and {candidate.file_count} files of "
-        f"Claude Code; latest activity {tree.last_run_at}."
+        f"{did} the tree of session {tree.root}: {_number(len(tree.sessions), 'session')}, "
+        f"{_number(tree.runs, 'run')}, {_number(tree.messages, 'message')} ({_number(tree.message_bytes, 'byte')}), "
+        f"{_number(tree.transcripts, 'transcript')} and {_number(candidate.file_count, 'file')} of Claude Code; "
+        f"latest activity {tree.last_run_at}."
     )
     for session_id in tree.sessions[1:]:
         click.echo(f"  with session {session_id}")

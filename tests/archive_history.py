@@ -43,7 +43,7 @@ def add_run(
 ) -> str:
     """A run as the service would have left it; its id. Its transcript is `transcript`, if given."""
     said = list(said)
-    run_id = uuid_of(1000 + seq)
+    run_id: str = columns.get("id", uuid_of(1000 + seq))
     entries = columns.pop("transcript", None)
     row = {
         "id": run_id,

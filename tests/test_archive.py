@@ -73,7 +73,7 @@ def test_an_export_that_is_imported_elsewhere_is_exported_there_just_the_same(
     imported = flask(other_url, "import", str(file))
 
     assert [imported.returncode, imported.stderr] == [0, ""]
-    assert "3 sessions, 4 runs, 706 messages and 4 transcripts; 0 runs were here already" in imported.stdout
+    assert "3 sessions, 4 runs, 706 messages and 4 transcripts; here already: 0 runs" in imported.stdout
     assert flask(other_url, "export").stdout.splitlines()[1:] == exported.stdout.splitlines()[1:]
     lines = exported.stdout.splitlines()
     assert len(lines) > 700
@@ -93,7 +93,7 @@ def test_an_import_may_come_twice_and_from_standard_input(flask: Flask, filled: 
     second = flask(other_url, "import", "-", given=exported)
 
     assert [first.returncode, second.returncode] == [0, 0]
-    assert "Imported 0 sessions, 0 runs, 0 messages and 0 transcripts; 4 runs were here already." in second.stdout
+    assert "Imported 0 sessions, 0 runs, 0 messages and 0 transcripts; here already: 4 runs." in second.stdout
     assert flask(other_url, "export").stdout.splitlines()[1:] == exported.splitlines()[1:]
 
 
@@ -267,7 +267,7 @@ def test_what_came_later_to_an_imported_session_is_taken_in_after_it(
 
     again = flask(other_url, "import", "-", given=flask(database_url, "export").stdout)
 
-    assert "0 sessions, 1 runs, 1 messages and 0 transcripts; 4 runs were here already" in again.stdout
+    assert "0 sessions, 1 run, 1 message and 0 transcripts; here already: 4 runs" in again.stdout
     assert flask.export(other_url)[1:] == flask.export(database_url)[1:]
 
 
@@ -280,7 +280,7 @@ def test_a_resume_of_what_has_gone_on_otherwise_here_becomes_a_fork(
     add_run(writer, ROOT, 6, mode="resume", parentRunId=uuid_of(1005))
     own = Database(other_url, writer=True, pool_size=1)
     # It has taken the place that run 5 would have.
-    taken = {"id": uuid_of(1999), "sdkSessionId": uuid_of(2999)}
+    taken: dict[str, Any] = {"id": uuid_of(1999), "sdkSessionId": uuid_of(2999)}
     add_run(own, ROOT, 5, mode="resume", parentRunId=uuid_of(1003), **taken)
     own.close()
 
@@ -326,7 +326,7 @@ def test_a_run_that_had_not_ended_comes_in_as_interrupted(
 
     imported = flask(other_url, "import", "-", given=flask(database_url, "export").stdout)
 
-    assert "2 of the runs had not ended" in imported.stdout
+    assert "INTERRUPTED: 2 runs." in imported.stdout
     with other.transaction() as transaction:
         for run_id, count in ((uuid_of(1005), 1), (uuid_of(1006), 0)):
             run = runs.find(transaction, run_id)

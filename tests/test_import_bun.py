@@ -105,13 +105,13 @@ def test_an_import_may_come_twice_and_brings_what_has_come_since(flask: Flask, b
     flask(database_url, "import", str(bun))
     before = flask.export(database_url)[1:]
     again = flask(database_url, "import", str(bun))
-    assert "Imported 0 sessions, 0 runs, 0 messages and 0 transcripts; 2 runs were here already." in again.stdout
+    assert "Imported 0 sessions, 0 runs, 0 messages and 0 transcripts; here already: 2 runs." in again.stdout
     assert flask.export(database_url)[1:] == before
 
     add_bun_run(bun, "r3", B, A, created_at=day(3))
     later = flask(database_url, "import", str(bun))
 
-    assert "Imported 0 sessions, 1 runs, 1 messages" in later.stdout
+    assert "Imported 0 sessions, 1 run, 1 message" in later.stdout
     runs = lines_of(flask, database_url, "run")
     assert [runs["r3"]["sessionId"], runs["r3"]["seq"]] == [A, 3]
 
@@ -142,7 +142,7 @@ def test_two_runs_of_one_session_id_follow_one_another_and_the_last_has_the_tran
     assert [runs["r2"]["parentRunId"], runs["r2"]["mode"], runs["r2"]["sdkSessionId"]] == ["r1", "resume", A]
     assert [runs["r1"]["hasTranscript"], runs["r2"]["hasTranscript"]] == [False, True]
     assert lines_of(flask, database_url, "session")[A]["headRunId"] == "r2"
-    assert "1 of the runs have their transcript here" in done.stdout
+    assert "for the transcript is here: 1 run." in done.stdout
 
 
 def test_what_is_not_as_it_should_be_is_told(flask: Flask, bun: Path, database_url: str) -> None:
@@ -164,7 +164,7 @@ def test_what_is_not_as_it_should_be_is_told(flask: Flask, bun: Path, database_u
         "Message 1 of run orphan is no JSON object: it is kept as text, in the field 'unparsed'.",
         "Message 2 of run orphan is no JSON object: it is kept as text, in the field 'unparsed'.",
         "Run going-on had not ended: it is error / INTERRUPTED now.",
-        "1 messages belong to no run and were left out.",
+        "Messages that belong to no run were left out: 1.",
     ):
         assert sentence in told
     assert "Run 'a/b' has an id that no address can have" in done.stderr
@@ -267,7 +267,7 @@ def test_a_database_that_was_closed_well_is_read_and_nothing_is_left_beside_it(
     add_bun_run(bun, "r1", A, created_at=day(1))
     before = bun.read_bytes()
 
-    assert "1 runs" in flask(f"sqlite:///{tmp_path}/db.sqlite", "import", str(bun)).stdout
+    assert "1 run," in flask(f"sqlite:///{tmp_path}/db.sqlite", "import", str(bun)).stdout
     assert bun.read_bytes() == before
     assert [path.name for path in tmp_path.glob("bun*")] == ["bun.sqlite"]
 

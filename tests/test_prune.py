@@ -119,11 +119,11 @@ def test_a_tree_with_a_run_that_has_not_ended_is_left_alone(flask: Flask, writer
 
     by_age = flask(filled, "prune", "--older-than", "1d")
     assert by_age.returncode == 0
-    assert f"Left alone: the tree of session {ROOT} has 1 runs that have not ended." in by_age.stdout
+    assert f"Left alone: the tree of session {ROOT} has runs that have not ended (1)." in by_age.stdout
     assert ids(flask, filled) == [ROOT, FORK]
     by_name = flask(filled, "prune", "--session", FORK)
     assert [by_name.returncode, by_name.stdout] == [1, ""]
-    assert by_name.stderr.startswith(f"Nothing was deleted: the tree of session {ROOT} has 1 runs")
+    assert by_name.stderr.startswith(f"Nothing was deleted: the tree of session {ROOT} has runs")
     assert ids(flask, filled) == [ROOT, FORK]
 
 

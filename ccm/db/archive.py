@@ -91,10 +91,10 @@ def dated_texts(transaction: Transaction, run_id: str, after: int, through: int)
 
 
 def transcripts(transaction: Transaction, sdk_session_id: str) -> list[Transcript]:
-    """The transcripts of an SDK session, the main one first."""
+    """The transcripts of an SDK session, a main one before those of its subagents."""
     sql = (
         'SELECT id, "projectKey", subpath, "updatedAtMs" FROM ccr_transcripts WHERE "sdkSessionId" = :id '
-        'ORDER BY subpath, "projectKey"'
+        'ORDER BY "projectKey", subpath'
     )
     return [Transcript(*row) for row in transaction.tuples(sql, id=sdk_session_id)]
 

@@ -41,10 +41,10 @@ class BunSource:
         for seq, number in enumerate(parents_first(groups), 1):
             yield self._run(groups, number, seq)
         if len(groups) < len(self._links):
-            self._tell(f"{len(self._links) - len(groups)} runs have no id and were left out.")
+            self._tell(f"Runs without an id were left out: {len(self._links) - len(groups)}.")
         lost = self._database.orphans()
         if lost:
-            self._tell(f"{lost} messages belong to no run and were left out.")
+            self._tell(f"Messages that belong to no run were left out: {lost}.")
 
     # ---- what a run is
 

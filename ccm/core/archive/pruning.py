@@ -45,8 +45,8 @@ def tree_of(transaction: Transaction, session_id: str, files: LocalFiles) -> Can
 def unfinished(tree: Tree) -> str:
     """Why a tree is left alone."""
     return (
-        f"the tree of session {tree.root} has {tree.unfinished} runs that have not ended. Cancel them, or start the "
-        "service and let them end; it also ends those that a crash has left."
+        f"the tree of session {tree.root} has runs that have not ended ({tree.unfinished}). Start the service and let "
+        "them end, or cancel them there; those that a crash has left it ends by itself."
     )
 
 

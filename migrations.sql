@@ -137,3 +137,7 @@ CREATE TABLE ccr_heartbeat (
     padding TEXT NOT NULL
 );
 INSERT INTO ccr_heartbeat (id, "beatAt", padding) VALUES (1, '', '');
+
+-- 0005 children of runs
+-- A run that is deleted is looked up as a parent: without an index each one deleted would read the whole table.
+CREATE INDEX ccr_runs_by_parent ON ccr_runs ("parentRunId");

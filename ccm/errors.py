@@ -15,6 +15,8 @@ StartRefused                    the service does not start; said to the operator
 ├── BadSetting                  exit code 2
 └── DatabaseRefused             exit code 3
 
+CommandRefused                  a command of the operator's is not done; said in one sentence, exit code 1
+
 StorageError                    what the database's driver raised, told apart at one edge
 ├── StorageDown                 not now: locked, full, unreachable; worth another try
 │   ├── DatabaseTaken           another service has the right to write
@@ -105,6 +107,12 @@ class BadSetting(StartRefused):
 
 class DatabaseRefused(StartRefused):
     exit_code = 3
+
+
+class CommandRefused(Exception):
+    """A command cannot be done; the message is one sentence for the operator."""
+
+    exit_code = 1
 
 
 class StorageError(Exception):

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from flask import request
 
 from ccm.errors import ValidationError
-from ccm.models import Run
+from ccm.models import RUN_ID, Run
 
 # What stands in an index's stead once a client has had the end of a run.
 END = "end"
 INDEX = re.compile(r"-1|\d{1,16}", re.ASCII)
-IN_SESSION = re.compile(rf"([0-9a-fA-F-]{{36}}):({INDEX.pattern})", re.ASCII)
-AT_END = re.compile(rf"([0-9a-fA-F-]{{36}}):{END}", re.ASCII)
+IN_SESSION = re.compile(rf"({RUN_ID.pattern}):({INDEX.pattern})", re.ASCII)
+AT_END = re.compile(rf"({RUN_ID.pattern}):{END}", re.ASCII)
 # What the header is that a browser's EventSource comes back with.
 HEADER = "Last-Event-ID"
 

@@ -107,8 +107,8 @@ def forks(session_id: str) -> Response:
     )
 
 
-def _place(session: Session, read: LastRead) -> tuple[int, int]:
-    """Where to go on: beyond the run with a seq, and there beyond an index.
+def _place(session: Session, read: LastRead) -> tuple[int | None, int]:
+    """Where to go on: beyond the run with a seq (None: at the first), and there beyond an index.
 
     Raises:
         ValidationError: the session has no such run, or the run no such message or no end yet.
@@ -116,7 +116,7 @@ def _place(session: Session, read: LastRead) -> tuple[int, int]:
     ended = read.ended_run()
     place = (ended, -1) if ended else read.in_session()
     if place is None:
-        return 0, -1
+        return None, -1
     run_id, index = place
     with contextlib.suppress(NotFound):
         run = service().history.run(run_id)

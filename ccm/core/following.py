@@ -52,11 +52,11 @@ class Follower:
         """
         yield from self._run(run_id, run_id, after)
 
-    def session(self, session_id: str, seq: int, after: int) -> Iterator[Event]:
+    def session(self, session_id: str, seq: int | None, after: int) -> Iterator[Event]:
         """The runs of a session one after another, those to come as well. It ends when the service stops.
 
         Args:
-            seq: of the run after which to begin.
+            seq: of the run after which to begin; None for the first. It may be negative, for imported history.
             after: the index beyond which to begin in the first run.
         """
         while True:
@@ -77,7 +77,7 @@ class Follower:
             yield Messages(run_id, news)
             after = news[-1][0]
 
-    def _run_after(self, session_id: str, seq: int) -> Run | None:
+    def _run_after(self, session_id: str, seq: int | None) -> Run | None:
         return next(iter(self._history.session_runs(session_id, limit=1, after=seq)), None)
 
     def _next(self, key: str, look: Callable[[], T]) -> Generator[None, None, T | None]:

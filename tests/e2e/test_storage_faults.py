@@ -81,6 +81,8 @@ class Site:
         run = self.client.run(run_id)
         assert [run["status"], run["error"]] == ["completed", None]
         said = self.client.messages(run_id)
+        # The SDK tells that the transcript could not be mirrored at once.
+        said = [message for message in said if message.get("subtype") != "mirror_error"]
         assert [message["type"] for message in said] == ["assistant"] * count + ["result"]
         assert len({message["uuid"] for message in said}) == count + 1
 

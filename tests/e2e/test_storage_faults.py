@@ -370,7 +370,7 @@ def test_a_server_restarted_in_mid_run_loses_nothing(
     ours = site(DATABASE_URL=postgresql_server.new_database(), CCM_MESSAGE_BUDGET_BYTES=2**18)
     runs = [ours.run(10_000, pad=200) for _ in range(3)]
     for already in (1_000, 5_000):
-        until(lambda already=already: ours.client.messages(runs[0], after=already, limit=1))  # type: ignore[misc]
+        until(lambda already=already: ours.client.run(runs[0], wait=0)["messageCount"] > already)  # type: ignore[misc]
         postgresql_server.stop(mode)
         postgresql_server.start()
     for run_id in runs:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import subprocess
 import sys
 import threading
@@ -88,7 +87,7 @@ def _start() -> subprocess.Popen[str]:
         [sys.executable, "-I", "-S", "-c", code],
         stdin=subprocess.PIPE,
         text=True,
-        env={"PATH": os.environ.get("PATH", os.defpath)},
+        env={},  # it needs none, and a mark in it would be its own end
         cwd="/",
         start_new_session=True,
     )

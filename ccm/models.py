@@ -267,4 +267,3 @@ class Outcome:
     result: Mapping[str, Any] | None = None
     cost_usd: float | None = None
     duration_ms: int | None = None
-    has_transcript: bool = False

@@ -22,7 +22,7 @@ import sniffio
 from ccm.core.options import UnusableOptionsError, sdk_arguments
 from ccm.core.processes import LAUNCH_SCRIPT, end_marked, launch_environment
 from ccm.core.results import cost, error_code, error_text
-from ccm.core.sdk import AgentDefinition, ClaudeAgentOptions, Client, explain, transcript_path
+from ccm.core.sdk import AgentDefinition, ClaudeAgentOptions, Client, explain
 from ccm.core.transcript_store import Mirror
 from ccm.models import CANCELLED, COMPLETED, ERROR, Image, Outcome
 
@@ -175,7 +175,6 @@ class Execution:
             result=result,
             cost_usd=cost(self._results, fresh=self._assignment.resume is None),
             duration_ms=round((time.monotonic() - started) * 1000),
-            has_transcript=self._transcript().is_file(),
         )
 
     async def _perform(self) -> Outcome:
@@ -354,10 +353,6 @@ class Execution:
         if code == "EXECUTION_ERROR":
             log.error("run %s: %r", self._assignment.run_id, error, exc_info=error)
         return Outcome(ERROR, code, message)
-
-    def _transcript(self) -> Path:
-        environ = {**self._environ, **self._assignment.options.get("env", {})}
-        return transcript_path(self._assignment.cwd, self._assignment.sdk_session_id, environ)
 
 
 def _tail(file: Path) -> str:

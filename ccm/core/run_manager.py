@@ -348,7 +348,7 @@ class RunManager:
             "resultJson": None if outcome.result is None else to_json_text(outcome.result),
             "costUsd": outcome.cost_usd,
             "durationMs": outcome.duration_ms,
-            **self._transcripts.keep(run, mirror if execution.closed_by_itself else None),
+            **self._transcripts.keep(run, mirror, complete=execution.closed_by_itself),
         }
 
         if not self._store_end(run, values):

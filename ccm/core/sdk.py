@@ -11,6 +11,8 @@ import asyncio
 import contextlib
 import os
 import signal
+import struct
+import unicodedata
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,13 +30,16 @@ from claude_agent_sdk import (
     ResultError,
     fold_session_summary,
 )
+from claude_agent_sdk._internal.sessions import _sanitize_path
 
 __all__ = [
     "AgentDefinition",
     "ClaudeAgentOptions",
     "Client",
     "bundled_cli",
+    "config_directory",
     "explain",
+    "find_transcript",
     "fold_session_summary",
     "transcript_path",
 ]
@@ -45,10 +50,30 @@ def bundled_cli() -> Path:
     return Path(claude_agent_sdk.__file__).parent / "_bundled" / "claude"
 
 
-def transcript_path(cwd: str, sdk_session_id: str, environ: Mapping[str, str]) -> Path:
-    """Where Claude Code keeps the transcript of a session that ran in `cwd`."""
+def config_directory(environ: Mapping[str, str]) -> Path:
+    """Where Claude Code keeps its own files; a relative path is taken from the directory that it runs in."""
     home = environ.get("CLAUDE_CONFIG_DIR") or os.path.join(environ.get("HOME") or Path.home(), ".claude")
-    return Path(home, "projects", claude_agent_sdk.project_key_for_directory(cwd), f"{sdk_session_id}.jsonl")
+    return Path(unicodedata.normalize("NFC", str(home)))
+
+
+def transcript_path(cwd: str, sdk_session_id: str, environ: Mapping[str, str]) -> Path:
+    """Where Claude Code writes the transcript of a session that runs in `cwd`."""
+    return Path(cwd, config_directory(environ), "projects", _project_key(cwd), f"{sdk_session_id}.jsonl")
+
+
+def find_transcript(cwd: str, sdk_session_id: str, environ: Mapping[str, str]) -> Path | None:
+    """The transcript of a session, in whatever project Claude Code has put it; None if there is none."""
+    expected = transcript_path(cwd, sdk_session_id, environ)
+    if expected.is_file():
+        return expected
+    return next(iter(sorted(expected.parent.parent.glob(f"*/{sdk_session_id}.jsonl"))), None)
+
+
+def _project_key(cwd: str) -> str:
+    """The name of a directory's project. Claude Code replaces UTF-16's units, the SDK characters."""
+    path = unicodedata.normalize("NFC", os.path.realpath(cwd))
+    units = path.encode("utf-16-le", "surrogatepass")
+    return _sanitize_path("".join(chr(unit) for (unit,) in struct.iter_unpack("<H", units)))
 
 
 class _Tap:

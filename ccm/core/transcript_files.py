@@ -7,12 +7,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ccm.core.sdk import transcript_path
+from ccm.core.sdk import find_transcript, transcript_path
 from ccm.core.transcript_store import Mirror, TranscriptStore, entry
 from ccm.db.transcripts import Entry, TranscriptKey
 from ccm.models import Run
@@ -21,6 +23,7 @@ log = logging.getLogger(__name__)
 
 # Lines that Claude Code does not mirror: bodies of requests, and what they cost.
 LOCAL_ONLY = ("api-request", "cost-state")
+UUID = re.compile(rb'"uuid": ?"([^"]+)"')
 # The type of the entry that holds what stands in a file of its own beside a subagent's transcript.
 AGENT_METADATA = "agent_metadata"
 
@@ -41,22 +44,36 @@ class TranscriptFiles:
         """What copies a run's transcript while it is written."""
         return Mirror(self._store, run.sdk_session_id)
 
-    def keep(self, run: Run, mirror: Mirror | None = None) -> dict[str, Any]:
+    def keep(self, run: Run, mirror: Mirror | None = None, *, complete: bool = False) -> dict[str, Any]:
         """After a run's end: have the database hold its transcript whole.
 
         Args:
-            mirror: its own, if it was whole to the end; else Claude Code's files are taken over.
+            mirror: its own; None if the service that had it has died.
+            complete: Claude Code has said all that it had to say, the mirror's share included.
 
         Returns:
             What the run's row is to say: `hasTranscript`, `transcriptStored`.
         """
-        main = self._path(run, run.cwd, run.options)
-        stored = (mirror is not None and mirror.whole) or self._take_over(main, run.sdk_session_id)
-        return {"hasTranscript": int(stored or main.is_file()), "transcriptStored": int(stored)}
+        if mirror is not None and mirror.whole and complete:
+            return {"hasTranscript": 1, "transcriptStored": 1}
+        main = find_transcript(run.cwd, run.sdk_session_id, self._agent_environ(run.options))
+        try:
+            entries = {} if main is None else _read(main, run.sdk_session_id)
+            here = any(entries.values())
+            if here:
+                self._store.merge(entries)
+            # Where there is no file any more, what has been mirrored is all that there is.
+            stored = here or (not (mirror is not None and mirror.failed) and self._is_stored(run.sdk_session_id))
+        except Exception as error:
+            # Whatever it is, the end of the run is still to be stored.
+            log.warning("run %s: its transcript is not stored: %s: %s", run.id, type(error).__name__, error)
+            here, stored = main is not None, False
+        return {"hasTranscript": int(here or stored), "transcriptStored": int(stored)}
 
     def can_provide(self, parent: Run, cwd: str, options: Mapping[str, Any]) -> bool:
         """Whether a run in `cwd` with these options can continue a parent."""
-        return bool(parent.transcript_stored) or self._is_here(parent, cwd, options)
+        here = self._find(parent, cwd, options)
+        return bool(parent.transcript_stored) or (here is not None and here.stat().st_size > 0)
 
     def provide(self, parent: Run, run: Run) -> bool:
         """Make sure that Claude Code finds the transcript of a parent when `run` continues it.
@@ -68,65 +85,79 @@ class TranscriptFiles:
             OSError: it cannot be written back.
             StorageError: it cannot be read.
         """
-        if self._is_here(parent, run.cwd, run.options):
+        here = self._find(parent, run.cwd, run.options)
+        if here is not None and self._is_whole(here, parent):
             return True
-        return bool(parent.transcript_stored) and self._write_back(
-            parent.sdk_session_id, self._path(parent, run.cwd, run.options)
-        )
-
-    def _path(self, run: Run, cwd: str, options: Mapping[str, Any]) -> Path:
-        return transcript_path(cwd, run.sdk_session_id, {**self._environ, **options.get("env", {})})
-
-    def _is_here(self, run: Run, cwd: str, options: Mapping[str, Any]) -> bool:
-        return any(self._path(run, directory, options).is_file() for directory in (cwd, run.cwd))
-
-    def _take_over(self, main: Path, sdk_session_id: str) -> bool:
-        """Store a session's files as they are now, instead of what is stored of it."""
-        folder = main.parent / sdk_session_id
-        key = TranscriptKey(sdk_session_id, main.parent.name)
-        try:
-            files = {key: _entries(main)}
-            for file in sorted(folder.rglob("*.jsonl")):
-                subpath = file.relative_to(folder).with_suffix("").as_posix()
-                files[key._replace(subpath=subpath)] = _metadata(file) + _entries(file)
-            if not files[key]:
-                return False
-            self._store.replace(key, files)
-        except FileNotFoundError:
-            return False  # a run that was ended before Claude Code wrote anything
-        except Exception as error:
-            # Whatever it is, the end of the run is still to be stored.
-            log.warning("the transcript %s is not stored: %s: %s", main, type(error).__name__, error)
+        if not parent.transcript_stored:
             return False
-        return True
+        if here is not None:
+            aside = here.with_suffix(f".jsonl.incomplete-{time.time_ns()}")
+            log.warning("the transcript %s lacks what is stored of it; it is now %s", here, aside.name)
+            here.rename(aside)
+        path = transcript_path(run.cwd, parent.sdk_session_id, self._agent_environ(run.options))
+        return self._write_back(parent.sdk_session_id, here or path)
+
+    def _agent_environ(self, options: Mapping[str, Any]) -> dict[str, str]:
+        return {**self._environ, **options.get("env", {})}
+
+    def _find(self, parent: Run, cwd: str, options: Mapping[str, Any]) -> Path | None:
+        """The transcript on this host."""
+        environ = self._agent_environ(options)
+        found = (find_transcript(directory, parent.sdk_session_id, environ) for directory in (cwd, parent.cwd))
+        return next((path for path in found if path is not None), None)
+
+    def _is_stored(self, sdk_session_id: str) -> bool:
+        return any(not key.subpath for key in self._store.of_session(sdk_session_id))
+
+    def _is_whole(self, main: Path, run: Run) -> bool:
+        """Whether a file begins and ends as what is stored of it. Claude Code begins a file anew that was deleted while
+        it was at work, and a file may be cut when the host fails.
+        """
+        content = main.read_bytes()
+        here = set(UUID.findall(content))  # a search in the bytes: what stands in another line as its parent is no line
+        keys = [key for key in self._store.of_session(run.sdk_session_id) if not key.subpath and run.transcript_stored]
+        uuids = self._store.uuids(keys[0]) if keys else []
+        return bool(content) and here.issuperset(uuid.encode() for uuid in (*uuids[:1], *uuids[-1:]))
 
     def _write_back(self, sdk_session_id: str, main: Path) -> bool:
-        """Write a session's transcripts to where Claude Code looks for them. A file that is there is never touched."""
+        """Write a session's transcripts to where Claude Code looks for them. A file that is there is not touched."""
         stored = self._store.of_session(sdk_session_id)
-        if not stored or stored[0].subpath:
+        project_key = next((key.project_key for key in stored if not key.subpath), None)
+        if project_key is None or not self._store.uuids(TranscriptKey(sdk_session_id, project_key)):
             return False
         folder = main.parent / sdk_session_id
         # The main one last: where it stands, all of it does.
-        for key in reversed([key for key in stored if key.project_key == stored[0].project_key]):
+        for key in reversed([key for key in stored if key.project_key == project_key]):
             if not key.subpath:
-                _write(main, self._store.texts(key))
+                _write(main, self._store.texts(key), sdk_session_id)
             elif _is_place(key.subpath):
                 file = folder / f"{key.subpath}.jsonl"
                 metadata = [text for text in self._store.texts(key) if _is_metadata(text)]
-                _write(file, (text for text in self._store.texts(key) if not _is_metadata(text)))
+                _write(file, (text for text in self._store.texts(key) if not _is_metadata(text)), sdk_session_id)
                 if metadata:
                     content = json.loads(metadata[-1])
                     del content["type"]
-                    _write(_metadata_file(file), [json.dumps(content)])
+                    _write(_metadata_file(file), [json.dumps(content)], sdk_session_id)
             else:
                 log.warning("SDK session %s: %r is no place for a transcript", sdk_session_id, key.subpath)
         log.info("the transcript %s was written back", main)
         return True
 
 
+def _read(main: Path, sdk_session_id: str) -> dict[TranscriptKey, list[Entry]]:
+    """The files of a session: its main transcript and those of its subagents."""
+    folder = main.parent / sdk_session_id
+    key = TranscriptKey(sdk_session_id, main.parent.name)
+    files = {key: _entries(main)}
+    for file in sorted(folder.rglob("*.jsonl")):
+        subpath = file.relative_to(folder).with_suffix("").as_posix()
+        files[key._replace(subpath=subpath)] = _metadata(file) + _entries(file)
+    return files
+
+
 def _entries(file: Path) -> list[Entry]:
     entries = []
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
                 value = json.loads(line)
@@ -143,9 +174,11 @@ def _metadata_file(transcript: Path) -> Path:
 
 def _metadata(transcript: Path) -> list[Entry]:
     file = _metadata_file(transcript)
-    if not file.is_file():
-        return []
-    return [entry({**json.loads(file.read_text(encoding="utf-8")), "type": AGENT_METADATA})]
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return []  # there is none, or Claude Code was killed while it wrote it
+    return [entry({**content, "type": AGENT_METADATA})]
 
 
 def _is_metadata(text: str) -> bool:
@@ -158,10 +191,13 @@ def _is_place(subpath: str) -> bool:
     return bool(parts) and subpath.isprintable() and "\\" not in subpath and not {"..", "/"} & set(parts)
 
 
-def _write(file: Path, lines: Iterable[str]) -> None:
-    """A new file, whole or not at all, its owner's alone; one that is there stays as it is."""
+def _write(file: Path, lines: Iterable[str], sdk_session_id: str) -> None:
+    """A new file, whole or not at all, its owner's alone; one that is there stays as it is.
+
+    What a kill in the midst leaves has the session's name, by which `flask prune` finds it.
+    """
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=".ccm-")
+    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".ccm-{sdk_session_id}-")
     try:
         with open(descriptor, "w", encoding="utf-8") as stream:
             stream.writelines(f"{line}\n" for line in lines)

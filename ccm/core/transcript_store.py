@@ -46,9 +46,18 @@ class TranscriptStore:
             TimeoutError: it is not stored yet, and may be later.
             CCMError, StorageError: it is not stored.
         """
-        if entries:
-            rows = [entry(line) for line in entries]
-            await self._write(lambda transaction: transcripts.append(transaction, _key(key), rows))
+        rows = [entry(line) for line in entries]
+        length: list[int] = []
+
+        def work(transaction: Transaction) -> None:
+            before = transcripts.length(transaction, _key(key))
+            if length and before > length[0]:
+                return  # the commit before this try, whose outcome was not known, had gone through after all
+            length[:] = [before]
+            transcripts.append(transaction, _key(key), rows)
+
+        if rows:
+            await self._write(work)
 
     async def load(self, key: Mapping[str, str]) -> list[dict[str, Any]] | None:
         texts = await asyncio.to_thread(lambda: list(self.texts(_key(key))))
@@ -95,17 +104,26 @@ class TranscriptStore:
         """
         return self._read(lambda transaction: transcripts.of_session(transaction, sdk_session_id))
 
-    def replace(self, main: TranscriptKey, files: Mapping[TranscriptKey, Sequence[Entry]]) -> None:
-        """Store a session's transcripts anew. Returns when it is committed, however long that takes.
+    def uuids(self, key: TranscriptKey) -> list[str]:
+        """The uuids of a transcript's entries, in order.
+
+        Raises:
+            StorageError: the database cannot be read.
+        """
+        return self._read(lambda transaction: transcripts.uuids(transaction, key))
+
+    def merge(self, files: Mapping[TranscriptKey, Sequence[Entry]]) -> None:
+        """Store what files hold. A file that has all that is stored of it takes its place; of any other, what is new
+        is added: it may be a stump. Returns when it is committed, however long that takes.
 
         Raises:
             CCMError, StorageError: it is not stored.
         """
 
         def work(transaction: Transaction) -> None:
-            transcripts.delete(transaction, main)
             for key, entries in files.items():
-                transcripts.append(transaction, key, entries)
+                has_all = {entry.uuid for entry in entries}.issuperset(transcripts.uuids(transaction, key))
+                (transcripts.replace if has_all else transcripts.append)(transaction, key, entries)
 
         self._recorder.submit(work).future.result()
 
@@ -135,6 +153,11 @@ class Mirror:
         self._sdk_session_id = sdk_session_id
         self._begun = False
         self._failed = False
+
+    @property
+    def failed(self) -> bool:
+        """Whether something could not be stored, or not in time."""
+        return self._failed
 
     @property
     def whole(self) -> bool:

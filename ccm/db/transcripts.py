@@ -37,13 +37,15 @@ class Entry(NamedTuple):
 def append(transaction: Transaction, key: TranscriptKey, entries: Sequence[Entry]) -> None:
     """Add entries at the end, without those whose uuid is there already."""
     transcript = _of_key(transaction, key)
-    entries = _without_known(transaction, transcript, entries)
-    first = _length(transaction, transcript)
-    if transaction.uncertain:
-        digests = [_digest(_shared(entry.text, key.sdk_session_id)) for entry in entries]
-        if digests == _digests(transaction, transcript, first - len(digests)):
-            return  # the commit before this try had gone through after all
-    insert_at(transaction, transcript, key.sdk_session_id, first, entries)
+    fresh = _without_known(transaction, transcript, entries)
+    insert_at(transaction, transcript, key.sdk_session_id, _length(transaction, transcript), fresh)
+
+
+def replace(transaction: Transaction, key: TranscriptKey, entries: Sequence[Entry]) -> None:
+    """Have a transcript hold these entries and no others."""
+    transcript = _of_key(transaction, key)
+    transaction.execute('DELETE FROM ccr_transcript_entries WHERE "transcriptId" = :id', id=transcript)
+    append(transaction, key, entries)
 
 
 def insert_at(
@@ -109,14 +111,23 @@ def _without_known(transaction: Transaction, transcript: int, entries: Sequence[
     return fresh
 
 
-def _length(transaction: Transaction, transcript: int) -> int:
+def _length(transaction: Transaction, transcript: int | None) -> int:
     sql = 'SELECT COALESCE(MAX("index") + 1, 0) FROM ccr_transcript_entries WHERE "transcriptId" = :id'
     return int(transaction.value(sql, id=transcript))
 
 
-def _digests(transaction: Transaction, transcript: int, first: int) -> list[str]:
-    sql = 'SELECT digest FROM ccr_transcript_entries WHERE "transcriptId" = :id AND "index" >= :first ORDER BY "index"'
-    return transaction.column(sql, id=transcript, first=first)
+def length(transaction: Transaction, key: TranscriptKey) -> int:
+    """How many entries a transcript has; 0 if there is none."""
+    return _length(transaction, find(transaction, key))
+
+
+def uuids(transaction: Transaction, key: TranscriptKey) -> list[str]:
+    """The uuids of a transcript's entries, in order."""
+    sql = (
+        'SELECT uuid FROM ccr_transcript_entries WHERE uuid IS NOT NULL AND "transcriptId" = '
+        f'(SELECT id FROM ccr_transcripts WHERE {OF_KEY}) ORDER BY "index"'
+    )
+    return transaction.column(sql, **key._asdict())
 
 
 def find(transaction: Transaction, key: TranscriptKey) -> int | None:

@@ -16,11 +16,11 @@ from claude_agent_sdk.testing import run_session_store_conformance
 
 from ccm.core.doorbell import Doorbell
 from ccm.core.recorder import Recorder
+from ccm.core.sdk import transcript_path
 from ccm.core.transcript_files import TranscriptFiles
 from ccm.core.transcript_store import Mirror, TranscriptStore
 from ccm.db import transcripts
 from ccm.db.database import Database, Transaction
-from ccm.db.transcripts import TranscriptKey
 from ccm.errors import StorageRejected
 from ccm.models import Run
 from tests.db.test_queries import RUN
@@ -107,16 +107,24 @@ def test_what_a_fork_copies_is_stored_once(store: TranscriptStore, reader: Datab
     assert asyncio.run(store.load(KEY)) == history
 
 
-def test_an_append_whose_commit_was_uncertain_is_there_once(writer: Database, reader: Database) -> None:
-    key = TranscriptKey(SESSION, "-p")
-    lines = [transcripts.Entry("a", '{"uuid":"a"}'), transcripts.Entry(None, "{}"), transcripts.Entry(None, "{}")]
-    for uncertain in (False, True):
-        with writer.transaction(uncertain) as transaction:
-            transcripts.append(transaction, key, lines[:1])
-            transcripts.append(transaction, key, lines[1:])
+def test_an_append_whose_commit_was_uncertain_is_there_once(
+    store: TranscriptStore, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each write is done twice, as after a COMMIT whose answer was lost: with and without its first try's effect."""
+    submit = recorder.submit
+    first = [entry("a"), {"type": "mode"}, entry("b")]
+    second = [{"type": "mode"}, entry("b"), {"type": "mode"}, entry("c")]
 
-    with reader.transaction() as transaction:
-        assert transcripts.texts(transaction, key, 0, 100) == ['{"uuid":"a"}', "{}", "{}"]
+    def twice(work: Any) -> Any:
+        return submit(lambda transaction: [work(transaction), work(transaction)])
+
+    monkeypatch.setattr(recorder, "submit", twice)
+
+    async def both() -> Any:
+        await asyncio.gather(store.append(KEY, first), store.append(KEY, second))
+        return await store.load(KEY)
+
+    assert asyncio.run(both()) == [*first, {"type": "mode"}, {"type": "mode"}, entry("c")]
 
 
 def test_what_a_run_gets_stores_and_never_loads(store: TranscriptStore) -> None:
@@ -163,7 +171,7 @@ class Host:
         return path
 
 
-def run(**fields: object) -> Run:
+def run(**fields: Any) -> Run:
     values = {**vars(RUN), "sdk_session_id": SESSION, "cwd": "/one", "options_json": "{}", **fields}
     return Run(**values)
 
@@ -197,10 +205,70 @@ def test_files_that_the_mirror_lacks_are_taken_over_and_written_back(store: Tran
     assert sorted(os.listdir(back.parent)) == [SESSION, f"{SESSION}.jsonl"]
 
 
+STORED = [entry(f"uuid-{n}", parentUuid=f"uuid-{n - 1}" if n else None) for n in range(3)]
+FILES: dict[str, list[Any]] = {
+    "whole": [*STORED, entry("uuid-3", parentUuid="uuid-2")],
+    "a stump, begun anew": STORED[1:],
+    "cut": STORED[:1],
+    "empty": [],
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_what_is_stored_is_never_replaced_by_less(store: TranscriptStore, tmp_path: Path, kind: str) -> None:
+    host = Host(tmp_path, store)
+    asyncio.run(store.append({**KEY, "project_key": "-one"}, STORED))
+    host.write("/one", *FILES[kind])
+
+    assert host.files.keep(run()) == {"hasTranscript": 1, "transcriptStored": 1}
+
+    expected = FILES["whole"] if kind == "whole" else STORED
+    assert asyncio.run(store.load({**KEY, "project_key": "-one"})) == expected
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_that_lacks_what_is_stored_is_moved_aside(store: TranscriptStore, tmp_path: Path, kind: str) -> None:
+    host = Host(tmp_path, store)
+    asyncio.run(store.append({**KEY, "project_key": "-one"}, STORED))
+    path = host.write("/one", *FILES[kind])
+    before = path.read_bytes()
+
+    assert host.files.provide(run(transcript_stored=1), run(id="next"))
+
+    aside = list(path.parent.glob("*.incomplete-*"))
+    assert lines(path) == (FILES["whole"] if kind == "whole" else STORED)
+    assert [file.read_bytes() for file in aside] == ([] if kind == "whole" else [before])
+
+
+def test_what_was_mirrored_is_all_there_is_where_the_file_is_gone(store: TranscriptStore, tmp_path: Path) -> None:
+    host = Host(tmp_path, store)
+    asyncio.run(store.append({**KEY, "project_key": "-one"}, STORED))
+
+    assert host.files.keep(run()) == {"hasTranscript": 1, "transcriptStored": 1}
+    failed = Mirror(store, SESSION)
+    with pytest.raises(KeyError):
+        asyncio.run(failed.append({"session_id": SESSION}, STORED))
+    assert host.files.keep(run(), failed) == {"hasTranscript": 0, "transcriptStored": 0}
+
+
+def test_a_transcript_is_found_wherever_claude_code_has_put_it(store: TranscriptStore, tmp_path: Path) -> None:
+    host = Host(tmp_path, store)
+    host.write("/a-key-of-its-own", entry("a"))
+
+    assert host.files.can_provide(run(), "/one", {})
+    assert host.files.keep(run()) == {"hasTranscript": 1, "transcriptStored": 1}
+
+
+def test_the_project_of_a_directory_is_named_as_claude_code_names_it() -> None:
+    names = {"/a/é😀b": "-a----b", "/a/e\u0301": "-a--", "/a.b c": "-a-b-c"}
+    for cwd, name in names.items():
+        assert transcript_path(cwd, SESSION, {"HOME": "/h"}).parent.name == name.replace("é", "-")
+
+
 def test_a_file_that_is_there_is_never_touched(store: TranscriptStore, tmp_path: Path) -> None:
     host = Host(tmp_path, store)
     asyncio.run(store.append({**KEY, "project_key": "-one"}, [entry("stored")]))
-    path = host.write("/one", entry("local"))
+    path = host.write("/one", entry("stored"), entry("local"))
     before = path.read_bytes(), path.stat().st_mtime_ns
 
     assert host.files.provide(run(transcript_stored=1), run(cwd="/two", id="next"))

@@ -28,6 +28,7 @@ from tests.e2e.test_endings import until
 from tests.e2e.test_runs import prompts_sent
 
 BASH = {"allowedTools": ["Bash"]}
+SLEEP = '[[tool Bash {"command": "perl -e \'sleep 300\'"}]]'
 SUBAGENT = '[[tool Agent {"description": "x", "prompt": "say [[text hello]]", "subagent_type": "general-purpose"}]]'
 LOCAL_ONLY = ("api-request", "cost-state")
 
@@ -180,6 +181,68 @@ def test_the_transcript_of_a_run_whose_service_was_killed_is_taken_over(
 
     assert [interrupted["error"]["code"], interrupted["transcriptStored"]] == ["INTERRUPTED", True]
     assert client.resume(run["sessionId"], "Go on.")["status"] == "completed"
+
+
+def test_a_run_that_was_cut_off_goes_on_on_another_host(
+    serve: ServeFunction, project: Path, tmp_path: Path, messages_api: MessagesAPI
+) -> None:
+    homes = [tmp_path / "here", tmp_path / "there"]
+    for home in homes:
+        home.mkdir()
+    service = serve(HOME=homes[0])
+    client = Client(service.url)
+    run = client.start(project, f"Cut off here. {SLEEP}", wait=0, options=BASH)
+    until(lambda: client.messages(run["id"], type="assistant"))
+    until(lambda: "tool_use" in str(stored_lines(tmp_path, run)))
+    os.kill(service.process.pid, signal.SIGKILL)
+    service.wait()
+    until(lambda: not marked(run["id"]))
+
+    client = Client(serve(HOME=homes[1]).url)
+    assert client.resume(run["sessionId"], "Gone on there.")["status"] == "completed"
+    assert prompts_sent(messages_api, "Gone on there.")[0].startswith("Cut off here.")
+
+
+def stored_lines(folder: Path, run: dict[str, Any]) -> list[str]:
+    """The texts of the stored transcript of a run."""
+    with sqlite3.connect(folder / "db.sqlite") as database:
+        rows = database.execute(
+            'SELECT x.text FROM ccr_transcripts t JOIN ccr_transcript_entries e ON e."transcriptId" = t.id '
+            'JOIN ccr_transcript_texts x ON x.digest = e.digest WHERE t."sdkSessionId" = ?',
+            [run["sdkSessionId"]],
+        ).fetchall()
+    database.close()
+    return [text for (text,) in rows]
+
+
+def test_a_transcript_that_was_deleted_while_it_was_written_is_continued_whole(
+    host: Host, project: Path, tmp_path: Path, messages_api: MessagesAPI
+) -> None:
+    client, home = host("here")
+    gate = tmp_path / "gate"
+    wait = json.dumps({"command": f"perl -e 'sleep 1 until -e \"{gate}\"'"})
+    run = client.start(project, f"Deleted meanwhile. [[tool Bash {wait}]] [[text Done.]]", wait=0, options=BASH)
+    until(lambda: "tool_use" in str(stored_lines(tmp_path, run)))
+    shutil.rmtree(home / ".claude" / "projects")
+    gate.touch()
+    ended = client.run(run["id"])
+
+    assert [ended["status"], ended["transcriptStored"]] == ["completed", True]
+    assert client.resume(run["sessionId"], "What was it before?")["status"] == "completed"
+    assert prompts_sent(messages_api, "What was it before?")[0].startswith("Deleted meanwhile.")
+
+
+@pytest.mark.parametrize("name", ["caf\u00e9", "cafe\u0301", "\U0001f600 smile", "x" * 180, "a.b_c d"])
+def test_directories_of_any_name(host: Host, tmp_path: Path, messages_api: MessagesAPI, name: str) -> None:
+    client, home = host("here")
+    folder = tmp_path / name / name[:80]
+    folder.mkdir(parents=True)
+    first = client.start(folder, "First of all.")
+    shutil.rmtree(home / ".claude" / "projects")
+
+    assert client.resume(first["sessionId"], f"In {name}")["status"] == "completed"
+    assert prompts_sent(messages_api, f"In {name}")[0] == "First of all."
+    assert len(list(home.glob(f".claude/projects/*/{first['sdkSessionId']}.jsonl"))) == 1
 
 
 def test_a_session_whose_transcript_is_nowhere_cannot_be_continued(host: Host, project: Path, tmp_path: Path) -> None:

@@ -70,9 +70,8 @@ def find_transcript(cwd: str, sdk_session_id: str, environ: Mapping[str, str]) -
 
 
 def _project_key(cwd: str) -> str:
-    """The name of a directory's project. Claude Code replaces UTF-16's units, the SDK characters."""
-    path = unicodedata.normalize("NFC", os.path.realpath(cwd))
-    units = path.encode("utf-16-le", "surrogatepass")
+    """The name of a directory's project. Claude Code replaces UTF-16's units, the SDK composed characters."""
+    units = os.path.realpath(cwd).encode("utf-16-le", "surrogatepass")
     return _sanitize_path("".join(chr(unit) for (unit,) in struct.iter_unpack("<H", units)))
 
 

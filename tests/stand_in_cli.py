@@ -4,10 +4,11 @@
 It speaks the CLI's side of stream-json on its standard streams. The prompt is JSON:
 
     {"messages": [...], "count": N, "pad": BYTES, "raw": "...", "exit": CODE, "stderr": "...", "states": false,
-     "hold": true, "ignore_interrupt": true, "tool": SECONDS, "result": {...}}
+     "hold": true, "ignore_interrupt": true, "tool": SECONDS, "server": SECONDS, "late": "...", "result": {...}}
 
-`messages` are written as they are, then `count` assistant messages of `pad` bytes, then a result. Anything else in the
-prompt makes one short turn. With STAND_IN_CLI_LOG in its environment it writes there each line that it writes.
+`messages` are written as they are, then `count` assistant messages of `pad` bytes, then a result; `late` comes once the
+input is closed. A `tool` holds the output open, a `server` does not. Anything else in the prompt makes one short turn.
+With STAND_IN_CLI_LOG in its environment it writes there each line that it writes.
 """
 
 from __future__ import annotations
@@ -126,11 +127,13 @@ def turn(script: dict[str, Any]) -> None:
         sys.stderr.flush()
     if "raw" in script:
         write(script["raw"])
-    if script.get("tool"):
-        # A tool of the agent, in a session of its own as the real CLI's are. Nobody but its mark ends it.
+    if script.get("tool") or script.get("server"):
+        # Processes of the agent, in sessions of their own as the real CLI's are. Nobody but their mark ends them.
         import subprocess
 
-        subprocess.Popen(["sleep", str(script["tool"])], start_new_session=True)
+        for name, output in (("tool", None), ("server", subprocess.DEVNULL)):
+            if script.get(name):
+                subprocess.Popen(["sleep", str(script[name])], start_new_session=True, stdout=output)
     sys.stdout.flush()
     if "exit" in script:
         os._exit(script["exit"])
@@ -165,6 +168,9 @@ def main() -> None:
                 script = {"messages": [assistant("heard: " + text)]}
             transcript(text)
             turn(script)
+    if script.get("late"):
+        transcript(script["late"])
+        write(assistant(script["late"]))
 
 
 main()

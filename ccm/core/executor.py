@@ -304,7 +304,7 @@ class Execution:
             if self._over.is_set():
                 with contextlib.suppress(Exception):
                     await client.end_input()
-            if (self._over.is_set() or self._exited.is_set()) and await self._ends_within(CLOSE_SECONDS):
+            if (self._over.is_set() or self._exited.is_set()) and await self._closes():
                 self._closed_by_itself = self._over.is_set()
                 return
             while not self._stream_ended.is_set():
@@ -312,19 +312,34 @@ class Execution:
                 if await self._ends_within(TERMINATE_SECONDS):
                     return
                 client.signal(signal.SIGKILL)
-                # A tool may hold the output open that a dead CLI no longer writes to.
-                await asyncio.to_thread(end_marked, self._assignment.run_id)
+                await self._free_output(client, cut_off=False)
                 await self._ends_within(TERMINATE_SECONDS)
         finally:
             exit_watch.cancel()
 
     async def _notice_exit(self, client: Client) -> None:
-        """When the CLI has gone, end what it left: a tool that holds its output open would hold the run open too."""
+        """When the CLI has gone, free its output: a tool that holds it open would hold the run open too."""
         await self._connected.wait()
-        await client.wait_for_exit()
+        code = await client.wait_for_exit()
         self._exited.set()
         if not await self._ends_within(EXIT_SECONDS):
-            await asyncio.to_thread(end_marked, self._assignment.run_id)
+            await self._free_output(client, cut_off=code != 0 and not self._over.is_set())
+
+    async def _free_output(self, client: Client, cut_off: bool) -> None:
+        """End what holds the output open that a CLI that has gone no longer writes to.
+
+        Nothing else, unless the run was stopped or cut off: the stream may be open only because storage is slow, and
+        what a run that ended by itself has left running is to stay.
+        """
+        everything = cut_off or self._stop.is_set()
+        await asyncio.to_thread(end_marked, self._assignment.run_id, holding=None if everything else client.output())
+
+    async def _closes(self) -> bool:
+        """Whether the stream ends without force. Claude Code gets CLOSE_SECONDS for it, storage as long as it takes."""
+        while not await self._ends_within(CLOSE_SECONDS):
+            if self._stop.is_set() or not (self._exited.is_set() or self._recording):
+                return False
+        return True
 
     async def _ends_within(self, seconds: float) -> bool:
         with contextlib.suppress(TimeoutError):

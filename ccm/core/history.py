@@ -243,7 +243,8 @@ class History:
                 rung.clear()
                 found = look()
                 remaining = deadline - time.monotonic()
-                if found is not None or remaining <= 0 or self._doorbell.closed:
+                # Who has left is not waited for: behind a request that its client left there may be more of it.
+                if found is not None or remaining <= 0 or self._doorbell.closed or gone():
                     return found
                 while not rung.wait(min(LOOK_SECONDS, remaining)):
                     remaining = deadline - time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -53,8 +54,12 @@ def launch_environment(claude: Path, run_id: str, environ: Mapping[str, str], st
     }
 
 
-def marked(run_id: str) -> list[int]:
-    """The pids of all processes that carry a run's mark. Linux only: elsewhere none is found."""
+def marked(run_id: str, holding: str | None = None) -> list[int]:
+    """The pids of all processes that carry a run's mark. Linux only: elsewhere none is found.
+
+    Args:
+        holding: only those that have this open, as /proc names it: `pipe:[123]`.
+    """
     mark = f"{RUN_MARK}={run_id}".encode()
     pids = []
     for entry in os.scandir("/proc") if sys.platform == "linux" else ():
@@ -64,19 +69,32 @@ def marked(run_id: str) -> list[int]:
             environment = Path(entry.path, "environ").read_bytes()
         except OSError:
             continue  # it has ended, or is another user's
-        if mark in environment.split(b"\0"):
+        if mark in environment.split(b"\0") and (holding is None or holding in _open_files(entry.path)):
             pids.append(int(entry.name))
     return pids
 
 
-def end_marked(run_id: str, seconds: float = 5.0) -> None:
+def _open_files(process: str) -> set[str]:
+    """What the process of a folder in /proc has open, by the names that /proc has for it."""
+    names = set()
+    try:
+        for entry in os.scandir(Path(process, "fd")):
+            with contextlib.suppress(FileNotFoundError):  # closed since
+                names.add(os.readlink(entry.path))
+    except OSError:
+        pass  # it has ended, or is another user's
+    return names
+
+
+def end_marked(run_id: str, seconds: float = 5.0, holding: str | None = None) -> None:
     """Kill what a run has left behind: a tool survives the death of Claude Code in a session of its own.
 
     Args:
         seconds: how long to wait for the killed to be gone.
+        holding: as for `marked`.
     """
     deadline = time.monotonic() + seconds
-    pids = marked(run_id)
+    pids = marked(run_id, holding)
     while pids and time.monotonic() < deadline:
         for pid in pids:
             try:
@@ -86,6 +104,6 @@ def end_marked(run_id: str, seconds: float = 5.0) -> None:
             except PermissionError:
                 log.warning("run %s: process %d may not be ended: it is another user's", run_id, pid)
         time.sleep(0.01)
-        pids = marked(run_id)
+        pids = marked(run_id, holding)
     if pids:
         log.error("run %s: processes %s would not end", run_id, ", ".join(map(str, pids)))

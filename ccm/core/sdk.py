@@ -125,7 +125,7 @@ class _Tap:
 
 
 class Client(ClaudeSDKClient):
-    """The SDK's client with the four things that it does not offer."""
+    """The SDK's client with the five things that it does not offer."""
 
     async def receive_raw(self, take: Callable[[dict[str, Any]], Awaitable[None]], message: dict[str, Any]) -> None:
         """Send one user message, and have `take` get all that the CLI says until its stream ends: the messages as they
@@ -166,11 +166,19 @@ class Client(ClaudeSDKClient):
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(number)
 
-    async def wait_for_exit(self) -> None:
-        """Return when the CLI's process has gone, though a tool may still hold its output open."""
+    async def wait_for_exit(self) -> int:
+        """Return when the CLI's process has gone, though a tool may still hold its output open. Gives its exit code."""
         process = getattr(self._transport, "_process", None)
-        if process is not None:
-            await process.wait()
+        return 0 if process is None else int(await process.wait())
+
+    def output(self) -> str:
+        """The pipe that the CLI writes to, as /proc names it; empty once it has been read to its end."""
+        process = getattr(self._transport, "_process", None)
+        if process is None:
+            return ""
+        pipe = process.stdout._stream._transport.get_extra_info("pipe")
+        # Both ends of a pipe have one inode.
+        return "" if pipe.closed else f"pipe:[{os.fstat(pipe.fileno()).st_ino}]"
 
 
 async def _one(message: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:

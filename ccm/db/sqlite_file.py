@@ -7,6 +7,7 @@ read instead: https://www.sqlite.org/fileformat.html#the_database_header
 from __future__ import annotations
 
 import os
+import shlex
 import sqlite3
 import time
 from contextlib import closing
@@ -42,6 +43,7 @@ def prepare(url: str) -> None:
         return
     path = _path(url)
     try:
+        _check_links(path)
         header = _header(path)
         if header:
             _check_header(path, header)
@@ -105,6 +107,19 @@ def _header(path: Path) -> bytes:
         return b""
     with path.open("rb") as file:
         return file.read(HEADER_SIZE)
+
+
+def _check_links(path: Path) -> None:
+    """The lock and the write-ahead log go by the file's name. Under a second name they would be others: two services
+    could write at once, and what is still in the log would be lost. https://www.sqlite.org/howtocorrupt.html
+    """
+    names = path.stat().st_nlink if path.exists() else 1
+    if names > 1:
+        raise DatabaseRefused(
+            f"{path} has {names} names (hard links); SQLite's log goes by the name, so there may be only one. "
+            f"`find / -xdev -samefile {shlex.quote(str(path))}` shows them. Stop a CC Manager that uses another, then "
+            "remove all but one; if one has a -wal file beside it, keep that one."
+        )
 
 
 def _check_header(path: Path, header: bytes) -> None:

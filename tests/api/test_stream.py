@@ -419,6 +419,21 @@ def test_a_client_that_has_gone_frees_its_place_within_two_seconds(one_place: Cl
     one_place.delete(f"/api/runs/{run['id']}")
 
 
+def test_a_client_that_has_gone_frees_its_place_also_when_it_has_asked_for_more(
+    one_place: Client, project: Path
+) -> None:
+    """Behind requests that wait the server does not read on to the end of the connection."""
+    run, long = held(one_place, project), long_run(one_place, project)
+    waiting = f"/api/runs/{run['id']}?wait=60"
+    for path in [waiting, *held_open(run, long)]:
+        more = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode() * 20
+        with asked(one_place, path) if path == waiting else let_in(one_place, path) as connection:
+            connection.sendall(more)
+            until(lambda: one_place.get(stream_of(long)).status == 503)
+        let_in(one_place, stream_of(long)).close()
+    one_place.delete(f"/api/runs/{run['id']}")
+
+
 def test_a_client_that_goes_before_it_is_answered_frees_its_place(one_place: Client, project: Path) -> None:
     run, long = held(one_place, project), long_run(one_place, project)
     for path in held_open(run, long):

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,42 @@ from claude_agent_sdk._internal.query import Query
 from claude_agent_sdk._internal.transport.subprocess_cli import SubprocessCLITransport
 
 from ccm.core.executor import Assignment, Claude, Execution
-from ccm.core.processes import marked
+from ccm.core.processes import end_marked, marked
+from ccm.core.transcript_store import Mirror
 from ccm.models import Outcome
 from tests.conftest import stand_in_cli
 
 SOON = 30.0
+# What the stand-in says when its input is closed, with the run over.
+LATE = "said late"
+
+
+class SlowMirror(Mirror):
+    """Takes its time for what comes late."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    async def append(self, _key: Mapping[str, str], entries: Sequence[Mapping[str, Any]]) -> None:
+        if LATE in str(entries):
+            await asyncio.sleep(self._seconds)
 
 
 class Run:
     """One execution in a thread of its own, with what it recorded."""
 
-    def __init__(self, folder: Path, script: object, environ: dict[str, str] | None = None, **claude: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        script: object,
+        environ: dict[str, str] | None = None,
+        mirror: Mirror | None = None,
+        **claude: Any,
+    ) -> None:
         self.messages: list[dict[str, Any]] = []
         self.gate: asyncio.Event | None = None
+        # How long the record of what comes late takes.
+        self.late_seconds = 0.0
         self.run_id = str(uuid.uuid4())
         prompt = script if isinstance(script, str) else json.dumps(script)
         environ = {"PATH": os.environ["PATH"], "HOME": str(folder), **(environ or {})}
@@ -51,12 +74,14 @@ class Run:
             images=(),
             options={},
         )
-        self.execution = Execution(assignment, Claude(**settings | claude), environ, self._record)
+        self.execution = Execution(assignment, Claude(**settings | claude), environ, self._record, mirror)
         self.outcome: Outcome | None = None
         self._thread = threading.Thread(target=self._perform)
 
     async def _record(self, message: dict[str, Any]) -> None:
         self.messages.append(message)
+        if self.late_seconds and LATE in str(message):
+            await asyncio.sleep(self.late_seconds)
         if self.gate is not None:
             await self.gate.wait()
 
@@ -67,12 +92,19 @@ class Run:
         self._thread.start()
         return self
 
-    def end(self) -> Outcome:
+    def end(self, left: Sequence[str] = ()) -> Outcome:
+        """
+        Args:
+            left: the commands of the processes that it is to leave behind; they are ended then.
+        """
         if not self._thread.ident:
             self.start()
         self._thread.join(SOON)
         assert self.outcome is not None, "it did not end"
-        assert marked(self.run_id) == [], "it left processes behind"
+        pids = marked(self.run_id)
+        commands = [Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " ").strip() for pid in pids]
+        end_marked(self.run_id)
+        assert commands == list(left), "it left other processes behind"
         return self.outcome
 
 
@@ -284,6 +316,50 @@ def test_a_stop_for_a_reason_ends_with_that_reason(tmp_path: Path) -> None:
         "INTERRUPTED",
         "The service was shut down.",
     )
+
+
+# ---- what it leaves
+
+
+@pytest.mark.parametrize("slow", ["the mirror", "the record"])
+def test_what_a_run_that_ended_by_itself_left_stays_however_slow_storage_is(
+    slow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("EXIT_SECONDS", "CLOSE_SECONDS", "TERMINATE_SECONDS"):
+        monkeypatch.setattr(f"ccm.core.executor.{name}", 0.1)
+    seconds = 1.5
+    script = {"count": 1, "server": 300, "late": LATE}
+    if slow == "the mirror":
+        run = Run(tmp_path, script, mirror=SlowMirror(seconds))
+    else:
+        run = Run(tmp_path, script)
+        run.late_seconds = seconds
+    outcome = run.end(left=["sleep 300"])
+
+    assert outcome.status == "completed"
+    assert outcome.duration_ms is not None
+    assert outcome.duration_ms > seconds * 1000
+    assert run.execution.closed_by_itself
+
+
+def test_only_what_holds_the_output_of_an_ended_cli_open_is_ended_with_it(tmp_path: Path) -> None:
+    outcome = Run(tmp_path, {"count": 1, "tool": 301, "server": 300}).end(left=["sleep 300"])
+
+    assert outcome.status == "completed"
+    assert outcome.duration_ms is not None
+    assert outcome.duration_ms < 4_000
+
+
+def test_a_crash_ends_what_was_to_stay_too_while_storage_is_slow(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"count": 1, "server": 300, "exit": 7})
+    run.gate = asyncio.Event()
+    run.start()
+    until(lambda: run.messages and not marked(run.run_id))
+
+    loop = run.execution._loop
+    assert loop is not None
+    loop.call_soon_threadsafe(run.gate.set)
+    assert tell(run) == ("error", "CLI_CRASHED")
 
 
 # ---- what the agent's processes see

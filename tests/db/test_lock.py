@@ -11,6 +11,8 @@ import pytest
 
 from ccm.db.lock import ServiceLock
 from ccm.errors import DatabaseRefused
+from tests.client import Client
+from tests.conftest import ServeFunction
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +45,38 @@ def test_a_holder_that_is_killed_lets_go(database_url: str) -> None:
     holder.communicate()
     with ServiceLock(database_url, patience=10):
         pass
+
+
+def test_a_service_is_refused_a_database_with_two_names(
+    serve: ServeFunction, environ: dict[str, str], tmp_path: Path
+) -> None:
+    first, second = tmp_path / "db.sqlite", tmp_path / "elsewhere" / "db.sqlite"
+    second.parent.mkdir()
+    service = serve()
+    second.hardlink_to(first)
+
+    def start(path: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, ROOT / "app.py"],
+            env=environ | {"DATABASE_PATH": str(path), "PORT": "0"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    # Beside the first one, and after its death too: what is in its log is not in the file.
+    beside = start(second)
+    service.process.kill()
+    service.wait()
+    for refusal, path in ((beside, second), (start(second), second), (start(first), first)):
+        assert refusal.returncode == 3
+        assert f"{path} has 2 names (hard links)" in refusal.stderr
+        assert "Traceback" not in refusal.stderr
+    assert [path.name for path in second.parent.iterdir()] == ["db.sqlite"]
+
+    second.unlink()
+    assert Client(serve().url).get("/health").status == 200
 
 
 def test_the_lock_file_is_its_owners_alone(tmp_path: Path) -> None:

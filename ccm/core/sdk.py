@@ -34,6 +34,7 @@ __all__ = [
     "ClaudeAgentOptions",
     "Client",
     "bundled_cli",
+    "config_directory",
     "explain",
     "fold_session_summary",
     "transcript_path",
@@ -45,10 +46,15 @@ def bundled_cli() -> Path:
     return Path(claude_agent_sdk.__file__).parent / "_bundled" / "claude"
 
 
+def config_directory(environ: Mapping[str, str]) -> Path:
+    """Where Claude Code keeps its own files with this environment."""
+    return Path(environ.get("CLAUDE_CONFIG_DIR") or os.path.join(environ.get("HOME") or Path.home(), ".claude"))
+
+
 def transcript_path(cwd: str, sdk_session_id: str, environ: Mapping[str, str]) -> Path:
     """Where Claude Code keeps the transcript of a session that ran in `cwd`."""
-    home = environ.get("CLAUDE_CONFIG_DIR") or os.path.join(environ.get("HOME") or Path.home(), ".claude")
-    return Path(home, "projects", claude_agent_sdk.project_key_for_directory(cwd), f"{sdk_session_id}.jsonl")
+    project = claude_agent_sdk.project_key_for_directory(cwd)
+    return config_directory(environ) / "projects" / project / f"{sdk_session_id}.jsonl"
 
 
 class _Tap:

@@ -42,8 +42,8 @@ def export_command(session_id: str | None) -> None:
         with _reading(settings) as database, database.transaction() as transaction:
             archive.hold_snapshot(transaction, database.dialect)
             for line in export(transaction, session_id):
-                sys.stdout.write(line)
-            sys.stdout.flush()
+                _write(line)
+            _write("", flush=True)
 
 
 @click.command("import")
@@ -90,14 +90,14 @@ def prune_command(older_than: str | None, session_id: str | None, dry_run: bool)
             deleted = False
             for candidate in _candidates(database, session_id, age):
                 if candidate.tree.unfinished:
-                    click.echo(f"Left alone: {pruning.unfinished(candidate.tree)}")
+                    _say(f"Left alone: {pruning.unfinished(candidate.tree)}")
                     continue
                 if not dry_run:
                     pruning.delete(database, candidate)
                 deleted = True
                 _tell_tree(candidate, "Would delete" if dry_run else "Deleted")
             if not deleted:
-                click.echo("Nothing to delete.")
+                _say("Nothing to delete.")
             if not dry_run:
                 _clear(database, deleted)
 
@@ -191,32 +191,54 @@ def _warn(sentence: str) -> None:
     click.echo(sentence, err=True)
 
 
+def _say(sentence: str) -> None:
+    _write(f"{sentence}\n", flush=True)
+
+
+def _write(text: str, flush: bool = False) -> None:
+    """
+    Raises:
+        CommandRefused: standard output takes no more.
+        BrokenPipeError: nobody reads it any more. Click ends the command then.
+    """
+    try:
+        sys.stdout.write(text)
+        if flush:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # Python flushes it once more at exit, and would end with a stack trace.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise CommandRefused(f"The output cannot be written: {error.strerror}.") from None
+
+
 def _number(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _tell_report(report: Report) -> None:
-    click.echo(
+    _say(
         f"Imported {_number(report.sessions, 'session')}, {_number(report.runs, 'run')}, "
         f"{_number(report.messages, 'message')} and {_number(report.transcripts, 'transcript')}; here already: "
         f"{_number(report.already_there, 'run')}."
     )
     if report.interrupted:
-        click.echo(f"Had not ended and became error / INTERRUPTED: {_number(report.interrupted, 'run')}.")
+        _say(f"Had not ended and became error / INTERRUPTED: {_number(report.interrupted, 'run')}.")
     if report.runs:
-        click.echo(f"Can be resumed or forked, for the transcript is here: {_number(report.resumable, 'run')}.")
+        _say(f"Can be resumed or forked, for the transcript is here: {_number(report.resumable, 'run')}.")
 
 
 def _tell_tree(candidate: pruning.Candidate, did: str) -> None:
     tree = candidate.tree
-    click.echo(
+    _say(
         f"{did} the tree of session {tree.root}: {_number(len(tree.sessions), 'session')}, "
         f"{_number(tree.runs, 'run')}, {_number(tree.messages, 'message')} ({_number(tree.message_bytes, 'byte')}), "
         f"{_number(tree.transcripts, 'transcript')} and {_number(candidate.file_count, 'file')} of Claude Code; "
         f"latest activity {tree.last_run_at}."
     )
     for session_id in tree.sessions[1:]:
-        click.echo(f"  with session {session_id}")
+        _say(f"  with session {session_id}")
 
 
 COMMANDS = (export_command, import_command, prune_command)

@@ -201,6 +201,23 @@ def test_an_export_whose_reader_leaves_ends_quietly(filled: str, environ: dict[s
     process.wait()
 
 
+@pytest.mark.parametrize("words", [["export"], ["import", "-"], ["prune", "--session", ROOT]])
+def test_an_output_that_cannot_be_written_is_told_in_a_sentence(
+    flask: Flask, filled: str, environ: dict[str, str], words: list[str]
+) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*FLASK, *words],
+            env={**environ, **variables(filled)},
+            cwd=ROOT_FOLDER,
+            input=flask(filled, "export").stdout.encode(),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert [done.returncode, done.stderr] == [1, b"The output cannot be written: No space left on device.\n"]
+
+
 def test_an_export_beside_a_running_service_is_of_one_moment(
     flask: Flask, serve: ServeFunction, database_url: str, project: Path
 ) -> None:
@@ -306,6 +323,32 @@ def test_a_resume_of_what_has_gone_on_otherwise_here_becomes_a_fork(
         assert [root.run_count, root.head_run_id] == [3, uuid_of(1999)]
 
 
+def test_a_fork_of_what_became_a_fork_here_is_one_of_that(
+    flask: Flask, writer: Database, database_url: str, other_url: str
+) -> None:
+    fill(writer)
+    assert flask(other_url, "import", "-", given=flask(database_url, "export").stdout).returncode == 0
+    moved = add_run(writer, ROOT, 5, mode="resume", parentRunId=uuid_of(1003))
+    add_session(writer, uuid_of(70), parentSessionId=ROOT, forkedFromRunId=moved)
+    add_run(writer, uuid_of(70), 6, mode="fork", parentRunId=moved, parentSessionId=ROOT)
+    own = Database(other_url, writer=True, pool_size=1)
+    taken: dict[str, Any] = {"id": uuid_of(1999), "sdkSessionId": uuid_of(2999)}
+    add_run(own, ROOT, 5, mode="resume", parentRunId=uuid_of(1003), **taken)
+    own.close()
+
+    again = flask(other_url, "import", "-", given=flask(database_url, "export").stdout)
+
+    assert [again.returncode, "2 sessions, 2 runs" in again.stdout] == [0, True]
+    lines = flask.export(other_url)
+    session_of = {run["runId"]: run["sessionId"] for run in of_type(lines, "run")}
+    assert session_of[moved] not in (ROOT, uuid_of(70))
+    fork = next(run for run in of_type(lines, "run") if run["runId"] == uuid_of(1006))
+    session = next(session for session in of_type(lines, "session") if session["sessionId"] == uuid_of(70))
+    assert [fork["sessionId"], fork["parentRunId"], fork["parentSessionId"]] == [uuid_of(70), moved, session_of[moved]]
+    assert [session["parentSessionId"], session["forkedFromRunId"]] == [session_of[moved], moved]
+    assert "1 run, " not in flask(other_url, "import", "-", given=flask(database_url, "export").stdout).stdout
+
+
 def test_a_run_that_had_not_ended_comes_in_as_interrupted(
     flask: Flask, writer: Database, database_url: str, other_url: str, other: Database
 ) -> None:
@@ -395,6 +438,31 @@ def test_an_export_that_cannot_be_stored_as_it_is_leaves_nothing_of_the_run(flas
     assert refused.returncode == 1
     assert "has the same sdkSessionId" in refused.stderr
     assert flask(filled, "export").stdout.splitlines()[1:] == exported.splitlines()[1:]
+
+
+def test_a_run_that_does_not_fit_keeps_only_what_continues_it_out(
+    flask: Flask, writer: Database, database_url: str, other_url: str
+) -> None:
+    fill(writer)
+    sqlite_file.prepare(other_url)
+    own = Database(other_url, writer=True, pool_size=1)
+    migrate(own)
+    add_session(own, uuid_of(50))
+    add_run(own, uuid_of(50), 50, sdkSessionId=uuid_of(2001))
+    own.close()
+
+    done = flask(other_url, "import", "-", given=flask(database_url, "export").stdout)
+
+    assert done.returncode == 1
+    assert "Imported 1 session, 1 run, " in done.stdout
+    told = done.stderr.splitlines()
+    assert told[0] == (
+        f"Run {uuid_of(1001)} cannot be taken: run {uuid_of(1050)}, which is here already, has the same sdkSessionId "
+        f"{uuid_of(2001)}."
+    )
+    assert ["its parent run" in line for line in told[1:3]] == [True, True]
+    assert told[3:] == ["Not all has come in: of the runs, 3 did not fit, for the reasons above."]
+    assert {run["runId"] for run in of_type(flask.export(other_url), "run")} == {uuid_of(1002), uuid_of(1050)}
 
 
 def test_a_path_that_is_not_there_is_a_mistake_in_the_command(flask: Flask, tmp_path: Path) -> None:

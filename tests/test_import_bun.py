@@ -297,6 +297,67 @@ def test_what_has_gone_on_here_since_is_not_continued_twice(flask: Flask, bun: P
     assert lines_of(flask, database_url, "session")[B]["parentSessionId"] == A
 
 
+def test_a_fork_of_what_became_a_fork_here_is_one_of_that(flask: Flask, bun: Path, database_url: str) -> None:
+    add_bun_run(bun, "root", A, created_at=day(1))
+    flask(database_url, "import", str(bun))
+    own = Database(database_url, writer=True, pool_size=1)
+    add_run(own, A, 5, mode="resume", parentRunId="root")
+    own.close()
+    add_bun_run(bun, "moved", B, A, created_at=day(2))
+    add_bun_run(bun, "beyond", C, B, created_at=day(3))
+    add_bun_run(bun, "aside", D, B, created_at=day(4), mode="fork")
+
+    done = flask(database_url, "import", str(bun))
+
+    assert [done.returncode, "Imported 2 sessions, 3 runs" in done.stdout] == [0, True]
+    runs = lines_of(flask, database_url, "run")
+    assert [runs[name]["sessionId"] for name in ("moved", "beyond", "aside")] == [B, B, D]
+    assert lines_of(flask, database_url, "session")[D]["parentSessionId"] == B
+
+
+@pytest.mark.parametrize("gone_on", [False, True])
+def test_a_session_id_that_a_run_has_here_already_stays_with_it(
+    flask: Flask, bun: Path, database_url: str, gone_on: bool
+) -> None:
+    add_bun_run(bun, "r1", A, created_at=day(1))
+    flask(database_url, "import", str(bun))
+    if gone_on:
+        own = Database(database_url, writer=True, pool_size=1)
+        add_run(own, A, 5, mode="resume", parentRunId="r1")
+        own.close()
+    # There, the last of the runs that share a session id has it.
+    add_bun_run(bun, "r2", A, A, created_at=day(2))
+    add_bun_run(bun, "r3", B, created_at=day(3))
+
+    done = flask(database_url, "import", str(bun))
+
+    assert [done.returncode, "2 runs, " in done.stdout] == [0, True]
+    runs = lines_of(flask, database_url, "run")
+    made = runs["r2"]["sdkSessionId"]
+    assert f"Run r2 has the SDK session {A} of run r1, which is here already: it gets {made}" in done.stderr
+    assert [runs["r1"]["sdkSessionId"], runs["r2"]["parentRunId"], runs["r3"]["sessionId"]] == [A, "r1", B]
+    assert runs["r2"]["sessionId"] == (made if gone_on else A)
+    again = flask(database_url, "import", str(bun))
+    assert [again.returncode, "here already: 3 runs." in again.stdout] == [0, True]
+
+
+def test_two_databases_with_one_session_id_come_in_as_two_sessions(
+    flask: Flask, bun: Path, tmp_path: Path, database_url: str
+) -> None:
+    second = tmp_path / "second.sqlite"
+    make_bun(second)
+    add_bun_run(bun, "r1", A, created_at=day(1))
+    add_bun_run(second, "r2", A, created_at=day(2))
+    add_bun_run(second, "r3", B, A, created_at=day(3))
+    flask(database_url, "import", str(bun))
+
+    assert flask(database_url, "import", str(second)).returncode == 0
+
+    runs = lines_of(flask, database_url, "run")
+    assert [runs["r1"]["sessionId"], runs["r2"]["mode"]] == [A, "fresh"]
+    assert runs["r2"]["sessionId"] == runs["r3"]["sessionId"] == runs["r2"]["sdkSessionId"] != A
+
+
 def test_imported_history_is_served(flask: Flask, bun: Path, database_url: str, serve: ServeFunction) -> None:
     sqlite_file.prepare(database_url)
     own = Database(database_url, writer=True, pool_size=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -180,6 +181,46 @@ def test_claude_codes_own_files_of_the_runs_go_and_the_agents_files_stay(
     assert (project / "here-is-a-file.txt").read_text() == "hello\n"
 
 
+def test_copies_of_transcripts_that_were_written_for_other_runs_go_too(
+    flask: Flask, writer: Database, database_url: str, own_home: Path, project: Path
+) -> None:
+    add_session(writer, ROOT, cwd=str(project))
+    add_run(writer, ROOT, 1, cwd=str(project))
+    add_session(writer, FORK, parentSessionId=ROOT, forkedFromRunId=uuid_of(1001))
+    own = {"CLAUDE_CONFIG_DIR": str(own_home / "configured")}
+    forked: dict[str, Any] = {"mode": "fork", "parentRunId": uuid_of(1001)}
+    add_run(writer, FORK, 2, cwd="/srv/other", optionsJson=json.dumps({"env": own}), **forked)
+    add_session(writer, OTHER, parentSessionId=ROOT, forkedFromRunId=uuid_of(1001))
+    own = {"HOME": str(own_home / "another-home")}
+    add_run(writer, OTHER, 3, cwd="/srv/other", optionsJson=json.dumps({"env": own}), **forked)
+    parent = uuid_of(2001)
+    gone = [
+        write(own_home, Path("/srv/other"), parent),
+        write(own_home / "configured", Path("/srv/other"), parent, "CLAUDE_CONFIG_DIR"),
+        write(own_home / "another-home", Path("/srv/other"), parent),
+        # Whatever name Claude Code gave to a directory.
+        own_home / ".claude" / "projects" / "-srv-\U0001f600" / f"{parent}.jsonl",
+        own_home / ".claude" / "projects" / "-srv-\U0001f600" / parent / "subagents" / "agent-1.jsonl",
+        # What a service that was killed has left of writing a transcript back.
+        own_home / ".claude" / "projects" / "-srv-other" / f".ccm-{parent}-abcd_123",
+    ]
+    names = [f"{uuid_of(9999)}.jsonl", f".ccm-{uuid_of(9999)}-abcd", ".ccm-abcd", f"{parent}.txt", "memory"]
+    kept = [own_home / ".claude" / "projects" / "-srv-other" / name for name in names]
+    kept.append(own_home / ".claude" / "history" / "x" / f"{parent}.jsonl")
+    for path in (*gone, *kept):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(SECRET)
+
+    would = flask(database_url, "prune", "--session", ROOT, "--dry-run")
+    assert "6 files of Claude Code" in would.stdout
+    assert all(path.exists() for path in gone)
+    assert "6 files of Claude Code" in flask(database_url, "prune", "--session", ROOT).stdout
+
+    assert [path for path in gone if path.exists()] == []
+    assert [path for path in kept if not path.exists()] == []
+    assert not (own_home / ".claude" / "projects" / "-srv-\U0001f600" / parent).exists()
+
+
 def write(home: Path, cwd: Path, sdk_session_id: str, variable: str = "HOME") -> Path:
     path = transcript_path(str(cwd), sdk_session_id, {variable: str(home)})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -262,6 +303,41 @@ def test_a_prune_that_was_cut_off_is_completed_by_the_next(
     assert ids(flask, filled) == [ROOT, OTHER, FORK]
     assert "2 sessions, 3 runs, 700 messages" in flask(filled, "prune", "--session", ROOT).stdout
     assert ids(flask, filled) == [OTHER]
+
+
+def test_a_service_that_starts_after_a_prune_was_cut_off_answers_honestly(
+    flask: Flask, filled: str, monkeypatch: pytest.MonkeyPatch, writer: Database, serve: ServeFunction
+) -> None:
+    from ccm.db import trees
+
+    delete_by_index = trees._delete_by_index
+
+    def cut_off(database: Database, table: str, owner: str, owner_id: Any) -> None:
+        delete_by_index(database, table, owner, owner_id)
+        if table == "ccr_run_messages":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trees, "_delete_by_index", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        trees.delete(writer, ROOT)
+    monkeypatch.undo()
+
+    service = serve(**variables(filled))
+    client = Client(service.url)
+    for number in (1001, 1003, 1004):
+        run = client.run(uuid_of(number))
+        assert [run["messageCount"], run["transcriptStored"], client.messages(run["id"])] == [0, False, []]
+        stream = client.get(f"/api/runs/{run['id']}/stream").body
+        assert [stream.count(b"event: "), stream.count(b"event: end")] == [1, 1]
+    assert client.get(f"/api/sessions/{FORK}/messages", limit=5).json == []
+    for kind, session_id in (("resume", ROOT), ("fork", ROOT), ("resume", FORK)):
+        refused = client.post(f"/api/runs/{kind}", {"sessionId": session_id, "prompt": "Go on."})
+        assert [refused.status, refused.error["code"]] == [409, "SESSION_NOT_RESUMABLE"]
+    assert len(client.messages(uuid_of(1002))) == 1
+    service.process.terminate()
+    service.wait()
+    assert not [line for line in service.log if "Traceback" in line]
+    assert "2 sessions, 3 runs, 701 messages" in flask(filled, "prune", "--session", ROOT).stdout
 
 
 def test_a_long_run_is_deleted_in_several_transactions(

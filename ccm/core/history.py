@@ -215,8 +215,8 @@ class History:
             # The run before its messages: when it has ended, its count is final, and all of them are stored.
             link = runs.link(transaction, run_id)
             rest = Segment(run_id, after, link.message_count - 1)
-            if rest.after < rest.through:
-                indexes = _next_indexes(transaction, rest, after)
+            # Fewer may be there than are counted, where something other than the service has deleted some.
+            if rest.after < rest.through and (indexes := _next_indexes(transaction, rest, after)):
                 texts = messages.texts(transaction, run_id, after, indexes[-1])
                 return list(zip(indexes, texts, strict=True))
             return None if link.status == RUNNING else find_run(transaction, run_id)

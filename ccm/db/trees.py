@@ -38,6 +38,10 @@ UNUSED_TEXTS = """
 DELETE FROM ccr_transcript_texts WHERE digest > :after AND digest <= :through AND digest NOT IN (
     SELECT digest FROM ccr_transcript_entries WHERE digest > :after AND digest <= :through)
 """
+EMPTIED = (
+    f'UPDATE ccr_runs SET "messageCount" = 0, "hasTranscript" = 0, "transcriptStored" = 0 WHERE {RUNS}',
+    'UPDATE ccr_sessions SET "messageCount" = 0, "headRunId" = NULL WHERE id IN (SELECT id FROM tree)',
+)
 # Bounds of one transaction.
 ROWS = 5_000
 TEXTS = 50_000
@@ -118,7 +122,9 @@ def run_places(transaction: Transaction, root: str, after: int) -> list[RunPlace
 def delete(database: Database, root: str) -> None:
     """Delete a tree, in transactions of a bounded size. One that was interrupted is completed by another.
 
-    The runs and sessions go last and at once: as long as anything is there, the tree can still be named.
+    The runs and sessions go last and at once: as long as anything is there, the tree can still be named. Until then
+    they say that they have nothing: a service that is started in between neither waits for messages that are gone nor
+    continues a transcript of which a part is left.
 
     Args:
         database: the one writer.
@@ -126,6 +132,9 @@ def delete(database: Database, root: str) -> None:
     Raises:
         StorageError: what is left can be deleted by another try.
     """
+    with database.transaction() as transaction:
+        for statement in EMPTIED:
+            transaction.execute(TREE + statement, root=root)
     for run in _runs(database, root):
         for transcript in database.rows(
             'SELECT id FROM ccr_transcripts WHERE "sdkSessionId" = :id', id=run.sdk_session_id

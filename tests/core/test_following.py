@@ -190,3 +190,15 @@ def test_a_database_that_is_away_for_a_while_is_outlasted(
     assert [next(events), next(events)] == [None, None]
     monkeypatch.setattr(reader, "transaction", transaction)
     assert next(events) == [0]
+
+
+def test_the_end_of_a_run_is_told_though_messages_of_it_are_gone(
+    storage: Storage, history: History, writer: Database
+) -> None:
+    run_id = storage.run()
+    storage.say(run_id, 0, 1, 2)
+    storage.end(run_id)
+    with writer.transaction() as transaction:
+        transaction.execute("DELETE FROM ccr_run_messages")
+
+    assert [shown(event) for event in Follower(history, never).run(run_id, -1)] == [run_id]

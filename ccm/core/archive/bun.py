@@ -99,7 +99,7 @@ class BunSource:
             "startedAt": place.created_at,
             "endedAt": None if status == RUNNING else values.later(place.created_at, duration or 0),
         }
-        return ArchivedRun(session, row, self._messages(place))
+        return ArchivedRun(session, row, self._messages(place), spare_id=place.made_id)
 
     def _result(self, run_id: str, text: Any) -> dict[str, Any] | None:
         if text is None or text == "":

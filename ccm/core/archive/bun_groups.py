@@ -21,11 +21,15 @@ UNKNOWN_TIME = "1970-01-01T00:00:00.000Z"
 
 
 class Group(NamedTuple):
-    """A run's place among the others, which `parent` is the number of. Ids are those that it has here."""
+    """A run's place among the others, which `parent` is the number of. Ids are those that it has here.
+
+    `made_id` is a UUID that is its own whatever the others are.
+    """
 
     link: BunLink
     created_at: str
     run_id: str
+    made_id: str
     sdk_session_id: str
     session_id: str
     mode: str
@@ -80,6 +84,7 @@ def group(links: Sequence[BunLink], tell: Callable[[str], None]) -> list[Group]:
                 link=link,
                 created_at=_time(link),
                 run_id=_run_id(link, tell),
+                made_id=made,
                 # Of the runs that share one, the last has its transcript, which holds them all.
                 sdk_session_id=session_id if fits and shared[-1] == number else made,
                 session_id=session_id if fits and shared[0] == number else made,

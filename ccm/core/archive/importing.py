@@ -6,7 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ccm.core.archive.records import ArchivedEntries, ArchivedMessage, ArchivedRun, Source, SourceError
+from ccm.core.archive.records import (
+    ArchivedEntries,
+    ArchivedMessage,
+    ArchivedRun,
+    DoesNotFit,
+    Source,
+    SourceError,
+)
 from ccm.db import archive, messages, runs, transcripts
 from ccm.db.database import Database, Transaction
 from ccm.db.transcripts import TranscriptKey
@@ -58,21 +65,31 @@ class Importer:
         """Take in all runs of a source. What came before an error stays, whole.
 
         Raises:
-            CommandRefused: the source cannot be read on; says where.
+            CommandRefused: the source cannot be read on; says where. Or some of its runs do not fit, which was told.
             StorageError: the database takes no more.
         """
+        left_out = 0
         for run in source.runs():
-            with self._database.transaction() as transaction:
-                there = archive.place_of(transaction, run.row["id"])
-                if self._offset is None:
-                    self._offset = self._offset_of(transaction, run.row["seq"], there, source.last_seq)
-                if there is None:
-                    incoming = _Incoming(transaction, run, self._offset, self._has_transcript)
-                    incoming.take()
-            if there is not None:
-                self.report.already_there += 1
-            else:
-                self._count(incoming)
+            try:
+                self._take(run, source.last_seq)
+            except DoesNotFit as error:
+                left_out += 1
+                self._tell(str(error))
+        if left_out:
+            raise SourceError(f"Not all has come in: of the runs, {left_out} did not fit, for the reasons above.")
+
+    def _take(self, run: ArchivedRun, last_seq: int) -> None:
+        with self._database.transaction() as transaction:
+            there = archive.place_of(transaction, run.row["id"])
+            if self._offset is None:
+                self._offset = self._offset_of(transaction, run.row["seq"], there, last_seq)
+            if there is None:
+                incoming = _Incoming(transaction, run, self._offset, self._has_transcript)
+                incoming.take()
+        if there is not None:
+            self.report.already_there += 1
+        else:
+            self._count(incoming)
 
     def _offset_of(self, transaction: Transaction, seq: int, there: int | None, last_seq: int) -> int:
         """Where the history of a source stands among what is here: before it all, for it is older.
@@ -107,6 +124,7 @@ class _Incoming:
         self._offset = offset
         self._has_transcript = has_transcript
         self._row = dict(run.row)
+        self._session = dict(run.session)
         self._batch: list[Message] = []
         self._batch_bytes = 0
         self._last_at: str | None = None
@@ -120,11 +138,11 @@ class _Incoming:
     def take(self) -> None:
         """
         Raises:
-            SourceError: it does not fit what is here.
+            DoesNotFit: what is here already, or what came before it.
         """
         row = self._row
+        self._settle_ids()
         session = self._settle_session()
-        self._check_ids()
         if not archive.has_session(self._transaction, row["sessionId"]):
             self._open(session)
         self._check_line()
@@ -144,7 +162,7 @@ class _Incoming:
 
     def _settle_session(self) -> Mapping[str, Any]:
         """The session that it belongs to here: its parent's, or its own if that one has gone on otherwise since."""
-        row, session = self._row, self._run.session
+        row, session = self._row, self._session
         parent = row["parentRunId"]
         if parent is None:
             return session
@@ -152,7 +170,9 @@ class _Incoming:
         if session_of_parent is None:
             raise self._error(f"its parent run {parent} is neither before it nor here already")
         if row["mode"] != RESUME:
-            return session
+            # Not always the one that it was forked from there: the parent may have become a fork here.
+            row["parentSessionId"] = session_of_parent
+            return {**session, "parentSessionId": session_of_parent}
         row["sessionId"] = session_of_parent
         if archive.has_gone_on(self._transaction, session_of_parent, parent):
             self.notes.append(
@@ -164,11 +184,21 @@ class _Incoming:
             return {**session, **own}
         return session
 
-    def _check_ids(self) -> None:
-        row = self._row
+    def _settle_ids(self) -> None:
+        row, spare = self._row, self._run.spare_id
         other = archive.run_of_sdk_session(self._transaction, row["sdkSessionId"])
         if other is not None:
-            raise self._error(f"run {other}, which is here already, has the same sdkSessionId {row['sdkSessionId']}")
+            if spare is None or archive.run_of_sdk_session(self._transaction, spare) is not None:
+                raise self._error(
+                    f"run {other}, which is here already, has the same sdkSessionId {row['sdkSessionId']}"
+                )
+            self.notes.append(
+                f"Run {row['id']} has the SDK session {row['sdkSessionId']} of run {other}, which is here already: it "
+                f"gets {spare} and no transcript."
+            )
+            row |= {"sdkSessionId": spare, "hasTranscript": 0}
+            if row["mode"] != RESUME:
+                row["sessionId"] = self._session["id"] = spare
         key = row.get("idempotencyKey")
         if key is not None and archive.run_of_key(self._transaction, key) is not None:
             self.notes.append(f"Run {row['id']} leaves its idempotency key behind: another run has it here.")
@@ -211,8 +241,8 @@ class _Incoming:
             return runs.next_seq(self._transaction)
         return wanted
 
-    def _error(self, why: str) -> SourceError:
-        return SourceError(f"Run {self._row['id']} cannot be taken: {why}.")
+    def _error(self, why: str) -> DoesNotFit:
+        return DoesNotFit(f"Run {self._row['id']} cannot be taken: {why}.")
 
     # ---- what it says
 

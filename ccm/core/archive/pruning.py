@@ -69,14 +69,25 @@ def trees_older_than(database: Database, age: timedelta, files: LocalFiles) -> I
 
 def _candidate(transaction: Transaction, root: str, files: LocalFiles) -> Candidate:
     tree = trees.measure(transaction, root)
-    paths: list[Path] = []
+    sdk_session_ids: list[str] = []
+    # Any run of the tree may have had the transcript of another one written to its own directory.
+    directories: dict[Path, None] = {}
     after = BEFORE_ALL
     while places := trees.run_places(transaction, root, after):
         for place in places:
-            own_environ = json.loads(place.options_json).get("env") or {}
-            paths += files.of_run(place.cwd, place.sdk_session_id, own_environ)
+            sdk_session_ids.append(place.sdk_session_id)
+            directories.update(dict.fromkeys(files.directories(place.cwd, _own_environ(place.options_json))))
         after = places[-1].seq
+    paths = files.of_sessions(sdk_session_ids, directories)
     return Candidate(tree, paths, sum(count(path) for path in paths))
+
+
+def _own_environ(options_json: str) -> dict[str, str]:
+    """What a run changed in the environment of its agent. An import may have brought anything."""
+    environ = json.loads(options_json).get("env")
+    if not isinstance(environ, dict):
+        return {}
+    return {name: value for name, value in environ.items() if isinstance(value, str)}
 
 
 def delete(database: Database, candidate: Candidate) -> None:

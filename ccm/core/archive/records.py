@@ -44,11 +44,13 @@ class ArchivedRun:
         session: the columns of its session that are known when that begins.
         row: the columns of the run. `messageCount` None: as many as there are. `seq` is its place in the source.
         parts: can be read until the next run is asked for.
+        spare_id: what it can have for its SDK session id where a run that is here has that one; None: it is refused.
     """
 
     session: dict[str, Any]
     row: dict[str, Any]
     parts: Iterator[ArchivedMessage | ArchivedEntries]
+    spare_id: str | None = None
 
 
 class Source(Protocol):
@@ -67,3 +69,7 @@ class Source(Protocol):
 
 class SourceError(CommandRefused):
     """What is read is not what it should be; says where."""
+
+
+class DoesNotFit(SourceError):
+    """A run cannot be taken in beside what is here; the ones after it may."""

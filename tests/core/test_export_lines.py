@@ -74,10 +74,10 @@ LINES = [SESSION, RUN, MESSAGE, TRANSCRIPT, {"type": "end", "sessions": 1, "runs
 HEADER = {"type": "export", "format": "cc-manager", "version": 1, "lastSeq": 1}
 
 
-def take(database: Database, lines: list[dict[str, Any] | str]) -> None:
+def take(database: Database, lines: list[dict[str, Any] | str], told: list[str] | None = None) -> None:
     text = "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in [HEADER, *lines])
     source = LineSource(io.BytesIO(text.encode("utf-8", "surrogatepass")), "it")
-    Importer(database, lambda _cwd, _id: False, lambda _sentence: None).take(source)
+    Importer(database, lambda _cwd, _id: False, ([] if told is None else told).append).take(source)
 
 
 def count(database: Database) -> int:
@@ -148,10 +148,14 @@ def test_a_line_that_is_not_as_it_should_be_is_named(
     lines: list[dict[str, Any] | str] = list(LINES)
     lines[number - 2] = {**LINES[number - 2], **change}
 
-    with pytest.raises(SourceError, match=r"Line|Run") as refused:
-        take(writer, lines)
+    sentences: list[str] = []
+    with pytest.raises(SourceError, match=r"Line|Not all has come in") as refused:
+        take(writer, lines, sentences)
 
-    assert told in str(refused.value)
+    # Of a run that does not fit it is told before the rest is read.
+    sentence = (sentences or [str(refused.value)])[0]
+    assert sentence.startswith(("Line", "Run"))
+    assert told in sentence
     assert count(writer) == (1 if number == 6 else 0)
 
 
@@ -176,6 +180,8 @@ def test_a_parent_in_another_tree_is_refused(writer: Database) -> None:
     run = {**RUN, "runId": uuid_of(21), "sessionId": uuid_of(20), "sdkSessionId": uuid_of(20), "messageCount": 0}
     run |= {"mode": "fork", "parentRunId": uuid_of(2), "seq": 2}
 
-    with pytest.raises(SourceError, match="is in no session that its own was forked from"):
-        take(writer, [stranger, run, {"type": "end", "sessions": 1, "runs": 1}])
+    told: list[str] = []
+    with pytest.raises(SourceError, match="Not all has come in"):
+        take(writer, [stranger, run, {"type": "end", "sessions": 1, "runs": 1}], told)
+    assert [sentence.endswith("is in no session that its own was forked from.") for sentence in told] == [True]
     assert count(writer) == 1

@@ -170,6 +170,8 @@ class _Incoming:
         if session_of_parent is None:
             raise self._error(f"its parent run {parent} is neither before it nor here already")
         if row["mode"] != RESUME:
+            if session["parentSessionId"] is None:
+                return session
             # Not always the one that it was forked from there: the parent may have become a fork here.
             row["parentSessionId"] = session_of_parent
             return {**session, "parentSessionId": session_of_parent}

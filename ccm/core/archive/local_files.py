@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ccm.core.archive.records import UUID
-from ccm.core.sdk import config_directory, transcript_path
+from ccm.core.sdk import config_directory, find_transcript
 from ccm.errors import CommandRefused
 
 # What stands in the directory of a project: a transcript, the folder beside it, and what a service that was killed has
@@ -32,7 +32,7 @@ class LocalFiles:
         """Whether a run's transcript is there."""
         if not UUID.fullmatch(sdk_session_id) or not os.path.isabs(cwd):
             return False
-        return transcript_path(cwd, sdk_session_id, self._environ).is_file()
+        return find_transcript(cwd, sdk_session_id, self._environ) is not None
 
     def directories(self, cwd: str, own_environ: Mapping[str, str]) -> Iterator[Path]:
         """Where Claude Code, or the service for it, may have put files of a run.

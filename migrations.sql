@@ -128,3 +128,7 @@ CREATE TABLE ccr_transcript_entries (
     PRIMARY KEY ("transcriptId", "index")
 );
 CREATE INDEX ccr_transcript_entries_by_uuid ON ccr_transcript_entries ("transcriptId", uuid);
+
+-- 0004 time limits
+-- The limit that the request named; what the service's settings add to it is their affair.
+ALTER TABLE ccr_runs ADD COLUMN "timeoutMs" BIGINT;

@@ -2,7 +2,7 @@
 
 CCMError                        an answer to a client: code, HTTP status, the field at fault
 ├── ValidationError             400 VALIDATION_ERROR
-├── Forbidden                   403 OPTION_FORBIDDEN, CWD_FORBIDDEN
+├── Forbidden                   403 OPTION_FORBIDDEN, CWD_FORBIDDEN, TIMEOUT_FORBIDDEN
 ├── NotFound                    404 RUN_NOT_FOUND, SESSION_NOT_FOUND
 ├── Conflict                    409 SESSION_BUSY, SESSION_NOT_RESUMABLE, RUN_ALREADY_ENDED
 ├── TooLarge                    413 BODY_TOO_LARGE

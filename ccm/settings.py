@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import ipaddress
+import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,8 @@ PRIVILEGED_OPTIONS = (
     "settingSources",
     "settings",
 )
+# The longest CCM_RUN_TIMEOUT (seconds): thirty days.
+LONGEST_RUN = 30 * 24 * 3600
 # What the service itself puts into a run's environment (core/processes.py): inherited when an agent starts a service.
 OWN_MARKS = ("CCM_RUN_ID",)
 
@@ -47,6 +51,27 @@ def _integer(lowest: int, highest: int) -> Callable[[str], int]:
         return number
 
     return parse
+
+
+def _money(value: str) -> float:
+    try:
+        amount = float(value)
+    except ValueError:
+        amount = math.nan
+    if not (math.isfinite(amount) and amount > 0):
+        raise ValueError("must be an amount above 0, such as 2.50")
+    return amount
+
+
+def _duration(value: str) -> int:
+    """Seconds."""
+    match = re.fullmatch(r"([0-9]{1,9})([smh]?)", value.strip())
+    if match is None:
+        raise ValueError("must be a duration: whole seconds, or a whole number with a unit, such as 90s, 30m or 2h")
+    seconds = int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+    if not 1 <= seconds <= LONGEST_RUN:
+        raise ValueError(f"must be from 1s to {LONGEST_RUN // 3600}h")
+    return seconds
 
 
 def _one_of(*allowed: str) -> Callable[[str], str]:
@@ -199,6 +224,28 @@ class Settings:
         _some_of(*SETTING_SOURCES),
         "Which of the host's Claude Code settings runs load; `project` brings CLAUDE.md. Empty for none",
         ",".join(SETTING_SOURCES),
+    )
+    max_turns: int | None = _setting(
+        "CCM_MAX_TURNS",
+        None,
+        _integer(1, 1_000_000),
+        "Most turns of a run, and of each agent that its request defines; a request may name fewer in `maxTurns`",
+        "(empty: no ceiling)",
+    )
+    max_budget_usd: float | None = _setting(
+        "CCM_MAX_BUDGET_USD",
+        None,
+        _money,
+        "What a run alone may cost at the most; a request may name less in `maxBudgetUsd`",
+        "(empty: no ceiling)",
+    )
+    run_timeout: int | None = _setting(
+        "CCM_RUN_TIMEOUT",
+        None,
+        _duration,
+        "Longest time from a run's start to its end, in seconds or as `90s`, `30m`, `2h`; a request may name less in "
+        "`timeoutMs`",
+        "(empty: no ceiling)",
     )
     cli_path: Path | None = _setting(
         "CCM_CLI_PATH",

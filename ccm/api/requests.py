@@ -26,6 +26,7 @@ IMAGE_CHARACTERS = 27_000_000
 TITLE_CHARACTERS = 500
 PATH_CHARACTERS = 4_096
 KEY_CHARACTERS = 255
+TIMEOUT_MS = 24 * 3600 * 1000
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", re.ASCII)
 SIGNATURES = {
     "image/png": (b"\x89PNG\r\n\x1a\n",),
@@ -78,6 +79,7 @@ class RunBody(Strict):
     prompt: Prompt
     images: Annotated[list[ImageBody], Field(max_length=IMAGES)] = Field(default_factory=list)
     options: Options = Options()
+    timeoutMs: Annotated[int, Field(ge=1, le=TIMEOUT_MS)] | None = None
 
     def pictures(self) -> tuple[Image, ...]:
         return tuple(Image(image.mediaType, image.data) for image in self.images)

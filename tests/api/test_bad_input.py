@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from ccm.api.options import SERVICE_OWNED, Agent, Options, check_policy
+from ccm.api.options import SERVICE_OWNED, Agent, Options
 from ccm.api.requests import ForkBody, ImageBody, ResumeBody, SessionBody, StartBody
+from ccm.core.policy import check_policy
 from ccm.demo.tour import ServiceProcess
 from ccm.errors import Forbidden
 from ccm.settings import PRIVILEGED_OPTIONS, Settings
@@ -104,6 +105,16 @@ def bad(field: str, words: str, **fields: Any) -> Any:
 
 # ---- the fields of the bodies
 
+TIME_LIMITS = [
+    bad("timeoutMs", "integer", timeoutMs="1000"),
+    bad("timeoutMs", "integer", timeoutMs="30m"),
+    bad("timeoutMs", "integer", timeoutMs=1.5),
+    bad("timeoutMs", "integer", timeoutMs=True),
+    bad("timeoutMs", "greater than or equal to 1", timeoutMs=0),
+    bad("timeoutMs", "greater than or equal to 1", timeoutMs=-1),
+    bad("timeoutMs", "less than or equal to 86400000", timeoutMs=86_400_001),
+    bad("timeoutMS", "did you mean timeoutMs?", timeoutMS=1),
+]
 PROMPTS = [
     bad("prompt", "is required", prompt=MISSING),
     bad("prompt", "string", prompt=None),
@@ -213,7 +224,7 @@ OF_ONE_BODY = {
 }
 
 
-@pytest.mark.parametrize("case", [*PROMPTS, *IMAGES, *UNKNOWN])
+@pytest.mark.parametrize("case", [*PROMPTS, *IMAGES, *TIME_LIMITS, *UNKNOWN])
 def test_a_bad_field_of_every_body_is_named(strict: Client, root: Path, case: Bad) -> None:
     for kind in KINDS:
         assert case.words in refused(strict.post(f"/api/runs/{kind}", body_for(kind, root, case.fields)), case.field)
@@ -263,7 +274,7 @@ def test_what_only_begins_as_a_webp_does_is_refused(lenient: Client, root: Path)
 
 
 def test_every_field_of_the_bodies_has_a_bad_value_here() -> None:
-    common = {"options"} | {name for case in (*PROMPTS, *IMAGES) for name in case.values[0].fields}
+    common = {"options"} | {name for case in (*PROMPTS, *IMAGES, *TIME_LIMITS) for name in case.values[0].fields}
     for kind, model in (("start", StartBody), ("resume", ResumeBody), ("fork", ForkBody)):
         tried = common | {name for case in OF_ONE_BODY[kind] for name in case.values[0].fields}
         assert set(model.model_fields) <= tried
@@ -507,6 +518,9 @@ OPTIONS = [
     option("extraArgs", {"resume": NOWHERE}, words="--resume is set by the service"),
     option("extraArgs", {"session-id": NOWHERE}, words="--session-id is set by the service"),
     option("extraArgs", {"print": None}, words="--print is set by the service"),
+    option("extraArgs", {"max-turns": "9"}, words="use the option maxTurns"),
+    option("extraArgs", {"max-budget-usd": "9"}, words="use the option maxBudgetUsd"),
+    option("extraArgs", {"setting-sources": "user"}, words="use the option settingSources"),
     option("mcpServers", [], words="object"),
     option("mcpServers", {"s": 5}, ".s", "object"),
     option("mcpServers", {"-p": {}}, ".-p", "dash"),

@@ -17,7 +17,7 @@ import pydantic
 import pytest
 from claude_agent_sdk import AgentDefinition, ClaudeAgentOptions, ClaudeSDKClient, CLIConnectionError
 
-from ccm.api.options import SERVICE_OWNED, Agent, Options
+from ccm.api.options import ARGUMENTS_OF_OPTIONS, OWNED_ARGUMENTS, SERVICE_OWNED, Agent, Options
 from ccm.core.options import RENAMED, sdk_arguments
 
 # Options that are more than renamed, and where they end up. (The SDK's own `sandbox` would put the settings beside it
@@ -88,6 +88,12 @@ def test_what_is_accepted_is_what_is_passed_on() -> None:
 def test_no_option_is_both_accepted_and_refused() -> None:
     assert not set(Options.model_fields) & set(SERVICE_OWNED)
     assert set(REFUSED.values()) <= set(SERVICE_OWNED)
+
+
+def test_no_extra_argument_goes_past_what_an_option_is_held_to() -> None:
+    """Each limits a run, or names what it may load; given once more at the end of the command line it would win."""
+    assert set(ARGUMENTS_OF_OPTIONS.values()) == {"maxTurns", "maxBudgetUsd", "settingSources"} <= set(RENAMED)
+    assert not set(ARGUMENTS_OF_OPTIONS) & OWNED_ARGUMENTS
 
 
 # ---- everything accepted arrives

@@ -380,10 +380,7 @@ def test_every_message_is_what_the_cli_wrote(serve: ServeFunction, project: Path
 
     lines = [json.loads(line) for line in written.read_text(encoding="utf-8").splitlines()]
     expected = [
-        line
-        for line in lines
-        if line["type"] not in NOT_MESSAGES
-        and line.get("subtype") != "session_state_changed"
+        line for line in lines if line["type"] not in NOT_MESSAGES and line.get("subtype") != "session_state_changed"
     ]
     assert client.messages(run["id"]) == expected
     assert len(expected) > 20

@@ -22,7 +22,7 @@ class RunClock:
         self._left = seconds
         self._since = time.monotonic()
         self._pauses = 0
-        self._changed = asyncio.Event()
+        self._resumed = asyncio.Event()
 
     @property
     def left(self) -> float:
@@ -34,18 +34,17 @@ class RunClock:
         """What happens within does not count. Pauses may overlap; the clock goes on when the last has ended."""
         self._left = self.left
         self._pauses += 1
-        self._changed.set()
         try:
             yield
         finally:
             self._pauses -= 1
             self._since = time.monotonic()
-            self._changed.set()
+            self._resumed.set()
 
     async def run_out(self) -> None:
-        """Return when the time is used up; never while the clock is paused."""
-        while self._pauses or self.left > 0:
-            self._changed.clear()
+        """Return when the time is used up."""
+        while self.left > 0:
+            self._resumed.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(None if self._pauses else self.left):
-                    await self._changed.wait()
+                    await self._resumed.wait()

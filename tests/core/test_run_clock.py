@@ -53,6 +53,19 @@ def test_a_pause_does_not_count() -> None:
     asyncio.run(pause())
 
 
+def test_after_a_pause_there_is_as_much_time_as_before() -> None:
+    async def pause() -> None:
+        begun = time.monotonic()
+        clock = RunClock(60)
+        with clock.paused():
+            paused = time.monotonic()
+            assert not await runs_out_within(clock, 0.2)
+            pause = time.monotonic() - paused
+        assert 60 - clock.left <= time.monotonic() - begun - pause
+
+    asyncio.run(pause())
+
+
 def test_a_pause_holds_up_one_who_waits_already() -> None:
     async def pause() -> None:
         clock = RunClock(0.1)

@@ -36,7 +36,9 @@ def serve_all(environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
 
         yield start
         for service in services:
-            service.process.terminate()  # all at once; then they are waited for
+            service.process.terminate()  # all at once
+        for service in services:
+            service.wait()  # before the stack's own signal, for a second one ends a service in the middle of its stop
     for service in services:
         assert stack_traces(service) == []
 

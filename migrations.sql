@@ -129,6 +129,19 @@ CREATE TABLE ccr_transcript_entries (
 );
 CREATE INDEX ccr_transcript_entries_by_uuid ON ccr_transcript_entries ("transcriptId", uuid);
 
--- 0004 time limits
+-- 0004 heartbeat
+-- One row, written to find out whether storage takes writes. What proves that there is room is in `padding`.
+CREATE TABLE ccr_heartbeat (
+    id INTEGER PRIMARY KEY,
+    "beatAt" TEXT NOT NULL,
+    padding TEXT NOT NULL
+);
+INSERT INTO ccr_heartbeat (id, "beatAt", padding) VALUES (1, '', '');
+
+-- 0005 children of runs
+-- A run that is deleted is looked up as a parent: without an index each one deleted would read the whole table.
+CREATE INDEX ccr_runs_by_parent ON ccr_runs ("parentRunId");
+
+-- 0006 time limits
 -- The limit that the request named; what the service's settings add to it is their affair.
 ALTER TABLE ccr_runs ADD COLUMN "timeoutMs" BIGINT;

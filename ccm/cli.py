@@ -1,13 +1,15 @@
-"""The commands beside `flask run`: `flask migrate` and `flask demo`."""
+"""The commands beside `flask run`: `flask migrate` and `flask demo`; cli_archive.py has the others."""
 
 from __future__ import annotations
 
 import os
 import sys
+from contextlib import closing
 
 import click
 from flask import Flask
 
+from ccm import cli_archive
 from ccm.db import sqlite_file
 from ccm.db.database import Database
 from ccm.db.lock import ServiceLock
@@ -23,6 +25,8 @@ MIGRATION_PATIENCE = 10.0
 def register(app: Flask) -> None:
     app.cli.add_command(migrate_command)
     app.cli.add_command(demo_command)
+    for command in cli_archive.COMMANDS:
+        app.cli.add_command(command)
 
 
 @click.command("migrate")
@@ -38,9 +42,13 @@ def migrate_command(status: bool) -> None:
             _show_status(settings)
             return
         sqlite_file.prepare(settings.url)
-        database = Database(settings.url, writer=True, pool_size=1)
-        if pending(database):
-            with ServiceLock(settings.url, MIGRATION_PATIENCE):
+        with closing(Database(settings.url)) as database:
+            missing = pending(database)
+        if missing:
+            with (
+                ServiceLock(settings.url, MIGRATION_PATIENCE),
+                closing(Database(settings.url, writer=True, pool_size=1)) as database,
+            ):
                 for migration in migrate(database):
                     click.echo(f"applied  {migration}")
         click.echo("The schema is up to date.")
@@ -55,7 +63,8 @@ def _show_status(settings: Settings) -> None:
     missing = read_migrations(dialect)
     if settings.database_url is not None or settings.database_path.exists():
         sqlite_file.prepare(settings.url)
-        missing = pending(Database(settings.url))
+        with closing(Database(settings.url)) as database:
+            missing = pending(database)
     for migration in read_migrations(dialect):
         click.echo(f"{'missing' if migration in missing else 'applied'}  {migration}")
 

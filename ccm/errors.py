@@ -9,14 +9,18 @@ CCMError                        an answer to a client: code, HTTP status, the fi
 ├── UnsupportedMediaType        415 UNSUPPORTED_MEDIA_TYPE
 ├── KeyReused                   422 IDEMPOTENCY_KEY_REUSED
 ├── QueueFull                   429 QUEUE_FULL
-└── Unavailable                 503 SHUTTING_DOWN, STORAGE_UNAVAILABLE
+└── Unavailable                 503 SHUTTING_DOWN, STORAGE_UNAVAILABLE, OUTCOME_UNKNOWN, SLOTS_TAKEN
 
 StartRefused                    the service does not start; said to the operator in one sentence
 ├── BadSetting                  exit code 2
 └── DatabaseRefused             exit code 3
 
+CommandRefused                  a command of the operator's is not done; said in one sentence, exit code 1
+
 StorageError                    what the database's driver raised, told apart at one edge
 ├── StorageDown                 not now: locked, full, unreachable; worth another try
+│   ├── DatabaseTaken           another service has the right to write
+│   └── DatabaseDamaged         what is stored cannot be relied on
 └── StorageRejected             never: this very statement is refused
 """
 
@@ -105,14 +109,44 @@ class DatabaseRefused(StartRefused):
     exit_code = 3
 
 
-class StorageError(Exception):
-    """What the database's driver raised. `may_be_committed`: it was in COMMIT, and its outcome is unknown."""
+class CommandRefused(Exception):
+    """A command cannot be done; the message is one sentence for the operator."""
 
+    exit_code = 1
+
+
+class StorageError(Exception):
+    """What the database's driver raised.
+
+    `str()` is its own reason, for the log; `summary` says the same to anybody: it names no path, no host and no SQL.
+    `may_be_committed`: it was in COMMIT, and its outcome is unknown.
+    """
+
+    summary = "the database refuses it"
     may_be_committed = False
+
+    def __init__(self, reason: str, summary: str | None = None) -> None:
+        super().__init__(reason)
+        if summary is not None:
+            self.summary = summary
 
 
 class StorageDown(StorageError):
     """Storage takes nothing at the moment: locked, full, read-only, unreachable. Another try may succeed."""
+
+    summary = "the database is out of order"
+
+
+class DatabaseTaken(StorageDown):
+    """Another service has the right to write."""
+
+    summary = "another CC Manager, or what is left of a lost connection, has the right to write to the database"
+
+
+class DatabaseDamaged(StorageDown):
+    """What is stored cannot be relied on."""
+
+    summary = "the database is damaged"
 
 
 class StorageRejected(StorageError):

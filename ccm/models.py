@@ -31,6 +31,9 @@ RESUME = "resume"
 FORK = "fork"
 MODES = (FRESH, RESUME, FORK)
 
+# A run of ours has a UUID; one that was imported has the id that its first service gave it.
+RUN_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
+
 REJECT = "reject"
 ENQUEUE = "enqueue"
 INTERRUPT = "interrupt"

@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 # Threads for requests that are answered at once, beside one for each held place.
 PLAIN_THREADS = 16
+# Bytes that an answer may be ahead of its client before its thread is made to wait. By default they are 16 MiB, which
+# hundreds of slow readers would make gigabytes of; and a long list is read no faster with them.
+AHEAD_BYTES = 2**18
 # Seconds that requests in flight get when the service stops.
 DRAIN_SECONDS = 5.0
 
@@ -84,6 +87,7 @@ class Server:
             max_request_body_size=settings.max_body_bytes + 1,  # the first size that it refuses
             # Notices that a client has gone while its request is held.
             channel_request_lookahead=1,
+            outbuf_high_watermark=AHEAD_BYTES,
             # select() dies of a descriptor over 1023, and every Claude Code takes some.
             asyncore_use_poll=True,
             ident="cc-manager",
@@ -116,20 +120,25 @@ class Server:
         self._asked_to_stop = True
 
     def _shut_down(self) -> bool:
-        """The runs end first, and meanwhile new ones get 503 and watchers see the end; then nobody new is let in, the
-        requests in flight are answered, and at last the database is closed that they read.
+        """The runs end first, and meanwhile new ones get 503 and watchers see the end; with the last end stored, waits
+        are answered and streams closed. Then nobody new is let in, what is under way is sent to its end, and at last
+        the database is closed that it reads.
         """
         log.info("stopping: the runs are interrupted and their ends stored")
         clean = self._service.end_runs()
         self._server.trigger.pull_trigger(self._stop_listening)
         deadline = time.monotonic() + DRAIN_SECONDS
         dispatcher = self._server.task_dispatcher
-        while dispatcher.active_count and time.monotonic() < deadline:
+        while (dispatcher.active_count or self._unsent_bytes()) and time.monotonic() < deadline:
             time.sleep(0.02)
         dispatcher.shutdown(timeout=1)
         self._service.close()
         log.info("stopped")
         return clean
+
+    def _unsent_bytes(self) -> int:
+        """Bytes of answers that are made and that their clients have not taken yet."""
+        return sum(channel.total_outbufs_len for channel in list(self._server.active_channels.values()))
 
     def _stop_listening(self) -> None:
         # Not the server's own close(): that ends the trigger too, through which answers under way are sent.

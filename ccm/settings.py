@@ -178,7 +178,8 @@ class Settings:
         "CCM_MAX_HELD",
         200,
         _integer(1, 4000),
-        "Requests that may be held open at once (`?wait=`). Each has a thread of its own, about 60 KB",
+        "Requests that may be held open at once: `?wait=`, streams, long lists of messages. Each has a thread of its "
+        "own, about 60 KB, and up to 1 MB more while its client reads slowly",
     )
     max_body_bytes: int = _setting(
         "CCM_MAX_BODY_BYTES", 32 * 2**20, _integer(1024, 2**30), "Largest request body; beyond that 413"

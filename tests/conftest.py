@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import socket
-import subprocess
 import sys
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -22,46 +17,31 @@ from ccm.db.migrate import migrate
 from ccm.demo.messages_api import MessagesAPI
 from ccm.demo.tour import ServiceProcess, credential_free_environment
 from tests.client import Client
+from tests.disks import SmallDisk
+from tests.postgresql import PostgreSQLServer
 
 STAND_IN_CLI = Path(__file__).with_name("stand_in_cli.py")
-POSTGRESQL_PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[str]:
     """The URL of a real PostgreSQL server of the tests' own, without the database's name."""
-    found = shutil.which("initdb") or (str(POSTGRESQL_PROGRAMS[-1]) if POSTGRESQL_PROGRAMS else None)
-    if found is None:
-        if os.environ.get("CI"):
-            pytest.fail("CI needs PostgreSQL: install Debian's package postgresql")
-        pytest.skip("PostgreSQL's initdb is not installed; Debian's package postgresql has it")
-    programs = Path(found).resolve().parent
-    # Not below pytest's own directories, which are closed to others: PostgreSQL refuses to run as root.
-    folder = Path(tempfile.mkdtemp(prefix="ccm-postgresql-"))
-    user = "nobody" if os.geteuid() == 0 else None
-    if user is not None:
-        shutil.chown(folder, user)
-    environ = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": str(folder)}
-    data, port = folder / "data", _free_port()
+    with PostgreSQLServer() as server:
+        yield server.url
 
-    def call(*words: str) -> None:
-        subprocess.run(words, check=True, user=user, env=environ, cwd=folder, stdout=subprocess.DEVNULL)
 
-    call(str(programs / "initdb"), "-D", str(data), "-A", "trust", "-U", "ccm", "-E", "UTF8", "--no-sync")
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c max_connections=200"
-    call(str(programs / "pg_ctl"), "-D", str(data), "-w", "-l", str(folder / "log"), "-o", options, "start")
-    try:
-        yield f"postgresql://ccm@127.0.0.1:{port}"
-    finally:
-        call(str(programs / "pg_ctl"), "-D", str(data), "-m", "immediate", "-w", "stop")
-        shutil.rmtree(folder)
+@pytest.fixture(scope="module")
+def postgresql_server() -> Iterator[PostgreSQLServer]:
+    """Another one, for tests that break it and mend it."""
+    with PostgreSQLServer() as server:
+        yield server
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """A file system of 2 MiB."""
+    with SmallDisk(tmp_path / "small-disk") as disk:
+        yield disk
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -127,7 +127,7 @@ def turn(script: dict[str, Any]) -> None:
     if "raw" in script:
         write(script["raw"])
     if script.get("tool"):
-        # A tool of the agent, in a session of its own as the real CLI's are.
+        # A tool of the agent, in a session of its own as the real CLI's are. Nobody but its mark ends it.
         import subprocess
 
         subprocess.Popen(["sleep", str(script["tool"])], start_new_session=True)

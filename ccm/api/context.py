@@ -31,6 +31,24 @@ def answer(body: Any, status: int = 200, headers: Mapping[str, str] | None = Non
     return Response(json.dumps(body) + "\n", status, dict(headers or {}), mimetype="application/json")
 
 
+def held(response: Response) -> Response:
+    """An answer that is sent for as long as its client reads, and has a place until it is over.
+
+    Raises:
+        Unavailable: no place is free.
+    """
+    if request.method != "HEAD":  # has no body, and so is over at once
+        # Not the body's own `finally`: a generator that never began runs none.
+        response.call_on_close(held_slots().take())
+    return response
+
+
+def client_gone() -> Callable[[], bool]:
+    """Tells whether the request's client has left, also after the view has returned; never, if the server can't."""
+    gone: Callable[[], bool] = request.environ.get("waitress.client_disconnected", lambda: False)
+    return gone
+
+
 def check_query(*names: str) -> None:
     """
     Raises:
@@ -67,5 +85,4 @@ def wait_until(key: str, seconds: float, look: Callable[[], T | None]) -> T | No
     if seconds <= 0:
         return look()
     with held_slots().one() as taken:
-        gone: Callable[[], bool] = request.environ.get("waitress.client_disconnected", lambda: False)
-        return service().history.wait(key, seconds if taken else 0, look, gone)
+        return service().history.wait(key, seconds if taken else 0, look, client_gone())

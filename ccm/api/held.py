@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from ccm.errors import Unavailable
 
 
 class HeldSlots:
@@ -22,3 +24,18 @@ class HeldSlots:
         finally:
             if taken:
                 self._places.release()
+
+    def take(self) -> Callable[[], None]:
+        """A place for an answer that goes on after its view. What is returned gives it back, once.
+
+        Raises:
+            Unavailable: none is free.
+        """
+        if not self._places.acquire(blocking=False):
+            raise Unavailable(
+                "All places for requests that are held open are taken (CCM_MAX_HELD). Try again later.",
+                code="SLOTS_TAKEN",
+            )
+        taken = ExitStack()
+        taken.callback(self._places.release)
+        return taken.close

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from flask import Response, request
 
-from ccm.api.context import service, wait_seconds, wait_until
+from ccm.api.context import held, service, wait_seconds, wait_until
 from ccm.api.paging import limit, next_link
 from ccm.core.history import Segment
 from ccm.errors import ValidationError
+
+# A list of so many chunks (core/history.py) at the most is short.
+SHORT_CHUNKS = 4
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,18 @@ def message_list(key: str, measure: Callable[[], Extent]) -> Response:
     kept = segments if most is None else history.cut(segments, types, most)
     headers = {} if extent.complete and list(kept) == list(segments) else next_link(after=extent.place(kept[-1]))
     chunks = history.chunks(kept, types)
-    # What fits into two chunks is sent whole, with its length; what does not is streamed.
-    beginning = list(itertools.islice(chunks, 2))
-    if len(beginning) < 2:
+    # A short list is sent whole, with its length. A long one keeps its thread for as long as the client reads.
+    beginning = deque(itertools.islice(chunks, SHORT_CHUNKS + 1))
+    if len(beginning) <= SHORT_CHUNKS:
         return Response(b"".join(_array(beginning)), headers=headers, mimetype="application/json")
-    return Response(_array(itertools.chain(beginning, chunks)), headers=headers, mimetype="application/json")
+    body = _array(itertools.chain(_drained(beginning), chunks))
+    return held(Response(body, headers=headers, mimetype="application/json"))
+
+
+def _drained(chunks: deque[list[str]]) -> Iterator[list[str]]:
+    """The chunks, none of which is kept once it is used: the client may take hours to read on."""
+    while chunks:
+        yield chunks.popleft()
 
 
 def _array(chunks: Iterable[list[str]]) -> Iterator[bytes]:

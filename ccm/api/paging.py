@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 from urllib.parse import urlencode
@@ -15,6 +16,8 @@ from ccm.errors import ValidationError
 
 DEFAULT_LIMIT = 100
 HIGHEST_LIMIT = 1_000
+# A run's seq. Imported history comes before what was there, so it may be negative.
+PLACE = re.compile(r"-?\d{1,18}", re.ASCII)
 
 
 class Item(Protocol):
@@ -44,7 +47,7 @@ def _cursor() -> int | None:
         return None
     try:
         place = base64.urlsafe_b64decode(text.encode("ascii")).decode("ascii")
-        if place.isdigit() and len(place) < 19:
+        if PLACE.fullmatch(place):
             return int(place)
     except (binascii.Error, UnicodeError, ValueError):
         pass

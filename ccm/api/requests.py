@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails, from_json
 
 from ccm.api.options import SERVICE_OWNED, Options, Strict, no_nul, plain_json
 from ccm.errors import TooLarge, UnsupportedMediaType, ValidationError
-from ccm.models import IdempotencyKey, Image
+from ccm.models import RUN_ID, IdempotencyKey, Image
 
 PROMPT_CHARACTERS = 1_000_000
 IMAGES = 20
@@ -48,12 +48,21 @@ def _uuid(text: str) -> str:
     return text.lower()
 
 
+def _run_id(text: str) -> str:
+    if not RUN_ID.fullmatch(text):
+        raise ValueError("must be the id of a run, such as 160f5bda-edc4-4a77-aa69-dad3a26497bb")
+    return text
+
+
 Prompt = Annotated[str, Field(max_length=PROMPT_CHARACTERS), AfterValidator(_not_blank)]
 Title = Annotated[str, Field(max_length=TITLE_CHARACTERS), AfterValidator(no_nul)]
 Metadata = Annotated[dict[str, JsonValue], AfterValidator(plain_json)]
 Path = Annotated[str, Field(min_length=1, max_length=PATH_CHARACTERS), AfterValidator(no_nul)]
 # A UUID in its usual form: Claude Code would take a session's title too, and another session for it.
 Id = Annotated[str, AfterValidator(_uuid)]
+
+
+RunId = Annotated[str, AfterValidator(_run_id)]
 
 
 class ImageBody(Strict):
@@ -98,7 +107,7 @@ class ResumeBody(RunBody):
 
 class ForkBody(RunBody):
     sessionId: Id
-    atRunId: Id | None = None
+    atRunId: RunId | None = None
     atMessage: Id | None = None
     cwd: Path | None = None
     title: Title | None = None

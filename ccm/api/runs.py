@@ -1,4 +1,4 @@
-"""`/api/runs`: start, resume, fork, cancel; one run, all runs, a run's messages."""
+"""`/api/runs`: start, resume, fork, cancel; one run, all runs, a run's messages, as a list and live."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from werkzeug.exceptions import MethodNotAllowed
 from ccm.api.context import answer, check_query, service, wait_seconds, wait_until
 from ccm.api.message_lists import Extent, message_list
 from ccm.api.paging import page
+from ccm.api.places import END, HEADER, LastRead, after, last_event
 from ccm.api.requests import ForkBody, ResumeBody, RunBody, StartBody, idempotency_key, read_body
+from ccm.api.stream import event_stream, nothing_more
 from ccm.core import workdir
 from ccm.core.policy import check_policy
 from ccm.errors import Conflict, Unavailable, ValidationError
@@ -24,7 +26,6 @@ blueprint = Blueprint("runs", __name__, url_prefix="/api/runs")
 # How long DELETE waits for a run to end: interrupt, terminate and kill have their bounds (core/executor.py), and then
 # the end is to be stored.
 CANCEL_SECONDS = 30.0
-HIGHEST_INDEX = 2**53
 # They stand where a run's id stands.
 POST_ONLY = ("start", "resume", "fork")
 
@@ -123,14 +124,30 @@ def cancel(run_id: str) -> Response:
 def messages(run_id: str) -> Response:
     """The SDK messages of a run, in order, as the SDK gave them."""
     check_query("after", "limit", "type", "wait")
-    after = _after()
+    read = after()
+    index = read.index()
     history = service().history
 
     def measure() -> Extent:
-        run, segment = history.run_segment(plain(run_id, "runId"), after)
-        return Extent([segment], run.ended, lambda read: str(max(read.after, read.through)))
+        run, segment = history.run_segment(plain(run_id, "runId"), index)
+        read.check(run, index)
+        return Extent([segment], run.ended, lambda segment: str(segment.through))
 
     return message_list(run_id, measure)
+
+
+@blueprint.get("/<run_id>/stream")
+def stream(run_id: str) -> Response:
+    """The same messages as Server-Sent Events, the stored ones first and then live; at last the run."""
+    check_query("after")
+    run = service().history.run(plain(run_id, "runId"))
+    read = last_event()
+    if read == LastRead(HEADER, END) and run.ended:
+        return nothing_more()
+    if read.text == END:
+        raise read.wrong(f"{END} is for a {HEADER} after the run has ended; this one is {run.status!r}.")
+    index = read.check(run, read.index())
+    return event_stream(lambda follower: follower.run(run.id, index), lambda _: "")
 
 
 def plain(text: str, field: str) -> str:
@@ -193,14 +210,3 @@ def _wait_for_end(run: Run, seconds: float) -> Run:
     if run.ended or not seconds:
         return run
     return wait_until(run.id, seconds, lambda: _ended(run.id)) or service().history.run(run.id)
-
-
-def _after() -> int:
-    text = request.args.get("after")
-    if text is None or text == "-1":
-        return -1
-    if not (text.isascii() and text.isdigit() and len(text) < 17 and int(text) <= HIGHEST_INDEX):
-        raise ValidationError(
-            "after: must be the index of a message: a whole number from 0, or -1 for all.", field="after"
-        )
-    return int(text)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import re
+import contextlib
 
 from flask import Blueprint, Response, request
 
 from ccm.api.context import answer, check_query, service
 from ccm.api.message_lists import Extent, message_list
 from ccm.api.paging import page
+from ccm.api.places import LastRead, after, last_event
 from ccm.api.requests import SessionBody, read_body
 from ccm.api.runs import plain
+from ccm.api.stream import event_stream
 from ccm.core import workdir
-from ccm.errors import ValidationError
-from ccm.models import RUNNING
+from ccm.errors import NotFound, ValidationError
+from ccm.models import RUNNING, Session
 
 blueprint = Blueprint("sessions", __name__, url_prefix="/api/sessions")
 
-PLACE = re.compile(r"([0-9a-fA-F-]{36}):(-1|\d{1,16})", re.ASCII)
 QUERY_CHARACTERS = 1_000
 
 
@@ -60,19 +61,28 @@ def messages(session_id: str) -> Response:
     kind = request.args.get("history", "own")
     if kind not in ("own", "full"):
         raise ValidationError("history: must be full, or left out for the session's own runs.", field="history")
-    after = _after()
+    place = after().in_session()
     history = service().history
     session = history.session(plain(session_id, "sessionId"))
 
     def measure() -> Extent:
-        current, segments = history.session_segments(session.id, after, kind == "full")
+        current, segments = history.session_segments(session.id, place, kind == "full")
         return Extent(
             segments,
             current.status != RUNNING,
-            lambda read: f"{read.run_id}:{max(read.after, read.through)}",
+            lambda segment: f"{segment.run_id}:{segment.through}",
         )
 
     return message_list(session.id, measure)
+
+
+@blueprint.get("/<session_id>/stream")
+def stream(session_id: str) -> Response:
+    """The same messages as Server-Sent Events, run after run, those of later runs too."""
+    check_query("after")
+    session = service().history.session(plain(session_id, "sessionId"))
+    seq, index = _place(session, last_event())
+    return event_stream(lambda follower: follower.session(session.id, seq, index), lambda run_id: f"{run_id}:")
 
 
 @blueprint.get("/<session_id>/runs")
@@ -97,11 +107,23 @@ def forks(session_id: str) -> Response:
     )
 
 
-def _after() -> tuple[str, int] | None:
-    text = request.args.get("after")
-    if text is None:
-        return None
-    match = PLACE.fullmatch(text)
-    if match is None:
-        raise ValidationError("after: must be RUN_ID:INDEX, as the Link header gives it.", field="after")
-    return match[1], int(match[2])
+def _place(session: Session, read: LastRead) -> tuple[int | None, int]:
+    """Where to go on: beyond the run with a seq (None: at the first), and there beyond an index.
+
+    Raises:
+        ValidationError: the session has no such run, or the run no such message or no end yet.
+    """
+    ended = read.ended_run()
+    place = (ended, -1) if ended else read.in_session()
+    if place is None:
+        return None, -1
+    run_id, index = place
+    with contextlib.suppress(NotFound):
+        run = service().history.run(run_id)
+        if run.session_id == session.id:
+            if not ended:
+                return run.seq - 1, read.check(run, index)
+            if run.ended:
+                return run.seq, -1
+            raise read.wrong(f"run {run.id} has not ended.")
+    raise read.wrong(f"session {session.id} has no run {run_id}.")

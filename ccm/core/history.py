@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,11 +16,13 @@ from ccm.db.database import Database, Transaction
 from ccm.errors import Conflict, KeyReused, NotFound, StorageError, Unavailable, ValidationError
 from ccm.models import RUNNING, IdempotencyKey, Run, Session
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
-# Bounds of one read, and so of the memory that a list of any length takes.
-CHUNK_BYTES = 2 * 2**20
-CHUNK_MESSAGES = 2_000
+# Bounds of one read, and so of what each of hundreds of slow readers of long lists and streams may have in memory.
+CHUNK_BYTES = 2**18
+CHUNK_MESSAGES = 500
 # How long a wait sleeps before it looks whether its client is still there (seconds).
 LOOK_SECONDS = 1.0
 
@@ -31,6 +34,10 @@ class Segment:
     run_id: str
     after: int
     through: int
+
+
+# Messages with their indexes, or the run that has ended after them.
+News = list[tuple[int, str]] | Run
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,9 @@ class History:
             with self._database.transaction() as transaction:
                 return query(transaction)
         except StorageError as error:
-            raise Unavailable(f"The database cannot be read: {error}. Try again.", code="STORAGE_UNAVAILABLE") from None
+            log.debug("a read failed: %s", error)
+            told = f"The database cannot be read: {error.summary}. Try again."
+            raise Unavailable(told, code="STORAGE_UNAVAILABLE") from None
 
     # ---- runs and sessions
 
@@ -141,7 +150,7 @@ class History:
             with_ancestors: also what the session continued, in front.
 
         Raises:
-            ValidationError: `after` names a run that is not among them.
+            ValidationError: `after` names a run or a message that is not among them.
         """
 
         def query(transaction: Transaction) -> tuple[Session, list[Segment]]:
@@ -153,6 +162,8 @@ class History:
             places = [place for place, segment in enumerate(segments) if segment.run_id == run_id]
             if not places:
                 raise ValidationError(f"after: run {run_id} is not part of this history.", field="after")
+            if index > segments[places[0]].through:
+                raise ValidationError(f"after: message {index} of run {run_id} is not in this history.", field="after")
             rest = segments[places[0] :]
             return session, [replace(rest[0], after=index), *rest[1:]]
 
@@ -197,7 +208,27 @@ class History:
                 if texts:
                     yield texts
 
+    def news(self, run_id: str, after: int) -> News | None:
+        """What comes after a message of a run: messages, or the run itself once it has ended; None if nothing yet."""
+
+        def query(transaction: Transaction) -> News | None:
+            # The run before its messages: when it has ended, its count is final, and all of them are stored.
+            link = runs.link(transaction, run_id)
+            rest = Segment(run_id, after, link.message_count - 1)
+            if rest.after < rest.through:
+                indexes = _next_indexes(transaction, rest, after)
+                texts = messages.texts(transaction, run_id, after, indexes[-1])
+                return list(zip(indexes, texts, strict=True))
+            return None if link.status == RUNNING else find_run(transaction, run_id)
+
+        return self._read(query)
+
     # ---- waiting
+
+    @property
+    def complete(self) -> bool:
+        """Whether all is stored that ever will be, because the service stops."""
+        return self._doorbell.closed
 
     def wait(self, key: str, seconds: float, look: Callable[[], T | None], gone: Callable[[], bool]) -> T | None:
         """What `look` finds, as soon as it finds something; None when the time has passed or the client has gone.
@@ -222,16 +253,22 @@ class History:
 
 def _chunk(transaction: Transaction, segment: Segment, after: int, types: Sequence[str]) -> tuple[list[str], int]:
     """The next texts of a segment, and the index that they reach to."""
+    indexes = _next_indexes(transaction, segment, after)
+    if not indexes:
+        return [], segment.through
+    return messages.texts(transaction, segment.run_id, after, indexes[-1], types), indexes[-1]
+
+
+def _next_indexes(transaction: Transaction, segment: Segment, after: int) -> list[int]:
+    """The indexes of the next messages of a segment: one at the least, if there is one, and no more than a chunk."""
     total = 0
-    through = after
+    indexes: list[int] = []
     for index, size in messages.sizes(transaction, segment.run_id, after, segment.through, CHUNK_MESSAGES):
         total += size
-        if total > CHUNK_BYTES and through > after:
+        if total > CHUNK_BYTES and indexes:
             break
-        through = index
-    if through == after:
-        return [], segment.through
-    return messages.texts(transaction, segment.run_id, after, through, types), through
+        indexes.append(index)
+    return indexes
 
 
 def find_run(transaction: Transaction, run_id: str) -> Run:

@@ -9,7 +9,10 @@ Two kinds of work share the queue, in order:
   waits in its own event loop, so its SDK stops reading, the pipe fills and the agent waits: the memory is bounded, and
   a loop is never blocked, for a blocked loop could take no cancel.
 - control writes (`submit`, `write`): any function of the transaction. They are never charged, and whoever waits for
-  one may give up: what was not begun then is dropped, provably.
+  one may give up: what is not stored by then is dropped, provably, unless the database itself leaves that open.
+
+While storage is down the writer tries on with what it has in hand, and with a heartbeat, so that it finds out by itself
+when all is well again.
 """
 
 from __future__ import annotations
@@ -20,13 +23,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from ccm.core.doorbell import Doorbell
-from ccm.db import messages
+from ccm.core.write import Write
+from ccm.db import heartbeat, messages
 from ccm.db.database import Database, Transaction
-from ccm.errors import StorageDown, StorageRejected, Unavailable
+from ccm.errors import StorageDown, StorageError, StorageRejected, Unavailable
 from ccm.models import Message
 
 log = logging.getLogger(__name__)
@@ -38,73 +41,11 @@ BATCH_ITEMS = 2_000
 BATCH_BYTES = 8 * 2**20
 # How long a request waits for its write (seconds).
 PATIENCE = 10.0
-# How often one who gives up looks whether the writer has let go of the write (seconds).
-LOOK_AGAIN = 0.05
+# How long it then waits for the writer to say what became of a write that it has in hand (seconds).
+OUTCOME_PATIENCE = 20.0
 # Pauses between tries while storage is down (seconds).
 FIRST_PAUSE = 0.02
 LONGEST_PAUSE = 1.0
-
-
-class Write(Generic[T]):
-    """One control write on its way: waiting, in the hands of the writer, done, or cancelled."""
-
-    def __init__(self, work: Callable[[Transaction], T], on_commit: Callable[[T], None] | None) -> None:
-        self._work = work
-        self._on_commit = on_commit
-        self._lock = threading.Lock()
-        self._begun = False
-        self._cancelled = False
-        self._value: T
-        self._error: Exception | None = None
-        self.future: Future[T] = Future()
-
-    def cancel(self) -> bool:
-        """Give it up. False if the writer has it in hand at this moment, or is done with it."""
-        with self._lock:
-            if self._begun:
-                return False
-            self._cancelled = True
-            return True
-
-    def begin(self) -> bool:
-        """The writer takes it into a transaction. False if it was cancelled."""
-        with self._lock:
-            self._begun = not self._cancelled
-            return self._begun
-
-    def put_back(self) -> None:
-        """That transaction came to nothing; the write may be cancelled again."""
-        with self._lock:
-            self._begun = False
-
-    def perform(self, transaction: Transaction) -> None:
-        """
-        Raises:
-            StorageDown: the whole transaction is to be tried again.
-        """
-        try:
-            with transaction.savepoint():
-                self._value = self._work(transaction)
-                self._error = None
-        except StorageDown:
-            raise
-        except Exception as error:
-            # It fails alone and is told to whoever asked; what shares the transaction is not its business.
-            self._error = error
-
-    def settle(self) -> None:
-        """Its transaction is committed: say so."""
-        if self._error is not None:
-            self.future.set_exception(self._error)
-            return
-        try:
-            if self._on_commit is not None:
-                self._on_commit(self._value)
-        except Exception as error:
-            log.exception("what should follow a commit failed")
-            self.future.set_exception(error)
-        else:
-            self.future.set_result(self._value)
 
 
 class _Stop:
@@ -143,11 +84,18 @@ class Recorder:
         # Runs of which storage has refused a message, with the reason.
         self._broken: dict[str, str] = {}
         self._trouble: str | None = None
+        self._trouble_since = 0.0
+        self._last_commit = 0.0
 
     @property
     def trouble(self) -> str | None:
-        """Why nothing is written at present, or None."""
+        """Why nothing is written at present, in words that anybody may read, or None."""
         return self._trouble
+
+    @property
+    def last_commit(self) -> float:
+        """The `time.monotonic()` at which something was last stored; 0 if nothing was yet."""
+        return self._last_commit
 
     def broken(self, run_id: str) -> str | None:
         """Why storage has refused a message of a run, or None. For the writer's own thread."""
@@ -201,26 +149,26 @@ class Recorder:
         return write
 
     def write(self, work: Callable[[Transaction], T], on_commit: Callable[[T], None] | None = None) -> T:
-        """Have `work` done and wait until it is committed, PATIENCE at the most.
+        """Have `work` done and wait until it is committed, PATIENCE at the most, or a little more to be sure.
 
         Raises:
-            Unavailable: it was not done, and will not be.
+            Unavailable: it was not done, and will not be; or, OUTCOME_UNKNOWN, that cannot be said yet.
         """
         write = self.submit(work, on_commit)
-        patience = PATIENCE
-        while True:
+        for patience in (PATIENCE, OUTCOME_PATIENCE):
             try:
                 return write.future.result(patience)
             except TimeoutError:
                 if write.future.done():
-                    raise  # it is the work that raised it
-                if write.cancel():
-                    reason = self._trouble or "it is too slow at the moment"
-                    raise Unavailable(
-                        f"Nothing was stored, because the database takes no writes: {reason}. Try again.",
-                        code="STORAGE_UNAVAILABLE",
-                    ) from None
-                patience = LOOK_AGAIN  # the writer has it in hand just now
+                    return write.future.result()  # just now; or it is the work that raised it
+            reason = self._trouble or "the database is too slow at the moment"
+            refusal = Unavailable(f"Nothing was stored: {reason}. Try again.", code="STORAGE_UNAVAILABLE")
+            write.give_up(refusal)
+        raise Unavailable(
+            "The database does not answer, and it is not known whether this was stored. Send it again with the same "
+            "Idempotency-Key, which is safe; without one, look first whether it has happened.",
+            code="OUTCOME_UNKNOWN",
+        )
 
     async def append(self, message: Message) -> None:
         """Put a run's next message on the queue; waits in the caller's loop while the budget is spent."""
@@ -292,37 +240,44 @@ class Recorder:
         pause = FIRST_PAUSE
         one_by_one = False
         while True:
-            writes = [item for item in batch if isinstance(item, Write) and item.begin()]
+            begun: list[Write[object]] = []
+            since = time.monotonic()
             try:
-                self._attempt(batch, set(writes), one_by_one)
+                self._attempt(batch, begun, one_by_one)
             except StorageDown as error:
                 if error.may_be_committed:
-                    # Look before writing again; and what may be stored can no more be cancelled.
-                    self._uncertain = True
-                else:
-                    self._put_back(writes)
-                self._report_trouble(str(error))
+                    self._uncertain = True  # look before writing again
+                self._put_back(begun)
+                self._report_trouble(error, since)
+                if not self._accepting and all(isinstance(item, Write) and item.future.done() for item in batch):
+                    return  # nobody waits for any of it, and the end of the service need not either
                 if self._abandoned.wait(pause):
                     self._give_up(batch, error)
                     return
                 pause = min(pause * 2, LONGEST_PAUSE)
             except Exception as error:
-                self._put_back(writes)
+                self._put_back(begun)
                 if one_by_one:
                     # Not one row but the commit itself is refused: nobody's fault that could be told apart.
                     self._give_up(batch, error)
                     return
                 one_by_one = True
             else:
-                self._settle(batch, writes)
+                self._settle(batch, begun)
                 return
 
     def _put_back(self, writes: list[Write[object]]) -> None:
-        for write in writes:
-            write.put_back()
+        # What may be stored, by this try or the one before, can no more be given up as not stored.
+        if not self._uncertain:
+            for write in writes:
+                write.put_back()
 
-    def _attempt(self, batch: list[Message | Write[object]], writes: set[Write[object]], one_by_one: bool) -> None:
-        """One transaction over the batch, in order."""
+    def _attempt(self, batch: list[Message | Write[object]], begun: list[Write[object]], one_by_one: bool) -> None:
+        """One transaction over the batch, in order.
+
+        Args:
+            begun: where the writes go that are taken into it.
+        """
         run_of_messages: list[Message] = []
 
         def flush(transaction: Transaction) -> None:
@@ -331,13 +286,24 @@ class Recorder:
                 run_of_messages.clear()
 
         with self._database.transaction(self._uncertain) as transaction:
+            if self._trouble is not None:
+                self._beat(transaction)
             for item in batch:
                 if isinstance(item, Message):
                     run_of_messages.append(item)
-                elif item in writes:
+                elif item.begin():
+                    begun.append(item)
                     flush(transaction)
                     item.perform(transaction)
             flush(transaction)
+
+    def _beat(self, transaction: Transaction) -> None:
+        """After a fault: with all writes of the batch given up nothing would be written, and the fault not noticed."""
+        try:
+            with transaction.savepoint():
+                heartbeat.beat(transaction, heartbeat.ROOM_BYTES)
+        except StorageRejected as error:
+            log.warning("the heartbeat is refused: %s", error)
 
     def _insert(self, transaction: Transaction, batch: list[Message], one_by_one: bool) -> None:
         if self._broken:
@@ -367,8 +333,9 @@ class Recorder:
 
     def _settle(self, batch: list[Message | Write[object]], writes: list[Write[object]]) -> None:
         self._uncertain = False
+        self._last_commit = time.monotonic()
         if self._trouble is not None:
-            log.warning("storage takes writes again")
+            log.warning("storage takes writes again, after %.1f seconds", self._last_commit - self._trouble_since)
             self._trouble = None
         stored = [item for item in batch if isinstance(item, Message)]
         self._release(sum(len(message.json) for message in stored))
@@ -377,18 +344,22 @@ class Recorder:
         for keys in {(message.run_id, message.session_id) for message in stored}:
             self._doorbell.ring(keys)
 
-    def _report_trouble(self, reason: str) -> None:
+    def _report_trouble(self, error: StorageDown, since: float) -> None:
         if self._trouble is None:
-            log.error("storage takes no writes, trying on: %s", reason)
-        self._trouble = reason
+            self._trouble_since = since
+            log.error("storage takes no writes, trying on: %s", error)
+        self._trouble = error.summary
 
     def _give_up(self, batch: list[Message | Write[object]], error: Exception) -> None:
         """What could not be written is reported, not forgotten in silence."""
+        self._trouble = None  # it is not being tried any more; the next write will tell
         lost = [item for item in batch if isinstance(item, Message)]
         log.critical("%d messages and %d writes were not stored: %s", len(lost), len(batch) - len(lost), error)
         self._release(sum(message.size for message in lost))
+        why = error.summary if isinstance(error, StorageError) else "the service failed; its log says more"
+        refusal = Unavailable(f"Nothing was stored: {why}.", code="STORAGE_UNAVAILABLE")
         for item in batch:
-            if isinstance(item, Write) and not item.future.done():
-                item.future.set_exception(Unavailable(f"Nothing was stored: {error}.", code="STORAGE_UNAVAILABLE"))
+            if isinstance(item, Write):
+                item.fail(refusal)
             elif isinstance(item, Message) and item.run_id not in self._broken:
                 self._refuse(item, error)

@@ -24,6 +24,7 @@ from ccm.core.history import ForkPoint, find_run, find_session
 from ccm.core.lifecycle import Effects, Lifecycle, Start, not_resumable
 from ccm.core.pool import WorkerPool
 from ccm.core.processes import end_marked
+from ccm.core.reaper import Reaper
 from ccm.core.recorder import Recorder
 from ccm.core.transcript_files import TranscriptFiles
 from ccm.core.transcript_store import Mirror
@@ -84,6 +85,7 @@ class RunManager:
         owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._lifecycle = Lifecycle(workers, queue_limit, owner)
         self._pool = WorkerPool(workers)
+        self._reaper = Reaper()
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._executions: dict[str, Execution] = {}
@@ -206,6 +208,7 @@ class RunManager:
             left = list(self._executions)
         for run_id in left:
             end_marked(run_id)
+        self._reaper.stop()
         return ended
 
     def refused(self, run_id: str, error: Exception) -> None:
@@ -335,11 +338,13 @@ class RunManager:
         """The whole of a run, in a thread of the pool that lives as long as the run's processes."""
         log.info("run %s started: %s in session %s", run.id, run.mode, run.session_id)
         try:
+            self._reaper.watch(run.id)
             lost = self._forbid(run) or (None if parent is None else self._provide(parent, run))
             outcome = lost or execution.perform()
         except Exception as error:
             log.exception("run %s: the executor failed", run.id)
             outcome = Outcome(ERROR, "EXECUTION_ERROR", f"{type(error).__name__}: {error}")
+        self._reaper.release(run.id)
         values = {
             "status": outcome.status,
             "errorCode": outcome.error_code,

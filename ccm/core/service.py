@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import closing
 
 from ccm.core import workdir
 from ccm.core.ceilings import Ceilings
@@ -14,12 +15,13 @@ from ccm.core.doorbell import Doorbell
 from ccm.core.executor import Claude
 from ccm.core.history import History
 from ccm.core.policy import check_policy
+from ccm.core.pulse import Pulse
 from ccm.core.recorder import Recorder
 from ccm.core.run_manager import RunManager
 from ccm.core.sdk import bundled_cli
 from ccm.core.transcript_files import TranscriptFiles
 from ccm.core.transcript_store import TranscriptStore
-from ccm.db import sqlite_file
+from ccm.db import heartbeat, sqlite_file
 from ccm.db.database import Database
 from ccm.db.lock import ServiceLock
 from ccm.db.migrate import migrate
@@ -31,6 +33,8 @@ log = logging.getLogger(__name__)
 
 # Seconds for all runs to be interrupted and for their ends to be stored.
 STOP_SECONDS = 25.0
+# How long PostgreSQL may take for one statement. The longest of ours is the insertion of 8 MiB.
+ANSWER_SECONDS = 12.0
 
 
 class Service:
@@ -59,6 +63,7 @@ class Service:
         self.history: History
         self.runs: RunManager
         self._recorder: Recorder
+        self._pulse: Pulse
         self._databases: list[Database] = []
 
     def start(self) -> None:
@@ -79,6 +84,11 @@ class Service:
             sqlite_file.prepare(self.settings.url)
             self._service_lock.acquire()
             try:
+                if not sqlite_file.check(self.settings.url):
+                    log.warning(
+                        "the database is too large to be checked whole in %.0f seconds; what was read of it is sound",
+                        sqlite_file.CHECK_SECONDS,
+                    )
                 self._open()
             except Unavailable as error:
                 self._recorder.stop(time.monotonic())
@@ -91,12 +101,14 @@ class Service:
 
     def _open(self) -> None:
         settings = self.settings
-        writer = Database(settings.url, writer=True, pool_size=1)
-        log.info("database %s", writer)
+        # A connection of its own: a migration takes as long as it takes.
+        with closing(Database(settings.url, writer=True, pool_size=1)) as database:
+            log.info("database %s", database)
+            for migration in migrate(database):
+                log.info("migration %s applied", migration)
+        writer = Database(settings.url, writer=True, pool_size=1, answer_seconds=ANSWER_SECONDS)
         self._databases.append(writer)
-        for migration in migrate(writer):
-            log.info("migration %s applied", migration)
-        reader = Database(settings.url)
+        reader = Database(settings.url, answer_seconds=ANSWER_SECONDS, watch=writer.watch)
         self._databases.append(reader)
         self.history = History(reader, self.doorbell)
         self._recorder = Recorder(
@@ -116,6 +128,8 @@ class Service:
             environ=self._environ,
         )
         self._recorder.start()
+        self._pulse = Pulse(self._recorder)
+        self._recorder.write(heartbeat.beat)  # a database that takes no writes is refused
         self.runs.recover()
         missing = self.runs.missing()
         if missing is not None:
@@ -167,8 +181,9 @@ class Service:
             return "starting"
         if self._stopped or self.runs.stopping:
             return "shutting down"
-        if self._recorder.trouble is not None:
-            return "storage is not writable"
+        storage = self._pulse.trouble()
+        if storage is not None:
+            return f"storage is not writable: {storage}"
         if self.runs.missing() is not None:
             return "Claude Code is missing"
         return None

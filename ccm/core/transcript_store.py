@@ -117,8 +117,8 @@ class TranscriptStore:
         write = self._recorder.submit(work)
         try:
             await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(write.future)), PATIENCE)
-        except TimeoutError:
-            write.cancel()
+        except TimeoutError as late:
+            write.give_up(late)
             raise
 
 

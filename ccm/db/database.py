@@ -16,33 +16,19 @@ from functools import cache
 from typing import Any, cast
 
 import dataset
-import psycopg
 import sqlalchemy
 from sqlalchemy import event
-from sqlalchemy.exc import SQLAlchemyError
 
-from ccm.errors import StorageDown, StorageError, StorageRejected
+from ccm.db import postgresql
+from ccm.db.faults import storage_error
+from ccm.db.watch import FileWatch, OpenFiles
+from ccm.errors import DatabaseDamaged, StorageDown
 
 # How long SQLite itself waits for a lock. The recorder tries again after that, so that a cancelled write is let go.
 BUSY_TIMEOUT_MS = 1_000
 # How long a transaction waits for a free connection (seconds).
 CONNECTION_SECONDS = 10.0
-# What SQLite answers when the statement is to blame and not the file; all other codes are the storage's trouble.
-SQLITE_STATEMENT_ERRORS = frozenset(
-    {
-        sqlite3.SQLITE_ERROR,
-        sqlite3.SQLITE_TOOBIG,
-        sqlite3.SQLITE_CONSTRAINT,
-        sqlite3.SQLITE_MISMATCH,
-        sqlite3.SQLITE_MISUSE,
-        sqlite3.SQLITE_RANGE,
-    }
-)
 NAMED_PARAMETER = re.compile(r"(?<![:\w]):([A-Za-z]\w*)")
-# PostgreSQL's SQLSTATEs: a class that psycopg takes for the server's trouble, though the row is to blame (it is too
-# large for an index, say); and a standby, or a server made read-only when its disk is full.
-PROGRAM_LIMIT_EXCEEDED = "54"
-READ_ONLY_TRANSACTION = "25006"
 
 
 @cache
@@ -146,21 +132,33 @@ class Database:
 
     A `writer` begins its transactions with the write lock in hand, so that none fails half-way for want of it. There
     is one writer in a process (core/recorder.py); everyone else reads.
+
+    Args:
+        answer_seconds: how long PostgreSQL may take for a statement; None for ever.
+        watch: what a Database of the same SQLite file knows about it, to be shared.
     """
 
-    def __init__(self, url: str, *, writer: bool = False, pool_size: int = 20) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        writer: bool = False,
+        pool_size: int = 20,
+        answer_seconds: float | None = None,
+        watch: FileWatch | None = None,
+    ) -> None:
         self.url = url
         self.is_sqlite = url.startswith("sqlite")
-        self._begin = "BEGIN IMMEDIATE" if writer else "BEGIN"
-        # dataset takes a connection with a lock in hand that giving one back needs too: with none free everything would
-        # stand still. So nobody gets there before there is one.
-        self._free = threading.BoundedSemaphore(pool_size)
+        self.watch = watch or (FileWatch(url.removeprefix("sqlite:///")) if self.is_sqlite else None)
+        self._writer = writer
+        self._answer_seconds = answer_seconds
         self._database = dataset.connect(
             url,
             ensure_schema=False,  # or a key of a row becomes a column
             engine_kwargs={
                 "pool_size": pool_size,
                 "max_overflow": 0,
+                "pool_timeout": CONNECTION_SECONDS,
                 "pool_pre_ping": not self.is_sqlite,
                 # None: the sqlite3 module begins no transaction of its own, see _begin_sqlite.
                 "connect_args": {"isolation_level": None} if self.is_sqlite else {},
@@ -173,21 +171,36 @@ class Database:
             if self.is_sqlite
             else [],
         )
+        self._engine = cast("sqlalchemy.Engine", self._database.engine)
         if self.is_sqlite:
-            event.listen(self._database.engine, "begin", self._begin_sqlite)
-            event.listen(self._database.engine, "connect", self._teach_sqlite)
+            event.listen(self._engine, "begin", self._begin_sqlite)
+            event.listen(self._engine, "connect", self._sqlite_opened)
+        else:
+            event.listen(self._engine, "do_connect", self._connect_postgresql)
 
     def __str__(self) -> str:
         return sqlalchemy.make_url(self.url).render_as_string(hide_password=True)
 
-    def _teach_sqlite(self, connection: sqlite3.Connection, _record: object) -> None:
-        """SQLite's own LOWER knows ASCII only, and a search should find École in either case, as in PostgreSQL."""
+    def _sqlite_opened(self, connection: sqlite3.Connection, record: sqlalchemy.pool.ConnectionPoolEntry) -> None:
+        # SQLite's own LOWER knows ASCII only, and a search should find École in either case, as in PostgreSQL.
         connection.create_function(
             "LOWER", 1, lambda text: None if text is None else str(text).lower(), deterministic=True
         )
+        if self.watch is not None:
+            try:
+                connection.execute("SELECT 1 FROM sqlite_master LIMIT 1")  # opens the write-ahead log
+                record.info["files"] = self.watch.opened()
+            except BaseException:
+                connection.close()
+                raise
 
     def _begin_sqlite(self, connection: sqlalchemy.Connection) -> None:
-        connection.exec_driver_sql(self._begin)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if self._writer else "BEGIN")
+
+    def _connect_postgresql(
+        self, _dialect: object, _record: object, _words: object, parameters: dict[str, Any]
+    ) -> postgresql.Connection:
+        return postgresql.connect(writer=self._writer, answer_seconds=self._answer_seconds, **parameters)
 
     @property
     def dialect(self) -> str:
@@ -206,25 +219,52 @@ class Database:
             StorageRejected: storage refuses a statement.
         """
         database = self._database
-        if not self._free.acquire(timeout=CONNECTION_SECONDS):
-            raise StorageDown("all connections are in use")
-        committing = False
+        committing = committed = False
         try:
+            files = self._take_connection()
             database.begin()
             yield Transaction(database, uncertain)
             committing = True
             database.commit()
+            committed = True
+            if self.watch is not None and self._writer:
+                # Committed into a file that is no longer there: not to be acknowledged.
+                self.watch.check(files)
         except Exception as error:
             told = storage_error(error)
             if told is None:
                 raise
             self._release(broken=True)
+            if self.watch is not None and isinstance(told, DatabaseDamaged):
+                self.watch.damage = str(told)
             # A COMMIT that SQLite refuses is not committed; one whose answer is lost on its way may be.
-            told.may_be_committed = committing and not self.is_sqlite
+            told.may_be_committed = committed or (committing and not self.is_sqlite)
             raise told from error
         finally:
             self._release()
-            self._free.release()
+
+    def _take_connection(self) -> OpenFiles:
+        """Have a connection for this thread's transaction. Gives the files that it has open, if it is SQLite's.
+
+        dataset itself would take it with a lock in hand that giving one back needs too: with none free, or a server
+        that does not answer, everything would stand still.
+        """
+        if self.watch is not None:
+            self.watch.check_path()
+            if self._writer:
+                self.watch.check_damage()
+        connection = self._engine.connect()
+        files: OpenFiles = connection.info.get("files", ())
+        try:
+            if self.watch is not None:
+                self.watch.check(files)
+        except StorageDown:
+            # Given back and not closed: should the file come back, it is the one that this connection has.
+            connection.close()
+            raise
+        with self._database.lock:
+            self._database.connections[threading.get_ident()] = connection
+        return files
 
     def _release(self, broken: bool = False) -> None:
         """Give this thread's connection back, rolled back if it is not committed; close it for good if it is broken.
@@ -248,29 +288,3 @@ class Database:
 
     def close(self) -> None:
         self._database.close()
-
-
-def storage_error(error: BaseException) -> StorageError | None:
-    """What a driver raised, by itself or wrapped by SQLAlchemy, as one of ours; None if it comes from no driver."""
-    if isinstance(error, StorageError):
-        return error
-    if isinstance(error, UnicodeError | OverflowError):
-        return StorageRejected(f"a value cannot be stored: {type(error).__name__}")
-    cause = getattr(error, "orig", None) or error
-    if not isinstance(error, SQLAlchemyError) and not isinstance(cause, sqlite3.Error | psycopg.Error):
-        return None
-    reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-    return StorageDown(reason) if _is_down(cause) else StorageRejected(reason)
-
-
-def _is_down(cause: BaseException) -> bool:
-    if isinstance(cause, sqlite3.Error):
-        code = getattr(cause, "sqlite_errorcode", sqlite3.SQLITE_MISUSE)
-        return (code & 0xFF) not in SQLITE_STATEMENT_ERRORS
-    if isinstance(cause, psycopg.Error):
-        if (cause.sqlstate or "").startswith(PROGRAM_LIMIT_EXCEEDED):
-            return False
-        return isinstance(cause, psycopg.OperationalError | psycopg.InterfaceError) or (
-            cause.sqlstate == READ_ONLY_TRANSACTION
-        )
-    return False

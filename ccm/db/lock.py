@@ -11,12 +11,17 @@ from typing import Protocol, Self
 
 import psycopg
 
+from ccm.db.postgresql import NETWORK, SERVER_KEEPALIVES
 from ccm.db.sqlite_file import make_private
 from ccm.errors import DatabaseRefused
 
 # Any number that nobody else of this PostgreSQL database uses: "ccmanage" in ASCII.
 ADVISORY_LOCK = int.from_bytes(b"ccmanage")
 RETRY_SECONDS = 0.05
+TAKEN = (
+    "Another CC Manager is at work on this database; stop it first, or give this one a database of its own "
+    "(DATABASE_PATH or DATABASE_URL)."
+)
 
 
 class _Lock(Protocol):
@@ -54,7 +59,11 @@ class _FileLock:
 
 
 class _AdvisoryLock:
-    """A lock that lives as long as its connection to PostgreSQL."""
+    """A lock that lives as long as its connection to PostgreSQL.
+
+    It has services and commands take turns, and wait for one another. What keeps a second one from writing, also when
+    this connection is lost, is the right to write that each writing connection takes (db/postgresql.py).
+    """
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -62,7 +71,9 @@ class _AdvisoryLock:
 
     def take(self) -> bool:
         try:
-            self._connection = psycopg.connect(self._url, autocommit=True, connect_timeout=10)
+            self._connection = psycopg.connect(self._url, autocommit=True, **NETWORK)
+            for statement in SERVER_KEEPALIVES:
+                self._connection.execute(statement)
             row = self._connection.execute("SELECT pg_try_advisory_lock(%s)", [ADVISORY_LOCK]).fetchone()
         except psycopg.Error as error:
             self.drop()
@@ -102,10 +113,7 @@ class ServiceLock:
         deadline = time.monotonic() + self._patience
         while not self._lock.take():
             if time.monotonic() >= deadline:
-                raise DatabaseRefused(
-                    "Another CC Manager is at work on this database; stop it first, or give this one a database "
-                    "of its own (DATABASE_PATH or DATABASE_URL)."
-                )
+                raise DatabaseRefused(TAKEN)
             time.sleep(RETRY_SECONDS)
         return self
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ccm.db.database import Database, Transaction
-from ccm.errors import DatabaseRefused, StorageDown, StorageError
+from ccm.db.lock import TAKEN
+from ccm.errors import DatabaseRefused, DatabaseTaken, StorageDown, StorageError
 from ccm.models import timestamp
 
 MIGRATIONS_FILE = Path(__file__).parents[2] / "migrations.sql"
@@ -99,6 +100,8 @@ def pending(database: Database, migrations: list[Migration] | None = None) -> li
                     )
                 return migrations
             done = _applied(transaction)
+    except DatabaseTaken:
+        raise DatabaseRefused(TAKEN) from None
     except StorageError as error:
         raise DatabaseRefused(f"The database cannot be read: {error}.") from None
     if done and max(done) > len(migrations):

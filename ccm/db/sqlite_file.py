@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
+from contextlib import closing
 from pathlib import Path
 
 from ccm.errors import DatabaseRefused
@@ -16,6 +18,12 @@ MAGIC = b"SQLite format 3\0"
 APPLICATION_ID = int.from_bytes(b"ccm1")
 APPLICATION_ID_AT = slice(68, 72)
 HEADER_SIZE = 100
+ADVICE = "Restore a backup, or save what can be saved with sqlite3's .recover into a new file."
+# How long a start may look for damage, and wait for another program to let it look.
+CHECK_SECONDS = 5.0
+LOCK_SECONDS = 10.0
+# How often it looks at the time: after so many steps of SQLite's machine.
+CHECK_STEPS = 1_000
 
 
 def make_private(path: Path) -> None:
@@ -32,11 +40,14 @@ def prepare(url: str) -> None:
     """
     if not url.startswith("sqlite"):
         return
-    path = Path(url.removeprefix("sqlite:///"))
+    path = _path(url)
     try:
         header = _header(path)
         if header:
-            _check(path, header)
+            _check_header(path, header)
+        elif _size(_log_of(path)):
+            # SQLite would take it for a new database, and throw the log away with all that is in it.
+            raise DatabaseRefused(f"{path} is damaged: it is empty, and its write-ahead log is not. {ADVICE}")
         make_private(path)
         if not header:
             _mark(path)
@@ -44,6 +55,48 @@ def prepare(url: str) -> None:
         raise DatabaseRefused(f"The SQLite file {path} cannot be written: {error.strerror}.") from None
     except sqlite3.Error as error:
         raise DatabaseRefused(f"The SQLite file {path} cannot be written: {error}.") from None
+
+
+def check(url: str) -> bool:
+    """Look for damage in the pages of a SQLite file, for CHECK_SECONDS. False if there was more to look at.
+
+    Raises:
+        DatabaseRefused: it is damaged, or cannot be read; it is untouched.
+    """
+    if not url.startswith("sqlite"):
+        return True
+    path = _path(url)
+    # Read-only, or closing it would write what is in the log into the file. Without a log there is no need to make one.
+    how = "mode=ro" if _size(_log_of(path)) else "immutable=1"
+    deadline = time.monotonic() + CHECK_SECONDS
+    try:
+        with closing(
+            sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True, timeout=LOCK_SECONDS)
+        ) as connection:
+            connection.set_progress_handler(lambda: int(time.monotonic() > deadline), CHECK_STEPS)
+            found = [row[0] for row in connection.execute("PRAGMA quick_check(1)")]
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_INTERRUPT:
+            return False
+        if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            raise DatabaseRefused(f"{path} is damaged: {error}. {ADVICE}") from None
+        raise DatabaseRefused(f"{path} cannot be read: {error}.") from None
+    if found != ["ok"]:
+        raise DatabaseRefused(f"{path} is damaged: {' '.join(str(found[0]).split())}. {ADVICE}")
+    return True
+
+
+def _path(url: str) -> Path:
+    return Path(url.removeprefix("sqlite:///"))
+
+
+def _log_of(path: Path) -> Path:
+    return path.with_name(path.name + "-wal")
+
+
+def _size(path: Path) -> int:
+    """Bytes; 0 if there is no such file."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def _header(path: Path) -> bytes:
@@ -54,7 +107,7 @@ def _header(path: Path) -> bytes:
         return file.read(HEADER_SIZE)
 
 
-def _check(path: Path, header: bytes) -> None:
+def _check_header(path: Path, header: bytes) -> None:
     if not header.startswith(MAGIC):
         raise DatabaseRefused(f"{path} is no SQLite file; give DATABASE_PATH a file of its own.")
     if int.from_bytes(header[APPLICATION_ID_AT]) != APPLICATION_ID:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -72,6 +74,27 @@ def until(condition: Callable[[], object], seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come true in time"
         time.sleep(0.01)
+
+
+def script(*messages: dict[str, Any], **fields: Any) -> str:
+    """A prompt that has the stand-in CLI say these messages before its result."""
+    return json.dumps({"messages": messages, **fields})
+
+
+def kinds(letters: str) -> list[dict[str, Any]]:
+    """Messages of the types a, b, c...; `n` is the place of each."""
+    return [{"type": letter, "n": number} for number, letter in enumerate(letters)]
+
+
+def letters(messages: list[dict[str, Any]]) -> str:
+    return "".join(message["type"][0] for message in messages)
+
+
+def held(client: Client, cwd: Path, said: str = "a") -> dict[str, Any]:
+    """A run that says something and then goes on until it is cancelled."""
+    run = client.start(cwd, script(*kinds(said), hold=True), wait=0)
+    client.wait_for_message(run["id"], said[-1])
+    return run
 
 
 def connect(client: Client, *parts: bytes) -> socket.socket:

@@ -16,6 +16,7 @@ from ccm.api.requests import ForkBody, ImageBody, ResumeBody, SessionBody, Start
 from ccm.core.policy import check_policy
 from ccm.demo.tour import ServiceProcess
 from ccm.errors import Forbidden
+from ccm.models import RUN_ID
 from ccm.settings import PRIVILEGED_OPTIONS, Settings
 from tests.api.conftest import NOWHERE, connect, folder_of, read_all, refused, stack_traces
 from tests.client import Client
@@ -210,7 +211,7 @@ OF_ONE_BODY = {
     ],
     "fork": [
         *SESSION_IDS,
-        *(bad("atRunId", "", atRunId=value) for value in IDS[1:]),
+        *(bad("atRunId", "", atRunId=value) for value in IDS[1:] if not RUN_ID.fullmatch(str(value))),
         *(bad("atMessage", "", atMessage=value) for value in IDS[1:]),
         bad("atMesage", "did you mean atMessage?", atMesage=NOWHERE),
         bad("cwd", "string", cwd=5),
@@ -896,7 +897,7 @@ def test_json_in_utf_8_is_read_however_it_is_spelt(strict: Client, headers: Mapp
 
 WAITS = ["", "x", "-1", "-0.001", "300.001", "301", "nan", "inf", "-inf", "1e9", "0x10", "1,5", "1%00"]
 LIMITS = ["0", "-1", "1001", "x", "", "1.5", "1e2", "%2B1", "%C2%B2", "%EF%BC%91", "9" * 30, "1%00", "%FF"]
-CURSORS = ["", "x", "-1", "LTE=", "MS41", "%C3%A9", "%00", "OTk5OTk5OTk5OTk5OTk5OTk5OQ==", "LzEvMg==", "x" * 5000]
+CURSORS = ["", "x", "-1", "LS0x", "MS41", "%C3%A9", "%00", "OTk5OTk5OTk5OTk5OTk5OTk5OQ==", "LzEvMg==", "x" * 5000]
 INDEXES = ["", "x", "-2", "1.5", "%C2%B2", "9007199254740993", "9" * 30, "0%00"]
 PLACES = [
     "",
@@ -912,6 +913,7 @@ PLACES = [
 TYPES = ["", ",", "assistant,", "assistant,,user", "%20", "assistant%00", ",".join("x" * 51)]
 LISTS = ["/api/runs", "/api/sessions", "/api/sessions/{session}/runs", "/api/sessions/{session}/forks"]
 MESSAGES = ["/api/runs/{run}/messages", "/api/sessions/{session}/messages"]
+STREAMS = ["/api/runs/{run}/stream", "/api/sessions/{session}/stream"]
 QUERIES: list[tuple[str, str, list[str]]] = [
     *((path, "limit", LIMITS) for path in [*LISTS, *MESSAGES]),
     *((path, "cursor", CURSORS) for path in LISTS),
@@ -919,6 +921,8 @@ QUERIES: list[tuple[str, str, list[str]]] = [
     *((path, "type", TYPES) for path in MESSAGES),
     (MESSAGES[0], "after", INDEXES),
     (MESSAGES[1], "after", [*PLACES, f"{NOWHERE}:0"]),
+    (STREAMS[0], "after", [*INDEXES, "end", "End"]),
+    (STREAMS[1], "after", [*PLACES, f"{NOWHERE}:0", f"{NOWHERE}:end", "end", f"{NOWHERE}:END"]),
     (MESSAGES[1], "history", ["", "own%00", "FULL", "all"]),
     ("/api/runs", "status", ["", "x", "RUNNING", "running,error", "%00"]),
     ("/api/runs", "mode", ["", "x", "FRESH", "fresh,fork", "%00"]),
@@ -926,7 +930,11 @@ QUERIES: list[tuple[str, str, list[str]]] = [
     ("/api/runs", "cwd", ["/%00"]),
     ("/api/sessions", "cwd", ["/%00"]),
     ("/api/sessions", "q", ["%00", "x" * 1001]),
-    *((path, "bogus", ["1"]) for path in ["/", "/api/runs/{run}", "/api/sessions/{session}", *LISTS, *MESSAGES]),
+    *(
+        (path, "bogus", ["1"])
+        for path in ["/", "/api/runs/{run}", "/api/sessions/{session}", *LISTS, *MESSAGES, *STREAMS]
+    ),
+    *((path, name, ["1"]) for path in STREAMS for name in ("limit", "type", "wait", "lastEventId")),
     ("/api/runs", "wait", ["1"]),
     ("/api/runs", "sessionid", [NOWHERE]),
     ("/api/sessions", "status", ["idle"]),

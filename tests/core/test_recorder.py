@@ -7,18 +7,23 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
 
 from ccm.core.doorbell import Doorbell
 from ccm.core.recorder import Recorder
+from ccm.core.write import Write
 from ccm.db import messages, runs, sessions
 from ccm.db.database import Database, Transaction
 from ccm.db.migrate import migrate
-from ccm.errors import NotFound, StorageRejected, Unavailable
+from ccm.errors import NotFound, StorageDown, StorageRejected, Unavailable
 from ccm.models import Message, timestamp
+from tests.disks import SmallDisk
+from tests.postgresql import PostgreSQLServer
 
 SOON = 30.0
 
@@ -263,6 +268,36 @@ def test_who_gives_up_waiting_has_provably_stored_nothing(tmp_path: Path, monkey
     reader.close()
 
 
+def test_who_gives_up_a_write_in_hand_is_told_as_soon_as_it_has_come_to_nothing(
+    harness: Harness, reader: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ccm.core.recorder.PATIENCE", 0.1)
+    given_up = threading.Event()
+    tries: list[int] = []
+
+    def work(transaction: Transaction) -> None:
+        tries.append(1)
+        transaction.execute("UPDATE ccr_runs SET prompt = 'late' WHERE id = 'a'")
+        given_up.wait(SOON)
+        raise StorageDown("the disk is full just now")
+
+    give_up = Write.give_up
+
+    def tell(write: Write[None], reason: Exception) -> None:
+        give_up(write, reason)
+        given_up.set()
+
+    monkeypatch.setattr(Write, "give_up", tell)
+    begun = time.monotonic()
+    with pytest.raises(Unavailable) as refusal:
+        harness.recorder.write(work)
+    assert refusal.value.code == "STORAGE_UNAVAILABLE"
+    assert time.monotonic() - begun < 5
+    harness.settle()
+    assert tries == [1]
+    assert reader.rows("SELECT id FROM ccr_runs WHERE prompt = 'late'") == []
+
+
 def test_a_poison_message_fails_its_own_run_only(harness: Harness, reader: Database) -> None:
     held = threading.Event()
     blocking = harness.recorder.submit(lambda _: held.wait(SOON))
@@ -334,7 +369,126 @@ def test_postgresql_that_drops_its_connections_loses_nothing(postgresql: str) ->
         reader.close()
 
 
+def test_what_may_be_stored_is_never_called_not_stored(postgresql: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ccm.core.recorder.PATIENCE", 0.1)
+    monkeypatch.setattr("ccm.core.recorder.OUTCOME_PATIENCE", 0.1)
+    with psycopg.connect(f"{postgresql}/postgres", autocommit=True) as admin:
+        admin.execute("CREATE DATABASE unknown_outcome")
+    database = Database(f"{postgresql}/unknown_outcome", writer=True, pool_size=1)
+    reader = Database(f"{postgresql}/unknown_outcome")
+    migrate(database)
+    with Harness(database) as harness:
+        commit, connect = database._database.commit, database._take_connection
+        mended = threading.Event()
+
+        def commit_and_lose_the_server() -> None:
+            commit()
+            database._database.commit = commit  # type: ignore[method-assign]
+            database._take_connection = no_server  # type: ignore[method-assign]
+            raise psycopg.OperationalError("the connection was lost in COMMIT")
+
+        def no_server() -> Any:
+            if not mended.is_set():
+                raise StorageDown("it is being restarted")
+            return connect()
+
+        def work(transaction: Transaction) -> None:
+            transaction.execute("UPDATE ccr_runs SET prompt = 'stored' WHERE id = 'a'")
+
+        database._database.commit = commit_and_lose_the_server  # type: ignore[method-assign]
+        followed: list[None] = []
+        with pytest.raises(Unavailable) as refusal:
+            harness.recorder.write(work, followed.append)
+        assert refusal.value.code == "OUTCOME_UNKNOWN"
+        assert "Idempotency-Key" in refusal.value.message
+        assert reader.rows("SELECT id FROM ccr_runs WHERE prompt = 'stored'")
+
+        mended.set()
+        harness.settle()
+        assert followed == [None]  # what follows a commit followed, though nobody waited for it any more
+    database.close()
+    reader.close()
+
+
+def test_a_commit_that_a_server_swallows_is_answered_in_a_bounded_time(
+    postgresql_server: PostgreSQLServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ccm.core.recorder.PATIENCE", 0.1)
+    monkeypatch.setattr("ccm.core.recorder.OUTCOME_PATIENCE", 0.1)
+    url = postgresql_server.new_database()
+    database, reader = Database(url, writer=True, pool_size=1), Database(url)
+    migrate(database)
+    with Harness(database) as harness, ExitStack() as stack:
+
+        def work(transaction: Transaction) -> None:
+            transaction.execute("UPDATE ccr_runs SET prompt = 'stored' WHERE id = 'a'")
+            stack.enter_context(postgresql_server.standing_still())
+
+        begun = time.monotonic()
+        with pytest.raises(Unavailable) as refusal:
+            harness.recorder.write(work)
+        assert refusal.value.code == "OUTCOME_UNKNOWN"
+        assert time.monotonic() - begun < 5
+        stack.close()
+        harness.settle()
+        assert reader.rows("SELECT id FROM ccr_runs WHERE prompt = 'stored'")
+    database.close()
+    reader.close()
+
+
+def test_a_full_disk_is_not_forgotten_when_nobody_waits_any_more(
+    small_disk: SmallDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ccm.core.recorder.PATIENCE", 0.1)
+    url = f"sqlite:///{small_disk.path}/db.sqlite"
+    database, reader = Database(url, writer=True, pool_size=1), Database(url)
+    migrate(database)
+    with Harness(database, budget=2**24) as harness:
+
+        def work(transaction: Transaction) -> None:
+            transaction.execute("UPDATE ccr_runs SET prompt = :text WHERE id = 'a'", text="x" * 2**14)
+
+        small_disk.fill()
+        with pytest.raises(Unavailable, match="the disk of the database is full"):
+            while True:  # the log has some room of its own
+                harness.recorder.write(work)
+        tries: list[float] = []
+        original = database.transaction
+
+        def counted(uncertain: bool = False) -> Any:
+            tries.append(time.monotonic())
+            return original(uncertain)
+
+        database.transaction = counted  # type: ignore[method-assign]
+        until(lambda: len(tries) >= 3)  # with nothing left to write
+        assert harness.recorder.trouble == "the disk of the database is full"
+        assert reader.rows("SELECT id FROM ccr_runs ORDER BY id") == [{"id": "a"}, {"id": "b"}]
+
+        small_disk.grow()
+        until(lambda: harness.recorder.trouble is None)
+        harness.recorder.write(work)
+    database.close()
+    reader.close()
+
+
 # ---- the end
+
+
+def test_stop_waits_for_nothing_that_nobody_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ccm.core.recorder.PATIENCE", 0.1)
+    database = Database(f"sqlite:///{tmp_path}/db.sqlite", writer=True, pool_size=1)
+    migrate(database)
+    harness = Harness(database)
+    harness.recorder.start()
+    other = lock(tmp_path / "db.sqlite")
+    with pytest.raises(Unavailable):
+        harness.recorder.write(lambda _: None)
+
+    begun = time.monotonic()
+    assert harness.recorder.stop(begun + SOON)
+    assert time.monotonic() - begun < 5
+    other.close()
+    database.close()
 
 
 def test_stop_writes_what_is_queued_and_then_takes_nothing(writer: Database, reader: Database) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ccm.db import messages, runs, sessions, transcripts
+from ccm.db import archive, messages, runs, sessions, transcripts, trees
 from ccm.db.database import Database, Transaction
 from ccm.models import Run, timestamp
 
@@ -95,6 +95,17 @@ QUERIES: dict[str, Callable[[Transaction], object]] = {
     "texts": lambda t: messages.texts(t, "r", -1, 10),
     "texts before": lambda t: messages.texts_before(t, "r", 10, "a", 5),
     "first running": lambda t: runs.first_running(t, "s"),
+    "sessions beyond": lambda t: archive.sessions_beyond(t, 0, 10),
+    "dated texts": lambda t: archive.dated_texts(t, "r", -1, 10),
+    "transcripts": lambda t: archive.transcripts(t, "s"),
+    "entry sizes": lambda t: archive.entry_sizes(t, 1, -1, 10),
+    "entry texts": lambda t: archive.entry_texts(t, 1, "s", -1, 10),
+    "ends of all": lambda t: (archive.first_seq(t), archive.last_seq(t)),
+    "end of a session": lambda t: archive.last_seq_of_session(t, "s"),
+    "gone on": lambda t: archive.has_gone_on(t, "s", "r"),
+    "run of a key": lambda t: archive.run_of_key(t, "k"),
+    "run at": lambda t: archive.run_at(t, 1),
+    "roots": lambda t: trees.roots(t, 0, 10),
     "holding": lambda t: messages.holding(t, "r", "x"),
 }
 

@@ -16,7 +16,6 @@ from ccm.demo.messages_api import MessagesAPI
 from tests.client import Client
 from tests.conftest import ServeFunction
 
-
 # What the CLI and the SDK say to each other, and the copies of the transcript.
 NOT_MESSAGES = ("control_request", "control_response", "control_cancel_request", "transcript_mirror")
 

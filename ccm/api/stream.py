@@ -1,0 +1,56 @@
+"""Server-Sent Events, as https://html.spec.whatwg.org/multipage/server-sent-events.html has them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+
+from flask import Response
+
+from ccm.api.context import client_gone, held, service
+from ccm.api.places import END
+from ccm.core.following import Event, Follower, Messages
+
+# How soon a browser is to come back when the connection breaks (milliseconds).
+RETRY = 1_000
+HEADERS = {
+    # Neither kept nor compressed on its way: who compresses also collects.
+    "Cache-Control": "no-cache, no-store, no-transform",
+    "X-Accel-Buffering": "no",  # nginx would hold it back
+}
+
+
+def event_stream(follow: Callable[[Follower], Iterator[Event]], prefix: Callable[[str], str]) -> Response:
+    """The answer that goes on.
+
+    Args:
+        follow: what is to be told.
+        prefix: what stands before the index in the ids of a run's events.
+
+    Raises:
+        Unavailable: no place is free.
+    """
+    frames = _frames(follow(Follower(service().history, client_gone())), prefix)
+    return held(Response(frames, headers=HEADERS, content_type="text/event-stream"))
+
+
+def nothing_more() -> Response:
+    """The one answer after which a browser's EventSource does not come back."""
+    response = Response(status=204)
+    del response.headers["Content-Type"]
+    return response
+
+
+def _frames(events: Iterable[Event], prefix: Callable[[str], str]) -> Iterator[bytes]:
+    # At once: waitress sends the headers with the first bytes of the body.
+    yield f": connected\nretry: {RETRY}\n\n".encode("ascii")
+    for event in events:
+        if event is None:
+            yield b": still here\n\n"
+        elif isinstance(event, Messages):
+            start = f"event: message\nid: {prefix(event.run_id)}"
+            # A text is one line of ASCII, as it is stored.
+            yield "".join(f"{start}{index}\ndata: {text}\n\n" for index, text in event.numbered).encode("ascii")
+        else:
+            data = json.dumps(event.to_json())
+            yield f"event: end\nid: {prefix(event.id)}{END}\ndata: {data}\n\n".encode("ascii")

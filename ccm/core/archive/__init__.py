@@ -1,0 +1,1 @@
+"""History that leaves a database, comes into one, or is deleted from it."""

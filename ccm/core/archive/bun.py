@@ -1,0 +1,124 @@
+"""The history of the original service as runs of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from ccm.core.archive import bun_values as values
+from ccm.core.archive.bun_groups import UNKNOWN_TIME, Group, group, parents_first
+from ccm.core.archive.records import UUID, ArchivedMessage, ArchivedRun
+from ccm.db.bun import BunDatabase
+from ccm.models import ERROR, FORK, RUNNING, STATUSES, storable, to_json_text
+
+
+class BunSource:
+    """The runs of a Bun database, parents first.
+
+    Args:
+        has_transcript: whether Claude Code has a run's transcript on this host, by the run's cwd and SDK session.
+        tell: called with a sentence about whatever does not come in just as it was.
+    """
+
+    def __init__(
+        self, database: BunDatabase, has_transcript: Callable[[str, str], bool], tell: Callable[[str], None]
+    ) -> None:
+        self._database = database
+        self._has_transcript = has_transcript
+        self._tell = tell
+        # In memory, without their texts: a parent may stand anywhere.
+        self._links = list(database.links())
+        # The total that a run's result tells counts what it continued too.
+        self._totals: dict[int, float | None] = {}
+
+    @property
+    def last_seq(self) -> int:
+        return len(self._links)
+
+    def runs(self) -> Iterator[ArchivedRun]:
+        self._database.order_messages()
+        groups = group([link for link in self._links if link.id is not None], self._tell)
+        for seq, number in enumerate(parents_first(groups), 1):
+            yield self._run(groups, number, seq)
+        if len(groups) < len(self._links):
+            self._tell(f"Runs without an id were left out: {len(self._links) - len(groups)}.")
+        lost = self._database.orphans()
+        if lost:
+            self._tell(f"Messages that belong to no run were left out: {lost}.")
+
+    # ---- what a run is
+
+    def _run(self, groups: Sequence[Group], number: int, seq: int) -> ArchivedRun:
+        place = groups[number]
+        parent = None if place.parent is None else groups[place.parent]
+        stored = self._database.run(place.link.rowid)
+        result = self._result(place.run_id, stored["result_json"])
+        self._totals[number] = total = values.total(result)
+        cwd = storable(values.text(stored["cwd"])) or ""
+        status = stored["status"] if stored["status"] in STATUSES else ERROR
+        duration = values.whole(stored["duration_ms"])
+        local = (
+            status != RUNNING
+            and bool(UUID.fullmatch(place.sdk_session_id))
+            and self._has_transcript(cwd, place.sdk_session_id)
+        )
+        if values.iso_time(stored["created_at"]) is None:
+            self._tell(f"Run {place.run_id} has no time that can be read: it is taken for {UNKNOWN_TIME}.")
+        error = values.error(status, stored["status"], result)
+        forked_from = parent if place.mode == FORK else None
+        session = {
+            "id": place.session_id,
+            "parentSessionId": forked_from.session_id if forked_from else None,
+            "forkedFromRunId": forked_from.run_id if forked_from else None,
+            "cwd": cwd,
+            "title": None,
+            "metadataJson": "{}",
+        }
+        row = {
+            "id": place.run_id,
+            "seq": seq,
+            "cwd": cwd,
+            "sessionId": place.session_id,
+            "sdkSessionId": place.sdk_session_id,
+            "parentSessionId": session["parentSessionId"],
+            "parentRunId": parent.run_id if parent else None,
+            "mode": place.mode,
+            "status": status,
+            "prompt": storable(values.text(stored["prompt"])) or "",
+            "optionsJson": "{}",
+            "imageCount": 0,
+            "resultType": storable(stored["result_type"]),
+            "resultJson": None if result is None else to_json_text(result),
+            "errorCode": error[0],
+            "errorMessage": error[1],
+            "costUsd": total if place.parent is None else values.own_cost(total, self._totals.get(place.parent)),
+            "hasTranscript": int(local),
+            "transcriptStored": 0,
+            "durationMs": duration,
+            "createdAt": place.created_at,
+            "startedAt": place.created_at,
+            "endedAt": None if status == RUNNING else values.later(place.created_at, duration or 0),
+        }
+        return ArchivedRun(session, row, self._messages(place))
+
+    def _result(self, run_id: str, text: Any) -> dict[str, Any] | None:
+        if text is None or text == "":
+            return None
+        result = values.parsed(text)
+        if isinstance(result, dict):
+            return result
+        self._tell(f"Run {run_id} has a result that is no JSON object: it was left out.")
+        return None
+
+    def _messages(self, place: Group) -> Iterator[ArchivedMessage]:
+        for index, message in enumerate(self._database.messages(place.link.id)):
+            at = values.iso_time(message.created_at) or place.created_at
+            raw = values.parsed(message.json)
+            if not isinstance(raw, dict):
+                self._tell(
+                    f"Message {index} of run {place.run_id} is no JSON object: it is kept as text, in the field "
+                    "'unparsed'."
+                )
+                raw = {"type": values.text(message.type) or "unknown", "unparsed": values.text(message.json)}
+            kind = storable(raw.get("type")) or storable(message.type) or "unknown"
+            yield ArchivedMessage(at, kind, to_json_text(raw))

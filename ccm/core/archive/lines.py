@@ -1,0 +1,219 @@
+"""An export as it is read back: JSON Lines, of which nothing is believed that is not looked at."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+from ccm.core.archive.exporting import FORMAT, VERSION
+from ccm.core.archive.fields import Line
+from ccm.core.archive.records import (
+    NOT_FOR_RUNS,
+    UUID,
+    ArchivedEntries,
+    ArchivedMessage,
+    ArchivedRun,
+    SourceError,
+)
+from ccm.models import MODES, STATUSES, storable
+
+# No message is larger than CCM_MAX_MESSAGE_BYTES may be, and no piece of a transcript much.
+LINE_BYTES = 2**30
+
+
+class LineSource:
+    """The runs of an export.
+
+    Args:
+        name: what the operator calls it.
+
+    Raises:
+        SourceError: it is no export, or one of a version that this program does not know.
+    """
+
+    def __init__(self, stream: BinaryIO, name: str) -> None:
+        self._stream = stream
+        self._number = 0
+        try:
+            header = self._read()
+        except SourceError:
+            header = None
+        if header is None or header.type != "export" or header.raw("format") != FORMAT:
+            raise SourceError(
+                f"{name} is neither an export of CC Manager (JSON Lines) nor the SQLite database of the original "
+                "service."
+            )
+        if header.raw("version") != VERSION:
+            raise header.error(
+                f"the export has version {header.raw('version')!r} and this program knows {VERSION}; update it."
+            )
+        self.last_seq = header.integer("lastSeq")
+
+    def _read(self) -> Line | None:
+        """The next line; None at the end of the file."""
+        data = self._stream.readline(LINE_BYTES)
+        if not data:
+            return None
+        self._number += 1
+        try:
+            fields = json.loads(data)
+        except (ValueError, RecursionError):
+            cut = "" if data.endswith(b"\n") else " The file ends in it: it is cut off."
+            raise SourceError(f"Line {self._number}: it is no JSON.{cut}") from None
+        if not isinstance(fields, dict):
+            raise SourceError(f"Line {self._number}: it is no JSON object.")
+        return Line(self._number, fields)
+
+    def _next(self) -> Line:
+        line = self._read()
+        if line is None:
+            raise SourceError(
+                f"The file ends with line {self._number} and not with a line of type 'end': it is cut off."
+            )
+        return line
+
+    def runs(self) -> Iterator[ArchivedRun]:
+        """
+        Raises:
+            SourceError: a line is not what it should be; names its number.
+        """
+        session: Line | None = None
+        session_count = run_count = 0
+        line = self._next()
+        while line.type != "end":
+            if line.type == "session":
+                session, line = line, self._next()
+                session_count += 1
+            elif line.type == "run" and session is not None:
+                run = _Run(line, session)
+                parts = run.parts(self._next)
+                yield ArchivedRun(_session(session), run.row(), parts)
+                for _ in parts:
+                    pass  # not wanted, and still to be got past
+                run_count += 1
+                line = run.next
+            else:
+                raise line.error(f"a line of type {line.type!r} must not stand here.")
+        if (line.integer("sessions"), line.integer("runs")) != (session_count, run_count):
+            raise line.error(
+                f"it tells of {line.integer('sessions')} sessions and {line.integer('runs')} runs, and before it are "
+                f"{session_count} and {run_count}: a part of the file is missing."
+            )
+        if self._read() is not None:
+            raise SourceError(f"Line {self._number}: there must be nothing after the line of type 'end'.")
+
+
+def _session(line: Line) -> dict[str, Any]:
+    return {
+        "id": line.id("sessionId"),
+        "parentSessionId": line.id_or_none("parentSessionId"),
+        "forkedFromRunId": line.id_or_none("forkedFromRunId"),
+        "cwd": line.text("cwd"),
+        "title": line.text_or_none("title"),
+        "metadataJson": line.json(line.mapping("metadata")),
+    }
+
+
+class _Run:
+    """A run's own line, and the lines that belong to it. `next` is the one after them, once they are read."""
+
+    def __init__(self, line: Line, session: Line) -> None:
+        self._line = line
+        self._session_id = session.id("sessionId")
+        self._sdk_session_id = line.id("sdkSessionId")
+        self._message_count = line.count("messageCount")
+        self._status = line.one_of("status", STATUSES)
+        self.next = line
+
+    def row(self) -> dict[str, Any]:
+        line = self._line
+        if line.id("sessionId") != self._session_id:
+            raise line.error(f"the run must follow the line of its session {line.id('sessionId')}.")
+        if line.id("runId") in NOT_FOR_RUNS:
+            raise line.error(f"runId must not be {line.id('runId')!r}.")
+        resumable = line.flag("hasTranscript") or line.flag("transcriptStored")
+        if resumable and not UUID.fullmatch(self._sdk_session_id):
+            raise line.error("sdkSessionId must be a UUID in lower case where there is a transcript.")
+        error = {} if line.raw("error") is None else line.mapping("error")
+        told = Line(line.number, error)
+        result = line.raw("result")
+        return {
+            "id": line.id("runId"),
+            "seq": line.integer("seq"),
+            "cwd": line.text("cwd"),
+            "sessionId": self._session_id,
+            "sdkSessionId": self._sdk_session_id,
+            "parentSessionId": line.id_or_none("parentSessionId"),
+            "parentRunId": line.id_or_none("parentRunId"),
+            "mode": line.one_of("mode", MODES),
+            "status": self._status,
+            "prompt": line.text("prompt"),
+            "optionsJson": line.json(line.mapping("options")),
+            "imageCount": line.count("imageCount"),
+            "timeoutMs": line.count_or_none("timeoutMs"),
+            "forkAtMessage": line.id_or_none("forkAtMessage"),
+            "forkAtIndex": line.count_or_none("forkAtIndex"),
+            "resultType": line.text_or_none("resultType"),
+            "resultJson": None if result is None else line.json(line.mapping("result")),
+            "errorCode": told.text("code") if error else None,
+            "errorMessage": told.text_or_none("message"),
+            "costUsd": line.number_or_none("costUsd"),
+            # A run that was going on may have said more since its line was written.
+            "messageCount": self._message_count,
+            "hasTranscript": int(line.flag("hasTranscript")),
+            "transcriptStored": int(line.flag("transcriptStored")),
+            "durationMs": line.count_or_none("durationMs"),
+            "createdBy": line.text_or_none("createdBy"),
+            "createdAt": line.text("createdAt"),
+            "startedAt": line.text_or_none("startedAt"),
+            "endedAt": line.text_or_none("endedAt"),
+            "idempotencyKey": line.text_or_none("idempotencyKey"),
+            "requestDigest": line.text_or_none("requestDigest"),
+        }
+
+    def parts(self, read: Callable[[], Line]) -> Iterator[ArchivedMessage | ArchivedEntries]:
+        count = 0
+        line = read()
+        while line.type in ("message", "transcript"):
+            if line.type == "message":
+                yield self._message(line, count)
+                count += 1
+            else:
+                yield self._entries(line)
+            line = read()
+        if count != self._message_count:
+            raise line.error(
+                f"the run before it has {self._message_count} messages, and the file has {count} of them: a part of it "
+                "is missing."
+            )
+        self.next = line
+
+    def _message(self, line: Line, index: int) -> ArchivedMessage:
+        if line.text("runId") != self._line.text("runId") or line.integer("index") != index:
+            raise line.error(f"message {index} of run {self._line.text('runId')} should stand here.")
+        message = line.mapping("message")
+        return ArchivedMessage(line.text("createdAt"), storable(message.get("type")) or "unknown", line.json(message))
+
+    def _entries(self, line: Line) -> ArchivedEntries:
+        if line.text("sdkSessionId") != self._sdk_session_id or not UUID.fullmatch(self._sdk_session_id):
+            raise line.error("sdkSessionId must be that of the run before it, and a UUID in lower case.")
+        entries = line.raw("entries")
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise line.error("entries must be an array of objects.")
+        project_key, subpath = line.text("projectKey"), line.text("subpath")
+        # They become names of files below Claude Code's own directory.
+        if not _is_inside(project_key) or "/" in project_key or (subpath and not _is_inside(subpath)):
+            raise line.error("projectKey and subpath must stay within the directory of the transcripts.")
+        return ArchivedEntries(
+            project_key=project_key,
+            subpath=subpath,
+            updated_at_ms=line.count("updatedAtMs"),
+            first_index=line.count("index"),
+            entries=[(storable(entry.get("uuid")), line.json(entry)) for entry in entries],
+        )
+
+
+def _is_inside(path: str) -> bool:
+    """Whether it is a relative path that goes nowhere but down."""
+    return "\\" not in path and path.isprintable() and all(part not in ("", ".", "..") for part in path.split("/"))

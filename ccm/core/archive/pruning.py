@@ -1,0 +1,106 @@
+"""The only thing that ever deletes: whole trees of sessions, with Claude Code's own files of their runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from ccm.core.archive.local_files import LocalFiles, count, remove
+from ccm.core.history import find_session
+from ccm.db import trees
+from ccm.db.database import Database, Transaction
+from ccm.db.trees import Tree
+from ccm.errors import CommandRefused
+
+PAGE = 100
+BEFORE_ALL = -(2**62)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A tree that is to go, and the files on this host that go with it."""
+
+    tree: Tree
+    paths: list[Path]
+    file_count: int
+
+
+def tree_of(transaction: Transaction, session_id: str, files: LocalFiles) -> Candidate:
+    """The tree that a session is in.
+
+    Raises:
+        NotFound: SESSION_NOT_FOUND.
+        CommandRefused: a run of it has not ended.
+    """
+    session = find_session(transaction, session_id)
+    candidate = _candidate(transaction, trees.root_of(transaction, session.id), files)
+    if candidate.tree.unfinished:
+        raise CommandRefused(f"Nothing was deleted: {unfinished(candidate.tree)}")
+    return candidate
+
+
+def unfinished(tree: Tree) -> str:
+    """Why a tree is left alone."""
+    return (
+        f"the tree of session {tree.root} has runs that have not ended ({tree.unfinished}). Start the service and let "
+        "them end, or cancel them there; those that a crash has left it ends by itself."
+    )
+
+
+def trees_older_than(database: Database, age: timedelta, files: LocalFiles) -> Iterator[Candidate]:
+    """The trees whose latest activity was so long ago; those with runs that have not ended among them."""
+    cutoff = (datetime.now(UTC) - age).replace(tzinfo=None).isoformat(timespec="milliseconds") + "Z"
+    after = BEFORE_ALL
+    while True:
+        with database.transaction() as transaction:
+            found = trees.roots(transaction, after, PAGE)
+            old = [root for root, _ in found if trees.last_run_at(transaction, root) < cutoff]
+        if not found:
+            return
+        after = found[-1][1]
+        for root in old:
+            with database.transaction() as transaction:
+                candidate = _candidate(transaction, root, files)
+            yield candidate
+
+
+def _candidate(transaction: Transaction, root: str, files: LocalFiles) -> Candidate:
+    tree = trees.measure(transaction, root)
+    paths: list[Path] = []
+    after = BEFORE_ALL
+    while places := trees.run_places(transaction, root, after):
+        for place in places:
+            own_environ = json.loads(place.options_json).get("env") or {}
+            paths += files.of_run(place.cwd, place.sdk_session_id, own_environ)
+        after = places[-1].seq
+    return Candidate(tree, paths, sum(count(path) for path in paths))
+
+
+def delete(database: Database, candidate: Candidate) -> None:
+    """Delete a tree and its files: the files first, for the rows tell where they are.
+
+    Raises:
+        CommandRefused: a file cannot be deleted; then the tree is still there.
+        StorageError: what is left can be deleted by another try.
+    """
+    for path in candidate.paths:
+        try:
+            remove(path)
+        except OSError as error:
+            raise CommandRefused(
+                f"{path} cannot be deleted: {error.strerror}. Its tree of session {candidate.tree.root} is still there."
+            ) from None
+    trees.delete(database, candidate.tree.root)
+
+
+def clear(database: Database, deleted: bool) -> None:
+    """Have the database let go of the bytes of what was deleted.
+
+    Raises:
+        StorageError: they are still there.
+    """
+    trees.delete_unused_texts(database)
+    trees.clear(database.url, deleted)

@@ -1,0 +1,97 @@
+"""Following runs: what is stored after a place, and then whatever is stored next, as long as someone reads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from ccm.core.history import LOOK_SECONDS, History
+from ccm.errors import Unavailable
+from ccm.models import Run
+
+T = TypeVar("T")
+
+# How long nothing may happen before that is said too (seconds): proxies close what is silent for 30 or 60.
+SILENCE_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Messages:
+    """Messages of a run in their order, each with its index."""
+
+    run_id: str
+    numbered: Sequence[tuple[int, str]]
+
+
+# A run tells that it has ended; None, that nothing has happened for a while.
+Event = Messages | Run | None
+
+
+class Follower:
+    """What one reader is to be sent, in order, each message once. It ends early when the reader has left.
+
+    Every event is read from the database, so what is replayed and what is live cannot disagree.
+
+    Args:
+        gone: whether the reader has left.
+        silence: how long nothing may happen before that is told (seconds).
+    """
+
+    def __init__(self, history: History, gone: Callable[[], bool], silence: float = SILENCE_SECONDS) -> None:
+        self._history = history
+        self._gone = gone
+        self._silence = silence
+
+    def run(self, run_id: str, after: int) -> Iterator[Event]:
+        """The messages of a run beyond an index, and the run once it has ended.
+
+        It ends without that only if the service stops before the run has begun.
+        """
+        yield from self._run(run_id, run_id, after)
+
+    def session(self, session_id: str, seq: int | None, after: int) -> Iterator[Event]:
+        """The runs of a session one after another, those to come as well. It ends when the service stops.
+
+        Args:
+            seq: of the run after which to begin; None for the first. It may be negative, for imported history.
+            after: the index beyond which to begin in the first run.
+        """
+        while True:
+            run = yield from self._next(session_id, partial(self._run_after, session_id, seq))
+            if run is None or not (yield from self._run(session_id, run.id, after)):
+                return
+            seq, after = run.seq, -1
+
+    def _run(self, key: str, run_id: str, after: int) -> Generator[Event, None, bool]:
+        """The same for one run, heard of by any key. True if its end was told."""
+        while True:
+            news = yield from self._next(key, partial(self._history.news, run_id, after))
+            if news is None:
+                return False
+            if isinstance(news, Run):
+                yield news
+                return True
+            yield Messages(run_id, news)
+            after = news[-1][0]
+
+    def _run_after(self, session_id: str, seq: int | None) -> Run | None:
+        return next(iter(self._history.session_runs(session_id, limit=1, after=seq)), None)
+
+    def _next(self, key: str, look: Callable[[], T]) -> Generator[None, None, T | None]:
+        """What `look` finds, as soon as it does, and a None for each silence until then; None if it never will."""
+        while True:
+            complete = self._history.complete  # asked first: what is read after it is all that there will be
+            try:
+                found = self._history.wait(key, self._silence, look, self._gone)
+            except Unavailable:
+                # It outlasts a database that is away for a while: a browser that is answered 503 gives up for good.
+                time.sleep(LOOK_SECONDS)
+                found = None
+            if found is not None:
+                return found
+            if complete or self._gone():
+                return None
+            yield None

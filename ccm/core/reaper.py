@@ -1,0 +1,110 @@
+"""A small process beside the service that ends what its agents have left when the service is killed.
+
+The kernel tells Claude Code of the service's death (core/launch_claude.sh), and Claude Code ends its tools. What that
+misses is a tool in a session of its own whose Claude Code was killed as well, or was just starting it. So the reaper is
+told which runs are going on; when its input ends, because the service has, it ends what still carries their marks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO
+
+from ccm.core.processes import end_marked, marked
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).parents[2]
+# Seconds that Claude Code gets to end by itself: it has a transcript to write.
+GRACE_SECONDS = 5.0
+GOING_ON, OVER = "+", "-"
+
+
+class Reaper:
+    """Started with the first run; Linux only, for elsewhere no process shows its mark."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._runs: set[str] = set()
+
+    def watch(self, run_id: str) -> None:
+        """A run begins."""
+        with self._lock:
+            self._runs.add(run_id)
+            self._tell(GOING_ON + run_id)
+
+    def release(self, run_id: str) -> None:
+        """A run is over, and what it has left may stay."""
+        with self._lock:
+            self._runs.discard(run_id)
+            self._tell(OVER + run_id)
+
+    def stop(self) -> None:
+        """Let it go. Idempotent; it stays as long as runs are going on."""
+        with self._lock:
+            process, self._process = self._process, None
+            if process is not None and process.stdin is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.close()
+                if not self._runs:
+                    process.wait()
+
+    def _tell(self, line: str) -> None:
+        if sys.platform != "linux":
+            return
+        if self._process is not None and self._process.poll() is None and self._write([line]):
+            return
+        if not self._runs:
+            return
+        if self._process is not None:
+            log.warning("the reaper has ended; another one takes its place")
+        self._process = _start()
+        self._write([GOING_ON + run_id for run_id in self._runs])
+
+    def _write(self, lines: list[str]) -> bool:
+        stream = None if self._process is None else self._process.stdin
+        if stream is None:
+            return False
+        try:
+            stream.writelines(f"{line}\n" for line in lines)
+            stream.flush()
+        except BrokenPipeError:
+            return False
+        return True
+
+
+def _start() -> subprocess.Popen[str]:
+    # -S: it needs no packages, and is to be small. Its own session: Ctrl-C at the terminal is not for it.
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from ccm.core.reaper import reap; reap(sys.stdin)"
+    return subprocess.Popen(  # noqa: S603  # our own words only
+        [sys.executable, "-I", "-S", "-c", code],
+        stdin=subprocess.PIPE,
+        text=True,
+        env={},  # it needs none, and a mark in it would be its own end
+        cwd="/",
+        start_new_session=True,
+    )
+
+
+def reap(lines: IO[str]) -> None:
+    """The reaper's own life: listen until the input ends, then end what is left of the runs that were going on."""
+    runs: set[str] = set()
+    for line in lines:
+        sign, run_id = line[0], line[1:].strip()
+        if sign == GOING_ON:
+            runs.add(run_id)
+        else:
+            runs.discard(run_id)
+    deadline = time.monotonic() + GRACE_SECONDS
+    while runs and time.monotonic() < deadline:
+        runs = {run_id for run_id in runs if marked(run_id)}
+        time.sleep(0.1)
+    for run_id in runs:
+        end_marked(run_id)

@@ -1,0 +1,228 @@
+"""What `flask export` reads and `flask import` writes: whole sessions, whatever their age."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ccm.db.database import Transaction
+
+# Stands for the transcript's own session id in a stored text (migrations.sql, section 0003).
+OWN_SESSION = "\x01"
+DIGEST_BYTES = 16
+# The sessions in the order of their first runs, so that each comes after the one that it was forked from.
+FIRST_RUNS = """
+SELECT r.seq, r."sessionId" FROM ccr_runs r
+WHERE r.seq > :after AND NOT EXISTS (
+    SELECT 1 FROM ccr_runs e WHERE e."sessionId" = r."sessionId" AND e.seq < r.seq)
+ORDER BY r.seq LIMIT :limit
+"""
+ENTRIES = """
+SELECT e."index", t.text FROM ccr_transcript_entries e JOIN ccr_transcript_texts t ON t.digest = e.digest
+WHERE e."transcriptId" = :id AND e."index" > :after AND e."index" <= :through ORDER BY e."index"
+"""
+ENTRY_SIZES = """
+SELECT e."index", LENGTH(t.text) FROM ccr_transcript_entries e JOIN ccr_transcript_texts t ON t.digest = e.digest
+WHERE e."transcriptId" = :id AND e."index" > :after ORDER BY e."index" LIMIT :limit
+"""
+# Whether a session has been continued after one of its runs.
+GONE_ON = """
+SELECT 1 FROM ccr_runs r WHERE r."sessionId" = :session AND r."hasTranscript" = 1
+    AND r.seq > (SELECT p.seq FROM ccr_runs p WHERE p.id = :parent) LIMIT 1
+"""
+COUNT_RUN_IN = """
+UPDATE ccr_sessions SET "runCount" = "runCount" + 1, "messageCount" = "messageCount" + :messages,
+    "costUsd" = "costUsd" + :cost, "headRunId" = COALESCE(:head, "headRunId"), "lastRunAt" = :at, "lastRunSeq" = :seq
+WHERE id = :id
+"""
+
+
+class Transcript(NamedTuple):
+    """One transcript file of Claude Code's, as it is stored."""
+
+    id: int
+    project_key: str
+    subpath: str
+    updated_at_ms: int
+
+
+# ---- reading
+
+
+def hold_snapshot(transaction: Transaction, dialect: str) -> None:
+    """Have all reads of a transaction see the same moment. Called first; SQLite does so by itself."""
+    if dialect == "postgresql":
+        transaction.script("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+
+
+def last_seq(transaction: Transaction) -> int | None:
+    """The seq of the newest run, None if there is none."""
+    seq: int | None = transaction.value("SELECT MAX(seq) FROM ccr_runs")
+    return seq
+
+
+def first_seq(transaction: Transaction) -> int | None:
+    """The seq of the oldest run, None if there is none."""
+    seq: int | None = transaction.value("SELECT MIN(seq) FROM ccr_runs")
+    return seq
+
+
+def sessions_beyond(transaction: Transaction, after: int, limit: int) -> list[tuple[int, str]]:
+    """Sessions by the seq of their first run, those beyond one: that seq and the session's id."""
+    return [(seq, session_id) for seq, session_id in transaction.tuples(FIRST_RUNS, after=after, limit=limit)]
+
+
+def request_key(transaction: Transaction, run_id: str) -> tuple[str | None, str | None]:
+    """A run's idempotency key and the digest of its request."""
+    sql = 'SELECT "idempotencyKey", "requestDigest" FROM ccr_runs WHERE id = :id'
+    key, digest = transaction.tuples(sql, id=run_id)[0]
+    return key, digest
+
+
+def dated_texts(transaction: Transaction, run_id: str, after: int, through: int) -> list[tuple[int, str, str]]:
+    """Index, time and JSON text of a run's messages after one index and through another."""
+    sql = (
+        'SELECT "index", "createdAt", "messageJson" FROM ccr_run_messages WHERE "runId" = :run AND "index" > :after '
+        'AND "index" <= :through ORDER BY "index"'
+    )
+    rows = transaction.tuples(sql, run=run_id, after=after, through=through)
+    return [(index, created_at, text) for index, created_at, text in rows]
+
+
+def transcripts(transaction: Transaction, sdk_session_id: str) -> list[Transcript]:
+    """The transcripts of an SDK session, a main one before those of its subagents."""
+    sql = (
+        'SELECT id, "projectKey", subpath, "updatedAtMs" FROM ccr_transcripts WHERE "sdkSessionId" = :id '
+        'ORDER BY "projectKey", subpath'
+    )
+    return [Transcript(*row) for row in transaction.tuples(sql, id=sdk_session_id)]
+
+
+def entry_sizes(transaction: Transaction, transcript: int, after: int, limit: int) -> list[tuple[int, int]]:
+    """Index and bytes of the first `limit` entries of a transcript beyond one."""
+    rows = transaction.tuples(ENTRY_SIZES, id=transcript, after=after, limit=limit)
+    return [(index, size) for index, size in rows]
+
+
+def entry_texts(transaction: Transaction, transcript: int, sdk_session_id: str, after: int, through: int) -> list[str]:
+    """The JSON texts of a transcript's entries after one index and through another."""
+    rows = transaction.tuples(ENTRIES, id=transcript, after=after, through=through)
+    return [text.replace(OWN_SESSION, sdk_session_id) for _, text in rows]
+
+
+# ---- writing
+
+
+def place_of(transaction: Transaction, run_id: str) -> int | None:
+    """The seq of a run, None if it is not here."""
+    seq: int | None = transaction.value("SELECT seq FROM ccr_runs WHERE id = :id", id=run_id)
+    return seq
+
+
+def session_of(transaction: Transaction, run_id: str) -> str | None:
+    """The id of a run's session, None if the run is not here."""
+    session_id: str | None = transaction.value('SELECT "sessionId" FROM ccr_runs WHERE id = :id', id=run_id)
+    return session_id
+
+
+def parent_of(transaction: Transaction, session_id: str) -> str | None:
+    """The session that one was forked from."""
+    sql = 'SELECT "parentSessionId" FROM ccr_sessions WHERE id = :id'
+    parent: str | None = transaction.value(sql, id=session_id)
+    return parent
+
+
+def has_session(transaction: Transaction, session_id: str) -> bool:
+    return transaction.value("SELECT 1 FROM ccr_sessions WHERE id = :id", id=session_id) is not None
+
+
+def run_of_sdk_session(transaction: Transaction, sdk_session_id: str) -> str | None:
+    run_id: str | None = transaction.value('SELECT id FROM ccr_runs WHERE "sdkSessionId" = :id', id=sdk_session_id)
+    return run_id
+
+
+def run_of_key(transaction: Transaction, key: str) -> str | None:
+    """The run that an idempotency key stands for."""
+    run_id: str | None = transaction.value('SELECT id FROM ccr_runs WHERE "idempotencyKey" = :key', key=key)
+    return run_id
+
+
+def run_at(transaction: Transaction, seq: int) -> str | None:
+    run_id: str | None = transaction.value("SELECT id FROM ccr_runs WHERE seq = :seq", seq=seq)
+    return run_id
+
+
+def last_seq_of_session(transaction: Transaction, session_id: str) -> int | None:
+    sql = 'SELECT MAX(seq) FROM ccr_runs WHERE "sessionId" = :id'
+    seq: int | None = transaction.value(sql, id=session_id)
+    return seq
+
+
+def has_gone_on(transaction: Transaction, session_id: str, parent_run_id: str) -> bool:
+    """Whether a session has been continued after one of its runs."""
+    return transaction.value(GONE_ON, session=session_id, parent=parent_run_id) is not None
+
+
+def insert_session(transaction: Transaction, row: Mapping[str, Any]) -> None:
+    """A session without runs yet."""
+    blank = {"headRunId": None, "runCount": 0, "messageCount": 0, "costUsd": 0.0}
+    transaction.insert("ccr_sessions", blank | dict(row))
+
+
+def insert_run(transaction: Transaction, row: Mapping[str, Any]) -> None:
+    transaction.insert("ccr_runs", row)
+
+
+def complete_run(transaction: Transaction, run_id: str, values: Mapping[str, Any]) -> None:
+    """Write what is known of a run only once all of it has been read."""
+    assignments = ", ".join(f'"{column}" = :{column}' for column in values)
+    transaction.execute(f"UPDATE ccr_runs SET {assignments} WHERE id = :id", **values, id=run_id)
+
+
+def count_run_in(
+    transaction: Transaction,
+    session_id: str,
+    *,
+    seq: int,
+    at: str,
+    messages: int,
+    cost_usd: float,
+    head: str | None,
+) -> None:
+    """Count a run into its session, whose newest it is; `head` is its id if it can be continued."""
+    transaction.execute(COUNT_RUN_IN, id=session_id, seq=seq, at=at, messages=messages, cost=cost_usd, head=head)
+
+
+def insert_transcript(
+    transaction: Transaction, sdk_session_id: str, project_key: str, subpath: str, updated_at_ms: int
+) -> int:
+    """A transcript without entries; its id."""
+    new = int(transaction.value("SELECT COALESCE(MAX(id), 0) + 1 FROM ccr_transcripts"))
+    row = {"id": new, "sdkSessionId": sdk_session_id, "projectKey": project_key, "subpath": subpath}
+    transaction.insert("ccr_transcripts", row | {"updatedAtMs": updated_at_ms})
+    return new
+
+
+def insert_entries(
+    transaction: Transaction,
+    transcript: int,
+    sdk_session_id: str,
+    first: int,
+    entries: Sequence[tuple[str | None, str]],
+) -> None:
+    """Entries of a transcript from the index `first` on; a text that is there already is not stored again."""
+    shared = [text.replace(sdk_session_id, OWN_SESSION) for _, text in entries]
+    digests = [hashlib.blake2b(text.encode("ascii"), digest_size=DIGEST_BYTES).hexdigest() for text in shared]
+    texts = dict(zip(digests, shared, strict=True))
+    names = {f"digest{number}": digest for number, digest in enumerate(texts)}
+    marks = ", ".join(f":{name}" for name in names)
+    known = set(transaction.column(f"SELECT digest FROM ccr_transcript_texts WHERE digest IN ({marks})", **names))
+    new = [(digest, text) for digest, text in texts.items() if digest not in known]
+    if new:
+        transaction.insert_many("ccr_transcript_texts", ("digest", "text"), new)
+    rows = [
+        (transcript, first + number, uuid, digest)
+        for number, ((uuid, _), digest) in enumerate(zip(entries, digests, strict=True))
+    ]
+    transaction.insert_many("ccr_transcript_entries", ("transcriptId", "index", "uuid", "digest"), rows)

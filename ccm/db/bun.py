@@ -1,0 +1,165 @@
+"""The database of the original service, which ran on Bun: two tables in a SQLite file. It is only read."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from ccm.db.sqlite_file import APPLICATION_ID, APPLICATION_ID_AT, HEADER_SIZE, MAGIC
+from ccm.errors import CommandRefused
+
+RUN_COLUMNS = (
+    "id",
+    "cwd",
+    "session_id",
+    "parent_session_id",
+    "mode",
+    "status",
+    "prompt",
+    "result_type",
+    "result_json",
+    "duration_ms",
+    "created_at",
+)
+LINK_COLUMNS = ("id", "session_id", "parent_session_id", "mode", "created_at")
+MESSAGE_COLUMNS = ("message_type", "message_json", "created_at")
+# https://www.sqlite.org/fileformat.html#file_format_version_numbers
+WRITE_VERSION_AT = slice(18, 19)
+WAL_VERSION = b"\x02"
+# Without these it is some other program's.
+NEEDED = {"ccr_runs": ("id", "cwd", "session_id"), "ccr_run_messages": ("run_id", "message_json")}
+
+
+class BunLink(NamedTuple):
+    """A run without its texts: what the grouping needs, as it is stored."""
+
+    rowid: int
+    id: Any
+    session_id: Any
+    parent_session_id: Any
+    mode: Any
+    created_at: Any
+
+
+@dataclass(frozen=True)
+class BunMessage:
+    type: Any
+    json: Any
+    created_at: Any
+
+
+def is_sqlite(head: bytes) -> bool:
+    """Whether a file that begins with these bytes is one of SQLite's."""
+    return head.startswith(MAGIC)
+
+
+class BunDatabase:
+    """The file, opened for reading, at one moment.
+
+    Raises:
+        CommandRefused: it is not the original service's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            header = file.read(HEADER_SIZE)
+        if int.from_bytes(header[APPLICATION_ID_AT]) == APPLICATION_ID:
+            raise CommandRefused(
+                f"{path} is a database of CC Manager itself; write it out with flask export, and import that."
+            )
+        self._path = path
+        try:
+            self._connection = self._open(header)
+            self._columns = {table: self._columns_of(table) for table in NEEDED}
+        except sqlite3.Error as error:
+            raise CommandRefused(f"{path} cannot be read: {error}.") from None
+        for table, needed in NEEDED.items():
+            for column in needed:
+                if column not in self._columns[table]:
+                    self.close()
+                    raise CommandRefused(
+                        f"{path} is a SQLite database, and not the original service's: it has no column {column} in a "
+                        f"table {table}."
+                    )
+
+    def _open(self, header: bytes) -> sqlite3.Connection:
+        """It is never written to, and its write-ahead log counts where there is one.
+
+        Where there could be one and is none, nobody has the file open. Then it is declared immutable, or SQLite would
+        make a log beside it, and one of another user's would shut the original service out of its database.
+        """
+        log = self._path.with_name(self._path.name + "-wal")
+        unused = header[WRITE_VERSION_AT] == WAL_VERSION and not log.exists()
+        options = "mode=ro&immutable=1" if unused else "mode=ro"
+        connection = sqlite3.connect(f"file:{quote(str(self._path))}?{options}", uri=True, isolation_level=None)
+        connection.text_factory = lambda data: data.decode("utf-8", "replace")
+        try:
+            connection.execute("BEGIN")
+            connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+        except sqlite3.Error:
+            connection.close()
+            raise
+        return connection
+
+    def _columns_of(self, table: str) -> set[str]:
+        return {row[1] for row in self._connection.execute(f"PRAGMA table_info({table})")}
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _rows(self, sql: str, *parameters: Any) -> Iterator[tuple[Any, ...]]:
+        """What a query gives, row by row.
+
+        Raises:
+            CommandRefused: the file is damaged. Not a driver's error: it would be taken for our own database's.
+        """
+        try:
+            with closing(self._connection.execute(sql, parameters)) as rows:
+                yield from rows
+        except sqlite3.Error as error:
+            raise CommandRefused(f"{self._path} cannot be read: {error}.") from None
+
+    def _selected(self, table: str, columns: tuple[str, ...]) -> str:
+        there = self._columns[table]
+        return ", ".join(f'"{column}"' if column in there else f'NULL AS "{column}"' for column in columns)
+
+    def links(self) -> Iterator[BunLink]:
+        """All runs, by rowid."""
+        sql = f"SELECT rowid, {self._selected('ccr_runs', LINK_COLUMNS)} FROM ccr_runs ORDER BY rowid"
+        return (BunLink(*row) for row in self._rows(sql))
+
+    def run(self, rowid: int) -> Mapping[str, Any]:
+        """A run whole, as it is stored."""
+        sql = f"SELECT {self._selected('ccr_runs', RUN_COLUMNS)} FROM ccr_runs WHERE rowid = ?"
+        return dict(zip(RUN_COLUMNS, next(self._rows(sql, rowid)), strict=True))
+
+    def order_messages(self) -> None:
+        """Note where each run's messages are: the table itself need not have an index by run."""
+        there = self._columns["ccr_run_messages"]
+        place, message_id = (f'"{column}"' if column in there else "NULL" for column in ("index", "id"))
+        for statement in (
+            "PRAGMA temp_store = FILE",
+            f"CREATE TEMP TABLE places AS SELECT run_id, {place} AS place, {message_id} AS nth, rowid AS at "
+            "FROM main.ccr_run_messages",
+            "CREATE INDEX temp.places_by_run ON places (run_id, place, nth, at)",
+        ):
+            list(self._rows(statement))
+
+    def messages(self, run_id: Any) -> Iterator[BunMessage]:
+        """A run's messages, by their index, else by their id. `order_messages` comes first."""
+        columns = self._selected("ccr_run_messages", MESSAGE_COLUMNS)
+        sql = (
+            f"SELECT {columns} FROM (SELECT place, nth, at FROM temp.places WHERE run_id = ?) "
+            "CROSS JOIN main.ccr_run_messages m ON m.rowid = at ORDER BY place, nth, at"
+        )
+        return (BunMessage(*row) for row in self._rows(sql, run_id))
+
+    def orphans(self) -> int:
+        """How many messages belong to no run."""
+        sql = "SELECT COUNT(*) FROM temp.places WHERE run_id IS NULL OR run_id NOT IN (SELECT id FROM main.ccr_runs)"
+        return int(next(self._rows(sql))[0])

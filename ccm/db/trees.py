@@ -1,0 +1,215 @@
+"""Whole trees of sessions: a root with all that was forked from it. Found, measured, and deleted for good."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import NamedTuple
+
+import psycopg
+
+from ccm.db.database import Database, Transaction
+from ccm.db.faults import storage_error
+from ccm.errors import StorageDown
+
+TREE = """
+WITH RECURSIVE tree (id) AS (
+    SELECT CAST(:root AS TEXT) UNION ALL SELECT s.id FROM ccr_sessions s JOIN tree t ON s."parentSessionId" = t.id)
+"""
+RUNS = '"sessionId" IN (SELECT id FROM tree)'
+TRANSCRIPTS = f'"sdkSessionId" IN (SELECT "sdkSessionId" FROM ccr_runs WHERE {RUNS})'
+ROOTS = """
+SELECT id, "lastRunSeq" FROM ccr_sessions WHERE "parentSessionId" IS NULL AND "lastRunSeq" > :after
+ORDER BY "lastRunSeq" LIMIT :limit
+"""
+ROOT = """
+WITH RECURSIVE line (id, parent) AS (
+    SELECT s.id, s."parentSessionId" FROM ccr_sessions s WHERE s.id = :id
+    UNION ALL SELECT s.id, s."parentSessionId" FROM ccr_sessions s JOIN line l ON s.id = l.parent)
+SELECT id FROM line WHERE parent IS NULL
+"""
+MESSAGES = f"""
+SELECT COUNT(*), COALESCE(SUM(m.size), 0) FROM ccr_runs r JOIN ccr_run_messages m ON m."runId" = r.id
+WHERE r.{RUNS}
+"""
+# The texts in a range of digests that no transcript has any more.
+UNUSED_TEXTS = """
+DELETE FROM ccr_transcript_texts WHERE digest > :after AND digest <= :through AND digest NOT IN (
+    SELECT digest FROM ccr_transcript_entries WHERE digest > :after AND digest <= :through)
+"""
+# Bounds of one transaction.
+ROWS = 5_000
+TEXTS = 50_000
+RUNS_AT_ONCE = 500
+# How long other programs are waited for that use the database (seconds).
+CLEAR_SECONDS = 10.0
+TABLES = (
+    "ccr_run_messages",
+    "ccr_run_images",
+    "ccr_runs",
+    "ccr_sessions",
+    "ccr_transcript_entries",
+    "ccr_transcript_texts",
+    "ccr_transcripts",
+)
+
+
+class Tree(NamedTuple):
+    """A root session and all that was forked from it. `message_bytes` are those of the messages' texts."""
+
+    root: str
+    sessions: list[str]
+    runs: int
+    messages: int
+    message_bytes: int
+    transcripts: int
+    last_run_at: str
+    unfinished: int
+
+
+class RunPlace(NamedTuple):
+    """Where a run has left files."""
+
+    seq: int
+    id: str
+    cwd: str
+    sdk_session_id: str
+    options_json: str
+
+
+def roots(transaction: Transaction, after: int, limit: int) -> list[tuple[str, int]]:
+    """Sessions that were not forked, with the seq of their last run, those beyond one."""
+    return [(root, seq) for root, seq in transaction.tuples(ROOTS, after=after, limit=limit)]
+
+
+def root_of(transaction: Transaction, session_id: str) -> str:
+    """The root of the tree that a session is in."""
+    root: str = transaction.value(ROOT, id=session_id)
+    return root
+
+
+def last_run_at(transaction: Transaction, root: str) -> str:
+    """The latest activity in a tree."""
+    sql = TREE + 'SELECT MAX(s."lastRunAt") FROM ccr_sessions s JOIN tree t ON t.id = s.id'
+    at: str = transaction.value(sql, root=root)
+    return at
+
+
+def measure(transaction: Transaction, root: str) -> Tree:
+    sessions = transaction.column(TREE + "SELECT id FROM tree", root=root)
+    run_sql = f"{TREE} SELECT COUNT(*), COALESCE(SUM(CASE status WHEN 'running' THEN 1 ELSE 0 END), 0) FROM ccr_runs"
+    runs, unfinished = transaction.tuples(f"{run_sql} WHERE {RUNS}", root=root)[0]
+    messages, size = transaction.tuples(TREE + MESSAGES, root=root)[0]
+    transcripts = transaction.value(f"{TREE} SELECT COUNT(*) FROM ccr_transcripts WHERE {TRANSCRIPTS}", root=root)
+    at = last_run_at(transaction, root)
+    return Tree(root, sessions, int(runs), int(messages), int(size), int(transcripts), at, int(unfinished))
+
+
+def run_places(transaction: Transaction, root: str, after: int) -> list[RunPlace]:
+    """The next few runs of a tree by seq, beyond one."""
+    sql = (
+        f'{TREE} SELECT seq, id, cwd, "sdkSessionId", "optionsJson" FROM ccr_runs WHERE {RUNS} AND seq > :after '
+        "ORDER BY seq LIMIT :limit"
+    )
+    return [RunPlace(*row) for row in transaction.tuples(sql, root=root, after=after, limit=RUNS_AT_ONCE)]
+
+
+def delete(database: Database, root: str) -> None:
+    """Delete a tree, in transactions of a bounded size. One that was interrupted is completed by another.
+
+    The runs and sessions go last and at once: as long as anything is there, the tree can still be named.
+
+    Args:
+        database: the one writer.
+
+    Raises:
+        StorageError: what is left can be deleted by another try.
+    """
+    for run in _runs(database, root):
+        for transcript in database.rows(
+            'SELECT id FROM ccr_transcripts WHERE "sdkSessionId" = :id', id=run.sdk_session_id
+        ):
+            _delete_by_index(database, "ccr_transcript_entries", "transcriptId", transcript["id"])
+        _delete_by_index(database, "ccr_run_messages", "runId", run.id)
+    with _erasing(database) as transaction:
+        transaction.execute(f"{TREE} DELETE FROM ccr_transcripts WHERE {TRANSCRIPTS}", root=root)
+        images = f'DELETE FROM ccr_run_images WHERE "runId" IN (SELECT id FROM ccr_runs WHERE {RUNS})'
+        transaction.execute(TREE + images, root=root)
+        transaction.execute(f"{TREE} DELETE FROM ccr_runs WHERE {RUNS}", root=root)
+        transaction.execute(f"{TREE} DELETE FROM ccr_sessions WHERE id IN (SELECT id FROM tree)", root=root)
+
+
+def _runs(database: Database, root: str) -> Iterator[RunPlace]:
+    after = -(2**62)
+    while True:
+        with database.transaction() as transaction:
+            found = run_places(transaction, root, after)
+        if not found:
+            return
+        yield from found
+        after = found[-1].seq
+
+
+def _delete_by_index(database: Database, table: str, owner: str, owner_id: object) -> None:
+    """Delete what a run or a transcript has in a table, from its end on."""
+    while True:
+        with _erasing(database) as transaction:
+            where = f'FROM {table} WHERE "{owner}" = :id'
+            last = transaction.value(f'SELECT MAX("index") {where}', id=owner_id)
+            if last is not None:
+                transaction.execute(f'DELETE {where} AND "index" > :kept', id=owner_id, kept=last - ROWS)
+        if last is None or last < ROWS:
+            return
+
+
+def delete_unused_texts(database: Database) -> None:
+    """Delete the texts that no transcript has any more, also those that an interrupted deletion has left."""
+    after = ""
+    while True:
+        with _erasing(database) as transaction:
+            page = "SELECT digest FROM ccr_transcript_texts WHERE digest > :after ORDER BY digest LIMIT :limit"
+            digests = transaction.column(page, after=after, limit=TEXTS)
+            if not digests:
+                return
+            transaction.execute(UNUSED_TEXTS, after=after, through=digests[-1])
+            after = digests[-1]
+
+
+@contextmanager
+def _erasing(database: Database) -> Iterator[Transaction]:
+    """A transaction that overwrites what it deletes."""
+    with database.transaction() as transaction:
+        if database.is_sqlite:
+            transaction.script("PRAGMA secure_delete = ON")
+        yield transaction
+
+
+def clear(url: str, deleted: bool) -> None:
+    """Have the database let go of the bytes of what was deleted: SQLite's file, its log and its index of the log.
+
+    Args:
+        deleted: whether anything was. If not, it is cleared only of what an earlier deletion has left.
+
+    Raises:
+        StorageError: they are still there.
+    """
+    try:
+        if url.startswith("sqlite"):
+            _clear_sqlite(url.removeprefix("sqlite:///"), deleted)
+        elif deleted:
+            with psycopg.connect(url, autocommit=True) as connection:
+                for table in TABLES:
+                    connection.execute(f"VACUUM {table}")
+    except (sqlite3.Error, psycopg.Error) as error:
+        raise storage_error(error) or error from None
+
+
+def _clear_sqlite(path: str, deleted: bool) -> None:
+    with closing(sqlite3.connect(path, timeout=CLEAR_SECONDS, isolation_level=None)) as connection:
+        connection.execute("PRAGMA secure_delete = ON")
+        # Pages that were split long ago still have copies of rows in their unused parts; only a new file has none.
+        if deleted or connection.execute("PRAGMA freelist_count").fetchone()[0]:
+            connection.execute("VACUUM")
+        if connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+            raise StorageDown("another program is reading the database")

@@ -1,0 +1,93 @@
+"""Whether storage takes writes, on a service that has nothing else to write."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ccm.core.doorbell import Doorbell
+from ccm.core.pulse import Pulse
+from ccm.core.recorder import Recorder
+from ccm.db import sqlite_file
+from ccm.db.database import Database
+from ccm.db.migrate import migrate
+from tests.postgresql import PostgreSQLServer
+
+SOON = 30.0
+
+
+def until(pulse: Pulse, trouble: str | None) -> float:
+    """How long it takes until the pulse says so (seconds)."""
+    begun = time.monotonic()
+    while pulse.trouble() != trouble:
+        assert time.monotonic() - begun < SOON, f"it says {pulse.trouble()!r}"
+        time.sleep(0.01)
+    return time.monotonic() - begun
+
+
+class Idle:
+    """A recorder to which nobody gives anything."""
+
+    def __init__(self, url: str, answer_seconds: float | None = None) -> None:
+        self.database = Database(url, writer=True, pool_size=1, answer_seconds=answer_seconds)
+        migrate(self.database)
+        self.recorder = Recorder(self.database, Doorbell(), 2**20, lambda _run, _error: None)
+        self.pulse = Pulse(self.recorder)
+        self.recorder.start()
+
+    def stop(self) -> None:
+        self.recorder.stop(time.monotonic() + SOON)
+        self.database.close()
+
+
+@pytest.fixture
+def idle(tmp_path: Path) -> Iterator[Idle]:
+    url = f"sqlite:///{tmp_path}/db.sqlite"
+    sqlite_file.prepare(url)
+    idle = Idle(url)
+    yield idle
+    idle.stop()
+
+
+def test_asked_often_it_answers_from_memory(idle: Idle) -> None:
+    assert idle.pulse.trouble() is None
+    before = idle.recorder.last_commit
+    begun = time.monotonic()
+    for _ in range(1_000):
+        assert idle.pulse.trouble() is None
+    assert time.monotonic() - begun < 1
+    assert idle.recorder.last_commit == before
+
+
+def test_a_file_that_is_gone_is_noticed_and_its_return_too(idle: Idle, tmp_path: Path) -> None:
+    assert idle.pulse.trouble() is None
+    (tmp_path / "db.sqlite").rename(tmp_path / "away")
+    assert until(idle.pulse, "the database file has been removed or replaced") < 5
+    (tmp_path / "away").rename(tmp_path / "db.sqlite")
+    assert until(idle.pulse, None) < 5
+
+
+def test_a_server_that_stands_still_is_noticed_by_all_who_ask(postgresql_server: PostgreSQLServer) -> None:
+    idle = Idle(postgresql_server.new_database(), answer_seconds=5.0)
+    assert idle.pulse.trouble() is None
+    told: list[tuple[str | None, float]] = []
+
+    def ask() -> None:
+        begun = time.monotonic()
+        told.append((idle.pulse.trouble(), time.monotonic() - begun))
+
+    with postgresql_server.standing_still():
+        until(idle.pulse, "the database does not answer")
+        threads = [threading.Thread(target=ask) for _ in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(SOON)
+    assert {what for what, _ in told} == {"the database does not answer"}
+    assert max(seconds for _, seconds in told) < 4
+    assert until(idle.pulse, None) < 10
+    idle.stop()

@@ -1,0 +1,128 @@
+"""The service is killed (SIGKILL) at any moment, again and again, and nothing is lost that anyone has seen."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import threading
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ccm.core.processes import marked
+from ccm.demo.tour import ServiceProcess
+from ccm.models import timestamp
+from tests.client import Client
+from tests.conftest import ServeFunction, stand_in_cli
+from tests.e2e.test_endings import until
+from tests.event_source import Stream
+
+# What the agents do: a word, much at once, and something that never ends, with a tool that would outlive everything.
+PROMPTS = ("hello", json.dumps({"count": 2_000}), json.dumps({"hold": True, "count": 50, "tool": 300}))
+WORKERS = 3
+
+
+class Witness:
+    """Starts runs and follows them until the service dies; remembers all that it was told."""
+
+    def __init__(self) -> None:
+        self.accepted: dict[str, dict[str, Any]] = {}
+        self.seen: dict[str, dict[int, Any]] = {}
+        self._threads: list[threading.Thread] = []
+
+    def start(self, client: Client, cwd: Path, prompt: str) -> None:
+        with contextlib.suppress(OSError, HTTPException):
+            answer = client.post("/api/runs/start", {"cwd": str(cwd), "prompt": prompt})
+            assert answer.status == 202, answer.body
+            run = answer.json
+            self.accepted[run["id"]] = run
+            thread = threading.Thread(target=self._follow, args=(client, run["id"]))
+            self._threads.append(thread)
+            thread.start()
+
+    def _follow(self, client: Client, run_id: str) -> None:
+        seen = self.seen.setdefault(run_id, {})
+        with contextlib.suppress(OSError, HTTPException), Stream(client, f"/api/runs/{run_id}/stream") as stream:
+            for event in stream:
+                if event.type == "message":
+                    seen[int(event.id)] = event.json
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+
+@pytest.fixture(params=[("sqlite", 50), ("postgresql", 12)], ids=lambda kind: f"{kind[0]}-{kind[1]}")
+def kills(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[dict[str, str], int]:
+    """The database's variables, and how often to kill."""
+    kind, number = request.param
+    if kind == "sqlite":
+        return {}, number
+    from tests.api.conftest import new_database
+
+    return {"DATABASE_URL": new_database(request.getfixturevalue("postgresql"))}, number
+
+
+def test_kills_at_any_moment_lose_nothing_and_leave_nobody(
+    serve: ServeFunction, home: Path, project: Path, kills: tuple[dict[str, str], int]
+) -> None:
+    database, number = kills
+    chance = random.Random(number)
+    witness = Witness()
+
+    def serve_again() -> tuple[ServiceProcess, Client]:
+        service = serve(CCM_CLI_PATH=stand_in_cli(home), CCM_MAX_CONCURRENT_RUNS=WORKERS, LOG_LEVEL="info", **database)
+        return service, Client(service.url)
+
+    for _ in range(number):
+        born = timestamp()
+        service, client = serve_again()
+        runs = client.get("/api/runs", limit=1000).json
+        going_on = [run for run in runs if run["status"] == "running" and run["startedAt"] is not None]
+        assert [run for run in going_on if run["startedAt"] < born] == []
+        assert not any(marked(run["id"]) for run in runs if run["error"])
+        killer = threading.Timer(chance.random() * 0.4, os.kill, (service.process.pid, signal.SIGKILL))
+        killer.start()
+        for _ in range(4):
+            witness.start(client, project, chance.choice(PROMPTS))
+        service.wait()
+        witness.join()
+
+    _, client = serve_again()
+    _end_all(client, witness)
+    assert len(witness.accepted) > number
+    assert sum(map(len, witness.seen.values())) > number
+    for run_id in witness.accepted:
+        run = client.run(run_id, wait=0)
+        messages = client.messages(run_id)
+        assert len(messages) == run["messageCount"]
+        told = witness.seen.get(run_id, {})
+        assert {index: messages[index] for index in told} == told
+        if run["status"] == "completed":
+            assert messages[-1] == run["result"]
+        else:
+            assert (run["status"], (run["error"] or {}).get("code")) in (("error", "INTERRUPTED"), ("cancelled", None))
+
+
+def _end_all(client: Client, witness: Witness) -> None:
+    """Every run comes to its end: those that waited run now, and those that never end are cancelled."""
+
+    def going_on() -> list[dict[str, Any]]:
+        runs: list[dict[str, Any]] = client.get("/api/runs", status="running", limit=1000).json
+        return runs
+
+    def nothing_left() -> bool:
+        for run in going_on():
+            if run["startedAt"] is not None and '"hold"' in run["prompt"]:
+                client.delete(f"/api/runs/{run['id']}")
+        return not going_on()
+
+    until(nothing_left)
+    assert {run["id"] for run in client.get("/api/runs", limit=1000).json} >= set(witness.accepted)
+    assert not any(marked(run_id) for run_id in witness.accepted)

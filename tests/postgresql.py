@@ -1,0 +1,114 @@
+"""A real PostgreSQL server of the tests' own, which may be stopped, restarted and made to stand still."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+
+PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+class PostgreSQLServer:
+    """A context manager: made and started within, gone afterwards. `url` lacks the database's name."""
+
+    def __init__(self) -> None:
+        found = shutil.which("initdb") or (str(PROGRAMS[-1]) if PROGRAMS else None)
+        if found is None:
+            if os.environ.get("CI"):
+                pytest.fail("CI needs PostgreSQL: install Debian's package postgresql")
+            pytest.skip("PostgreSQL's initdb is not installed; Debian's package postgresql has it")
+        self._programs = Path(found).resolve().parent
+        # Not below pytest's own directories, which are closed to others: PostgreSQL refuses to run as root.
+        self._folder = Path(tempfile.mkdtemp(prefix="ccm-postgresql-"))
+        self._user = "nobody" if os.geteuid() == 0 else None
+        if self._user is not None:
+            shutil.chown(self._folder, self._user)
+        self._data = self._folder / "data"
+        self._port = free_port()
+        self.url = f"postgresql://ccm@127.0.0.1:{self._port}"
+
+    def _call(self, program: str, *words: str) -> None:
+        environ = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": str(self._folder)}
+        command = [str(self._programs / program), "-D", str(self._data), *words]
+        subprocess.run(command, check=True, user=self._user, env=environ, cwd=self._folder, stdout=subprocess.DEVNULL)
+
+    def __enter__(self) -> PostgreSQLServer:
+        self._call("initdb", "-A", "trust", "-U", "ccm", "-E", "UTF8", "--no-sync")
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if (self._data / "postmaster.pid").exists():
+            self.stop("immediate")
+        shutil.rmtree(self._folder)
+
+    def start(self) -> None:
+        options = (
+            f"-p {self._port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self._folder} "
+            "-c max_connections=200"
+        )
+        self._call("pg_ctl", "-w", "-l", str(self._folder / "log"), "-o", options, "start")
+
+    def stop(self, mode: str = "fast") -> None:
+        """As `pg_ctl stop -m`: `fast` ends all connections, `immediate` is a crash."""
+        self._call("pg_ctl", "-m", mode, "-w", "stop")
+
+    def new_database(self) -> str:
+        """The URL of a new, empty database."""
+        name = f"test_{uuid.uuid4().hex}"
+        self.execute(f"CREATE DATABASE {name}")
+        return f"{self.url}/{name}"
+
+    def execute(self, sql: str) -> list[tuple[object, ...]]:
+        """What a statement gives, as a superuser."""
+        with psycopg.connect(f"{self.url}/postgres", autocommit=True) as connection:
+            cursor = connection.execute(sql.encode())
+            return cursor.fetchall() if cursor.description else []
+
+    def configure(self, **settings: str) -> None:
+        """Change the server's settings; they hold for every connection when this returns."""
+        for name, value in settings.items():
+            self.execute(f"ALTER SYSTEM SET {name} = '{value}'")
+        self.execute("SELECT pg_reload_conf()")
+        # A connection made after the postmaster has read them has them, and it reads them when it next accepts one.
+        for name, value in settings.items():
+            while self.execute(f"SHOW {name}") != [(value,)]:
+                time.sleep(0.01)
+
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """Every process of the server is stopped within: connections are in order, and nothing answers."""
+        postmaster = int((self._data / "postmaster.pid").read_text().split()[0])
+        # The postmaster first, so that it makes no more of them.
+        os.kill(postmaster, signal.SIGSTOP)
+        stopped = [postmaster, *_children(postmaster)]
+        for pid in stopped[1:]:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

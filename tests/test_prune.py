@@ -1,0 +1,268 @@
+"""`flask prune`: what goes, what stays, and that the bytes are really gone."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ccm.core.sdk import transcript_path
+from ccm.db.database import Database
+from tests.archive_history import FORK, OTHER, ROOT, SECRET, add_run, add_session, fill, uuid_of
+from tests.client import Client
+from tests.conftest import ServeFunction
+from tests.flask_commands import Flask, variables
+
+TABLES = ("ccr_sessions", "ccr_runs", "ccr_run_messages", "ccr_transcripts", "ccr_transcript_entries")
+
+
+@pytest.fixture
+def own_home(tmp_path: Path) -> Path:
+    """A HOME of the test's own, for files are deleted in it."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def flask(own_home: Path) -> Flask:
+    return Flask(own_home)
+
+
+@pytest.fixture
+def filled(writer: Database, database_url: str) -> str:
+    fill(writer)
+    return database_url
+
+
+def ids(flask: Flask, url: str, kind: str = "session") -> list[str]:
+    return [line["sessionId"] for line in flask.export(url) if line["type"] == kind]
+
+
+def recent(**ago: int) -> str:
+    return (datetime.now(UTC) - timedelta(**ago)).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+
+
+@pytest.mark.parametrize("named", [ROOT, FORK, uuid_of(2004)])
+def test_any_session_of_a_tree_takes_the_whole_tree_and_no_other(flask: Flask, filled: str, named: str) -> None:
+    other = flask.export(filled, "--session", OTHER)[1:]
+
+    done = flask(filled, "prune", "--session", named)
+
+    assert [done.returncode, done.stderr] == [0, ""]
+    assert done.stdout.startswith(f"Deleted the tree of session {ROOT}: 2 sessions, 3 runs, 705 messages (")
+    assert "3 transcripts and 0 files of Claude Code; latest activity 2026-03-01T10:04:00.000Z." in done.stdout
+    assert f"  with session {FORK}\n" in done.stdout
+    assert ids(flask, filled) == [OTHER]
+    assert flask.export(filled)[1:-1] == other[:-1]
+    assert flask(filled, "prune", "--session", ROOT).returncode == 1
+
+
+def test_a_text_that_another_tree_has_too_stays(flask: Flask, writer: Database, filled: str) -> None:
+    flask(filled, "prune", "--session", OTHER)
+    texts = writer.rows("SELECT COUNT(*) AS n FROM ccr_transcript_texts")[0]["n"]
+    entries = writer.rows("SELECT COUNT(DISTINCT digest) AS n FROM ccr_transcript_entries")[0]["n"]
+    assert texts == entries == 5
+
+    flask(filled, "prune", "--session", ROOT)
+    for table in (*TABLES, "ccr_transcript_texts"):
+        assert writer.rows(f"SELECT COUNT(*) AS n FROM {table}")[0]["n"] == 0
+
+
+def test_a_dry_run_says_the_same_and_changes_nothing(flask: Flask, filled: str) -> None:
+    before = flask.export(filled)[1:]
+    would = flask(filled, "prune", "--session", FORK, "--dry-run")
+    assert flask.export(filled)[1:] == before
+
+    did = flask(filled, "prune", "--session", FORK)
+    assert would.stdout.replace("Would delete", "Deleted") == did.stdout
+
+
+def test_a_dry_run_may_be_made_beside_the_service_and_a_real_one_not(
+    flask: Flask, filled: str, serve: ServeFunction
+) -> None:
+    client = Client(serve(**variables(filled)).url)
+    would = flask(filled, "prune", "--older-than", "1h", "--dry-run")
+    refused = flask(filled, "prune", "--older-than", "1h")
+
+    assert [would.returncode, would.stdout.count("Would delete")] == [0, 2]
+    assert [refused.returncode, "Another CC Manager is at work" in refused.stderr] == [3, True]
+    assert len(client.get("/api/sessions").json) == 3
+
+
+def test_the_age_of_a_tree_is_that_of_the_latest_activity_in_any_of_its_sessions(
+    flask: Flask, writer: Database, filled: str
+) -> None:
+    # The root is years old; a fork of a fork was made two days ago.
+    grandchild = uuid_of(40)
+    add_session(writer, grandchild, parentSessionId=FORK, forkedFromRunId=uuid_of(1004))
+    add_run(writer, grandchild, 5, mode="fork", parentRunId=uuid_of(1004), createdAt=recent(days=2))
+
+    three_days = flask(filled, "prune", "--older-than", "3d")
+    assert "session " + OTHER in three_days.stdout
+    assert ids(flask, filled) == [ROOT, FORK, grandchild]
+    assert flask(filled, "prune", "--older-than", "1w").stdout == "Nothing to delete.\n"
+    forty_hours = flask(filled, "prune", "--older-than", "40h")
+    assert "3 sessions, 4 runs" in forty_hours.stdout
+    assert ids(flask, filled) == []
+
+
+def test_a_tree_with_a_run_that_has_not_ended_is_left_alone(flask: Flask, writer: Database, filled: str) -> None:
+    running = {"status": "running", "endedAt": None, "hasTranscript": 0}
+    add_run(writer, ROOT, 5, [{"type": "system"}], mode="resume", parentRunId=uuid_of(1003), **running)
+
+    by_age = flask(filled, "prune", "--older-than", "1d")
+    assert by_age.returncode == 0
+    assert f"Left alone: the tree of session {ROOT} has runs that have not ended (1)." in by_age.stdout
+    assert ids(flask, filled) == [ROOT, FORK]
+    by_name = flask(filled, "prune", "--session", FORK)
+    assert [by_name.returncode, by_name.stdout] == [1, ""]
+    assert by_name.stderr.startswith(f"Nothing was deleted: the tree of session {ROOT} has runs")
+    assert ids(flask, filled) == [ROOT, FORK]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--dry-run"],
+        ["--older-than", "1d", "--session", ROOT],
+        ["--older-than", "0d"],
+        ["--older-than", "90"],
+        ["--older-than", "-1d"],
+        ["--older-than", "1y"],
+    ],
+)
+def test_a_mistake_in_the_command_deletes_nothing(flask: Flask, tmp_path: Path, words: list[str]) -> None:
+    assert flask(f"sqlite:///{tmp_path}/none.sqlite", "prune", *words).returncode == 2
+    assert not (tmp_path / "none.sqlite").exists()
+
+
+def test_claude_codes_own_files_of_the_runs_go_and_the_agents_files_stay(
+    flask: Flask, writer: Database, database_url: str, own_home: Path, project: Path
+) -> None:
+    add_session(writer, ROOT, cwd=str(project))
+    add_run(writer, ROOT, 1, cwd=str(project))
+    elsewhere = own_home / "elsewhere"
+    add_run(
+        writer,
+        ROOT,
+        2,
+        cwd=str(project),
+        mode="resume",
+        parentRunId=uuid_of(1001),
+        optionsJson=f'{{"env": {{"CLAUDE_CONFIG_DIR": "{elsewhere}"}}}}',
+    )
+    add_run(writer, ROOT, 3, cwd=str(project), sdkSessionId="not-a-uuid", mode="resume", parentRunId=uuid_of(1002))
+    kept = [write(own_home, project, uuid_of(9999)), write(own_home, project, "not-a-uuid")]
+    gone = [write(own_home, project, uuid_of(2001)), write(elsewhere, project, uuid_of(2002), "CLAUDE_CONFIG_DIR")]
+    folder = gone[0].with_suffix("")
+    (folder / "subagents").mkdir(parents=True)
+    (folder / "subagents" / "agent-1.jsonl").write_text(SECRET)
+    (folder / "a-link").symlink_to(project)
+
+    done = flask(database_url, "prune", "--session", ROOT)
+
+    assert "3 files of Claude Code" in done.stdout
+    assert not any(path.exists() for path in (*gone, folder))
+    assert all(path.exists() for path in kept)
+    assert (project / "here-is-a-file.txt").read_text() == "hello\n"
+
+
+def write(home: Path, cwd: Path, sdk_session_id: str, variable: str = "HOME") -> Path:
+    path = transcript_path(str(cwd), sdk_session_id, {variable: str(home)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(SECRET)
+    return path
+
+
+def files_of(url: str) -> Iterator[Path]:
+    path = Path(url.removeprefix("sqlite:///"))
+    yield from (file for file in path.parent.glob(path.name + "*") if file.is_file())
+
+
+@pytest.fixture
+def lite(tmp_path: Path) -> Iterator[tuple[Database, str]]:
+    """A SQLite database, whose file is looked into."""
+    from ccm.db import sqlite_file
+    from ccm.db.migrate import migrate
+
+    url = f"sqlite:///{tmp_path}/db.sqlite"
+    sqlite_file.prepare(url)
+    database = Database(url, writer=True, pool_size=1)
+    migrate(database)
+    yield database, url
+    database.close()
+
+
+def holds_secret(url: str) -> bool:
+    return any(SECRET.encode() in file.read_bytes() for file in files_of(url))
+
+
+def test_the_bytes_are_gone_from_the_database_and_its_log(flask: Flask, lite: tuple[Database, str]) -> None:
+    database, url = lite
+    fill(database)
+    assert holds_secret(url)
+
+    flask(url, "prune", "--session", ROOT)
+
+    assert {file.name for file in files_of(url)} >= {"db.sqlite", "db.sqlite-wal", "db.sqlite-shm"}
+    assert not holds_secret(url)
+    assert os.stat(url.removeprefix("sqlite:///")).st_mode & 0o777 == 0o600
+    assert database.rows("SELECT COUNT(*) AS n FROM ccr_runs") == [{"n": 1}]
+
+
+def test_a_reader_that_holds_the_log_is_told_of_and_the_next_prune_clears_it(
+    flask: Flask, lite: tuple[Database, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ccm.db.trees.CLEAR_SECONDS", 0.1)
+    database, url = lite
+    fill(database)
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT COUNT(*) FROM ccr_runs").fetchone()
+        held = flask(url, "prune", "--session", ROOT)
+    assert held.returncode == 1
+    assert "still has its bytes in the database's files" in held.stderr
+    assert holds_secret(url)
+
+    later = flask(url, "prune", "--older-than", "9999w")
+    assert [later.returncode, later.stdout] == [0, "Nothing to delete.\n"]
+    assert not holds_secret(url)
+
+
+def test_a_prune_that_was_cut_off_is_completed_by_the_next(
+    flask: Flask, filled: str, monkeypatch: pytest.MonkeyPatch, writer: Database
+) -> None:
+    from ccm.db import trees
+
+    delete_by_index = trees._delete_by_index
+
+    def cut_off(database: Database, table: str, owner: str, owner_id: Any) -> None:
+        if owner_id == uuid_of(1004):
+            raise KeyboardInterrupt
+        delete_by_index(database, table, owner, owner_id)
+
+    monkeypatch.setattr(trees, "_delete_by_index", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        trees.delete(writer, ROOT)
+    monkeypatch.undo()
+
+    assert ids(flask, filled) == [ROOT, OTHER, FORK]
+    assert "2 sessions, 3 runs, 700 messages" in flask(filled, "prune", "--session", ROOT).stdout
+    assert ids(flask, filled) == [OTHER]
+
+
+def test_a_long_run_is_deleted_in_several_transactions(
+    flask: Flask, writer: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ccm.db.trees.ROWS", 100)
+    fill(writer)
+    assert "705 messages" in flask(database_url, "prune", "--session", ROOT).stdout
+    assert writer.rows("SELECT COUNT(*) AS n FROM ccr_run_messages") == [{"n": 1}]

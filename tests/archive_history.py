@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import sqlite3
 import uuid
-from collections.abc import Iterable, Mapping
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ccm.db import archive, messages
-from ccm.db.database import Database
+from ccm.db import archive, messages, transcripts
+from ccm.db.database import Database, Transaction
+from ccm.db.migrate import migrate
+from ccm.db.transcripts import Entry, TranscriptKey
 from ccm.models import Message, to_json_text
 
 ODD = {
@@ -94,9 +96,9 @@ def add_run(
         )
         for subpath, lines in (entries or {}).items():
             own = row["sdkSessionId"]
-            transcript = archive.insert_transcript(transaction, own, "-srv-project", subpath, 17)
-            parts = [(line.get("uuid"), to_json_text(line)) for line in lines]
-            archive.insert_entries(transaction, transcript, own, 0, parts)
+            transcript = transcripts.insert(transaction, TranscriptKey(own, "-srv-project", subpath), 17)
+            parts = [Entry(line.get("uuid"), to_json_text(line)) for line in lines]
+            transcripts.insert_at(transaction, transcript, own, 0, parts)
     return run_id
 
 
@@ -198,3 +200,23 @@ def add_bun_run(path: Path, run_id: Any, session_id: str | None, parent: str | N
                 "VALUES (?, ?, ?, ?, ?)",
                 [run_id, index, "assistant", text, row["created_at"]],
             )
+
+
+class LendingWriter(Database):
+    """A writer that gives the right to write back after each transaction: the commands under test take it too."""
+
+    @contextmanager
+    def transaction(self, uncertain: bool = False) -> Iterator[Transaction]:
+        with super().transaction(uncertain) as transaction:
+            yield transaction
+        engine = self._database.engine
+        assert engine is not None
+        engine.dispose()
+
+
+def lending_writer(url: str) -> Iterator[Database]:
+    """For a fixture: the one writer of a database with the schema in place."""
+    database = LendingWriter(url, writer=True, pool_size=1)
+    migrate(database)
+    yield database
+    database.close()

@@ -18,7 +18,7 @@ from ccm.db import archive, runs, sessions, sqlite_file
 from ccm.db.database import Database
 from ccm.db.migrate import migrate
 from tests.api.conftest import new_database
-from tests.archive_history import FORK, ODD, OTHER, ROOT, add_run, add_session, fill, uuid_of
+from tests.archive_history import FORK, ODD, OTHER, ROOT, add_run, add_session, fill, lending_writer, uuid_of
 from tests.client import Client
 from tests.conftest import ServeFunction
 from tests.flask_commands import FLASK, Flask, variables
@@ -27,6 +27,11 @@ from tests.flask_commands import FLASK, Flask, variables
 @pytest.fixture
 def flask(home: Path) -> Flask:
     return Flask(home)
+
+
+@pytest.fixture
+def writer(database_url: str) -> Iterator[Database]:
+    yield from lending_writer(database_url)
 
 
 @pytest.fixture

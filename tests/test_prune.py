@@ -14,7 +14,7 @@ import pytest
 
 from ccm.core.sdk import transcript_path
 from ccm.db.database import Database
-from tests.archive_history import FORK, OTHER, ROOT, SECRET, add_run, add_session, fill, uuid_of
+from tests.archive_history import FORK, OTHER, ROOT, SECRET, add_run, add_session, fill, lending_writer, uuid_of
 from tests.client import Client
 from tests.conftest import ServeFunction
 from tests.flask_commands import Flask, variables
@@ -33,6 +33,11 @@ def own_home(tmp_path: Path) -> Path:
 @pytest.fixture
 def flask(own_home: Path) -> Flask:
     return Flask(own_home)
+
+
+@pytest.fixture
+def writer(database_url: str) -> Iterator[Database]:
+    yield from lending_writer(database_url)
 
 
 @pytest.fixture

@@ -86,6 +86,9 @@ def _start() -> subprocess.Popen[str]:
     return subprocess.Popen(  # noqa: S603  # our own words only
         [sys.executable, "-I", "-S", "-c", code],
         stdin=subprocess.PIPE,
+        # Who reads what the service says must not wait for the reaper's end.
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         text=True,
         env={},  # it needs none, and a mark in it would be its own end
         cwd="/",

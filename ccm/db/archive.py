@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ccm.db.database import Transaction
+from ccm.db.transcripts import own
 
-# Stands for the transcript's own session id in a stored text (migrations.sql, section 0003).
-OWN_SESSION = "\x01"
-DIGEST_BYTES = 16
 # The sessions in the order of their first runs, so that each comes after the one that it was forked from.
 FIRST_RUNS = """
 SELECT r.seq, r."sessionId" FROM ccr_runs r
@@ -108,7 +105,7 @@ def entry_sizes(transaction: Transaction, transcript: int, after: int, limit: in
 def entry_texts(transaction: Transaction, transcript: int, sdk_session_id: str, after: int, through: int) -> list[str]:
     """The JSON texts of a transcript's entries after one index and through another."""
     rows = transaction.tuples(ENTRIES, id=transcript, after=after, through=through)
-    return [text.replace(OWN_SESSION, sdk_session_id) for _, text in rows]
+    return [own(text, sdk_session_id) for _, text in rows]
 
 
 # ---- writing
@@ -192,37 +189,3 @@ def count_run_in(
 ) -> None:
     """Count a run into its session, whose newest it is; `head` is its id if it can be continued."""
     transaction.execute(COUNT_RUN_IN, id=session_id, seq=seq, at=at, messages=messages, cost=cost_usd, head=head)
-
-
-def insert_transcript(
-    transaction: Transaction, sdk_session_id: str, project_key: str, subpath: str, updated_at_ms: int
-) -> int:
-    """A transcript without entries; its id."""
-    new = int(transaction.value("SELECT COALESCE(MAX(id), 0) + 1 FROM ccr_transcripts"))
-    row = {"id": new, "sdkSessionId": sdk_session_id, "projectKey": project_key, "subpath": subpath}
-    transaction.insert("ccr_transcripts", row | {"updatedAtMs": updated_at_ms})
-    return new
-
-
-def insert_entries(
-    transaction: Transaction,
-    transcript: int,
-    sdk_session_id: str,
-    first: int,
-    entries: Sequence[tuple[str | None, str]],
-) -> None:
-    """Entries of a transcript from the index `first` on; a text that is there already is not stored again."""
-    shared = [text.replace(sdk_session_id, OWN_SESSION) for _, text in entries]
-    digests = [hashlib.blake2b(text.encode("ascii"), digest_size=DIGEST_BYTES).hexdigest() for text in shared]
-    texts = dict(zip(digests, shared, strict=True))
-    names = {f"digest{number}": digest for number, digest in enumerate(texts)}
-    marks = ", ".join(f":{name}" for name in names)
-    known = set(transaction.column(f"SELECT digest FROM ccr_transcript_texts WHERE digest IN ({marks})", **names))
-    new = [(digest, text) for digest, text in texts.items() if digest not in known]
-    if new:
-        transaction.insert_many("ccr_transcript_texts", ("digest", "text"), new)
-    rows = [
-        (transcript, first + number, uuid, digest)
-        for number, ((uuid, _), digest) in enumerate(zip(entries, digests, strict=True))
-    ]
-    transaction.insert_many("ccr_transcript_entries", ("transcriptId", "index", "uuid", "digest"), rows)

@@ -38,11 +38,20 @@ def append(transaction: Transaction, key: TranscriptKey, entries: Sequence[Entry
     """Add entries at the end, without those whose uuid is there already."""
     transcript = _of_key(transaction, key)
     entries = _without_known(transaction, transcript, entries)
-    texts = [entry.text.replace(key.sdk_session_id, OWN_SESSION) for entry in entries]
-    digests = [hashlib.blake2b(text.encode("ascii"), digest_size=DIGEST_BYTES).hexdigest() for text in texts]
     first = _length(transaction, transcript)
-    if transaction.uncertain and digests == _digests(transaction, transcript, first - len(digests)):
-        return  # the commit before this try had gone through after all
+    if transaction.uncertain:
+        digests = [_digest(_shared(entry.text, key.sdk_session_id)) for entry in entries]
+        if digests == _digests(transaction, transcript, first - len(digests)):
+            return  # the commit before this try had gone through after all
+    insert_at(transaction, transcript, key.sdk_session_id, first, entries)
+
+
+def insert_at(
+    transaction: Transaction, transcript: int, sdk_session_id: str, first: int, entries: Sequence[Entry]
+) -> None:
+    """Entries of a transcript from the index `first` on; a text that is there already is not stored again."""
+    texts = [_shared(entry.text, sdk_session_id) for entry in entries]
+    digests = [_digest(text) for text in texts]
     transaction.insert_many(
         "ccr_transcript_texts", ("digest", "text"), list(zip(digests, texts, strict=True)), known_ignored=True
     )
@@ -53,6 +62,19 @@ def append(transaction: Transaction, key: TranscriptKey, entries: Sequence[Entry
     transaction.insert_many("ccr_transcript_entries", ("transcriptId", "index", "uuid", "digest"), rows)
 
 
+def _shared(text: str, sdk_session_id: str) -> str:
+    return text.replace(sdk_session_id, OWN_SESSION)
+
+
+def own(shared_text: str, sdk_session_id: str) -> str:
+    """A stored text as the transcript of a session has it."""
+    return shared_text.replace(OWN_SESSION, sdk_session_id)
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("ascii"), digest_size=DIGEST_BYTES).hexdigest()
+
+
 def _of_key(transaction: Transaction, key: TranscriptKey) -> int:
     """The id of a transcript, which is made if it is not there; it is touched either way."""
     now = time.time_ns() // 1_000_000
@@ -60,9 +82,14 @@ def _of_key(transaction: Transaction, key: TranscriptKey) -> int:
     if transcript is not None:
         transaction.execute('UPDATE ccr_transcripts SET "updatedAtMs" = :now WHERE id = :id', now=now, id=transcript)
         return transcript
+    return insert(transaction, key, now)
+
+
+def insert(transaction: Transaction, key: TranscriptKey, updated_at_ms: int) -> int:
+    """A transcript without entries; its id."""
     new = int(transaction.value("SELECT COALESCE(MAX(id), 0) + 1 FROM ccr_transcripts"))
     row = {"id": new, "sdkSessionId": key.sdk_session_id, "projectKey": key.project_key, "subpath": key.subpath}
-    transaction.insert("ccr_transcripts", row | {"updatedAtMs": now})
+    transaction.insert("ccr_transcripts", row | {"updatedAtMs": updated_at_ms})
     return new
 
 
@@ -121,7 +148,7 @@ def texts(transaction: Transaction, key: TranscriptKey, first: int, limit: int) 
         'ORDER BY e."index" LIMIT :limit'
     )
     stored = transaction.column(sql, first=first, limit=limit, **key._asdict())
-    return [text.replace(OWN_SESSION, key.sdk_session_id) for text in stored]
+    return [own(text, key.sdk_session_id) for text in stored]
 
 
 def delete(transaction: Transaction, key: TranscriptKey) -> None:

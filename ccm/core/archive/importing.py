@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ccm.core.archive.records import ArchivedEntries, ArchivedMessage, ArchivedRun, Source, SourceError
-from ccm.db import archive, messages, runs
+from ccm.db import archive, messages, runs, transcripts
 from ccm.db.database import Database, Transaction
+from ccm.db.transcripts import TranscriptKey
 from ccm.models import ERROR, FORK, RESUME, RUNNING, Message
 
 BATCH_ITEMS = 1_000
@@ -235,14 +236,14 @@ class _Incoming:
         sdk_session_id = self._row["sdkSessionId"]
         key = (part.project_key, part.subpath)
         transcript, length = self.transcripts.get(key) or (
-            archive.insert_transcript(self._transaction, sdk_session_id, *key, part.updated_at_ms),
+            transcripts.insert(self._transaction, TranscriptKey(sdk_session_id, *key), part.updated_at_ms),
             0,
         )
         if part.first_index != length:
             raise self._error(f"entry {length} of its transcript {part.subpath!r} is missing")
         for start in range(0, len(part.entries), ENTRIES_AT_ONCE):
             some = part.entries[start : start + ENTRIES_AT_ONCE]
-            archive.insert_entries(self._transaction, transcript, sdk_session_id, length + start, some)
+            transcripts.insert_at(self._transaction, transcript, sdk_session_id, length + start, some)
         self.transcripts[key] = (transcript, length + len(part.entries))
 
     # ---- its end

@@ -16,6 +16,7 @@ from ccm.core.archive.records import (
     ArchivedRun,
     SourceError,
 )
+from ccm.db.transcripts import Entry
 from ccm.models import MODES, STATUSES, storable
 
 # No message is larger than CCM_MAX_MESSAGE_BYTES may be, and no piece of a transcript much.
@@ -210,7 +211,7 @@ class _Run:
             subpath=subpath,
             updated_at_ms=line.count("updatedAtMs"),
             first_index=line.count("index"),
-            entries=[(storable(entry.get("uuid")), line.json(entry)) for entry in entries],
+            entries=[Entry(storable(entry.get("uuid")), line.json(entry)) for entry in entries],
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ccm.db.transcripts import Entry
 from ccm.errors import CommandRefused
 
 # Claude Code's own ids; it would take anything else for a session's title.
@@ -26,13 +27,13 @@ class ArchivedMessage:
 
 @dataclass(frozen=True)
 class ArchivedEntries:
-    """A piece of one of Claude Code's transcript files. `entries` are a uuid or None, and JSON in ASCII."""
+    """A piece of one of Claude Code's transcript files."""
 
     project_key: str
     subpath: str
     updated_at_ms: int
     first_index: int
-    entries: list[tuple[str | None, str]]
+    entries: list[Entry]
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ if not (3, 11) <= sys.version_info[:2] <= (3, 14):
 import atexit
 import logging
 import os
+from contextlib import ExitStack
 
 from flask import Flask
 
 from ccm import api, cli
 from ccm.core.service import Service
 from ccm.errors import StartRefused
+from ccm.listener import listener, shown_address
 from ccm.log import configure
 from ccm.server import Server
 from ccm.settings import Settings
@@ -51,20 +53,21 @@ def main() -> int:
     """Serve with waitress until SIGTERM or SIGINT. The exit code: 2 for a bad setting, 3 for a refused database."""
     app = create_app()
     service: Service = app.extensions["ccm"]
-    host, port = service.settings.host, service.settings.port
-    try:
-        server = Server(app, service)
-        service.start()
-    except StartRefused as refusal:
-        print(f"CC Manager does not start: {refusal}", file=sys.stderr)
-        return refusal.exit_code
-    except OSError as error:
-        reason = error.strerror or error
-        print(f"CC Manager does not start: it cannot listen on HOST {host}, PORT {port}: {reason}.", file=sys.stderr)
-        return 2
-    shown = f"[{host}]" if ":" in host else host
-    logging.getLogger("ccm").info("listening on http://%s:%d", shown, server.port)
-    return 0 if server.run() else 1
+    settings = service.settings
+    log = logging.getLogger("ccm")
+    with ExitStack() as stack:
+        try:
+            settings.check_access()
+            bound = stack.enter_context(listener(settings))
+            server = Server(app, service, bound)
+            service.start()
+        except StartRefused as refusal:
+            print(f"CC Manager does not start: {refusal}", file=sys.stderr)
+            return refusal.exit_code
+        for sentence in settings.access_warnings():
+            log.warning("%s", sentence)
+        # Said when a signal is heeded already: who reads it may send one at once.
+        return 0 if server.run(lambda: log.info("listening on %s", shown_address(bound))) else 1
 
 
 if __name__ == "__main__":

@@ -141,3 +141,7 @@ INSERT INTO ccr_heartbeat (id, "beatAt", padding) VALUES (1, '', '');
 -- 0005 children of runs
 -- A run that is deleted is looked up as a parent: without an index each one deleted would read the whole table.
 CREATE INDEX ccr_runs_by_parent ON ccr_runs ("parentRunId");
+
+-- 0006 time limits
+-- The limit that the request named; what the service's settings add to it is their affair.
+ALTER TABLE ccr_runs ADD COLUMN "timeoutMs" BIGINT;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import closing
+from pathlib import Path
 
 import click
 from flask import Flask
@@ -15,8 +16,9 @@ from ccm.db.database import Database
 from ccm.db.lock import ServiceLock
 from ccm.db.migrate import migrate, pending, read_migrations
 from ccm.demo.tour import Tour
-from ccm.errors import StartRefused
+from ccm.errors import BadSetting, StartRefused
 from ccm.settings import Settings
+from ccm.token_file import NAME, add_token, new_token
 
 # Seconds that a migration waits for another one to finish.
 MIGRATION_PATIENCE = 10.0
@@ -25,6 +27,7 @@ MIGRATION_PATIENCE = 10.0
 def register(app: Flask) -> None:
     app.cli.add_command(migrate_command)
     app.cli.add_command(demo_command)
+    app.cli.add_command(token_command)
     for command in cli_archive.COMMANDS:
         app.cli.add_command(command)
 
@@ -77,3 +80,24 @@ def demo_command(serve: bool) -> None:
     The real Claude Code runs against a stand-in of the Messages API, on free ports, with a temporary database.
     """
     sys.exit(Tour(click.echo).run(serve))
+
+
+@click.command("token")
+@click.argument("name")
+def token_command(name: str) -> None:
+    """Make a token for a client, and add it to the file that CCM_API_TOKEN_FILE names if it is set."""
+    if not NAME.fullmatch(name):
+        raise click.BadParameter("must have 1 to 64 letters, digits, '.', '_' and '-'", param_hint="NAME")
+    file = os.environ.get("CCM_API_TOKEN_FILE")
+    token = new_token()
+    try:
+        if file:
+            add_token(Path(file), name, token)
+    except (BadSetting, OSError) as error:
+        click.echo(str(error), err=True)
+        sys.exit(BadSetting.exit_code)
+    click.echo(f"{name}:{token}")
+    where = (
+        f"It is in {file} now." if file else "Put this line into a file of mode 0600 and name it in CCM_API_TOKEN_FILE."
+    )
+    click.echo(f"{where} Clients send 'Authorization: Bearer' and what stands after the colon.", err=True)

@@ -2,14 +2,15 @@
 
 CCMError                        an answer to a client: code, HTTP status, the field at fault
 ├── ValidationError             400 VALIDATION_ERROR
-├── Forbidden                   403 OPTION_FORBIDDEN, CWD_FORBIDDEN
+├── Unauthorized                401 UNAUTHORIZED
+├── Forbidden                   403 OPTION_FORBIDDEN, CWD_FORBIDDEN, TIMEOUT_FORBIDDEN, HOST_FORBIDDEN, ORIGIN_FORBIDDEN
 ├── NotFound                    404 RUN_NOT_FOUND, SESSION_NOT_FOUND
 ├── Conflict                    409 SESSION_BUSY, SESSION_NOT_RESUMABLE, RUN_ALREADY_ENDED
 ├── TooLarge                    413 BODY_TOO_LARGE
 ├── UnsupportedMediaType        415 UNSUPPORTED_MEDIA_TYPE
 ├── KeyReused                   422 IDEMPOTENCY_KEY_REUSED
 ├── QueueFull                   429 QUEUE_FULL
-└── Unavailable                 503 SHUTTING_DOWN, STORAGE_UNAVAILABLE, OUTCOME_UNKNOWN, SLOTS_TAKEN
+└── Unavailable                 503 SHUTTING_DOWN, STORAGE_UNAVAILABLE, OUTCOME_UNKNOWN, SLOTS_TAKEN, OUT_OF_DESCRIPTORS
 
 StartRefused                    the service does not start; said to the operator in one sentence
 ├── BadSetting                  exit code 2
@@ -51,6 +52,11 @@ class CCMError(Exception):
 class ValidationError(CCMError):
     status = 400
     code = "VALIDATION_ERROR"
+
+
+class Unauthorized(CCMError):
+    status = 401
+    code = "UNAUTHORIZED"
 
 
 class Forbidden(CCMError):

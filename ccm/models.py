@@ -99,6 +99,7 @@ class Run(Row):
     prompt: str
     options_json: str
     image_count: int
+    timeout_ms: int | None
     fork_at_message: str | None
     fork_at_index: int | None
     result_type: str | None
@@ -145,6 +146,7 @@ class Run(Row):
             "prompt": self.prompt,
             "options": self.options,
             "imageCount": self.image_count,
+            "timeoutMs": self.timeout_ms,
             "resultType": self.result_type,
             "result": result,
             "error": None if self.error_code is None else {"code": self.error_code, "message": self.error_message},
@@ -245,6 +247,7 @@ class RunRequest:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     title: str | None = None
     metadata: Mapping[str, Any] | None = None
+    timeout_ms: int | None = None
     if_busy: str = REJECT
     created_by: str | None = None
     idempotency_key: IdempotencyKey | None = None

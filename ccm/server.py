@@ -10,20 +10,26 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from types import FrameType
 
 from flask import Flask
 from waitress import wasyncore
-from waitress.channel import HTTPChannel
-from waitress.server import create_server
+from waitress.parser import HTTPRequestParser
 from waitress.task import ErrorTask, WSGITask
 
+from ccm.connections import Channel, open_server
+from ccm.core import descriptors
 from ccm.core.service import Service
 
 log = logging.getLogger(__name__)
 
 # Threads for requests that are answered at once, beside one for each held place.
 PLAIN_THREADS = 16
+# An idle connection costs a descriptor and no thread.
+IDLE_CONNECTIONS = 1000
+# Far more than a request of ours has, and than proxies let through.
+HEADER_BYTES = 2**16
 # Bytes that an answer may be ahead of its client before its thread is made to wait. By default they are 16 MiB, which
 # hundreds of slow readers would make gigabytes of; and a long list is read no faster with them.
 AHEAD_BYTES = 2**18
@@ -68,7 +74,13 @@ class _Task(WSGITask):  # type: ignore[misc]
         super().finish()
 
 
-class _Channel(HTTPChannel):  # type: ignore[misc]
+class _Parser(HTTPRequestParser):  # type: ignore[misc]
+    # Waitress logs it of each client that leaves before it is answered, and fails where a request had none.
+    path = ""
+
+
+class _Channel(Channel):
+    parser_class = _Parser
     task_class = _Task
     error_task_class = _JsonErrorTask
 
@@ -87,20 +99,36 @@ def _hung_up(connection: socket.socket) -> bool:
 
 
 class Server:
-    """One listening server over an app and its service."""
+    """One listening server over an app and its service.
 
-    def __init__(self, app: Flask, service: Service) -> None:
+    Args:
+        bound: the socket, bound and not listening yet.
+
+    Raises:
+        BadSetting: the limit of open files is too low.
+    """
+
+    def __init__(self, app: Flask, service: Service, bound: socket.socket) -> None:
         self._service = service
         settings = service.settings
-        listener = _listen(settings.host, settings.port)
-        self.port: int = listener.getsockname()[1]
         threads = settings.max_held + PLAIN_THREADS
-        self._server = create_server(
+        files = descriptors.raise_limit()
+        wanted = threads + IDLE_CONNECTIONS
+        room = min(wanted, descriptors.connections_that_fit(files, settings.max_concurrent_runs))
+        if room < threads:
+            log.warning(
+                "%d open files leave room for %d connections, fewer than CCM_MAX_HELD could hold; "
+                "raise the limit (ulimit -n, LimitNOFILE in systemd)",
+                files,
+                room,
+            )
+        self._server = open_server(
             app,
-            sockets=[listener],
-            threads=threads,
-            # More connections than threads: an idle one costs a descriptor and no thread.
-            connection_limit=threads + 1000,
+            bound,
+            _Channel,
+            threads,
+            connection_limit=room,
+            max_request_header_size=HEADER_BYTES,
             max_request_body_size=settings.max_body_bytes + 1,  # the first size that it refuses
             # Notices that a client has gone while its request is held.
             channel_request_lookahead=1,
@@ -108,13 +136,16 @@ class Server:
             # select() dies of a descriptor over 1023, and every Claude Code takes some.
             asyncore_use_poll=True,
             ident="cc-manager",
-            clear_untrusted_proxy_headers=True,
+            clear_untrusted_proxy_headers=False,  # api/proxy.py does, and knows X-Forwarded-Prefix too
         )
-        self._server.channel_class = _Channel
         self._asked_to_stop = False
 
-    def run(self) -> bool:
-        """Serve until SIGTERM or SIGINT, then stop gently; a second signal ends at once. False if not all went well."""
+    def run(self, on_ready: Callable[[], None]) -> bool:
+        """Serve until SIGTERM or SIGINT, then stop gently; a second signal ends at once. False if not all went well.
+
+        Args:
+            on_ready: called once it serves and heeds signals.
+        """
         # The kernel may hand a signal to any thread, and Python's handlers run in the main one when it next wakes: a
         # byte on this socket wakes it, wherever the signal went.
         waker, wakes = socket.socketpair()
@@ -123,6 +154,7 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         threading.Thread(target=self._server.run, name="listener", daemon=True).start()
+        on_ready()
         try:
             waker.recv(1)
             return self._shut_down()
@@ -160,12 +192,3 @@ class Server:
     def _stop_listening(self) -> None:
         # Not the server's own close(): that ends the trigger too, through which answers under way are sent.
         wasyncore.dispatcher.close(self._server)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((host, port))
-    listener.set_inheritable(False)
-    return listener

@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import ipaddress
+import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ccm.errors import BadSetting
+from ccm.token_file import TOKEN, read_tokens
 
 LOG_LEVELS = ("debug", "info", "warn", "error")
 PERMISSION_MODES = ("default", "acceptEdits", "plan", "dontAsk")
@@ -28,6 +32,17 @@ PRIVILEGED_OPTIONS = (
     "settingSources",
     "settings",
 )
+# Variables whose value is never shown.
+SECRETS = ("DATABASE_URL", "CCM_API_TOKEN")
+HOST_NAME = re.compile(r"[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_-])?|\[[0-9a-f:.]+\]", re.ASCII)
+# The longest CCM_RUN_TIMEOUT (seconds): thirty days.
+LONGEST_RUN = 30 * 24 * 3600
+# Whoever comes through the Unix socket, among the addresses of CCM_TRUSTED_PROXY.
+UNIX_PEER = "unix"
+# Nothing that would need quoting in an address or a header, and no dots that a client resolves.
+URL_PREFIX = re.compile(r"(?=.{1,200}\Z)(?:/(?!\.{1,2}(?:/|\Z))[\w.~-]+)+", re.ASCII)
+# What Linux takes as the path of a socket.
+UNIX_PATH_BYTES = 107
 # What the service itself puts into a run's environment (core/processes.py): inherited when an agent starts a service.
 OWN_MARKS = ("CCM_RUN_ID",)
 
@@ -47,6 +62,27 @@ def _integer(lowest: int, highest: int) -> Callable[[str], int]:
         return number
 
     return parse
+
+
+def _money(value: str) -> float:
+    try:
+        amount = float(value)
+    except ValueError:
+        amount = math.nan
+    if not (math.isfinite(amount) and amount > 0):
+        raise ValueError("must be an amount above 0, such as 2.50")
+    return amount
+
+
+def _duration(value: str) -> int:
+    """Seconds."""
+    match = re.fullmatch(r"([0-9]{1,9})([smh]?)", value.strip())
+    if match is None:
+        raise ValueError("must be a duration: whole seconds, or a whole number with a unit, such as 90s, 30m or 2h")
+    seconds = int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+    if not 1 <= seconds <= LONGEST_RUN:
+        raise ValueError(f"must be from 1s to {LONGEST_RUN // 3600}h")
+    return seconds
 
 
 def _one_of(*allowed: str) -> Callable[[str], str]:
@@ -75,24 +111,74 @@ def _some_of(*allowed: str, wildcard: bool = False) -> Callable[[str], tuple[str
     return parse
 
 
-def _loopback(value: str) -> str:
-    if value != "localhost":
-        try:
-            loopback = ipaddress.ip_address(value).is_loopback
-        except ValueError:
-            raise ValueError("must be an IP address or localhost") from None
-        if not loopback:
-            raise ValueError(
-                "must be a loopback address: whoever reaches the service has a shell as its user, "
-                "so put a reverse proxy that authenticates in front of it"
-            )
+def _address(value: str) -> str:
+    try:
+        return value if value == "localhost" else str(ipaddress.ip_address(value))
+    except ValueError:
+        raise ValueError("must be an IP address or localhost") from None
+
+
+def _is_loopback(address: str) -> bool:
+    return address == "localhost" or ipaddress.ip_address(address).is_loopback
+
+
+def _token(value: str) -> str:
+    if not TOKEN.fullmatch(value):
+        raise ValueError("must have 16 to 512 visible characters and no blanks; `flask token NAME` makes one")
     return value
+
+
+def _hosts(value: str) -> tuple[str, ...]:
+    names = tuple(name.strip().lower() for name in value.split(","))
+    for name in names:
+        if not HOST_NAME.fullmatch(name):
+            raise ValueError(f"has {name!r}, which is no host's name or address (without a port, IPv6 in brackets)")
+    return names
+
+
+def _peers(value: str) -> tuple[str, ...]:
+    peers = []
+    for name in (name.strip() for name in value.split(",")):
+        try:
+            peers.append(name if name == UNIX_PEER else str(ipaddress.ip_address(name)))
+        except ValueError:
+            raise ValueError(f"has {name!r}, which is neither an IP address nor {UNIX_PEER}") from None
+    return tuple(peers)
+
+
+def _url_prefix(value: str) -> str:
+    prefix = value.rstrip("/")
+    if prefix and not URL_PREFIX.fullmatch(prefix):
+        raise ValueError("must be a path such as /agents, of letters, digits, '.', '_', '~' and '-'")
+    if prefix.split("/")[1:2] in (["api"], ["health"]):
+        raise ValueError("must not begin like the service's own paths, /api and /health")
+    return prefix
+
+
+def _unix_socket(value: str) -> Path:
+    path = _file(value)
+    if len(os.fsencode(value)) > UNIX_PATH_BYTES:
+        raise ValueError(f"must have {UNIX_PATH_BYTES} bytes at most: the system takes no longer path of a socket")
+    return path
+
+
+def _file_mode(value: str) -> int:
+    if not re.fullmatch(r"0?[67][0-7]{2}", value, re.ASCII):
+        raise ValueError("must be an octal mode that lets its owner in, such as 0600 or 0660")
+    return int(value, 8)
 
 
 def _database_url(value: str) -> str:
     scheme, _, rest = value.partition("://")
     if scheme not in ("postgresql", "postgres"):
         raise ValueError("must begin with postgresql://; DATABASE_PATH names a SQLite file")
+    try:
+        urlsplit(value).port  # noqa: B018  # it looks whether it is one
+    except ValueError:
+        # Without their words, which show a part of it: that may be the password.
+        raise ValueError(
+            "must be postgresql://user:password@host:port/name, with what is special in the password written as in %40"
+        ) from None
     return f"postgresql://{rest}"
 
 
@@ -130,7 +216,9 @@ class Settings:
     """The configuration of one service."""
 
     port: int = _setting("PORT", 3000, _integer(0, 65535), "TCP port; 0 takes a free one and logs it")
-    host: str = _setting("HOST", "127.0.0.1", _loopback, "Address to listen on; a loopback address")
+    host: str = _setting(
+        "HOST", "127.0.0.1", _address, "Address to listen on. One that is not loopback needs a token as well"
+    )
     database_path: Path = _setting("DATABASE_PATH", Path("db.sqlite"), _sqlite_path, "SQLite file", "./db.sqlite")
     database_url: str | None = _setting(
         "DATABASE_URL",
@@ -140,6 +228,58 @@ class Settings:
         "(empty)",
     )
     log_level: str = _setting("LOG_LEVEL", "info", _log_level, "`debug`, `info`, `warn` or `error`")
+    api_token: str | None = _setting(
+        "CCM_API_TOKEN",
+        None,
+        _token,
+        "The token that clients send as `Authorization: Bearer TOKEN`. Without one, whoever reaches the service may "
+        "use it",
+        "(empty)",
+    )
+    api_token_file: Path | None = _setting(
+        "CCM_API_TOKEN_FILE",
+        None,
+        _file,
+        "A file with a token for each client, `NAME:TOKEN` a line (`flask token NAME`). Read again when it changes",
+        "(empty)",
+    )
+    allowed_hosts: tuple[str, ...] = _setting(
+        "CCM_ALLOWED_HOSTS",
+        ("localhost", "127.0.0.1", "[::1]"),
+        _hosts,
+        "Names that the service may be called by (the `Host` header, whatever the port), separated by commas",
+        "localhost,127.0.0.1,[::1]",
+    )
+    trusted_proxy: tuple[str, ...] = _setting(
+        "CCM_TRUSTED_PROXY",
+        (),
+        _peers,
+        "Addresses of the reverse proxies, separated by commas, whose `X-Forwarded-For`, `-Proto`, `-Host` and "
+        f"`-Prefix` are believed; `{UNIX_PEER}` for whoever comes through the Unix socket",
+        "(empty: none)",
+    )
+    url_prefix: str = _setting(
+        "CCM_URL_PREFIX",
+        "",
+        _url_prefix,
+        "The path under which clients find the service, such as `/agents`, where the proxy sends no "
+        "`X-Forwarded-Prefix`. The proxy may take it off the request's path, or not",
+        "(empty)",
+    )
+    unix_socket: Path | None = _setting(
+        "CCM_UNIX_SOCKET",
+        None,
+        _unix_socket,
+        "Path of a Unix socket to listen on instead of `HOST` and `PORT`",
+        "(empty)",
+    )
+    unix_socket_mode: int = _setting(
+        "CCM_UNIX_SOCKET_MODE",
+        0o600,
+        _file_mode,
+        "Who may open the socket: `0600` this user, `0660` its group as well. It is the guard, so no token is demanded",
+        "0600",
+    )
     max_concurrent_runs: int = _setting(
         "CCM_MAX_CONCURRENT_RUNS",
         8,
@@ -175,8 +315,8 @@ class Settings:
         "CCM_ALLOWED_ROOTS",
         (),
         _directories,
-        f"Directories, separated by `{os.pathsep}`, in one of which every `cwd` must lie. It prevents mistakes; "
-        "it is no sandbox",
+        f"Directories, separated by `{os.pathsep}`, in one of which every `cwd` must lie, that of a session which goes "
+        "on too. It prevents mistakes; it is no sandbox",
         "(empty: any directory)",
     )
     privileged_options: tuple[str, ...] = _setting(
@@ -200,6 +340,28 @@ class Settings:
         _some_of(*SETTING_SOURCES),
         "Which of the host's Claude Code settings runs load; `project` brings CLAUDE.md. Empty for none",
         ",".join(SETTING_SOURCES),
+    )
+    max_turns: int | None = _setting(
+        "CCM_MAX_TURNS",
+        None,
+        _integer(1, 1_000_000),
+        "Most turns of a run, and of each agent that its request defines; a request may name fewer in `maxTurns`",
+        "(empty: no ceiling)",
+    )
+    max_budget_usd: float | None = _setting(
+        "CCM_MAX_BUDGET_USD",
+        None,
+        _money,
+        "What a run alone may cost at the most; a request may name less in `maxBudgetUsd`",
+        "(empty: no ceiling)",
+    )
+    run_timeout: int | None = _setting(
+        "CCM_RUN_TIMEOUT",
+        None,
+        _duration,
+        "Longest time from a run's start to its end, in seconds or as `90s`, `30m`, `2h`; a request may name less in "
+        "`timeoutMs`",
+        "(empty: no ceiling)",
     )
     cli_path: Path | None = _setting(
         "CCM_CLI_PATH",
@@ -228,11 +390,47 @@ class Settings:
             try:
                 values[field.name] = field.metadata["parse"](raw)
             except ValueError as error:
-                # Not that of a URL, which holds a password; not twice.
-                known = variable == "DATABASE_URL" or repr(raw) in str(error)
+                # Not what holds a secret; not twice.
+                known = variable in SECRETS or repr(raw) in str(error)
                 shown = "" if known else f" (it is {raw!r})"
                 raise BadSetting(f"{variable} {error}{shown}.") from None
         return cls(**values)
+
+    def check_access(self) -> None:
+        """Whether it is settled who may use a service with these settings; before it listens.
+
+        Raises:
+            BadSetting: it is not.
+        """
+        if self.api_token_file is not None:
+            try:
+                read_tokens(self.api_token_file)
+            except OSError as error:
+                raise BadSetting(
+                    f"CCM_API_TOKEN_FILE {self.api_token_file} cannot be read: {error.strerror}."
+                ) from None
+        if self.unix_socket is None and not self.has_tokens and not _is_loopback(self.host):
+            raise BadSetting(
+                f"HOST {self.host} needs a token, for whoever reaches the service has a shell as its user: set "
+                "CCM_API_TOKEN or CCM_API_TOKEN_FILE (`flask token NAME` makes one), or leave HOST on loopback."
+            )
+
+    def access_warnings(self) -> list[str]:
+        """What the operator should know of who is let in, a sentence each."""
+        if self.has_tokens:
+            return []
+        who = "every user of this host"
+        if self.unix_socket is not None:
+            who = f"whoever may open {self.unix_socket} (mode {self.unix_socket_mode:04o})"
+            if not self.unix_socket_mode & 0o066:
+                who = f"root, and this user alone by {self.unix_socket} (mode {self.unix_socket_mode:04o}),"
+        if self.trusted_proxy:
+            who = f"everybody whom the proxy lets in, and {who}"
+        return [f"no token is set: {who} may use the service, and so has a shell as its user; CCM_API_TOKEN sets one"]
+
+    @property
+    def has_tokens(self) -> bool:
+        return self.api_token is not None or self.api_token_file is not None
 
     @property
     def url(self) -> str:

@@ -60,6 +60,7 @@ def add_run(
         "prompt": f"Prompt {seq}",
         "optionsJson": to_json_text({"model": "opus"}),
         "imageCount": 0,
+        "timeoutMs": 60_000 * seq,
         "forkAtMessage": None,
         "forkAtIndex": None,
         "resultType": "success",

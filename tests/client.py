@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,13 +39,36 @@ class Answer:
         return f"{parts.path}?{parts.query}"
 
 
+class UnixConnection(http.client.HTTPConnection):
+    """HTTP over a Unix socket, as `curl --unix-socket` does it."""
+
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
 class Client:
-    """Talks to one service; every request on a connection of its own, as curl does."""
+    """Talks to one service; every request on a connection of its own, as curl does.
+
+    Args:
+        url: what the service's log says that it listens on: `http://...`, or `unix:/path`.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = url
         parts = urlsplit(url)
         self.host, self.port = parts.hostname or "", parts.port or 0
+
+    def connection(self, timeout: float = 60) -> http.client.HTTPConnection:
+        """A new connection, for whoever needs more of it than one answer."""
+        if self.url.startswith("unix:"):
+            return UnixConnection(self.url.removeprefix("unix:"), timeout)
+        return http.client.HTTPConnection(self.host, self.port, timeout=timeout)
 
     def request(
         self,
@@ -54,7 +78,7 @@ class Client:
         headers: Mapping[str, str] | None = None,
         timeout: float = 60,
     ) -> Answer:
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+        connection = self.connection(timeout)
         sent = dict(headers or {})
         if body is not None and not isinstance(body, bytes):
             body = json.dumps(body).encode()

@@ -105,10 +105,10 @@ def serve(environ: dict[str, str], tmp_path: Path) -> Iterator[ServeFunction]:
     """Starts services as processes of their own, with settings of a test's choice; ends them afterwards."""
     with ExitStack() as stack:
 
-        def start(**settings: object) -> ServiceProcess:
+        def start(*through: str, **settings: object) -> ServiceProcess:
             own = {"DATABASE_PATH": str(tmp_path / "db.sqlite"), "LOG_LEVEL": "debug"}
             own |= {name: str(value) for name, value in settings.items()}
-            return stack.enter_context(ServiceProcess(environ | own))
+            return stack.enter_context(ServiceProcess(environ | own, through=through))
 
         yield start
 

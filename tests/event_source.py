@@ -4,7 +4,6 @@ https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-inte
 
 from __future__ import annotations
 
-import http.client
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -75,7 +74,7 @@ class Stream:
 
     def __init__(self, client: Client, path: str, last_event_id: str | None = None, timeout: float = 60) -> None:
         self.parser = Parser()
-        self._connection = http.client.HTTPConnection(client.host, client.port, timeout=timeout)
+        self._connection = client.connection(timeout)
         headers = {"Accept": "text/event-stream"} | ({} if last_event_id is None else {"Last-Event-ID": last_event_id})
         self._connection.request("GET", path, headers=headers)
         self._response = self._connection.getresponse()

@@ -163,8 +163,8 @@ def main() -> None:
             content = message["message"]["content"]
             text = content if isinstance(content, str) else content[-1]["text"]
             try:
-                script = json.loads(text)
-            except ValueError:
+                script = dict(json.loads(text))
+            except (TypeError, ValueError):
                 script = {"messages": [assistant("heard: " + text)]}
             transcript(text)
             turn(script)

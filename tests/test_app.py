@@ -50,8 +50,8 @@ def test_flask_migrate_says_what_it_did_and_may_run_twice(environ: dict[str, str
     second = call([*FLASK, "migrate"], environ, DATABASE_PATH=path)
     after = call([*FLASK, "migrate", "--status"], environ, DATABASE_PATH=path)
 
-    assert re.findall(r"^missing  (\d{4})", status.stdout, re.M) == ["0001", "0002", "0003", "0004", "0005"]
-    assert re.findall(r"^applied  (\d{4})", first.stdout, re.M) == ["0001", "0002", "0003", "0004", "0005"]
+    assert re.findall(r"^missing  (\d{4})", status.stdout, re.M) == ["0001", "0002", "0003", "0004", "0005", "0006"]
+    assert re.findall(r"^applied  (\d{4})", first.stdout, re.M) == ["0001", "0002", "0003", "0004", "0005", "0006"]
     assert second.stdout == "The schema is up to date.\n"
     assert "missing" not in after.stdout
     assert [run.returncode for run in (status, first, second, after)] == [0] * 4
@@ -66,7 +66,7 @@ def test_flask_migrate_by_two_at_once(environ: dict[str, str], tmp_path: Path) -
     outputs = [process.communicate()[0] for process in processes]
 
     assert [process.returncode for process in processes] == [0] * 4
-    assert sum(output.count("applied") for output in outputs) == 5
+    assert sum(output.count("applied") for output in outputs) == 6
 
 
 def test_flask_migrate_refuses_beside_a_running_service_only_if_there_is_something_to_do(
@@ -82,7 +82,7 @@ def test_flask_migrate_on_postgresql(environ: dict[str, str], postgresql: str) -
         connection.execute("CREATE DATABASE migrated")
     result = call([*FLASK, "migrate"], environ, DATABASE_URL=f"{postgresql}/migrated")
 
-    assert result.stdout.count("applied") == 5
+    assert result.stdout.count("applied") == 6
 
 
 def test_flask_run_starts_the_service_with_the_first_request(
@@ -182,7 +182,7 @@ def test_flask_demo_serve_stays_until_ctrl_c(environ: dict[str, str], tmp_path: 
     ("variables", "code", "says"),
     [
         ({"PORT": "x"}, 2, "PORT must be a whole number"),
-        ({"HOST": "0.0.0.0"}, 2, "HOST must be a loopback address"),
+        ({"HOST": "0.0.0.0"}, 2, "HOST 0.0.0.0 needs a token"),
         ({"DATABASE_PATH": "/nowhere/db.sqlite"}, 3, "/nowhere/db.sqlite cannot be written"),
         ({"DATABASE_URL": "postgresql://u@127.0.0.1:1/db"}, 3, "PostgreSQL cannot be reached"),
     ],

@@ -29,6 +29,11 @@ def test_values_are_taken_from_the_environment(tmp_path: Path) -> None:
             "CCM_ALLOWED_ROOTS": f"/:{tmp_path}",
             "CCM_SETTING_SOURCES": "",
             "LOG_LEVEL": "",
+            "CCM_MAX_TURNS": "20",
+            "CCM_MAX_BUDGET_USD": "2.50",
+            "CCM_TRUSTED_PROXY": "0:0::1, unix",
+            "CCM_URL_PREFIX": "/a/b-c/",
+            "CCM_UNIX_SOCKET_MODE": "660",
         }
     )
 
@@ -38,6 +43,17 @@ def test_values_are_taken_from_the_environment(tmp_path: Path) -> None:
     assert settings.allowed_roots == (Path("/"), tmp_path.resolve())
     assert settings.setting_sources == ()
     assert settings.log_level == "info"
+    assert (settings.max_turns, settings.max_budget_usd, settings.run_timeout) == (20, 2.5, None)
+    assert settings.trusted_proxy == ("::1", "unix")
+    assert settings.url_prefix == "/a/b-c"
+    assert settings.unix_socket_mode == 0o660
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("90s", 90), ("30m", 1800), (" 2h ", 7200), ("1", 1), ("720h", 2_592_000)]
+)
+def test_a_duration_is_in_seconds_or_has_a_unit(text: str, seconds: int) -> None:
+    assert Settings.from_env({"CCM_RUN_TIMEOUT": text}).run_timeout == seconds
 
 
 def test_two_names_of_one_file_are_one_database(tmp_path: Path) -> None:
@@ -61,7 +77,7 @@ def test_a_star_allows_every_privileged_option() -> None:
     [
         ("PORT", "http", "whole number"),
         ("PORT", "70000", "from 0 to 65535"),
-        ("HOST", "0.0.0.0", "loopback"),
+        ("HOST", "everywhere", "IP address"),
         ("HOST", "example.org", "IP address"),
         ("DATABASE_URL", "mysql://h/db", "postgresql://"),
         ("DATABASE_URL", "sqlite:///db.sqlite", "DATABASE_PATH"),
@@ -79,6 +95,32 @@ def test_a_star_allows_every_privileged_option() -> None:
         ("CCM_PERMISSION_MODE", "yolo", "must be one of"),
         ("CCM_SETTING_SOURCES", "user,team", "takes any of"),
         ("CCM_CLI_PATH", "claude", "absolute path"),
+        ("CCM_MAX_TURNS", "0", "from 1"),
+        ("CCM_MAX_TURNS", "2.5", "whole number"),
+        ("CCM_MAX_BUDGET_USD", "0", "above 0"),
+        ("CCM_MAX_BUDGET_USD", "-1", "above 0"),
+        ("CCM_MAX_BUDGET_USD", "nan", "above 0"),
+        ("CCM_MAX_BUDGET_USD", "inf", "above 0"),
+        ("CCM_MAX_BUDGET_USD", "2,50", "above 0"),
+        ("CCM_MAX_BUDGET_USD", "$2", "above 0"),
+        ("CCM_RUN_TIMEOUT", "0", "from 1s"),
+        ("CCM_RUN_TIMEOUT", "721h", "to 720h"),
+        ("CCM_RUN_TIMEOUT", "1.5h", "such as 90s, 30m or 2h"),
+        ("CCM_RUN_TIMEOUT", "2 days", "such as 90s, 30m or 2h"),
+        ("CCM_RUN_TIMEOUT", "-5s", "such as 90s, 30m or 2h"),
+        ("CCM_RUN_TIMEOUT", "500ms", "such as 90s, 30m or 2h"),
+        ("CCM_TRUSTED_PROXY", "proxy.example", "neither an IP address nor unix"),
+        ("CCM_TRUSTED_PROXY", "10.0.0.0/8", "neither an IP address nor unix"),
+        ("CCM_TRUSTED_PROXY", "*", "neither an IP address nor unix"),
+        ("CCM_URL_PREFIX", "agents", "a path such as /agents"),
+        ("CCM_URL_PREFIX", "//evil.example", "a path such as /agents"),
+        ("CCM_URL_PREFIX", "/a/../b", "a path such as /agents"),
+        ("CCM_URL_PREFIX", "/a b", "a path such as /agents"),
+        ("CCM_URL_PREFIX", "/api", "the service's own paths"),
+        ("CCM_UNIX_SOCKET", "socket", "absolute path"),
+        ("CCM_UNIX_SOCKET", "/" + "x" * 107, "107 bytes"),
+        ("CCM_UNIX_SOCKET_MODE", "0400", "octal mode"),
+        ("CCM_UNIX_SOCKET_MODE", "1777", "octal mode"),
     ],
 )
 def test_a_bad_value_is_refused_in_a_sentence_that_names_the_variable(variable: str, value: str, says: str) -> None:

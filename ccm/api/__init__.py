@@ -7,11 +7,15 @@ import re
 import uuid
 
 from flask import Flask, Response, g, request
-from werkzeug.exceptions import HTTPException, MethodNotAllowed
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
+from werkzeug.routing import RequestRedirect
 
 from ccm.api import health, runs, sessions
-from ccm.api.context import EXTENSION, answer, service
+from ccm.api.context import EXTENSION, answer, guard, service
+from ccm.api.guard import Guard
 from ccm.api.held import HeldSlots
+from ccm.api.proxy import Forwarded, check_forwarded
+from ccm.api.tokens import Tokens
 from ccm.core.service import Service
 from ccm.errors import CCMError, StartRefused
 
@@ -25,6 +29,10 @@ def register(app: Flask, the_service: Service) -> None:
     """Give an app the API. Opens nothing and starts no thread."""
     app.extensions[EXTENSION] = the_service
     app.extensions["ccm.held"] = HeldSlots(the_service.settings.max_held)
+    app.extensions["ccm.guard"] = Guard(the_service.settings.allowed_hosts, Tokens(the_service.settings))
+    app.wsgi_app = Forwarded(  # type: ignore[method-assign]
+        app.wsgi_app, the_service.settings.trusted_proxy, the_service.settings.url_prefix
+    )
     app.before_request(_begin)
     app.after_request(_finish)
     app.register_error_handler(CCMError, _refuse)
@@ -38,6 +46,10 @@ def register(app: Flask, the_service: Service) -> None:
 def _begin() -> None:
     given = request.headers.get("X-Request-Id", "")
     g.request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    check_forwarded(request.environ)
+    g.client = guard().admit(request)
+    if isinstance(request.routing_exception, RequestRedirect):
+        raise NotFound  # of an empty path; a redirect is no answer of this API
     # Under `flask run` the first request starts the service; under `python app.py` it has been started.
     service().start()
 
@@ -46,12 +58,16 @@ def _finish(response: Response) -> Response:
     response.headers["X-Request-Id"] = g.get("request_id", "")
     level = logging.DEBUG if request.method in ("GET", "HEAD", "OPTIONS") else logging.INFO
     if log.isEnabledFor(level):
-        log.log(level, "%s %s %s request %s", request.method, request.path, response.status_code, g.get("request_id"))
+        whose = f" by {g.client}" if g.get("client") else ""
+        said = (request.method, request.path, response.status_code, g.get("request_id"), request.remote_addr, whose)
+        log.log(level, "%s %s %s request %s from %s%s", *said)
     return response
 
 
 def _refuse(error: CCMError) -> Response:
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return answer(error.to_json(), error.status, headers)
 
 

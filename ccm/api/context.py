@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 
 from flask import Response, current_app, request
 
+from ccm.api.guard import Guard
 from ccm.api.held import HeldSlots
 from ccm.core.service import Service
 from ccm.errors import ValidationError
@@ -20,6 +21,10 @@ LONGEST_WAIT = 300.0
 
 def service() -> Service:
     return cast(Service, current_app.extensions[EXTENSION])
+
+
+def guard() -> Guard:
+    return cast(Guard, current_app.extensions["ccm.guard"])
 
 
 def held_slots() -> HeldSlots:

@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
-
-from ccm.errors import Forbidden
-from ccm.settings import PERMISSION_MODES, PRIVILEGED_PERMISSION_MODES, Settings
 
 # Linux takes 128 KiB in one argument of a program; some options travel as one.
 ARGUMENT_CHARACTERS = 100_000
@@ -68,6 +64,12 @@ OWNED_ARGUMENTS = frozenset(
         "verbose",
     }
 )
+# Arguments of the CLI that would go past the ceiling on an option of ours: the last one given wins.
+ARGUMENTS_OF_OPTIONS = {
+    "max-budget-usd": "maxBudgetUsd",
+    "max-turns": "maxTurns",
+    "setting-sources": "settingSources",
+}
 OWNED_VARIABLES = frozenset(
     {
         "CLAUDECODE",
@@ -118,6 +120,8 @@ def _own_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     for name in arguments:
         if name in OWNED_ARGUMENTS:
             raise ValueError(f"--{name} is set by the service itself")
+        if name in ARGUMENTS_OF_OPTIONS:
+            raise ValueError(f"--{name} is set by the service itself; use the option {ARGUMENTS_OF_OPTIONS[name]}")
     return arguments
 
 
@@ -280,47 +284,11 @@ class Options(Strict):
 
     @model_validator(mode="after")
     def _fits_the_command_line(self) -> Options:
-        """Skills become rules among the allowed tools, and a prompt with a snapshot is an argument."""
+        """Skills become rules among the allowed tools."""
         skills = self.skills if isinstance(self.skills, list) else []
         _fits_an_argument([*(self.allowedTools or []), *(f"Skill({name})" for name in skills)])
-        prompt = self.systemPrompt
-        if isinstance(prompt, CustomPrompt) and prompt.snapshot is not None:
-            _fits_an_argument([prompt.prompt])
         return self
 
     def given(self) -> dict[str, Any]:
         """What the client gave, as it gave it; a null counts as not given."""
         return self.model_dump(by_alias=True, exclude_none=True)
-
-
-def check_policy(options: Mapping[str, Any], settings: Settings) -> None:
-    """
-    Raises:
-        Forbidden: OPTION_FORBIDDEN, naming the setting that would allow it.
-    """
-    for name in ("additionalDirectories", "env", "extraArgs", "mcpServers", "plugins", "sandbox", "settings"):
-        if name in options:
-            _need(settings, name, f"options.{name}", "it runs programs or widens access")
-    wider = [name for name in options.get("settingSources", []) if name not in settings.setting_sources]
-    if wider:
-        _need(settings, "settingSources", "options.settingSources", f"CCM_SETTING_SOURCES leaves out {wider[0]!r}")
-    _check_permission_mode(options.get("permissionMode"), settings, "options.permissionMode")
-    for name, agent in options.get("agents", {}).items():
-        _check_permission_mode(agent.get("permissionMode"), settings, f"options.agents.{name}.permissionMode")
-        if "mcpServers" in agent:
-            _need(settings, "mcpServers", f"options.agents.{name}.mcpServers", "it runs programs or widens access")
-
-
-def _check_permission_mode(mode: str | None, settings: Settings, field: str) -> None:
-    if mode is not None and mode not in PERMISSION_MODES and mode != settings.permission_mode:
-        _need(settings, "permissionMode", field, f"{' and '.join(PRIVILEGED_PERMISSION_MODES)} skip the permissions")
-
-
-def _need(settings: Settings, name: str, field: str, why: str) -> None:
-    if name not in settings.privileged_options:
-        raise Forbidden(
-            f"{field} is not open to clients of this service: {why}. The operator can allow it by naming {name} in "
-            "CCM_PRIVILEGED_OPTIONS.",
-            code="OPTION_FORBIDDEN",
-            field=field,
-        )

@@ -26,6 +26,13 @@ IMAGE_CHARACTERS = 27_000_000
 TITLE_CHARACTERS = 500
 PATH_CHARACTERS = 4_096
 KEY_CHARACTERS = 255
+TIMEOUT_MS = 24 * 3600 * 1000
+# Values, names and brackets in a body. Python makes hundreds of bytes of each: of a body of small ones, gigabytes.
+BODY_PARTS = 200_000
+# A text in JSON, or the beginning of one that does not end.
+JSON_TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+# How much is told of a name that is wrong.
+NAME_CHARACTERS = 100
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", re.ASCII)
 SIGNATURES = {
     "image/png": (b"\x89PNG\r\n\x1a\n",),
@@ -87,6 +94,7 @@ class RunBody(Strict):
     prompt: Prompt
     images: Annotated[list[ImageBody], Field(max_length=IMAGES)] = Field(default_factory=list)
     options: Options = Options()
+    timeoutMs: Annotated[int, Field(ge=1, le=TIMEOUT_MS)] | None = None
 
     def pictures(self) -> tuple[Image, ...]:
         return tuple(Image(image.mediaType, image.data) for image in self.images)
@@ -139,10 +147,27 @@ def read_body(request: Request, model: type[Body], limit: int) -> Body:
     data = request.stream.read(limit + 1)
     if len(data) > limit:
         raise TooLarge(f"The body has more than {limit} bytes, which CCM_MAX_BODY_BYTES sets as the limit.")
+    if _has_too_many_parts(data):
+        raise ValidationError(f"The body has more than {BODY_PARTS} names and values.")
     try:
         return model.model_validate_json(data)
     except pydantic.ValidationError as error:
         raise _told(error.errors(include_url=False, include_context=False, include_input=False), data, model) from None
+
+
+def _has_too_many_parts(data: bytes) -> bool:
+    """Whether JSON is too much to be read, found out before it is."""
+    found = at = 0
+    for text in JSON_TEXT.finditer(data):
+        found += 1 + _marks(data, at, text.start())
+        at = text.end()
+        if found > BODY_PARTS:
+            return True
+    return found + _marks(data, at, len(data)) > BODY_PARTS
+
+
+def _marks(data: bytes, start: int, end: int) -> int:
+    return sum(data.count(mark, start, end) for mark in (b",", b"[", b"{"))
 
 
 def idempotency_key(request: Request, body: RunBody) -> IdempotencyKey | None:
@@ -176,7 +201,7 @@ def _told(errors: list[ErrorDetails], data: bytes, model: type[Strict]) -> Valid
     path = _path(error, from_json(data))
     if not path:
         return ValidationError("The body must be a JSON object.")
-    field = ".".join(str(part) for part in path)
+    field = ".".join(str(part)[:NAME_CHARACTERS] for part in path)
     if error["type"] == "extra_forbidden":
         return ValidationError(_unknown(field, model), field=field)
     reason = error["msg"].removeprefix("Value error, ")

@@ -7,17 +7,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from flask import Blueprint, Response, request, url_for
+from flask import Blueprint, Response, g, request, url_for
 from werkzeug.exceptions import MethodNotAllowed
 
 from ccm.api.context import answer, check_query, service, wait_seconds, wait_until
 from ccm.api.message_lists import Extent, message_list
-from ccm.api.options import check_policy
 from ccm.api.paging import page
 from ccm.api.places import END, HEADER, LastRead, after, last_event
 from ccm.api.requests import ForkBody, ResumeBody, RunBody, StartBody, idempotency_key, read_body
 from ccm.api.stream import event_stream, nothing_more
 from ccm.core import workdir
+from ccm.core.policy import check_policy
 from ccm.errors import Conflict, Unavailable, ValidationError
 from ccm.models import CANCELLED, FORK, FRESH, MODES, RESUME, STATUSES, Accepted, Run, RunRequest
 
@@ -51,6 +51,7 @@ def resume() -> Response:
     def accept(body: ResumeBody, run_request: RunRequest) -> Accepted:
         history = service().history
         session = history.session(body.sessionId)
+        workdir.check_roots(session.cwd, service().settings.allowed_roots)
         head = None if session.head_run_id is None else history.run(session.head_run_id)
         return service().runs.resume(replace(run_request, if_busy=body.ifBusy), session, head)
 
@@ -65,7 +66,10 @@ def fork() -> Response:
         history = service().history
         session = history.session(body.sessionId)
         point = history.fork_point(session.id, body.atRunId, body.atMessage)
-        cwd = None if body.cwd is None else workdir.resolve(body.cwd, service().settings.allowed_roots)
+        roots = service().settings.allowed_roots
+        cwd = None if body.cwd is None else workdir.resolve(body.cwd, roots)
+        if cwd is None:
+            workdir.check_roots(session.cwd, roots)
         opened = replace(run_request, title=body.title, metadata=body.metadata)
         return service().runs.fork(opened, session, point, cwd)
 
@@ -172,9 +176,17 @@ def _begin(mode: str, model: type[Body], accept: Callable[[Body, RunRequest], Ac
     earlier = None if key is None else service().history.run_of_key(key)
     if earlier is not None:
         return _accepted(Accepted(earlier, replayed=True), seconds)
-    check_policy(body.options.given(), settings)
+    options = body.options.given()
+    check_policy(options, settings)
+    service().ceilings.check(options, body.timeoutMs)
     run_request = RunRequest(
-        mode=mode, prompt=body.prompt, images=body.pictures(), options=body.options.given(), idempotency_key=key
+        mode=mode,
+        prompt=body.prompt,
+        images=body.pictures(),
+        options=options,
+        timeout_ms=body.timeoutMs,
+        created_by=g.client,
+        idempotency_key=key,
     )
     return _accepted(accept(body, run_request), seconds)
 

@@ -19,9 +19,11 @@ from typing import Any
 
 import sniffio
 
+from ccm.core.ceilings import Ceilings
 from ccm.core.options import UnusableOptionsError, sdk_arguments
 from ccm.core.processes import LAUNCH_SCRIPT, end_marked, launch_environment
 from ccm.core.results import cost, error_code, error_text
+from ccm.core.run_clock import RunClock
 from ccm.core.sdk import AgentDefinition, ClaudeAgentOptions, Client, explain
 from ccm.core.transcript_store import Mirror
 from ccm.models import CANCELLED, COMPLETED, ERROR, Image, Outcome
@@ -46,12 +48,18 @@ STDERR_BYTES = 4_000
 
 @dataclass(frozen=True)
 class Claude:
-    """Which Claude Code runs are made with, and what holds for all of them."""
+    """Which Claude Code runs are made with, and what holds for all of them.
+
+    Args:
+        open_files: the limit of open files that agents get; the service's own if left out.
+    """
 
     cli_path: Path
     permission_mode: str
     setting_sources: tuple[str, ...]
     max_message_bytes: int
+    ceilings: Ceilings = Ceilings()
+    open_files: int | None = None
 
     def missing(self) -> str | None:
         """Why it cannot be started, or None."""
@@ -67,6 +75,7 @@ class Assignment:
     """One run, as the executor is given it.
 
     Args:
+        timeout_ms: the time limit that its request named, or None.
         resume: the SDK session whose transcript is forked, or None for a fresh one.
         resume_at: the uuid of the last message of it that counts, or None for all.
     """
@@ -77,6 +86,7 @@ class Assignment:
     prompt: str
     images: tuple[Image, ...]
     options: Mapping[str, Any]
+    timeout_ms: int | None = None
     resume: str | None = None
     resume_at: str | None = None
 
@@ -114,6 +124,8 @@ class Execution:
         self._claude = claude
         self._environ = environ
         self._record = record
+        self._time_limit = claude.ceilings.time_limit(assignment.timeout_ms)
+        self._clock = RunClock(self._time_limit.seconds)
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         # Set in the run's own loop only.
@@ -185,9 +197,11 @@ class Execution:
             self._loop = asyncio.get_running_loop()
             if self._reason is not None:
                 self._stop.set()
+        timekeeper = asyncio.create_task(self._keep_time())
         try:
             return await self._run_claude()
         finally:
+            timekeeper.cancel()
             with self._lock:
                 self._loop = None
 
@@ -219,6 +233,12 @@ class Execution:
                 self._said = _tail(directory / STDERR_FILE)
         return self._judge(error)
 
+    async def _keep_time(self) -> None:
+        """Has the run stop when its time is used up, if it has not come to an end by itself."""
+        await self._clock.run_out()
+        if not any(event.is_set() for event in (self._over, self._exited, self._stream_ended)):
+            self.fail("TIMEOUT", self._time_limit.message)
+
     async def _disconnect(self, client: Client) -> None:
         try:
             await client.disconnect()
@@ -230,7 +250,7 @@ class Execution:
     def _options(self, directory: Path) -> ClaudeAgentOptions:
         assignment = self._assignment
         arguments = sdk_arguments(
-            assignment.options,
+            self._claude.ceilings.lower(assignment.options),
             permission_mode=self._claude.permission_mode,
             setting_sources=self._claude.setting_sources,
             directory=directory,
@@ -240,7 +260,9 @@ class Execution:
         arguments["extra_args"]["replay-user-messages"] = None
         environ = {name: value for name, value in self._environ.items() if name not in arguments["env"]}
         arguments["env"] |= {
-            **launch_environment(self._claude.cli_path, assignment.run_id, environ, directory / STDERR_FILE),
+            **launch_environment(
+                self._claude.cli_path, assignment.run_id, environ, directory / STDERR_FILE, self._claude.open_files
+            ),
             # Tells when a run is over: the first result is not the end while agents work in the background.
             "CLAUDE_CODE_EMIT_SESSION_STATE_EVENTS": "1",
             # Claude Code leaves folders in it.

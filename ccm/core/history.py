@@ -24,7 +24,7 @@ T = TypeVar("T")
 CHUNK_BYTES = 2**18
 CHUNK_MESSAGES = 500
 # How long a wait sleeps before it looks whether its client is still there (seconds).
-LOOK_SECONDS = 1.0
+LOOK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)

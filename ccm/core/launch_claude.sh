@@ -4,9 +4,11 @@
 # CCM_LAUNCHER puts it into a session of its own, so that Ctrl-C at the service's terminal does not reach it behind our
 # back, and has the kernel end it when the service dies. CCM_HIDDEN names what is the service's own business and not the
 # agent's. CCM_CLAUDE is the program. CCM_STDERR is a file: the SDK stops reading a pipe at the first byte that is not
-# UTF-8, and the run would hang when it is full.
+# UTF-8, and the run would hang when it is full. CCM_OPEN_FILES is the limit that the service was started with: the
+# service has raised its own, and some programs cannot do with more than 1024.
 launcher=$CCM_LAUNCHER
 claude=$CCM_CLAUDE
 stderr=$CCM_STDERR
-unset CCM_LAUNCHER CCM_CLAUDE CCM_STDERR $CCM_HIDDEN CCM_HIDDEN
+[ -z "$CCM_OPEN_FILES" ] || ulimit -Sn "$CCM_OPEN_FILES"
+unset CCM_LAUNCHER CCM_CLAUDE CCM_STDERR CCM_OPEN_FILES $CCM_HIDDEN CCM_HIDDEN
 exec $launcher "$claude" "$@" 2>"$stderr"

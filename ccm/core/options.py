@@ -124,11 +124,13 @@ def _system_prompt(prompt: Any, arguments: dict[str, Any], directory: Path) -> N
     if prompt is None:
         # The SDK's own default is an empty prompt, and an agent without one is not Claude Code.
         arguments["system_prompt"] = dict(CLAUDE_CODE_PROMPT)
-    elif prompt["type"] == "custom" and "snapshot" not in prompt:
+    elif prompt["type"] == "custom":
         path = private_file(directory, "system-prompt.txt", prompt["prompt"])
         arguments["system_prompt"] = {"type": "file", "path": path}
-    elif prompt["type"] == "custom":
-        arguments["system_prompt"] = dict(prompt)
+        if "snapshot" in prompt:
+            # The SDK passes it on with a preset, or with a prompt that it makes an argument, for every user to read.
+            arguments["system_prompt"] = dict(CLAUDE_CODE_PROMPT) | {"snapshot": prompt["snapshot"]}
+            arguments["extra_args"]["system-prompt-file"] = path
     else:
         preset = {"excludeDynamicSections": "exclude_dynamic_sections", "snapshot": "snapshot"}
         arguments["system_prompt"] = dict(CLAUDE_CODE_PROMPT) | {

@@ -38,7 +38,9 @@ def launcher() -> str:
     return " ".join(words)
 
 
-def launch_environment(claude: Path, run_id: str, environ: Mapping[str, str], stderr: Path) -> dict[str, str]:
+def launch_environment(
+    claude: Path, run_id: str, environ: Mapping[str, str], stderr: Path, open_files: int | None = None
+) -> dict[str, str]:
     """What the launch script reads, and the mark of the run."""
     hidden = [
         name
@@ -50,6 +52,7 @@ def launch_environment(claude: Path, run_id: str, environ: Mapping[str, str], st
         "CCM_CLAUDE": str(claude),
         "CCM_STDERR": str(stderr),
         "CCM_HIDDEN": " ".join(hidden),
+        "CCM_OPEN_FILES": "" if open_files is None else str(open_files),
         RUN_MARK: run_id,
     }
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from ccm.core import descriptors
 from ccm.core.doorbell import Doorbell
 from ccm.core.executor import Assignment, Claude, Execution, remove_directories
 from ccm.core.history import ForkPoint, find_run, find_session
@@ -30,7 +31,7 @@ from ccm.core.transcript_files import TranscriptFiles
 from ccm.core.transcript_store import Mirror
 from ccm.db import runs, sessions
 from ccm.db.database import Transaction
-from ccm.errors import Conflict, StorageError, Unavailable
+from ccm.errors import Conflict, Forbidden, StorageError, Unavailable
 from ccm.models import (
     CANCELLED,
     ERROR,
@@ -60,6 +61,7 @@ class RunManager:
         transcripts: those of runs, here and in the database.
         workers: runs at once.
         queue_limit: runs that may wait for a worker.
+        allow: raises `Forbidden` where a run that is about to begin is not allowed any more.
         environ: what agents inherit.
     """
 
@@ -72,12 +74,14 @@ class RunManager:
         *,
         workers: int,
         queue_limit: int,
+        allow: Callable[[Run], None],
         environ: Mapping[str, str],
     ) -> None:
         self._recorder = recorder
         self._doorbell = doorbell
         self._claude = claude
         self._transcripts = transcripts
+        self._allow = allow
         self._environ = environ
         owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._lifecycle = Lifecycle(workers, queue_limit, owner)
@@ -239,6 +243,7 @@ class RunManager:
             "prompt": request.prompt,
             "optionsJson": to_json_text(dict(request.options)),
             "imageCount": len(request.images),
+            "timeoutMs": request.timeout_ms,
             "idempotencyKey": None if request.idempotency_key is None else request.idempotency_key.text,
             "requestDigest": None if request.idempotency_key is None else request.idempotency_key.digest,
             "createdBy": request.created_by,
@@ -248,6 +253,7 @@ class RunManager:
     def _submit(self, row: Mapping[str, Any], request: RunRequest, new_session: Mapping[str, Any] | None) -> Accepted:
         if self._stopping:
             raise Unavailable("The service is shutting down; try again when it is back.", code="SHUTTING_DOWN")
+        descriptors.check_spare()
         images = [{"mediaType": image.media_type, "data": image.data} for image in request.images]
         images_json = to_json_text(images) if images else None
 
@@ -296,6 +302,7 @@ class RunManager:
             prompt=run.prompt,
             images=images,
             options=run.options,
+            timeout_ms=run.timeout_ms,
             resume=parent.sdk_session_id if parent else None,
             resume_at=run.fork_at_message,
         )
@@ -334,7 +341,7 @@ class RunManager:
         log.info("run %s started: %s in session %s", run.id, run.mode, run.session_id)
         try:
             self._reaper.watch(run.id)
-            lost = None if parent is None else self._provide(parent, run)
+            lost = self._forbid(run) or (None if parent is None else self._provide(parent, run))
             outcome = lost or execution.perform()
         except Exception as error:
             log.exception("run %s: the executor failed", run.id)
@@ -357,6 +364,14 @@ class RunManager:
         self._ended(run)
         detail = f", {outcome.error_code}: {outcome.error_message}" if outcome.error_code else ""
         log.info("run %s %s after %s ms%s", run.id, outcome.status, outcome.duration_ms, detail)
+
+    def _forbid(self, run: Run) -> Outcome | None:
+        """How a run ends that the settings forbid by now: it may have waited through a restart that changed them."""
+        try:
+            self._allow(run)
+        except Forbidden as error:
+            return Outcome(ERROR, error.code, error.message)
+        return None
 
     def _provide(self, parent: Run, run: Run) -> Outcome | None:
         """Have the transcript of a parent at hand; how the run ends if there is none."""

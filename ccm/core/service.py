@@ -9,9 +9,12 @@ import time
 from collections.abc import Mapping
 from contextlib import closing
 
+from ccm.core import descriptors, workdir
+from ccm.core.ceilings import Ceilings
 from ccm.core.doorbell import Doorbell
 from ccm.core.executor import Claude
 from ccm.core.history import History
+from ccm.core.policy import check_policy
 from ccm.core.pulse import Pulse
 from ccm.core.recorder import Recorder
 from ccm.core.run_manager import RunManager
@@ -23,6 +26,7 @@ from ccm.db.database import Database
 from ccm.db.lock import ServiceLock
 from ccm.db.migrate import migrate
 from ccm.errors import DatabaseRefused, Unavailable
+from ccm.models import Run
 from ccm.settings import Settings, unknown_variables
 
 log = logging.getLogger(__name__)
@@ -47,11 +51,14 @@ class Service:
         self._started = False
         self._stopped = False
         self._service_lock = ServiceLock(settings.url)
+        self.ceilings = Ceilings(settings.max_turns, settings.max_budget_usd, settings.run_timeout)
         self._claude = Claude(
             cli_path=settings.cli_path or bundled_cli(),
             permission_mode=settings.permission_mode,
             setting_sources=settings.setting_sources,
             max_message_bytes=settings.max_message_bytes,
+            ceilings=self.ceilings,
+            open_files=descriptors.limit(),  # before the server raises it
         )
         self.doorbell = Doorbell()
         self.history: History
@@ -118,6 +125,7 @@ class Service:
             TranscriptFiles(TranscriptStore(self._recorder, reader), self._environ),
             workers=settings.max_concurrent_runs,
             queue_limit=settings.max_queued_runs,
+            allow=self._allow,
             environ=self._environ,
         )
         self._recorder.start()
@@ -127,6 +135,14 @@ class Service:
         missing = self.runs.missing()
         if missing is not None:
             log.error("%s Runs will fail until then.", missing)
+
+    def _allow(self, run: Run) -> None:
+        """
+        Raises:
+            Forbidden: the settings do not allow this run.
+        """
+        check_policy(run.options, self.settings)
+        workdir.check_roots(run.cwd, self.settings.allowed_roots)
 
     def _refused(self, run_id: str, error: Exception) -> None:
         self.runs.refused(run_id, error)

@@ -41,13 +41,31 @@ def resolve(cwd: str, roots: Sequence[Path]) -> str:
         raise ValidationError(f"cwd: {cwd!r} leads to a directory whose name is not UTF-8.", field="cwd") from None
     if size > PATH_BYTES:
         raise ValidationError(f"cwd: must be at most {PATH_BYTES} bytes long.", field="cwd")
-    if roots and not any(path.is_relative_to(root) for root in roots):
+    if not _within(path, roots):
         raise Forbidden(
             f"cwd: {cwd!r} lies outside the directories that CCM_ALLOWED_ROOTS allows.",
             code="CWD_FORBIDDEN",
             field="cwd",
         )
     return str(path)
+
+
+def check_roots(cwd: str, roots: Sequence[Path]) -> None:
+    """A directory that was resolved and stored earlier: the roots may have changed since, and so may its links.
+
+    Raises:
+        Forbidden: CWD_FORBIDDEN.
+    """
+    if not _within(Path(os.path.realpath(cwd)), roots):
+        raise Forbidden(
+            f"The directory {cwd!r} lies outside those that CCM_ALLOWED_ROOTS allows. Name a cwd within them: start a "
+            "fresh run, or fork the session.",
+            code="CWD_FORBIDDEN",
+        )
+
+
+def _within(path: Path, roots: Sequence[Path]) -> bool:
+    return not roots or any(path.is_relative_to(root) for root in roots)
 
 
 def canonical(cwd: str) -> str:

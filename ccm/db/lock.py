@@ -23,6 +23,11 @@ TAKEN = (
     "(DATABASE_PATH or DATABASE_URL)."
 )
 
+BAD_URL = (
+    "DATABASE_URL cannot be read: it is to be postgresql://user:password@host/name, with what is special in the "
+    "password written as in %40."
+)
+
 
 class _Lock(Protocol):
     """One try takes it or does not; `drop` may be called in any state."""
@@ -75,6 +80,9 @@ class _AdvisoryLock:
             for statement in SERVER_KEEPALIVES:
                 self._connection.execute(statement)
             row = self._connection.execute("SELECT pg_try_advisory_lock(%s)", [ADVISORY_LOCK]).fetchone()
+        except psycopg.ProgrammingError:
+            # Its words show the URL, and the password in it.
+            raise DatabaseRefused(BAD_URL) from None
         except psycopg.Error as error:
             self.drop()
             raise DatabaseRefused(f"PostgreSQL cannot be reached: {str(error).strip().splitlines()[0]}") from None

@@ -13,9 +13,9 @@ from ccm.models import ERROR, Row, Run, timestamp
 # with it the whole row.
 SELECT = """
 SELECT r.id, r.seq, r."sessionId", r."sdkSessionId", r."parentRunId", r."parentSessionId", r.mode, r.status, r.cwd,
-    r.prompt, r."optionsJson", r."imageCount", r."forkAtMessage", r."forkAtIndex", r."resultType", r."resultJson",
-    r."errorCode", r."errorMessage", r."costUsd", r."durationMs", r."hasTranscript", r."transcriptStored",
-    r."createdBy", r."createdAt", r."startedAt", r."endedAt",
+    r.prompt, r."optionsJson", r."imageCount", r."timeoutMs", r."forkAtMessage", r."forkAtIndex", r."resultType",
+    r."resultJson", r."errorCode", r."errorMessage", r."costUsd", r."durationMs", r."hasTranscript",
+    r."transcriptStored", r."createdBy", r."createdAt", r."startedAt", r."endedAt",
     CASE WHEN r.status = 'running'
         THEN (SELECT COALESCE(MAX(m."index") + 1, 0) FROM ccr_run_messages m WHERE m."runId" = r.id)
         ELSE r."messageCount" END AS "messageCount",

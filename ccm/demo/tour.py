@@ -12,7 +12,7 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -53,15 +53,21 @@ class ServiceProcess:
     Args:
         environ: its environment, whole.
         on_line: called with each line of its log, in a thread of this object's own.
+        through: a program that starts it, with its arguments.
     """
 
-    def __init__(self, environ: Mapping[str, str], on_line: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        environ: Mapping[str, str],
+        on_line: Callable[[str], None] | None = None,
+        through: Sequence[str] = (),
+    ) -> None:
         self.log: list[str] = []
         self.url = ""
         self._on_line = on_line
         self._settled = threading.Event()
         self.process = subprocess.Popen(
-            [sys.executable, str(APP)], env={"PORT": "0", **environ}, stderr=subprocess.PIPE, text=True
+            [*through, sys.executable, str(APP)], env={"PORT": "0", **environ}, stderr=subprocess.PIPE, text=True
         )
         self._reader = threading.Thread(target=self._read, name="service-log", daemon=True)
         self._reader.start()

@@ -38,7 +38,9 @@ def serve_all(environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
 
         yield start
         for service in services:
-            service.process.terminate()  # all at once; then they are waited for
+            service.process.terminate()  # all at once
+        for service in services:
+            service.wait()  # before the stack's own signal, for a second one ends a service in the middle of its stop
     for service in services:
         assert stack_traces(service) == []
 
@@ -101,6 +103,12 @@ def connect(client: Client, *parts: bytes) -> socket.socket:
     for part in parts:
         connection.sendall(part)
     return connection
+
+
+def announced(path: str, *headers: str) -> bytes:
+    """The head of a POST of JSON."""
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", *headers, "", ""]
+    return "\r\n".join(lines).encode()
 
 
 def read_all(connection: socket.socket, said: bytes = b"") -> tuple[bytes, bytes]:

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from ccm.api.options import SERVICE_OWNED, Agent, Options, check_policy
+from ccm.api.options import SERVICE_OWNED, Agent, Options
 from ccm.api.requests import ForkBody, ImageBody, ResumeBody, SessionBody, StartBody
+from ccm.core.policy import check_policy
 from ccm.demo.tour import ServiceProcess
 from ccm.errors import Forbidden
 from ccm.models import RUN_ID
 from ccm.settings import PRIVILEGED_OPTIONS, Settings
-from tests.api.conftest import NOWHERE, connect, folder_of, read_all, refused, stack_traces
+from tests.api.conftest import NOWHERE, announced, connect, folder_of, read_all, refused, stack_traces
 from tests.client import Client
 from tests.conftest import ServeFunction
 from tests.e2e.test_runs import PNG
@@ -105,6 +106,16 @@ def bad(field: str, words: str, **fields: Any) -> Any:
 
 # ---- the fields of the bodies
 
+TIME_LIMITS = [
+    bad("timeoutMs", "integer", timeoutMs="1000"),
+    bad("timeoutMs", "integer", timeoutMs="30m"),
+    bad("timeoutMs", "integer", timeoutMs=1.5),
+    bad("timeoutMs", "integer", timeoutMs=True),
+    bad("timeoutMs", "greater than or equal to 1", timeoutMs=0),
+    bad("timeoutMs", "greater than or equal to 1", timeoutMs=-1),
+    bad("timeoutMs", "less than or equal to 86400000", timeoutMs=86_400_001),
+    bad("timeoutMS", "did you mean timeoutMs?", timeoutMS=1),
+]
 PROMPTS = [
     bad("prompt", "is required", prompt=MISSING),
     bad("prompt", "string", prompt=None),
@@ -214,7 +225,7 @@ OF_ONE_BODY = {
 }
 
 
-@pytest.mark.parametrize("case", [*PROMPTS, *IMAGES, *UNKNOWN])
+@pytest.mark.parametrize("case", [*PROMPTS, *IMAGES, *TIME_LIMITS, *UNKNOWN])
 def test_a_bad_field_of_every_body_is_named(strict: Client, root: Path, case: Bad) -> None:
     for kind in KINDS:
         assert case.words in refused(strict.post(f"/api/runs/{kind}", body_for(kind, root, case.fields)), case.field)
@@ -264,7 +275,7 @@ def test_what_only_begins_as_a_webp_does_is_refused(lenient: Client, root: Path)
 
 
 def test_every_field_of_the_bodies_has_a_bad_value_here() -> None:
-    common = {"options"} | {name for case in (*PROMPTS, *IMAGES) for name in case.values[0].fields}
+    common = {"options"} | {name for case in (*PROMPTS, *IMAGES, *TIME_LIMITS) for name in case.values[0].fields}
     for kind, model in (("start", StartBody), ("resume", ResumeBody), ("fork", ForkBody)):
         tried = common | {name for case in OF_ONE_BODY[kind] for name in case.values[0].fields}
         assert set(model.model_fields) <= tried
@@ -508,6 +519,9 @@ OPTIONS = [
     option("extraArgs", {"resume": NOWHERE}, words="--resume is set by the service"),
     option("extraArgs", {"session-id": NOWHERE}, words="--session-id is set by the service"),
     option("extraArgs", {"print": None}, words="--print is set by the service"),
+    option("extraArgs", {"max-turns": "9"}, words="use the option maxTurns"),
+    option("extraArgs", {"max-budget-usd": "9"}, words="use the option maxBudgetUsd"),
+    option("extraArgs", {"setting-sources": "user"}, words="use the option settingSources"),
     option("mcpServers", [], words="object"),
     option("mcpServers", {"s": 5}, ".s", "object"),
     option("mcpServers", {"-p": {}}, ".-p", "dash"),
@@ -784,12 +798,6 @@ def test_a_number_that_json_does_not_have_is_refused(strict: Client, root: Path,
 # ---- bodies that are too large
 
 
-def announced(path: str, *headers: str) -> bytes:
-    """The head of a POST with a body."""
-    lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", *headers, "", ""]
-    return "\r\n".join(lines).encode()
-
-
 def said_413(head: bytes, body: bytes) -> bool:
     assert head.startswith(b"HTTP/1.1 413 ")
     assert b"\r\nContent-Type: application/json\r\n" in head
@@ -947,6 +955,20 @@ def test_a_bad_query_of_a_post_is_refused_before_anything_starts(strict: Client,
     assert "it takes wait" in refused(strict.post(f"/api/runs/{kind}?wiat=1", body), "wiat")
     refused(strict.request("DELETE", f"/api/runs/{NOWHERE}?wait=1"), "wait")
     refused(strict.patch(f"/api/sessions/{NOWHERE}?wait=1", {}), "wait")
+
+
+# ---- what is hardly HTTP
+
+
+@pytest.mark.parametrize("target", ["", "?x=1", "http://localhost", "http://localhost?x=1"])
+def test_an_address_without_a_path_is_not_redirected(strict: Client, target: str) -> None:
+    with connect(
+        strict, f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+    ) as connection:
+        head, body = read_all(connection)
+    assert head.split()[1] in (b"400", b"404"), "a redirect would name a host that may be none"
+    assert b"\r\nContent-Type: application/json\r\n" in head
+    assert set(json.loads(body)) == {"error"}
 
 
 # ---- after all of that

@@ -65,6 +65,7 @@ def test_a_key_of_another_request_is_refused(served: Callable[..., Client], proj
     for kind, other in (
         ("start", {**body, "prompt": "hello!"}),
         ("start", {**body, "title": None}),
+        ("start", {**body, "timeoutMs": 60_000}),
         ("resume", {"sessionId": run["sessionId"], "prompt": "hello"}),
         ("fork", {"sessionId": run["sessionId"], "prompt": "hello"}),
     ):

@@ -17,7 +17,7 @@ import pydantic
 import pytest
 from claude_agent_sdk import AgentDefinition, ClaudeAgentOptions, ClaudeSDKClient, CLIConnectionError
 
-from ccm.api.options import SERVICE_OWNED, Agent, Options
+from ccm.api.options import ARGUMENTS_OF_OPTIONS, OWNED_ARGUMENTS, SERVICE_OWNED, Agent, Options
 from ccm.core.options import RENAMED, sdk_arguments
 
 # Options that are more than renamed, and where they end up. (The SDK's own `sandbox` would put the settings beside it
@@ -90,6 +90,12 @@ def test_no_option_is_both_accepted_and_refused() -> None:
     assert set(REFUSED.values()) <= set(SERVICE_OWNED)
 
 
+def test_no_extra_argument_goes_past_what_an_option_is_held_to() -> None:
+    """Each limits a run, or names what it may load; given once more at the end of the command line it would win."""
+    assert set(ARGUMENTS_OF_OPTIONS.values()) == {"maxTurns", "maxBudgetUsd", "settingSources"} <= set(RENAMED)
+    assert not set(ARGUMENTS_OF_OPTIONS) & OWNED_ARGUMENTS
+
+
 # ---- everything accepted arrives
 
 SECRET = "sk-hush-hush"
@@ -139,8 +145,8 @@ class Received:
 
     @property
     def system_prompt(self) -> str:
-        in_a_file = "--system-prompt-file" in self.arguments
-        return self.read("--system-prompt-file") if in_a_file else self.after("--system-prompt")
+        assert "--system-prompt" not in self.arguments, "an argument is readable to every user of the host"
+        return self.read("--system-prompt-file")
 
 
 Give = Callable[[Mapping[str, Any]], Received]

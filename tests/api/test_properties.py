@@ -104,7 +104,12 @@ OPTIONS = {
 
 
 def _bodies(folder: Path, run: dict[str, Any], message: str) -> dict[str, dict[str, Any]]:
-    common = {"prompt": "x", "images": [{"mediaType": "image/png", "data": PNG}], "options": OPTIONS}
+    common = {
+        "prompt": "x",
+        "images": [{"mediaType": "image/png", "data": PNG}],
+        "options": OPTIONS,
+        "timeoutMs": 60_000,
+    }
     session = {"title": "x", "metadata": {"x": [1]}}
     point = {"atRunId": run["id"], "atMessage": message, "cwd": str(folder)}
     return {

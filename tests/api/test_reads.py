@@ -81,7 +81,7 @@ def link(answer: Answer) -> dict[str, str]:
 RUN_FIELDS = [
     *("id", "runId", "sessionId", "sdkSessionId", "parentRunId", "parentSessionId", "mode", "status", "cwd", "prompt"),
     *("options", "imageCount", "resultType", "result", "error", "permissionDenials", "costUsd", "messageCount"),
-    *("durationMs", "queuePosition", "transcriptStored", "createdBy", "pendingApprovals"),
+    *("durationMs", "queuePosition", "transcriptStored", "createdBy", "pendingApprovals", "timeoutMs"),
     *("createdAt", "startedAt", "endedAt"),
 ]
 

@@ -218,7 +218,7 @@ def test_head_is_answered_at_once_and_has_no_body(api: Client, project: Path) ->
 
 def test_a_client_of_http_1_0_is_served_too(api: Client, ended: dict[str, Any]) -> None:
     """As nginx is by default to what is behind it."""
-    with connect(api, f"GET {stream_of(ended)} HTTP/1.0\r\n\r\n".encode()) as connection:
+    with connect(api, f"GET {stream_of(ended)} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode()) as connection:
         _, body = read_all(connection)
     assert ids(Parser().feed(body)) == [*"01234567", "end"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import json
 import os
@@ -20,7 +21,8 @@ from claude_agent_sdk import ClaudeAgentOptions, ClaudeSDKClient
 from claude_agent_sdk._internal.query import Query
 from claude_agent_sdk._internal.transport.subprocess_cli import SubprocessCLITransport
 
-from ccm.core.executor import Assignment, Claude, Execution
+from ccm.core.ceilings import Ceilings
+from ccm.core.executor import Assignment, Claude, Execution, _first
 from ccm.core.processes import end_marked, marked
 from ccm.core.transcript_store import Mirror
 from ccm.models import Outcome
@@ -51,6 +53,7 @@ class Run:
         script: object,
         environ: dict[str, str] | None = None,
         mirror: Mirror | None = None,
+        timeout_ms: int | None = None,
         **claude: Any,
     ) -> None:
         self.messages: list[dict[str, Any]] = []
@@ -73,6 +76,7 @@ class Run:
             prompt=prompt,
             images=(),
             options={},
+            timeout_ms=timeout_ms,
         )
         self.execution = Execution(assignment, Claude(**settings | claude), environ, self._record, mirror)
         self.outcome: Outcome | None = None
@@ -122,6 +126,15 @@ def until(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def is_there(run: Run) -> bool:
+    """Whether the CLI of a run lives."""
+    for pid in marked(run.run_id):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if b"stand_in_cli" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return True
+    return False
 
 
 def tell(run: Run, **fields: Any) -> tuple[str, str]:
@@ -296,7 +309,7 @@ def test_a_cancel_under_back_pressure_ends_the_process_though_nothing_is_read(tm
     run.start()
     until(lambda: run.messages)
     run.execution.cancel()
-    until(lambda: not [p for p in marked(run.run_id) if b"stand_in" in Path(f"/proc/{p}/cmdline").read_bytes()])
+    until(lambda: not is_there(run))
 
     loop = run.execution._loop
     assert loop is not None
@@ -360,6 +373,125 @@ def test_a_crash_ends_what_was_to_stay_too_while_storage_is_slow(tmp_path: Path)
     assert loop is not None
     loop.call_soon_threadsafe(run.gate.set)
     assert tell(run) == ("error", "CLI_CRASHED")
+
+
+# ---- how it runs out of time
+
+
+def test_a_run_over_its_time_is_interrupted_and_keeps_its_result(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"count": 1, "hold": True}, timeout_ms=3000)
+    outcome = run.end()
+
+    assert (outcome.status, outcome.error_code) == ("error", "TIMEOUT")
+    assert "longer than 3000 ms, which its request set as timeoutMs" in str(outcome.error_message)
+    assert [message["type"] for message in run.messages] == ["assistant", "result"]
+    assert outcome.result is not None
+    assert (outcome.result["subtype"], outcome.cost_usd) == ("error_during_execution", 0.25)
+    assert outcome.duration_ms is not None
+    assert outcome.duration_ms >= 2500
+
+
+@pytest.mark.parametrize("timeout_ms", [None, 60_000])
+def test_the_services_time_limit_holds_where_the_request_named_none_or_a_longer_one(
+    tmp_path: Path, timeout_ms: int | None
+) -> None:
+    run = Run(tmp_path, {"count": 1, "hold": True}, timeout_ms=timeout_ms, ceilings=Ceilings(run_timeout=1))
+    outcome = run.end()
+
+    assert (outcome.status, outcome.error_code) == ("error", "TIMEOUT")
+    assert "longer than 1 s, which CCM_RUN_TIMEOUT sets" in str(outcome.error_message)
+
+
+def test_a_run_that_is_quick_enough_does_not_notice_its_limit(tmp_path: Path) -> None:
+    assert tell(Run(tmp_path, {"count": 1}, timeout_ms=60_000)) == ("completed", "None")
+
+
+def time_runs_out_with(run: Run, *events: asyncio.Event) -> Run:
+    """Have a run's time be used up at the moment when one of its events is set."""
+    run.execution._clock.run_out = lambda: _first(*events)  # type: ignore[method-assign]
+    return run
+
+
+def test_no_time_left_at_the_start_ends_it_while_it_connects(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"count": 1, "hold": True}, timeout_ms=1)
+    until(lambda: run.execution._clock.left < 0)
+
+    assert tell(run) == ("error", "TIMEOUT")
+    assert run.messages == []
+
+
+def test_a_cli_that_never_answers_runs_out_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ccm.core.executor.TERMINATE_SECONDS", 0.2)
+    mute = tmp_path / "mute"
+    mute.write_text('#!/bin/sh\ntrap "" TERM\nsleep 300 &\nwait\nsleep 300\n')
+    mute.chmod(0o755)
+
+    assert tell(Run(tmp_path, "x", cli_path=mute, timeout_ms=300)) == ("error", "TIMEOUT")
+
+
+def test_a_cli_that_ignores_everything_is_killed_when_its_time_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ccm.core.executor.INTERRUPT_SECONDS", 0.2)
+    monkeypatch.setattr("ccm.core.executor.TERMINATE_SECONDS", 0.2)
+    stubborn = tmp_path / "stubborn"
+    stubborn.write_text(f'#!/bin/sh\ntrap "" TERM\nexec {stand_in_cli(tmp_path)} "$@"\n')
+    stubborn.chmod(0o755)
+    script = {"count": 1, "hold": True, "ignore_interrupt": True, "tool": 300}
+
+    assert tell(Run(tmp_path, script, cli_path=stubborn, timeout_ms=1000)) == ("error", "TIMEOUT")
+
+
+def test_time_runs_out_under_back_pressure_too(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"count": 1, "hold": True, "tool": 300}, timeout_ms=3000)
+    run.gate = asyncio.Event()
+    run.start()
+    until(lambda: run.messages)
+    until(lambda: not is_there(run))
+
+    loop = run.execution._loop
+    assert loop is not None
+    loop.call_soon_threadsafe(run.gate.set)
+    assert tell(run) == ("error", "TIMEOUT")
+
+
+def test_a_cancel_before_the_time_is_up_counts(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"count": 1, "hold": True})
+    time_runs_out_with(run, run.execution._stop).start()
+    until(lambda: run.messages)
+    run.execution.cancel()
+
+    assert tell(run) == ("cancelled", "None")
+
+
+def test_a_cancel_after_the_time_is_up_comes_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ccm.core.executor.INTERRUPT_SECONDS", 0.2)
+    run = Run(tmp_path, {"count": 1, "hold": True, "ignore_interrupt": True}, timeout_ms=500).start()
+    until(run.execution._stop.is_set)
+    run.execution.cancel()
+
+    assert tell(run) == ("error", "TIMEOUT")
+
+
+@pytest.mark.parametrize(
+    ("result", "end"),
+    [
+        ({}, ("completed", "None")),
+        ({"is_error": True, "subtype": "error_max_turns"}, ("error", "MAX_TURNS_REACHED")),
+    ],
+)
+def test_a_run_that_is_over_has_no_more_time_to_run_out_of(
+    tmp_path: Path, result: dict[str, object], end: tuple[str, str]
+) -> None:
+    run = Run(tmp_path, {"count": 1, "result": result})
+
+    assert tell(time_runs_out_with(run, run.execution._over)) == end
+
+
+def test_a_crash_before_the_time_is_up_is_told_as_the_crash(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"count": 1, "exit": 7})
+
+    assert tell(time_runs_out_with(run, run.execution._exited, run.execution._stream_ended)) == ("error", "CLI_CRASHED")
 
 
 # ---- what the agent's processes see

@@ -26,6 +26,7 @@ RUN = Run(
     prompt="",
     options_json="{}",
     image_count=1,
+    timeout_ms=86_400_000,
     fork_at_message=None,
     fork_at_index=None,
     result_type=None,

@@ -152,6 +152,7 @@ class _Run:
             "prompt": line.text("prompt"),
             "optionsJson": line.json(line.mapping("options")),
             "imageCount": line.count("imageCount"),
+            "timeoutMs": line.count_or_none("timeoutMs"),
             "forkAtMessage": line.id_or_none("forkAtMessage"),
             "forkAtIndex": line.count_or_none("forkAtIndex"),
             "resultType": line.text_or_none("resultType"),

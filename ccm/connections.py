@@ -1,0 +1,128 @@
+"""waitress' connections, with bounds on how long a client may be slow and on how many there are.
+
+A client that dawdles holds no thread (waitress reads in its one listening thread), but it holds a connection, and one
+that takes no answer holds a thread as well. A proxy in front is slow with nobody; these bounds are for when there is
+none.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from typing import Any
+
+from waitress.adjustments import Adjustments
+from waitress.channel import HTTPChannel
+from waitress.server import TcpWSGIServer, UnixWSGIServer
+from waitress.task import ThreadedTaskDispatcher
+
+from ccm.core.descriptors import SHORTAGES
+
+log = logging.getLogger(__name__)
+
+# Seconds from the first byte of a request until its headers are there, and until all of its body is.
+HEADER_SECONDS = 30.0
+REQUEST_SECONDS = 600.0
+# Seconds in which a client neither sends nor takes a byte that it should. More than a proxy keeps an idle connection.
+IDLE_SECONDS = 120
+# How often the connections are looked through.
+LOOK_SECONDS = 5
+# How long nobody is let in after the system had no descriptor for a new connection.
+PAUSE_SECONDS = 1.0
+
+
+class Channel(HTTPChannel):  # type: ignore[misc]  # waitress has no type hints
+    """One connection, which knows since when a request is on its way."""
+
+    _since = 0.0
+    # When bytes were first seen to wait for the client, and its last activity then.
+    _waiting: tuple[float, float] | None = None
+
+    def received(self, data: bytes) -> bool:
+        before = self.request
+        taken = bool(super().received(data))
+        if self.request is not before:
+            self._since = time.monotonic()
+        return taken
+
+    def is_too_slow(self) -> bool:
+        """Whether its request is too long under way, or its answer is not being taken. Asked every LOOK_SECONDS."""
+        now = time.monotonic()
+        if self.total_outbufs_len:
+            # Not since the last activity alone: an answer that was waited for has only just begun.
+            if self._waiting is None or self._waiting[1] != self.last_activity:
+                self._waiting = now, self.last_activity
+            return now - self._waiting[0] > IDLE_SECONDS
+        self._waiting = None
+        if self.request is None or self.requests:
+            return False
+        return now - self._since > (REQUEST_SECONDS if self.request.headers_finished else HEADER_SECONDS)
+
+
+class _Bounds:
+    """What a listening server does about slow clients and a lack of descriptors; waitress' own class comes behind."""
+
+    _no_accept_before = 0.0
+    _short = False
+    active_channels: dict[int, Channel]
+
+    def maintenance(self, now: float) -> None:
+        super().maintenance(now)  # type: ignore[misc]
+        for channel in list(self.active_channels.values()):
+            if channel.is_too_slow():
+                # Not by `will_close`: that waits until the client takes what there is to send.
+                channel.handle_close()
+
+    def readable(self) -> bool:
+        wanted = super().readable()  # type: ignore[misc]
+        return bool(wanted) and time.monotonic() >= self._no_accept_before
+
+    def accept(self) -> Any:
+        try:
+            accepted = super().accept()  # type: ignore[misc]
+        except OSError as error:
+            if error.errno not in SHORTAGES:
+                raise
+            # The connection stays in the backlog: tried again at once, this would go on at full load.
+            self._no_accept_before = time.monotonic() + PAUSE_SECONDS
+            if not self._short:
+                log.error("no new connection can be accepted: %s", error.strerror)  # noqa: TRY400  # no trace needed
+            self._short = True
+            return None
+        if accepted is not None and self._short:
+            self._short = False
+            log.warning("new connections are accepted again")
+        return accepted
+
+
+class _TcpServer(_Bounds, TcpWSGIServer):  # type: ignore[misc]
+    pass
+
+
+class _UnixServer(_Bounds, UnixWSGIServer):  # type: ignore[misc]
+    pass
+
+
+def open_server(app: Any, bound: socket.socket, channel: type[Channel], threads: int, **settings: Any) -> Any:
+    """A waitress server that listens on a bound socket.
+
+    Args:
+        settings: of waitress (waitress.adjustments).
+    """
+    adjustments = Adjustments(
+        sockets=[bound], channel_timeout=IDLE_SECONDS, cleanup_interval=LOOK_SECONDS, threads=threads, **settings
+    )
+    dispatcher = ThreadedTaskDispatcher()
+    dispatcher.set_thread_count(threads)
+    kind = _UnixServer if bound.family == socket.AF_UNIX else _TcpServer
+    server = kind(
+        app,
+        _sock=bound,
+        dispatcher=dispatcher,
+        adj=adjustments,
+        sockinfo=(bound.family, bound.type, bound.proto, bound.getsockname()),
+        bind_socket=False,
+    )
+    server.channel_class = channel
+    return server

@@ -1,0 +1,82 @@
+"""A real Chromium, driven through WebDriver on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--no-proxy-server",
+]
+
+
+class Browser:
+    """One Chromium.
+
+    Args:
+        driver: the address of its WebDriver.
+        resolver_rules: what names lead to; none leads anywhere that is not named here.
+    """
+
+    def __init__(self, driver: str, resolver_rules: str) -> None:
+        self._driver = driver
+        options = {"args": [*FLAGS, f"--host-resolver-rules={resolver_rules}"]}
+        value = self._call("POST", "/session", {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}})
+        self._session = f"/session/{value['sessionId']}"
+        self._call("POST", f"{self._session}/timeouts", {"script": 60_000})
+
+    def _call(self, method: str, path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self._driver + path, data, {"Content-Type": "application/json"}, method=method)
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=120) as response:
+            return json.load(response)["value"]
+
+    def open(self, url: str) -> None:
+        self._call("POST", f"{self._session}/url", {"url": url})
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        """What a script in the page hands to its last argument."""
+        return self._call("POST", f"{self._session}/execute/async", {"script": script, "args": arguments})
+
+    def close(self) -> None:
+        self._call("DELETE", self._session)
+
+
+@contextmanager
+def chromium(folder: Path, resolver_rules: str = "MAP * ~NOTFOUND, EXCLUDE 127.0.0.1") -> Iterator[Browser]:
+    """A Chromium that keeps its files in a folder."""
+    program = shutil.which("chromedriver")
+    if program is None:
+        if os.environ.get("CI"):
+            pytest.fail("CI needs a browser: install Debian's package chromium-driver")
+        pytest.skip("chromedriver is not installed; Debian's package chromium-driver has it")
+    environ = {"PATH": os.environ["PATH"], "HOME": str(folder), "TMPDIR": str(folder), "LANG": "C.UTF-8"}
+    driver = subprocess.Popen([program, "--port=0"], env=environ, stdout=subprocess.PIPE, text=True)
+    try:
+        assert driver.stdout is not None
+        port = next(line.split()[-1].rstrip(".") for line in driver.stdout if "started successfully on port" in line)
+        browser = Browser(f"http://127.0.0.1:{port}", resolver_rules)
+        try:
+            yield browser
+        finally:
+            browser.close()
+    finally:
+        driver.terminate()
+        driver.communicate()

@@ -1,0 +1,206 @@
+"""A real nginx, set up just as the README says, in front of the service and the real Claude Code."""
+
+from __future__ import annotations
+
+import base64
+import getpass
+import os
+import signal
+import subprocess
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ccm.demo.tour import ServiceProcess
+from tests.api.conftest import until
+from tests.client import Client
+from tests.conftest import ServeFunction
+from tests.event_source import Stream
+from tests.programs import can_connect, free_port, program
+from tests.readme import filled_in, samples
+
+TOKEN = "0123456789-a-token-of-the-tests"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+UPSTREAM = "http://unix:/run/cc-manager/socket:/"
+# Around the sample a server as people have it, but with bounds so low that what the sample does not raise fails.
+CONFIGURATION = """
+{user}
+daemon off;
+pid {folder}/nginx.pid;
+error_log {folder}/error.log notice;
+events {{ worker_connections 256; }}
+http {{
+    access_log off;
+    proxy_read_timeout 1s;
+    client_max_body_size 1k;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    server {{
+        listen 127.0.0.1:{port};
+{locations}
+    }}
+}}
+"""
+
+
+@contextmanager
+def nginx(folder: Path, locations: str) -> Iterator[Client]:
+    """An nginx of the test's own, with a client that comes to it by name."""
+    path = program("nginx", "nginx")
+    folder.mkdir()
+    port = free_port()
+    user = f"user {getpass.getuser()};" if os.getuid() == 0 else ""
+    configuration = folder / "nginx.conf"
+    configuration.write_text(
+        CONFIGURATION.format(user=user, folder=folder, port=port, locations=textwrap.indent(locations, " " * 8))
+    )
+    words = [path, "-p", str(folder), "-c", str(configuration), "-e", str(folder / "error.log")]
+    checked = subprocess.run([*words, "-t"], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+    assert "[warn]" not in checked.stderr
+    process = subprocess.Popen(words)
+    try:
+        until(lambda: can_connect(port))
+        yield Client(f"http://localhost:{port}")
+    finally:
+        process.send_signal(signal.SIGQUIT if process.poll() is None else signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait()
+
+
+def location(service: ServiceProcess, *more: str) -> str:
+    """The README's sample for a service, with more lines in it."""
+    upstream = f"http://{service.url}:/" if service.url.startswith("unix:") else f"{service.url}/"
+    sample = filled_in(samples("nginx")[0], {UPSTREAM: upstream})
+    return sample.rstrip().removesuffix("}") + "".join(more) + "}\n"
+
+
+@pytest.fixture(params=["unix", "tcp"])
+def service(request: pytest.FixtureRequest, serve: ServeFunction, tmp_path: Path) -> ServiceProcess:
+    """A service behind the proxy, on either kind of socket."""
+    if request.param == "tcp":
+        return serve(CCM_TRUSTED_PROXY="127.0.0.1")
+    return serve(CCM_TRUSTED_PROXY="unix", CCM_UNIX_SOCKET=tmp_path / "socket")
+
+
+@pytest.fixture
+def proxied(service: ServiceProcess, tmp_path: Path) -> Iterator[Client]:
+    with nginx(tmp_path / "nginx", location(service)) as client:
+        yield client
+
+
+def start(client: Client, project: Path, prompt: str, wait: int = 60, **fields: Any) -> dict[str, Any]:
+    body = {"cwd": str(project), "prompt": prompt, **fields}
+    answer = client.post("/agents/api/runs/start", body, wait=wait)
+    assert answer.status in (200, 202), answer.body
+    run: dict[str, Any] = answer.json
+    return run
+
+
+def test_a_run_through_nginx_is_a_run(service: ServiceProcess, proxied: Client, project: Path) -> None:
+    body = {"cwd": str(project), "prompt": "Hello through a proxy."}
+    answer = proxied.post("/agents/api/runs/start", body, wait=60)
+
+    assert [answer.status, answer.json["status"]] == [200, "completed"]
+    # Addresses lead back through the proxy.
+    assert answer.headers["Location"] == f"/agents/api/runs/{answer.json['id']}"
+    assert proxied.get(answer.headers["Location"]).json == answer.json
+    start(proxied, project, "And another.")
+    page = proxied.get("/agents/api/runs", limit=1)
+    assert page.headers["Link"].startswith(f"<http://localhost:{proxied.port}/agents/api/runs?")
+    assert page.next is not None
+    assert proxied.get(page.next).json == [answer.json]
+    # The log has the client and not the proxy.
+    until(
+        lambda: [
+            line for line in service.log if "POST /api/runs/start 200" in line and line.endswith(" from 127.0.0.1")
+        ]
+    )
+
+
+def test_what_claude_says_comes_through_nginx_while_it_speaks(proxied: Client, project: Path) -> None:
+    run = start(proxied, project, "[[stall]]", wait=0, options={"includePartialMessages": True})
+    address = f"/agents/api/runs/{run['id']}"
+    until(lambda: b"content_block_delta" in proxied.get(f"{address}/messages").body)
+    said = proxied.get(f"{address}/messages").json
+    # Nothing more is coming, not even a comment within so short a time: what nginx kept would stay there.
+    with Stream(proxied, f"{address}/stream", timeout=8) as stream:
+        assert [event.json for event in stream.take(len(said))] == said
+        assert proxied.get(address).json["status"] == "running"
+        assert proxied.delete(address).status == 200
+        assert [event.type for event in stream][-1] == "end"
+
+
+def test_a_wait_may_be_longer_than_nginx_waits_by_default(proxied: Client, project: Path) -> None:
+    run = start(proxied, project, "[[hang]]", wait=0)
+    began = time.monotonic()
+    answer = proxied.get(f"/agents/api/runs/{run['id']}", wait=3)
+
+    assert time.monotonic() - began >= 3
+    assert [answer.status, answer.json["status"]] == [200, "running"]
+    assert proxied.delete(f"/agents/api/runs/{run['id']}").status == 200
+
+
+def test_large_images_come_through(proxied: Client, project: Path) -> None:
+    image = {"mediaType": "image/png", "data": base64.b64encode(PNG_SIGNATURE + bytes(20_000_000)).decode()}
+    body = {"cwd": str(project), "prompt": "[[text What a picture.]]", "images": [image]}
+    answer = proxied.post("/agents/api/runs/start", body)
+
+    assert answer.status == 202, answer.body
+    assert answer.json["imageCount"] == 1
+    proxied.get(f"/agents/api/runs/{answer.json['id']}", wait=60)
+
+
+def test_the_guard_stands_behind_nginx_too(proxied: Client) -> None:
+    def status(**headers: str) -> int:
+        return proxied.request(
+            "GET", "/agents/", headers={name.replace("_", "-"): v for name, v in headers.items()}
+        ).status
+
+    own = f"localhost:{proxied.port}"
+    assert status() == 200
+    assert status(Origin=f"http://{own}", Sec_Fetch_Site="same-origin") == 200
+    assert status(Origin="http://evil.example") == 403
+    assert status(Sec_Fetch_Site="cross-site") == 403
+    assert status(Host="evil.example") == 403
+    # What a client forges does not get past the proxy.
+    assert status(Host="evil.example", X_Forwarded_Host=own) == 403
+    page = proxied.request("GET", "/agents/nothing", headers={"X-Forwarded-Prefix": "//evil", "X-Forwarded-For": "x y"})
+    assert page.status == 404
+
+
+def test_a_token_comes_through(serve: ServeFunction, tmp_path: Path) -> None:
+    service = serve(CCM_TRUSTED_PROXY="unix", CCM_UNIX_SOCKET=tmp_path / "socket", CCM_API_TOKEN=TOKEN)
+    with nginx(tmp_path / "nginx", location(service)) as client:
+        assert client.get("/agents/api/runs").status == 401
+        with_token = {"Authorization": f"Bearer {TOKEN}"}
+        assert client.request("GET", "/agents/api/runs", headers=with_token).json == []
+        assert client.get("/agents/health").status == 200
+
+
+def test_nginx_may_ask_for_a_password_and_add_the_token(serve: ServeFunction, tmp_path: Path) -> None:
+    service = serve(CCM_TRUSTED_PROXY="unix", CCM_UNIX_SOCKET=tmp_path / "socket", CCM_API_TOKEN=TOKEN)
+    passwords = tmp_path / "htpasswd"
+    passwords.write_text("me:{PLAIN}secret\n")
+    lines = filled_in(samples("nginx")[1], {"/etc/nginx/agents.htpasswd": str(passwords), "TOKEN": TOKEN})
+    with nginx(tmp_path / "nginx", location(service, lines)) as client:
+        assert client.get("/agents/api/runs").status == 401
+
+        def status(**headers: str) -> int:
+            login = {"Authorization": "Basic " + base64.b64encode(b"me:secret").decode()}
+            return client.request("GET", "/agents/api/runs", headers=login | headers).status
+
+        assert status() == 200
+        # A browser sends a password along with requests that another page makes.
+        assert status(Origin="http://evil.example") == 403

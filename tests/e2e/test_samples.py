@@ -1,0 +1,133 @@
+"""The README's other samples for operators: Caddy's and systemd's own programs take them, and they do what they say."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ccm import connections, server
+from ccm.core import recorder
+from ccm.core import service as core_service
+from ccm.core.processes import marked
+from ccm.settings import Settings, unknown_variables
+from tests.api.conftest import until
+from tests.client import Client
+from tests.conftest import ServeFunction
+from tests.programs import can_connect, free_port, program
+from tests.readme import filled_in, samples
+
+SOCKET = "unix//run/cc-manager/socket"
+
+
+@pytest.fixture
+def unit() -> str:
+    (sample,) = samples("ini")
+    return sample
+
+
+# ---- Caddy
+
+
+@pytest.fixture
+def caddy(tmp_path: Path) -> tuple[list[str], dict[str, str]]:
+    """How Caddy is called, with a home of its own: it writes there."""
+    (tmp_path / "caddy").mkdir()
+    return [program("caddy", "caddy")], {"PATH": os.environ["PATH"], "HOME": str(tmp_path / "caddy")}
+
+
+def test_caddy_takes_its_sample(caddy: tuple[list[str], dict[str, str]], tmp_path: Path) -> None:
+    words, environ = caddy
+    path = tmp_path / "Caddyfile"
+    path.write_text(samples("caddyfile")[0])
+    checked = subprocess.run(
+        [*words, "validate", "--adapter", "caddyfile", "--config", str(path)],
+        env=environ, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert checked.returncode == 0, checked.stderr
+    assert '"level":"warn"' not in checked.stderr, "it is not as Caddy itself would write it"
+
+
+def test_addresses_are_right_behind_caddy(
+    caddy: tuple[list[str], dict[str, str]], serve: ServeFunction, tmp_path: Path, project: Path
+) -> None:
+    own = tmp_path / "socket"
+    service = serve(CCM_UNIX_SOCKET=own, CCM_TRUSTED_PROXY="unix")
+    words, environ = caddy
+    port = free_port()
+    places = {"agents.example {": f"http://localhost:{port} {{", SOCKET: f"unix/{own}"}
+    path = tmp_path / "Caddyfile"
+    path.write_text("{\n\tadmin off\n}\n" + filled_in(samples("caddyfile")[0], places))
+    process = subprocess.Popen(
+        [*words, "run", "--adapter", "caddyfile", "--config", str(path)], env=environ, stderr=subprocess.DEVNULL
+    )
+    try:
+        until(lambda: can_connect(port))
+        client = Client(f"http://localhost:{port}")
+        answer = client.post("/agents/api/runs/start", {"cwd": str(project), "prompt": "Hello."}, wait=60)
+        assert answer.headers["Location"] == f"/agents/api/runs/{answer.json['id']}"
+        link = client.get(f"/agents/api/runs/{answer.json['id']}/messages", limit=1).headers["Link"]
+        assert link.startswith(f"<http://localhost:{port}/agents/api/runs/{answer.json['id']}/messages?")
+        until(
+            lambda: [
+                line for line in service.log if "POST /api/runs/start 200" in line and line.endswith(" from 127.0.0.1")
+            ]
+        )
+    finally:
+        process.terminate()
+        process.wait()
+
+
+# ---- systemd
+
+
+def test_systemd_takes_the_unit(unit: str, tmp_path: Path) -> None:
+    path = tmp_path / "cc-manager.service"
+    path.write_text(filled_in(unit, {"/opt/cc-manager/.venv/bin/python": sys.executable}))
+    checked = subprocess.run(
+        [program("systemd-analyze", "systemd"), "verify", "--man=no", str(path)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    # It ends well also where it ignores what it does not understand, and only says so.
+    assert [checked.returncode, checked.stdout, checked.stderr] == [0, "", ""]
+
+
+def test_the_units_settings_are_settings(unit: str) -> None:
+    pairs = [pair for line in re.findall(r"^Environment=(.*)$", unit, re.MULTILINE) for pair in line.split()]
+    environ = dict(pair.split("=", 1) for pair in pairs)
+    settings = Settings.from_env(environ)
+
+    assert unknown_variables(environ) == []
+    assert settings.has_tokens
+    assert settings.unix_socket_mode == 0o660
+
+
+def test_systemd_waits_longer_than_the_service_takes_to_stop(unit: str) -> None:
+    match = re.search(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)
+    assert match is not None
+    # The runs, a recorder that is given up, the requests in flight, their threads.
+    longest = core_service.STOP_SECONDS + recorder.LONGEST_PAUSE + 5 + server.DRAIN_SECONDS + 1
+    assert int(match[1]) > longest + 10
+    assert connections.IDLE_SECONDS > 60  # nginx keeps an idle connection so long
+
+
+def test_without_new_privileges_agents_run_and_end_with_the_service(serve: ServeFunction, project: Path) -> None:
+    # As NoNewPrivileges of the unit does it.
+    service = serve(program("setpriv", "util-linux"), "--no-new-privs")
+    client = Client(service.url)
+    done = client.start(project, '[[tool Bash {"command": "ls"}]] [[text Listed.]]')
+    assert [done["status"], done["permissionDenials"]] == ["completed", []]
+
+    run = client.start(project, "[[hang]]", wait=0)
+    client.wait_for_message(run["id"], "system")
+    assert marked(run["id"])
+    service.process.send_signal(signal.SIGKILL)
+    service.wait()
+    until(lambda: not marked(run["id"]))

@@ -20,7 +20,7 @@ from waitress.adjustments import Adjustments
 from waitress.channel import ClientDisconnected
 
 from ccm.core.processes import marked
-from ccm.demo.tour import ServiceProcess
+from ccm.demo.tour import APP, ServiceProcess
 from ccm.server import _Channel
 from tests.api.conftest import announced, connect, folder_of, new_database, read_all, refused, script, until
 from tests.api.test_fuzzing import LOG_LINE
@@ -53,21 +53,27 @@ def test_an_agent_finds_nothing_of_the_services_own(
     tokens.write_text(f"alice:{TOKEN}-of-alice\n")
     url = new_database(postgresql).replace("ccm@", f"ccm:{SECRET}@")
     service = serve(CCM_API_TOKEN=TOKEN, CCM_API_TOKEN_FILE=tokens, DATABASE_URL=url, PGPASSWORD=SECRET)
-    # Its own environment, that of Claude Code around it, and the arguments of whatever runs here.
-    command = "env; cat /proc/$PPID/environ /proc/[0-9]*/cmdline | tr '\\\\0' '\\\\n'; echo all of it"
+    # Its own environment, that of Claude Code around it, and the arguments of whatever runs here: into files, for a long
+    # output of a tool is kept out of the messages.
+    command = "(env; cat /proc/$PPID/environ) > environments; cat /proc/[0-9]*/cmdline > arguments; echo all of it"
     prompt = f'[[tool Bash {{"command": "{command}"}}]]'
     body = {"cwd": str(project), "prompt": prompt, "options": {"allowedTools": ["Bash"]}}
     headers = {"Authorization": f"Bearer {TOKEN}"}
     client = Client(service.url)
     run = client.request("POST", "/api/runs/start?wait=60", body, headers).json
     messages = client.request("GET", f"/api/runs/{run['id']}/messages", headers=headers).body.decode()
+    environments = (project / "environments").read_text()
+    arguments = (project / "arguments").read_text()
 
-    assert f"CCM_RUN_ID={run['id']}" in messages
     assert "all of it" in messages.split("tool_result", 1)[1]
-    assert str(project) in messages
+    assert environments.count(f"CCM_RUN_ID={run['id']}") == 2, "its own, and Claude Code's"
+    assert str(APP) in arguments, "the service's own are among them"
     for secret in (TOKEN, SECRET, "CCM_API_TOKEN", "DATABASE_URL", "PGPASSWORD", str(tokens)):
-        assert secret not in messages.replace(json.dumps(prompt)[1:-1], "")
+        assert secret not in environments
+        assert secret not in messages
         assert secret not in json.dumps(run)
+    assert TOKEN not in arguments
+    assert SECRET not in arguments
     assert [line for line in service.log if TOKEN in line or SECRET in line] == []
     assert [line for line in service.log if " DEBUG " in line], "what is told at debug level counts too"
 

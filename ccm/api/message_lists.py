@@ -11,7 +11,7 @@ from flask import Response, request
 
 from ccm.api.context import held, service, wait_seconds, wait_until
 from ccm.api.paging import limit, next_link
-from ccm.core.history import Segment
+from ccm.core.lineage import Segment
 from ccm.errors import ValidationError
 
 # A list of so many chunks (core/history.py) at the most is short.

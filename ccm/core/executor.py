@@ -5,28 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import shutil
 import signal
-import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import sniffio
 
-from ccm.core.ceilings import Ceilings
-from ccm.core.options import UnusableOptionsError, sdk_arguments
-from ccm.core.processes import LAUNCH_SCRIPT, end_marked, launch_environment
+from ccm.core.assignment import Assignment, Claude, sdk_options
+from ccm.core.options import UnusableOptionsError
+from ccm.core.processes import end_marked
 from ccm.core.results import cost, error_code, error_text
 from ccm.core.run_clock import RunClock
-from ccm.core.sdk import AgentDefinition, ClaudeAgentOptions, Client, explain
+from ccm.core.run_directory import run_directory, said_on_stderr
+from ccm.core.sdk import Client, explain
 from ccm.core.transcript_store import Mirror
-from ccm.models import CANCELLED, COMPLETED, ERROR, Image, Outcome
+from ccm.models import CANCELLED, COMPLETED, ERROR, Outcome
 
 log = logging.getLogger(__name__)
 
@@ -42,65 +38,6 @@ LOGIN_ADVICE = (
     "Claude Code has no login that is accepted. Log in again: run `claude` and /login as the service's user, or set "
     "ANTHROPIC_API_KEY for the service."
 )
-STDERR_FILE = "stderr"
-STDERR_BYTES = 4_000
-
-
-@dataclass(frozen=True)
-class Claude:
-    """Which Claude Code runs are made with, and what holds for all of them.
-
-    Args:
-        open_files: the limit of open files that agents get; the service's own if left out.
-    """
-
-    cli_path: Path
-    permission_mode: str
-    setting_sources: tuple[str, ...]
-    max_message_bytes: int
-    ceilings: Ceilings = Ceilings()
-    open_files: int | None = None
-
-    def missing(self) -> str | None:
-        """Why it cannot be started, or None."""
-        if not self.cli_path.is_file():
-            return f"Claude Code is not at {self.cli_path}; reinstall claude-agent-sdk or set CCM_CLI_PATH."
-        if not os.access(self.cli_path, os.X_OK):
-            return f"Claude Code at {self.cli_path} may not be executed by this user."
-        return None
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """One run, as the executor is given it.
-
-    Args:
-        timeout_ms: the time limit that its request named, or None.
-        resume: the SDK session whose transcript is forked, or None for a fresh one.
-        resume_at: the uuid of the last message of it that counts, or None for all.
-    """
-
-    run_id: str
-    sdk_session_id: str
-    cwd: str
-    prompt: str
-    images: tuple[Image, ...]
-    options: Mapping[str, Any]
-    timeout_ms: int | None = None
-    resume: str | None = None
-    resume_at: str | None = None
-
-    def user_message(self) -> dict[str, Any]:
-        images = [
-            {"type": "image", "source": {"type": "base64", "media_type": image.media_type, "data": image.data}}
-            for image in self.images
-        ]
-        return {
-            "type": "user",
-            "message": {"role": "user", "content": [*images, {"type": "text", "text": self.prompt}]},
-            "parent_tool_use_id": None,
-            "session_id": self.sdk_session_id,
-        }
 
 
 class Execution:
@@ -211,9 +148,9 @@ class Execution:
             return Outcome(ERROR, "CLI_NOT_FOUND", missing)
         if not Path(self._assignment.cwd).is_dir():
             return Outcome(ERROR, "CWD_NOT_FOUND", f"The directory {self._assignment.cwd} is not there any more.")
-        with _private_directory(self._assignment.run_id) as directory:
+        with run_directory(self._assignment.run_id) as directory:
             try:
-                client = Client(self._options(directory))
+                client = Client(sdk_options(self._assignment, self._claude, self._environ, directory, self._mirror))
             except UnusableOptionsError as unusable:
                 return Outcome(ERROR, "OPTIONS_UNUSABLE", str(unusable))
             # Never cancelled before the stream has ended: a cancelled disconnect leaks the CLI and its tools.
@@ -230,7 +167,7 @@ class Execution:
                 self._stream_ended.set()
                 await keeper
                 await self._disconnect(client)
-                self._said = _tail(directory / STDERR_FILE)
+                self._said = said_on_stderr(directory)
         return self._judge(error)
 
     async def _keep_time(self) -> None:
@@ -246,41 +183,6 @@ class Execution:
             # The run is over, and how it went is known; what is left of it is ended by its mark.
             log.exception("run %s: Claude Code could not be let go", self._assignment.run_id)
             await asyncio.to_thread(end_marked, self._assignment.run_id)
-
-    def _options(self, directory: Path) -> ClaudeAgentOptions:
-        assignment = self._assignment
-        arguments = sdk_arguments(
-            self._claude.ceilings.lower(assignment.options),
-            permission_mode=self._claude.permission_mode,
-            setting_sources=self._claude.setting_sources,
-            directory=directory,
-            agent=AgentDefinition,
-        )
-        # A run's messages are to read as the whole conversation, the user's side too.
-        arguments["extra_args"]["replay-user-messages"] = None
-        environ = {name: value for name, value in self._environ.items() if name not in arguments["env"]}
-        arguments["env"] |= {
-            **launch_environment(
-                self._claude.cli_path, assignment.run_id, environ, directory / STDERR_FILE, self._claude.open_files
-            ),
-            # Tells when a run is over: the first result is not the end while agents work in the background.
-            "CLAUDE_CODE_EMIT_SESSION_STATE_EVENTS": "1",
-            # Claude Code leaves folders in it.
-            "CLAUDE_CODE_TMPDIR": str(directory),
-        }
-        return ClaudeAgentOptions(
-            cwd=assignment.cwd,
-            cli_path=LAUNCH_SCRIPT,
-            session_id=assignment.sdk_session_id,
-            resume=assignment.resume,
-            fork_session=assignment.resume is not None,
-            resume_session_at=assignment.resume_at,
-            max_buffer_size=self._claude.max_message_bytes,
-            session_store=self._mirror,  # type: ignore[arg-type]  # the SDK wants no more of it, for a store of its own
-            # As it grows: what is kept until the turn's end is lost with a service that is killed.
-            session_store_flush="eager",
-            **arguments,
-        )
 
     async def _take(self, message: dict[str, Any]) -> None:
         kind, subtype = message.get("type"), message.get("subtype")
@@ -392,16 +294,6 @@ class Execution:
         return Outcome(ERROR, code, message)
 
 
-def _tail(file: Path) -> str:
-    """The end of what was said on stderr."""
-    try:
-        with file.open("rb") as stream:
-            stream.seek(max(0, file.stat().st_size - STDERR_BYTES))
-            return stream.read().decode("utf-8", "replace").strip()
-    except OSError:
-        return ""
-
-
 async def _first(*events: asyncio.Event) -> None:
     """Wait until one of the events is set."""
     tasks = [asyncio.create_task(event.wait()) for event in events]
@@ -410,19 +302,3 @@ async def _first(*events: asyncio.Event) -> None:
     finally:
         for task in tasks:
             task.cancel()
-
-
-@contextmanager
-def _private_directory(run_id: str) -> Iterator[Path]:
-    """A directory of the run's own, readable by nobody else, gone with the run."""
-    directory = Path(tempfile.mkdtemp(prefix=f"ccm-{run_id}-"))
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def remove_directories(run_id: str) -> None:
-    """Remove what a run has left whose service was killed: its prompts and settings may hold secrets."""
-    for directory in Path(tempfile.gettempdir()).glob(f"ccm-{run_id}-*"):
-        shutil.rmtree(directory, ignore_errors=True)

@@ -6,11 +6,14 @@ two of them race. What is to happen then outside of the database is given back a
 
 from __future__ import annotations
 
+import os
+import socket
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ccm.core.history import find_run, find_run_of_key, find_session
+from ccm.core.lookup import find_run, find_run_of_key, find_session
 from ccm.db import messages, runs, sessions
 from ccm.db.database import Transaction
 from ccm.errors import Conflict, QueueFull
@@ -56,13 +59,13 @@ class Lifecycle:
     Args:
         workers: runs at once.
         queue_limit: runs that may wait for a worker.
-        owner: the name of this service in the rows of its runs.
     """
 
-    def __init__(self, workers: int, queue_limit: int, owner: str) -> None:
+    def __init__(self, workers: int, queue_limit: int) -> None:
         self._workers = workers
         self._queue_limit = queue_limit
-        self._owner = owner
+        # The name of this service in the rows of its runs.
+        self._owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         # While it is False no waiting run starts.
         self.open = True
 

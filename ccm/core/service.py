@@ -10,14 +10,16 @@ from collections.abc import Mapping
 from contextlib import closing
 
 from ccm.core import descriptors, workdir
+from ccm.core.assignment import Claude
 from ccm.core.ceilings import Ceilings
 from ccm.core.doorbell import Doorbell
-from ccm.core.executor import Claude
 from ccm.core.history import History
+from ccm.core.lifecycle import Lifecycle
 from ccm.core.policy import check_policy
 from ccm.core.pulse import Pulse
 from ccm.core.recorder import Recorder
 from ccm.core.run_manager import RunManager
+from ccm.core.runner import Runner
 from ccm.core.sdk import bundled_cli
 from ccm.core.transcript_files import TranscriptFiles
 from ccm.core.transcript_store import TranscriptStore
@@ -63,6 +65,7 @@ class Service:
         self.doorbell = Doorbell()
         self.history: History
         self.runs: RunManager
+        self._runner: Runner
         self._recorder: Recorder
         self._pulse: Pulse
         self._databases: list[Database] = []
@@ -118,21 +121,24 @@ class Service:
             settings.message_budget_bytes,
             on_refused=self._refused,
         )
-        self.runs = RunManager(
+        transcripts = TranscriptFiles(TranscriptStore(self._recorder, reader), self._environ)
+        lifecycle = Lifecycle(settings.max_concurrent_runs, settings.max_queued_runs)
+        self._runner = Runner(
             self._recorder,
             self.doorbell,
             self._claude,
-            TranscriptFiles(TranscriptStore(self._recorder, reader), self._environ),
+            transcripts,
+            lifecycle,
             workers=settings.max_concurrent_runs,
-            queue_limit=settings.max_queued_runs,
             allow=self._allow,
             environ=self._environ,
         )
+        self.runs = RunManager(self._recorder, lifecycle, self._runner, transcripts)
         self._recorder.start()
         self._pulse = Pulse(self._recorder)
         self._recorder.write(heartbeat.beat)  # a database that takes no writes is refused
         self.runs.recover()
-        missing = self.runs.missing()
+        missing = self._claude.missing()
         if missing is not None:
             log.error("%s Runs will fail until then.", missing)
 
@@ -145,7 +151,7 @@ class Service:
         workdir.check_roots(run.cwd, self.settings.allowed_roots)
 
     def _refused(self, run_id: str, error: Exception) -> None:
-        self.runs.refused(run_id, error)
+        self._runner.refused(run_id, error)
 
     def end_runs(self) -> bool:
         """End the runs, then the recorder that stores their ends, then the waits for them. Reads go on.
@@ -157,7 +163,7 @@ class Service:
                 return True
             self._stopped = True
             deadline = time.monotonic() + STOP_SECONDS
-            ended = self.runs.stop(deadline)
+            ended = self._runner.stop(deadline)
             written = self._recorder.stop(max(deadline, time.monotonic() + 1))
             self.doorbell.close()
             if not ended:
@@ -180,11 +186,11 @@ class Service:
         """Why the service cannot do its job at present, or None."""
         if not self._started:
             return "starting"
-        if self._stopped or self.runs.stopping:
+        if self._stopped or self._runner.stopping:
             return "shutting down"
         storage = self._pulse.trouble()
         if storage is not None:
             return f"storage is not writable: {storage}"
-        if self.runs.missing() is not None:
+        if self._claude.missing() is not None:
             return "Claude Code is missing"
         return None

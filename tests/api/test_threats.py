@@ -53,8 +53,8 @@ def test_an_agent_finds_nothing_of_the_services_own(
     tokens.write_text(f"alice:{TOKEN}-of-alice\n")
     url = new_database(postgresql).replace("ccm@", f"ccm:{SECRET}@")
     service = serve(CCM_API_TOKEN=TOKEN, CCM_API_TOKEN_FILE=tokens, DATABASE_URL=url, PGPASSWORD=SECRET)
-    # Its own environment, that of Claude Code around it, and the arguments of whatever runs here: into files, for a long
-    # output of a tool is kept out of the messages.
+    # Its own environment, that of Claude Code around it, and the arguments of whatever runs here: into files, for
+    # a long output of a tool is kept out of the messages.
     command = "(env; cat /proc/$PPID/environ) > environments; cat /proc/[0-9]*/cmdline > arguments; echo all of it"
     prompt = f'[[tool Bash {{"command": "{command}"}}]]'
     body = {"cwd": str(project), "prompt": prompt, "options": {"allowedTools": ["Bash"]}}

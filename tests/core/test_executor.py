@@ -21,8 +21,9 @@ from claude_agent_sdk import ClaudeAgentOptions, ClaudeSDKClient
 from claude_agent_sdk._internal.query import Query
 from claude_agent_sdk._internal.transport.subprocess_cli import SubprocessCLITransport
 
+from ccm.core.assignment import Assignment, Claude
 from ccm.core.ceilings import Ceilings
-from ccm.core.executor import Assignment, Claude, Execution, _first
+from ccm.core.executor import Execution, _first
 from ccm.core.processes import end_marked, marked
 from ccm.core.transcript_store import Mirror
 from ccm.models import Outcome

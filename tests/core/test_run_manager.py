@@ -203,7 +203,7 @@ def test_a_run_of_which_a_message_was_refused_ends_in_error_though_it_went_well(
     running = Service(Settings(database_path=tmp_path / "r.sqlite", cli_path=stand_in_cli(tmp_path)), environ)
     running.start()
     # A text that no driver binds stands for whatever storage will never take.
-    monkeypatch.setattr("ccm.core.run_manager.storable", lambda text: text)
+    monkeypatch.setattr("ccm.core.runner.storable", lambda text: text)
     try:
         prompt = json.dumps({"messages": [{"type": "\ud800"}]})
         run = running.runs.start(RunRequest(mode="fresh", prompt=prompt), str(project)).run

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ccm.core.history import find_run, find_session
+from ccm.core.lookup import find_run, find_session
 from ccm.db import archive, messages, runs, sessions
 from ccm.db.database import Transaction
 from ccm.models import Run, Session, timestamp, to_json_text

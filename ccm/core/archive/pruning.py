@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from ccm.core.archive.local_files import LocalFiles, count, remove
-from ccm.core.history import find_session
+from ccm.core.lookup import find_session
 from ccm.db import trees
 from ccm.db.database import Database, Transaction
 from ccm.db.trees import Tree

@@ -1,0 +1,118 @@
+"""What one run is made from: the assignment, the Claude Code that is to do it, and the SDK's options for the two."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ccm.core.ceilings import Ceilings
+from ccm.core.options import sdk_arguments
+from ccm.core.processes import LAUNCH_SCRIPT, launch_environment
+from ccm.core.run_directory import STDERR_FILE
+from ccm.core.sdk import AgentDefinition, ClaudeAgentOptions
+from ccm.core.transcript_store import Mirror
+from ccm.models import Image
+
+
+@dataclass(frozen=True)
+class Claude:
+    """Which Claude Code runs are made with, and what holds for all of them.
+
+    Args:
+        open_files: the limit of open files that agents get; the service's own if left out.
+    """
+
+    cli_path: Path
+    permission_mode: str
+    setting_sources: tuple[str, ...]
+    max_message_bytes: int
+    ceilings: Ceilings = Ceilings()
+    open_files: int | None = None
+
+    def missing(self) -> str | None:
+        """Why it cannot be started, or None."""
+        if not self.cli_path.is_file():
+            return f"Claude Code is not at {self.cli_path}; reinstall claude-agent-sdk or set CCM_CLI_PATH."
+        if not os.access(self.cli_path, os.X_OK):
+            return f"Claude Code at {self.cli_path} may not be executed by this user."
+        return None
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One run, as the executor is given it.
+
+    Args:
+        timeout_ms: the time limit that its request named, or None.
+        resume: the SDK session whose transcript is forked, or None for a fresh one.
+        resume_at: the uuid of the last message of it that counts, or None for all.
+    """
+
+    run_id: str
+    sdk_session_id: str
+    cwd: str
+    prompt: str
+    images: tuple[Image, ...]
+    options: Mapping[str, Any]
+    timeout_ms: int | None = None
+    resume: str | None = None
+    resume_at: str | None = None
+
+    def user_message(self) -> dict[str, Any]:
+        images = [
+            {"type": "image", "source": {"type": "base64", "media_type": image.media_type, "data": image.data}}
+            for image in self.images
+        ]
+        return {
+            "type": "user",
+            "message": {"role": "user", "content": [*images, {"type": "text", "text": self.prompt}]},
+            "parent_tool_use_id": None,
+            "session_id": self.sdk_session_id,
+        }
+
+
+def sdk_options(
+    assignment: Assignment, claude: Claude, environ: Mapping[str, str], directory: Path, mirror: Mirror | None
+) -> ClaudeAgentOptions:
+    """The SDK's options of a run.
+
+    Args:
+        environ: what its agent inherits.
+        directory: the run's own.
+
+    Raises:
+        UnusableOptionsError: what its request names cannot be used; the message says why.
+    """
+    arguments = sdk_arguments(
+        claude.ceilings.lower(assignment.options),
+        permission_mode=claude.permission_mode,
+        setting_sources=claude.setting_sources,
+        directory=directory,
+        agent=AgentDefinition,
+    )
+    # A run's messages are to read as the whole conversation, the user's side too.
+    arguments["extra_args"]["replay-user-messages"] = None
+    inherited = {name: value for name, value in environ.items() if name not in arguments["env"]}
+    arguments["env"] |= {
+        **launch_environment(claude.cli_path, assignment.run_id, inherited, directory / STDERR_FILE, claude.open_files),
+        # Tells when a run is over: the first result is not the end while agents work in the background.
+        "CLAUDE_CODE_EMIT_SESSION_STATE_EVENTS": "1",
+        # Claude Code leaves folders in it.
+        "CLAUDE_CODE_TMPDIR": str(directory),
+    }
+    return ClaudeAgentOptions(
+        cwd=assignment.cwd,
+        cli_path=LAUNCH_SCRIPT,
+        session_id=assignment.sdk_session_id,
+        resume=assignment.resume,
+        fork_session=assignment.resume is not None,
+        resume_session_at=assignment.resume_at,
+        max_buffer_size=claude.max_message_bytes,
+        session_store=mirror,  # type: ignore[arg-type]  # the SDK wants no more of it, for a store of its own
+        # As it grows: what is kept until the turn's end is lost with a service that is killed.
+        session_store_flush="eager",
+        **arguments,
+    )

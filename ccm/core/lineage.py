@@ -1,0 +1,119 @@
+"""The line of runs that a session is, with what it continues in front; and the places in it to fork from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ccm.core.lookup import find_run, find_session
+from ccm.db import messages, runs
+from ccm.db.database import Transaction
+from ccm.errors import Conflict, NotFound, ValidationError
+from ccm.models import RUNNING, Run, Session
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The messages of one run with an index after `after` and up to `through`."""
+
+    run_id: str
+    after: int
+    through: int
+
+
+@dataclass(frozen=True)
+class ForkPoint:
+    """Where a fork branches off: a run, and within it a message, or its end."""
+
+    run: Run
+    message: str | None = None
+    index: int | None = None
+
+
+def own_line(transaction: Transaction, session: Session) -> list[Segment]:
+    """The runs of a session, in order, each to its present end."""
+    return _to_their_ends(runs.links(transaction, session.id))
+
+
+def _to_their_ends(links: Sequence[runs.Link]) -> list[Segment]:
+    """Not beyond a run that goes on: who reads on from there must not miss what it says after others have queued."""
+    segments: list[Segment] = []
+    for link in links:
+        segments.append(Segment(link.id, -1, link.message_count - 1))
+        if link.status == RUNNING:
+            break
+    return segments
+
+
+def line(transaction: Transaction, session: Session) -> list[Segment]:
+    """A session's runs with all that they continue in front, each as far as it was continued."""
+    own = runs.links(transaction, session.id)
+    segments = _to_their_ends(own)
+    ancestors: list[Segment] = []
+    child = own[0] if own else None
+    while child is not None and child.parent_run_id is not None:
+        parent = runs.link(transaction, child.parent_run_id)
+        end = parent.message_count - 1 if child.fork_at_index is None else child.fork_at_index
+        ancestors.append(Segment(parent.id, -1, end))
+        child = parent
+    return ancestors[::-1] + segments
+
+
+def find_fork_point(
+    transaction: Transaction, session_id: str, at_run_id: str | None, at_message: str | None
+) -> ForkPoint:
+    session = find_session(transaction, session_id)
+    if at_run_id is not None:
+        run = runs.find(transaction, at_run_id)
+        if run is None or run.session_id != session.id:
+            raise NotFound(
+                f"Session {session.id} has no run {at_run_id}. GET /api/sessions/{session.id}/runs lists them.",
+                code="RUN_NOT_FOUND",
+            )
+        if at_message is None:
+            return ForkPoint(run)
+        return _message_in(transaction, [Segment(run.id, -1, run.message_count - 1)], at_message)
+    if at_message is not None:
+        return _message_in(transaction, line(transaction, session), at_message)
+    if session.head_run_id is None:
+        raise Conflict(
+            f"Session {session.id} has no ended run with a transcript yet that could be forked.",
+            code="SESSION_NOT_RESUMABLE",
+        )
+    return ForkPoint(find_run(transaction, session.head_run_id))
+
+
+def _message_in(transaction: Transaction, segments: Sequence[Segment], uuid: str) -> ForkPoint:
+    """
+    Raises:
+        ValidationError: no segment has an assistant message of the main thread with that uuid.
+    """
+    for segment in reversed(segments):
+        for index, text in messages.holding(transaction, segment.run_id, uuid):
+            message = json.loads(text)
+            if message.get("uuid") != uuid or index > segment.through:
+                continue
+            if _is_main_assistant(message):
+                return ForkPoint(find_run(transaction, segment.run_id), uuid, index)
+            raise ValidationError(
+                f"atMessage: message {uuid} is of type {message.get('type')!r}; take an assistant message of the main "
+                f"thread{_nearest(transaction, segment, index)}.",
+                field="atMessage",
+            )
+    raise ValidationError(
+        f"atMessage: there is no message {uuid} in this history; take the uuid of an assistant message of it.",
+        field="atMessage",
+    )
+
+
+def _is_main_assistant(message: Mapping[str, object]) -> bool:
+    return message.get("type") == "assistant" and message.get("parent_tool_use_id") is None
+
+
+def _nearest(transaction: Transaction, segment: Segment, index: int) -> str:
+    for text in messages.texts_before(transaction, segment.run_id, index, "assistant", 5):
+        message = json.loads(text)
+        if _is_main_assistant(message) and "uuid" in message:
+            return f", such as {message['uuid']} before it"
+    return ""

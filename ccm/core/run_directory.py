@@ -1,0 +1,40 @@
+"""The directory that each run has of its own: what is long or secret is given to Claude Code in it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# What Claude Code says on its stderr, and how much of it is told.
+STDERR_FILE = "stderr"
+STDERR_BYTES = 4_000
+
+
+@contextmanager
+def run_directory(run_id: str) -> Iterator[Path]:
+    """The directory, readable by nobody else, gone with the run."""
+    directory = Path(tempfile.mkdtemp(prefix=f"ccm-{run_id}-"))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def remove_directories(run_id: str) -> None:
+    """Remove what a run has left whose service was killed: its prompts and settings may hold secrets."""
+    for directory in Path(tempfile.gettempdir()).glob(f"ccm-{run_id}-*"):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def said_on_stderr(directory: Path) -> str:
+    """The end of what Claude Code said there."""
+    file = directory / STDERR_FILE
+    try:
+        with file.open("rb") as stream:
+            stream.seek(max(0, file.stat().st_size - STDERR_BYTES))
+            return stream.read().decode("utf-8", "replace").strip()
+    except OSError:
+        return ""

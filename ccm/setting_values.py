@@ -28,10 +28,6 @@ URL_PREFIX = re.compile(r"(?=.{1,200}\Z)(?:/(?!\.{1,2}(?:/|\Z))[\w.~-]+)+", re.A
 UNIX_PATH_BYTES = 107
 
 
-def text(value: str) -> str:
-    return value
-
-
 def integer(lowest: int, highest: int) -> Callable[[str], int]:
     """A whole number within these bounds, both included."""
 

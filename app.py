@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from flask import Flask
 
 from ccm import api, cli
+from ccm.access import access_warnings, check_access
 from ccm.core.service import Service
 from ccm.errors import StartRefused
 from ccm.listener import listener, shown_address
@@ -57,14 +58,14 @@ def main() -> int:
     log = logging.getLogger("ccm")
     with ExitStack() as stack:
         try:
-            settings.check_access()
+            check_access(settings)
             bound = stack.enter_context(listener(settings))
             server = Server(app, service, bound)
             service.start()
         except StartRefused as refusal:
             print(f"CC Manager does not start: {refusal}", file=sys.stderr)
             return refusal.exit_code
-        for sentence in settings.access_warnings():
+        for sentence in access_warnings(settings):
             log.warning("%s", sentence)
         # Said when a signal is heeded already: who reads it may send one at once.
         return 0 if server.run(lambda: log.info("listening on %s", shown_address(bound))) else 1

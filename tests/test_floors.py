@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "ccm").rglob("*.py"))
-SHARED = {"ccm", "ccm.settings", "ccm.errors", "ccm.models", "ccm.token_file"}
+SHARED = {"ccm", "ccm.access", "ccm.settings", "ccm.setting_values", "ccm.errors", "ccm.models", "ccm.token_file"}
 MAY_IMPORT = {
     "api": {"api", "core", "db"},
     "core": {"core", "db"},

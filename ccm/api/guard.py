@@ -14,7 +14,7 @@ from flask import Request
 
 from ccm.api.tokens import Tokens
 from ccm.errors import Forbidden, Unauthorized, UnsupportedMediaType, ValidationError
-from ccm.settings import HOST_NAME
+from ccm.setting_values import HOST_NAME
 
 # A name or an address, and perhaps a port: nothing else that a header may hold.
 HOST = re.compile(rf"(?P<name>{HOST_NAME.pattern})(?::\d{{1,5}})?", re.ASCII)

@@ -16,7 +16,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 from ccm.api.guard import HOST
 from ccm.errors import ValidationError
-from ccm.settings import UNIX_PEER, URL_PREFIX
+from ccm.setting_values import UNIX_PEER, URL_PREFIX
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment

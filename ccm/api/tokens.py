@@ -54,8 +54,9 @@ class Tokens:
                     return
                 tokens = read_tokens(file)
             except OSError as error:
-                if self._read_at != state:
-                    log.warning("nobody is let in, for CCM_API_TOKEN_FILE %s cannot be read: %s", file, error.strerror)
+                if self._read_at == state:
+                    return  # said when it began: with every request it would flood the log
+                log.warning("nobody is let in, for CCM_API_TOKEN_FILE %s cannot be read: %s", file, error.strerror)
                 tokens = {}
             except BadSetting as error:
                 # A slip of the operator's pen must not lock everybody out.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import stat
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from app import create_app
+from ccm.api.tokens import Tokens
 from ccm.settings import Settings
 from tests.api.conftest import NOWHERE, connect, folder_of, read_all
 from tests.client import Answer, Client
@@ -235,6 +237,32 @@ def test_the_file_of_tokens_is_read_again_when_it_changes(serve: ServeFunction, 
     assert [let_in(f"{TOKEN}-a"), let_in(f"{TOKEN}-b")] == [False, False]
     file.write_text(f"carol:{TOKEN}-c\n")
     assert let_in(f"{TOKEN}-c")
+
+
+def test_a_missing_file_of_tokens_is_told_once_each_time_it_goes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="ccm.api.tokens")
+    file = tmp_path / "tokens"
+    tokens = Tokens(Settings(api_token_file=file))
+
+    def told() -> list[str]:
+        """What the log says while ten clients come."""
+        caplog.clear()
+        for _ in range(10):
+            tokens.client(f"{TOKEN}-a")
+        return caplog.messages
+
+    gone = [
+        f"nobody is let in, for CCM_API_TOKEN_FILE {file} cannot be read: No such file or directory",
+        "tokens of nobody",
+    ]
+    for _ in range(2):
+        assert told() == gone
+        assert told() == []
+        file.write_text(f"alice:{TOKEN}-a\n")
+        assert told() == ["tokens of alice"]
+        file.unlink()
 
 
 def test_flask_token_makes_one_that_works(serve: ServeFunction, environ: dict[str, str], tmp_path: Path) -> None:

@@ -31,6 +31,13 @@ RESUME = "resume"
 FORK = "fork"
 MODES = (FRESH, RESUME, FORK)
 
+RUN_CREATED = "run.created"
+RUN_STARTED = "run.started"
+# Of a run that has ended, by its status.
+RUN_ENDED = {COMPLETED: "run.completed", ERROR: "run.failed", CANCELLED: "run.cancelled"}
+APPROVAL_REQUESTED = "approval.requested"
+APPROVAL_RESOLVED = "approval.resolved"
+
 # A run of ours has a UUID; one that was imported has the id that its first service gave it.
 RUN_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
 
@@ -100,6 +107,9 @@ class Run(Row):
     options_json: str
     image_count: int
     timeout_ms: int | None
+    approvals: int
+    approval_timeout_ms: int | None
+    webhook_url: str | None
     fork_at_message: str | None
     fork_at_index: int | None
     result_type: str | None
@@ -147,6 +157,9 @@ class Run(Row):
             "options": self.options,
             "imageCount": self.image_count,
             "timeoutMs": self.timeout_ms,
+            "approvals": bool(self.approvals),
+            "approvalTimeoutMs": self.approval_timeout_ms,
+            "webhookUrl": self.webhook_url,
             "resultType": self.result_type,
             "result": result,
             "error": None if self.error_code is None else {"code": self.error_code, "message": self.error_message},
@@ -248,6 +261,9 @@ class RunRequest:
     title: str | None = None
     metadata: Mapping[str, Any] | None = None
     timeout_ms: int | None = None
+    approvals: bool = False
+    approval_timeout_ms: int | None = None
+    webhook_url: str | None = None
     if_busy: str = REJECT
     created_by: str | None = None
     idempotency_key: IdempotencyKey | None = None
@@ -258,6 +274,19 @@ class Accepted(NamedTuple):
 
     run: Run
     replayed: bool
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that has happened to a run or an approval. `json` is one line of ASCII.
+
+    Its form, `type`, `timestamp` and `data`, is that of https://www.standardwebhooks.com.
+    """
+
+    id: int
+    type: str
+    run_id: str
+    json: str
 
 
 @dataclass(frozen=True)

@@ -74,4 +74,5 @@ def _digest(token: str) -> bytes:
 
 def _state(file: Path) -> tuple[int, ...]:
     status = os.stat(file)
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    # The time of its change too: a `chmod` that lets the service read it again changes nothing else.
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -9,9 +9,12 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+# The key of what happens to any run.
+EVENTS = "events"
+
 
 class Doorbell:
-    """Rings by key; a key is the id of a run or of a session."""
+    """Rings by key; a key is the id of a run or of a session, or one of those above."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

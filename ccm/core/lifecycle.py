@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ccm.core.doorbell import EVENTS
 from ccm.core.lookup import find_run, find_run_of_key, find_session
-from ccm.db import messages, runs, sessions
+from ccm.db import events, messages, runs, sessions
 from ccm.db.database import Transaction
 from ccm.errors import Conflict, QueueFull
 from ccm.models import (
@@ -25,6 +26,9 @@ from ccm.models import (
     FRESH,
     INTERRUPT,
     RESUME,
+    RUN_CREATED,
+    RUN_ENDED,
+    RUN_STARTED,
     Accepted,
     Run,
     RunRequest,
@@ -118,6 +122,7 @@ class Lifecycle:
             }
             sessions.insert(transaction, session | dict(new_session))
         runs.insert(transaction, dict(row) | {"seq": seq}, images_json)
+        events.add(transaction, RUN_CREATED, find_run(transaction, row["id"]))
         effects |= self.dispatch(transaction)
         begun = [start.run for start in effects.starts if start.run.id == row["id"]]
         run = begun[0] if begun else find_run(transaction, row["id"])
@@ -152,7 +157,9 @@ class Lifecycle:
         if runs.end(transaction, run, {**values, "messageCount": count}):
             head = run.id if values.get("hasTranscript") else None
             sessions.run_ended(transaction, run.session_id, count, values.get("costUsd") or 0.0, head)
-        return Effects(news=(run.id, run.session_id))
+            ended = find_run(transaction, run.id)
+            events.add(transaction, RUN_ENDED[ended.status], ended)
+        return Effects(news=(run.id, run.session_id, EVENTS))
 
     def cancel(self, transaction: Transaction, run: Run) -> Effects:
         """A waiting run ends at once; a started one is to be told."""
@@ -173,6 +180,7 @@ class Lifecycle:
             run = find_run(transaction, next_id)
             parent = self._parent(transaction, run)
             run = runs.start(transaction, run, parent.id if parent else None, self._owner)
+            events.add(transaction, RUN_STARTED, run)
             if run.mode != FRESH and parent is None:
                 lost = "The run that this one was to continue left no transcript."
                 effects |= self.end(
@@ -181,7 +189,7 @@ class Lifecycle:
                     {"status": ERROR, "errorCode": "SESSION_NOT_RESUMABLE", "errorMessage": lost},
                 )
                 continue
-            effects |= Effects(starts=(self._start_of(transaction, run),), news=(run.id, run.session_id))
+            effects |= Effects(starts=(self._start_of(transaction, run),), news=(run.id, run.session_id, EVENTS))
         return effects
 
     def _start_of(self, transaction: Transaction, run: Run) -> Start:

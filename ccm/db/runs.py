@@ -13,7 +13,8 @@ from ccm.models import ERROR, Row, Run, timestamp
 # with it the whole row.
 SELECT = """
 SELECT r.id, r.seq, r."sessionId", r."sdkSessionId", r."parentRunId", r."parentSessionId", r.mode, r.status, r.cwd,
-    r.prompt, r."optionsJson", r."imageCount", r."timeoutMs", r."forkAtMessage", r."forkAtIndex", r."resultType",
+    r.prompt, r."optionsJson", r."imageCount", r."timeoutMs", r.approvals, r."approvalTimeoutMs",
+    r."webhookUrl", r."forkAtMessage", r."forkAtIndex", r."resultType",
     r."resultJson", r."errorCode", r."errorMessage", r."costUsd", r."durationMs", r."hasTranscript",
     r."transcriptStored", r."createdBy", r."createdAt", r."startedAt", r."endedAt",
     CASE WHEN r.status = 'running'

@@ -82,6 +82,7 @@ RUN_FIELDS = [
     *("id", "runId", "sessionId", "sdkSessionId", "parentRunId", "parentSessionId", "mode", "status", "cwd", "prompt"),
     *("options", "imageCount", "resultType", "result", "error", "permissionDenials", "costUsd", "messageCount"),
     *("durationMs", "queuePosition", "transcriptStored", "createdBy", "pendingApprovals", "timeoutMs"),
+    *("approvals", "approvalTimeoutMs", "webhookUrl"),
     *("createdAt", "startedAt", "endedAt"),
 ]
 

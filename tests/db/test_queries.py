@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ccm.db import archive, messages, runs, sessions, transcripts, trees
+from ccm.db import archive, events, messages, runs, sessions, transcripts, trees
 from ccm.db.database import Database, Transaction
 from ccm.models import Run, timestamp
 
@@ -27,6 +27,9 @@ RUN = Run(
     options_json="{}",
     image_count=1,
     timeout_ms=86_400_000,
+    approvals=1,
+    approval_timeout_ms=1_000,
+    webhook_url=None,
     fork_at_message=None,
     fork_at_index=None,
     result_type=None,
@@ -105,6 +108,7 @@ QUERIES: dict[str, Callable[[Transaction], object]] = {
     "gone on": lambda t: archive.has_gone_on(t, "s", "r"),
     "run of a key": lambda t: archive.run_of_key(t, "k"),
     "run at": lambda t: archive.run_at(t, 1),
+    "event": lambda t: events.add(t, "run.started", RUN),
     "roots": lambda t: trees.roots(t, 0, 10),
     "holding": lambda t: messages.holding(t, "r", "x"),
 }

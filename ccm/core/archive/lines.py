@@ -153,6 +153,10 @@ class _Run:
             "optionsJson": line.json(line.mapping("options")),
             "imageCount": line.count("imageCount"),
             "timeoutMs": line.count_or_none("timeoutMs"),
+            # Older exports have none of these three.
+            "approvals": int(line.raw("approvals") is not None and line.flag("approvals")),
+            "approvalTimeoutMs": line.count_or_none("approvalTimeoutMs"),
+            "webhookUrl": line.text_or_none("webhookUrl"),
             "forkAtMessage": line.id_or_none("forkAtMessage"),
             "forkAtIndex": line.count_or_none("forkAtIndex"),
             "resultType": line.text_or_none("resultType"),

@@ -13,9 +13,25 @@ from typing import Any
 
 import pytest
 
+from ccm.core.doorbell import Doorbell
+from ccm.core.recorder import Recorder
 from ccm.core.sdk import transcript_path
+from ccm.core.transcript_files import TranscriptFiles
+from ccm.core.transcript_store import TranscriptStore
+from ccm.db import runs
 from ccm.db.database import Database
-from tests.archive_history import FORK, OTHER, ROOT, SECRET, add_run, add_session, fill, lending_writer, uuid_of
+from tests.archive_history import (
+    FORK,
+    OTHER,
+    ROOT,
+    SECRET,
+    add_run,
+    add_session,
+    fill,
+    lending_writer,
+    transcript_lines,
+    uuid_of,
+)
 from tests.client import Client
 from tests.conftest import ServeFunction
 from tests.flask_commands import Flask, variables
@@ -205,6 +221,7 @@ def test_copies_of_transcripts_that_were_written_for_other_runs_go_too(
         own_home / ".claude" / "projects" / "-srv-other" / f".ccm-{parent}-abcd_123",
     ]
     names = [f"{uuid_of(9999)}.jsonl", f".ccm-{uuid_of(9999)}-abcd", ".ccm-abcd", f"{parent}.txt", "memory"]
+    names += [f"{uuid_of(9999)}.jsonl.incomplete-17", f"{parent}.jsonl.incomplete", f"{parent}.incomplete-17"]
     kept = [own_home / ".claude" / "projects" / "-srv-other" / name for name in names]
     kept.append(own_home / ".claude" / "history" / "x" / f"{parent}.jsonl")
     for path in (*gone, *kept):
@@ -219,6 +236,25 @@ def test_copies_of_transcripts_that_were_written_for_other_runs_go_too(
     assert [path for path in gone if path.exists()] == []
     assert [path for path in kept if not path.exists()] == []
     assert not (own_home / ".claude" / "projects" / "-srv-\U0001f600" / parent).exists()
+
+
+def test_a_transcript_that_the_service_has_set_aside_goes_too(
+    flask: Flask, writer: Database, database_url: str, own_home: Path, project: Path
+) -> None:
+    add_session(writer, ROOT, cwd=str(project))
+    stored = {"": transcript_lines(uuid_of(2001), "what the file has lost")}
+    run_id = add_run(writer, ROOT, 1, cwd=str(project), transcript=stored)
+    folder = write(own_home, project, uuid_of(2001)).parent
+    with writer.transaction() as transaction:
+        run = runs.find(transaction, run_id)
+    assert run is not None
+    store = TranscriptStore(Recorder(writer, Doorbell(), 2**20, lambda run, error: None), writer)
+    assert TranscriptFiles(store, {"HOME": str(own_home)}).provide(run, run)
+    assert sorted(SECRET in path.read_text() for path in folder.iterdir()) == [False, True]
+
+    assert "2 files of Claude Code" in flask(database_url, "prune", "--session", ROOT).stdout
+
+    assert list(folder.iterdir()) == []
 
 
 def write(home: Path, cwd: Path, sdk_session_id: str, variable: str = "HOME") -> Path:

@@ -91,6 +91,7 @@ class TranscriptFiles:
         if not parent.transcript_stored:
             return False
         if here is not None:
+            # `flask prune` knows this name too.
             aside = here.with_suffix(f".jsonl.incomplete-{time.time_ns()}")
             log.warning("the transcript %s lacks what is stored of it; it is now %s", here, aside.name)
             here.rename(aside)

@@ -20,7 +20,8 @@ from ccm.core.transcript_files import TranscriptFiles
 from ccm.core.transcript_store import TranscriptStore
 from ccm.db import runs
 from ccm.db.database import Database
-from tests.archive_history import (
+from tests.archive.conftest import of_type
+from tests.archive.history import (
     FORK,
     OTHER,
     ROOT,
@@ -28,9 +29,9 @@ from tests.archive_history import (
     add_run,
     add_session,
     fill,
-    lending_writer,
     transcript_lines,
     uuid_of,
+    writing,
 )
 from tests.client import Client
 from tests.conftest import ServeFunction
@@ -52,19 +53,8 @@ def flask(own_home: Path) -> Flask:
     return Flask(own_home)
 
 
-@pytest.fixture
-def writer(database_url: str) -> Iterator[Database]:
-    yield from lending_writer(database_url)
-
-
-@pytest.fixture
-def filled(writer: Database, database_url: str) -> str:
-    fill(writer)
-    return database_url
-
-
-def ids(flask: Flask, url: str, kind: str = "session") -> list[str]:
-    return [line["sessionId"] for line in flask.export(url) if line["type"] == kind]
+def ids(flask: Flask, url: str) -> list[str]:
+    return [line["sessionId"] for line in of_type(flask.export(url), "session")]
 
 
 def recent(**ago: int) -> str:
@@ -272,15 +262,9 @@ def files_of(url: str) -> Iterator[Path]:
 @pytest.fixture
 def lite(tmp_path: Path) -> Iterator[tuple[Database, str]]:
     """A SQLite database, whose file is looked into."""
-    from ccm.db import sqlite_file
-    from ccm.db.migrate import migrate
-
     url = f"sqlite:///{tmp_path}/db.sqlite"
-    sqlite_file.prepare(url)
-    database = Database(url, writer=True, pool_size=1)
-    migrate(database)
-    yield database, url
-    database.close()
+    with writing(url) as database:
+        yield database, url
 
 
 def holds_secret(url: str) -> bool:

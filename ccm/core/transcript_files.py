@@ -72,8 +72,10 @@ class TranscriptFiles:
 
     def can_provide(self, parent: Run, cwd: str, options: Mapping[str, Any]) -> bool:
         """Whether a run in `cwd` with these options can continue a parent."""
+        if parent.transcript_stored:
+            return True  # and no project directory need be looked through
         here = self._find(parent, cwd, options)
-        return bool(parent.transcript_stored) or (here is not None and here.stat().st_size > 0)
+        return here is not None and here.stat().st_size > 0
 
     def provide(self, parent: Run, run: Run) -> bool:
         """Make sure that Claude Code finds the transcript of a parent when `run` continues it.
@@ -91,6 +93,7 @@ class TranscriptFiles:
         if not parent.transcript_stored:
             return False
         if here is not None:
+            # `flask prune` knows this name too.
             aside = here.with_suffix(f".jsonl.incomplete-{time.time_ns()}")
             log.warning("the transcript %s lacks what is stored of it; it is now %s", here, aside.name)
             here.rename(aside)

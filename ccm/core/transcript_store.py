@@ -91,10 +91,10 @@ class TranscriptStore:
         Raises:
             StorageError: the database cannot be read.
         """
-        first = 0
-        while found := self._read(partial(transcripts.texts, key=key, first=first, limit=CHUNK_ENTRIES)):
+        after = -1
+        while found := self._read(partial(transcripts.texts, key=key, after=after, through=after + CHUNK_ENTRIES)):
             yield from found
-            first += len(found)
+            after += len(found)
 
     def of_session(self, sdk_session_id: str) -> list[TranscriptKey]:
         """The transcripts that are stored of an SDK session, the main one first.

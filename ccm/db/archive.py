@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from ccm.db.database import Transaction
-from ccm.db.transcripts import own
 
 # The sessions in the order of their first runs, so that each comes after the one that it was forked from.
 FIRST_RUNS = """
@@ -14,14 +13,6 @@ SELECT r.seq, r."sessionId" FROM ccr_runs r
 WHERE r.seq > :after AND NOT EXISTS (
     SELECT 1 FROM ccr_runs e WHERE e."sessionId" = r."sessionId" AND e.seq < r.seq)
 ORDER BY r.seq LIMIT :limit
-"""
-ENTRIES = """
-SELECT e."index", t.text FROM ccr_transcript_entries e JOIN ccr_transcript_texts t ON t.digest = e.digest
-WHERE e."transcriptId" = :id AND e."index" > :after AND e."index" <= :through ORDER BY e."index"
-"""
-ENTRY_SIZES = """
-SELECT e."index", LENGTH(t.text) FROM ccr_transcript_entries e JOIN ccr_transcript_texts t ON t.digest = e.digest
-WHERE e."transcriptId" = :id AND e."index" > :after ORDER BY e."index" LIMIT :limit
 """
 # Whether a session has been continued after one of its runs.
 GONE_ON = """
@@ -33,15 +24,6 @@ UPDATE ccr_sessions SET "runCount" = "runCount" + 1, "messageCount" = "messageCo
     "costUsd" = "costUsd" + :cost, "headRunId" = COALESCE(:head, "headRunId"), "lastRunAt" = :at, "lastRunSeq" = :seq
 WHERE id = :id
 """
-
-
-class Transcript(NamedTuple):
-    """One transcript file of Claude Code's, as it is stored."""
-
-    id: int
-    project_key: str
-    subpath: str
-    updated_at_ms: int
 
 
 # ---- reading
@@ -87,62 +69,7 @@ def dated_texts(transaction: Transaction, run_id: str, after: int, through: int)
     return [(index, created_at, text) for index, created_at, text in rows]
 
 
-def transcripts(transaction: Transaction, sdk_session_id: str) -> list[Transcript]:
-    """The transcripts of an SDK session, a main one before those of its subagents."""
-    sql = (
-        'SELECT id, "projectKey", subpath, "updatedAtMs" FROM ccr_transcripts WHERE "sdkSessionId" = :id '
-        'ORDER BY "projectKey", subpath'
-    )
-    return [Transcript(*row) for row in transaction.tuples(sql, id=sdk_session_id)]
-
-
-def entry_sizes(transaction: Transaction, transcript: int, after: int, limit: int) -> list[tuple[int, int]]:
-    """Index and bytes of the first `limit` entries of a transcript beyond one."""
-    rows = transaction.tuples(ENTRY_SIZES, id=transcript, after=after, limit=limit)
-    return [(index, size) for index, size in rows]
-
-
-def entry_texts(transaction: Transaction, transcript: int, sdk_session_id: str, after: int, through: int) -> list[str]:
-    """The JSON texts of a transcript's entries after one index and through another."""
-    rows = transaction.tuples(ENTRIES, id=transcript, after=after, through=through)
-    return [own(text, sdk_session_id) for _, text in rows]
-
-
 # ---- writing
-
-
-def place_of(transaction: Transaction, run_id: str) -> int | None:
-    """The seq of a run, None if it is not here."""
-    seq: int | None = transaction.value("SELECT seq FROM ccr_runs WHERE id = :id", id=run_id)
-    return seq
-
-
-def session_of(transaction: Transaction, run_id: str) -> str | None:
-    """The id of a run's session, None if the run is not here."""
-    session_id: str | None = transaction.value('SELECT "sessionId" FROM ccr_runs WHERE id = :id', id=run_id)
-    return session_id
-
-
-def parent_of(transaction: Transaction, session_id: str) -> str | None:
-    """The session that one was forked from."""
-    sql = 'SELECT "parentSessionId" FROM ccr_sessions WHERE id = :id'
-    parent: str | None = transaction.value(sql, id=session_id)
-    return parent
-
-
-def has_session(transaction: Transaction, session_id: str) -> bool:
-    return transaction.value("SELECT 1 FROM ccr_sessions WHERE id = :id", id=session_id) is not None
-
-
-def run_of_sdk_session(transaction: Transaction, sdk_session_id: str) -> str | None:
-    run_id: str | None = transaction.value('SELECT id FROM ccr_runs WHERE "sdkSessionId" = :id', id=sdk_session_id)
-    return run_id
-
-
-def run_of_key(transaction: Transaction, key: str) -> str | None:
-    """The run that an idempotency key stands for."""
-    run_id: str | None = transaction.value('SELECT id FROM ccr_runs WHERE "idempotencyKey" = :key', key=key)
-    return run_id
 
 
 def run_at(transaction: Transaction, seq: int) -> str | None:

@@ -68,7 +68,7 @@ def _shared(text: str, sdk_session_id: str) -> str:
     return text.replace(sdk_session_id, OWN_SESSION)
 
 
-def own(shared_text: str, sdk_session_id: str) -> str:
+def _own(shared_text: str, sdk_session_id: str) -> str:
     """A stored text as the transcript of a session has it."""
     return shared_text.replace(OWN_SESSION, sdk_session_id)
 
@@ -151,15 +151,31 @@ def of_project(transaction: Transaction, project_key: str) -> list[tuple[str, in
     return [(session, updated) for session, updated in transaction.tuples(sql, key=project_key)]
 
 
-def texts(transaction: Transaction, key: TranscriptKey, first: int, limit: int) -> list[str]:
-    """The texts of at most `limit` entries from the index `first` on, in order."""
+def updated_at_ms(transaction: Transaction, key: TranscriptKey) -> int:
+    """When a transcript that is there was last written (ms since 1970)."""
+    return int(transaction.value(f'SELECT "updatedAtMs" FROM ccr_transcripts WHERE {OF_KEY}', **key._asdict()))
+
+
+def sizes(transaction: Transaction, key: TranscriptKey, after: int, limit: int) -> list[tuple[int, int]]:
+    """Index and bytes of the first `limit` entries of a transcript after an index, in order."""
     sql = (
-        "SELECT t.text FROM ccr_transcript_entries e JOIN ccr_transcript_texts t ON t.digest = e.digest "
-        f'WHERE e."transcriptId" = (SELECT id FROM ccr_transcripts WHERE {OF_KEY}) AND e."index" >= :first '
+        'SELECT e."index", LENGTH(t.text) FROM ccr_transcript_entries e '
+        "JOIN ccr_transcript_texts t ON t.digest = e.digest "
+        f'WHERE e."transcriptId" = (SELECT id FROM ccr_transcripts WHERE {OF_KEY}) AND e."index" > :after '
         'ORDER BY e."index" LIMIT :limit'
     )
-    stored = transaction.column(sql, first=first, limit=limit, **key._asdict())
-    return [own(text, key.sdk_session_id) for text in stored]
+    return [(index, size) for index, size in transaction.tuples(sql, after=after, limit=limit, **key._asdict())]
+
+
+def texts(transaction: Transaction, key: TranscriptKey, after: int, through: int) -> list[str]:
+    """The texts of a transcript's entries after one index and through another, in order."""
+    sql = (
+        "SELECT t.text FROM ccr_transcript_entries e JOIN ccr_transcript_texts t ON t.digest = e.digest "
+        f'WHERE e."transcriptId" = (SELECT id FROM ccr_transcripts WHERE {OF_KEY}) AND e."index" > :after '
+        'AND e."index" <= :through ORDER BY e."index"'
+    )
+    stored = transaction.column(sql, after=after, through=through, **key._asdict())
+    return [_own(text, key.sdk_session_id) for text in stored]
 
 
 def delete(transaction: Transaction, key: TranscriptKey) -> None:

@@ -45,6 +45,20 @@ def serve_all(environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
         assert stack_traces(service) == []
 
 
+@pytest.fixture(scope="module")
+def lite(serve_all: ServeFunction) -> Client:
+    """A client of a service on SQLite. Each test has a directory of its own, and so its own runs."""
+    return Client(serve_all().url)
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def api(request: pytest.FixtureRequest, serve_all: ServeFunction, lite: Client) -> Client:
+    """A client of a service on each kind of database."""
+    if request.param == "sqlite":
+        return lite
+    return Client(serve_all(DATABASE_URL=new_database(request.getfixturevalue("postgresql"))).url)
+
+
 def new_database(postgresql: str) -> str:
     """The URL of a new, empty database on a PostgreSQL server."""
     name = f"test_{uuid.uuid4().hex}"

@@ -21,7 +21,6 @@ from tests.api.conftest import (
     held,
     kinds,
     letters,
-    new_database,
     read_all,
     refused,
     script,
@@ -37,20 +36,6 @@ AT_ONCE = 10.0
 LONG = 60
 # It takes a second or two to notice that a client has gone.
 GONE = 4.0
-
-
-@pytest.fixture(scope="module")
-def lite(serve_all: ServeFunction) -> Client:
-    """A client of a service on SQLite. Each test has a directory of its own, and so its own runs."""
-    return Client(serve_all().url)
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def api(request: pytest.FixtureRequest, serve_all: ServeFunction, lite: Client) -> Client:
-    """A client of a service on each kind of database."""
-    if request.param == "sqlite":
-        return lite
-    return Client(serve_all(DATABASE_URL=new_database(request.getfixturevalue("postgresql"))).url)
 
 
 def ids(answer: Answer, name: str = "id") -> list[str]:

@@ -21,7 +21,6 @@ from tests.api.conftest import (
     held,
     kinds,
     letters,
-    new_database,
     read_all,
     refused,
     script,
@@ -39,20 +38,6 @@ STRANGE: list[dict[str, Any]] = [
     {"type": "event: end\n\ndata: {}\n\n", "id": "end"},
     {"type": "user", "text": "x" * 700_000},
 ]
-
-
-@pytest.fixture(scope="module")
-def lite(serve_all: ServeFunction) -> Client:
-    """A client of a service on SQLite."""
-    return Client(serve_all().url)
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def api(request: pytest.FixtureRequest, serve_all: ServeFunction, lite: Client) -> Client:
-    """A client of a service on each kind of database."""
-    if request.param == "sqlite":
-        return lite
-    return Client(serve_all(DATABASE_URL=new_database(request.getfixturevalue("postgresql"))).url)
 
 
 @pytest.fixture(scope="module")

@@ -277,6 +277,19 @@ def test_a_file_that_is_there_is_never_touched(store: TranscriptStore, tmp_path:
     assert not host.path("/two").exists()
 
 
+def test_what_is_stored_whole_is_not_looked_for_on_this_host(
+    store: TranscriptStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Host(tmp_path, store)
+    looked: list[str] = []
+    monkeypatch.setattr("ccm.core.transcript_files.find_transcript", lambda cwd, *_: looked.append(cwd))
+
+    assert host.files.can_provide(run(transcript_stored=1), "/one", {})
+    assert looked == []
+    assert not host.files.can_provide(run(), "/one", {})
+    assert looked != []
+
+
 def test_what_is_stored_in_part_only_is_not_provided(store: TranscriptStore, tmp_path: Path) -> None:
     host = Host(tmp_path, store)
     asyncio.run(store.append({**KEY, "project_key": "-one"}, [entry("a")]))

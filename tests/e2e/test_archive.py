@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ccm.core.sdk import transcript_path
 from ccm.demo.messages_api import MessagesAPI
-from tests.archive_history import add_bun_run, make_bun
+from tests.archive.history import add_bun_run, make_bun
 from tests.client import Client
 from tests.conftest import ServeFunction
 from tests.e2e.test_runs import prompts_sent

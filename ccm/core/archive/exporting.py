@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ccm.core.lookup import find_run, find_session
-from ccm.db import archive, messages, runs, sessions
+from ccm.db import archive, messages, runs, sessions, transcripts
 from ccm.db.database import Transaction
+from ccm.db.transcripts import TranscriptKey
 from ccm.models import Run, Session, timestamp, to_json_text
 
 FORMAT = "cc-manager"
@@ -117,20 +118,21 @@ def _messages(transaction: Transaction, run: Run) -> Iterator[str]:
 
 
 def _transcripts(transaction: Transaction, run: Run) -> Iterator[str]:
-    for transcript in archive.transcripts(transaction, run.sdk_session_id):
+    for key in transcripts.of_session(transaction, run.sdk_session_id):
+        updated_at_ms = transcripts.updated_at_ms(transaction, key)
 
-        def sizes(after: int, transcript: archive.Transcript = transcript) -> list[tuple[int, int]]:
-            return archive.entry_sizes(transaction, transcript.id, after, PIECE_ITEMS)
+        def sizes(after: int, key: TranscriptKey = key) -> list[tuple[int, int]]:
+            return transcripts.sizes(transaction, key, after, PIECE_ITEMS)
 
         for after, last in _pieces(sizes):
-            entries = archive.entry_texts(transaction, transcript.id, run.sdk_session_id, after, last)
+            entries = transcripts.texts(transaction, key, after, last)
             fields = to_json_text(
                 {
                     "type": "transcript",
                     "sdkSessionId": run.sdk_session_id,
-                    "projectKey": transcript.project_key,
-                    "subpath": transcript.subpath,
-                    "updatedAtMs": transcript.updated_at_ms,
+                    "projectKey": key.project_key,
+                    "subpath": key.subpath,
+                    "updatedAtMs": updated_at_ms,
                     "index": after + 1,
                 }
             )

@@ -14,10 +14,10 @@ from ccm.core.archive.records import (
     Source,
     SourceError,
 )
-from ccm.db import archive, messages, runs, transcripts
+from ccm.db import archive, messages, runs, sessions, transcripts
 from ccm.db.database import Database, Transaction
 from ccm.db.transcripts import TranscriptKey
-from ccm.models import ERROR, FORK, RESUME, RUNNING, Message
+from ccm.models import ERROR, FORK, RESUME, RUNNING, Message, Run
 
 BATCH_ITEMS = 1_000
 BATCH_BYTES = 8 * 2**20
@@ -80,7 +80,7 @@ class Importer:
 
     def _take(self, run: ArchivedRun, last_seq: int) -> None:
         with self._database.transaction() as transaction:
-            there = archive.place_of(transaction, run.row["id"])
+            there = runs.find(transaction, run.row["id"])
             if self._offset is None:
                 self._offset = self._offset_of(transaction, run.row["seq"], there, last_seq)
             if there is None:
@@ -91,13 +91,13 @@ class Importer:
         else:
             self._count(incoming)
 
-    def _offset_of(self, transaction: Transaction, seq: int, there: int | None, last_seq: int) -> int:
+    def _offset_of(self, transaction: Transaction, seq: int, there: Run | None, last_seq: int) -> int:
         """Where the history of a source stands among what is here: before it all, for it is older.
 
         The source may have come before, whole or in part: then the rest goes to where it would have gone then.
         """
         if there is not None:
-            return there - seq
+            return there.seq - seq
         first = archive.first_seq(transaction)
         return 0 if first is None else first - 1 - last_seq
 
@@ -125,6 +125,7 @@ class _Incoming:
         self._has_transcript = has_transcript
         self._row = dict(run.row)
         self._session = dict(run.session)
+        self._parent = None if run.row["parentRunId"] is None else runs.find(transaction, run.row["parentRunId"])
         self._batch: list[Message] = []
         self._batch_bytes = 0
         self._last_at: str | None = None
@@ -143,7 +144,7 @@ class _Incoming:
         row = self._row
         self._settle_ids()
         session = self._settle_session()
-        if not archive.has_session(self._transaction, row["sessionId"]):
+        if sessions.find(self._transaction, row["sessionId"]) is None:
             self._open(session)
         self._check_line()
         row["seq"] = self._place()
@@ -166,9 +167,9 @@ class _Incoming:
         parent = row["parentRunId"]
         if parent is None:
             return session
-        session_of_parent = archive.session_of(self._transaction, parent)
-        if session_of_parent is None:
+        if self._parent is None:
             raise self._error(f"its parent run {parent} is neither before it nor here already")
+        session_of_parent = self._parent.session_id
         if row["mode"] != RESUME:
             if session["parentSessionId"] is None:
                 return session
@@ -188,21 +189,21 @@ class _Incoming:
 
     def _settle_ids(self) -> None:
         row, spare = self._row, self._run.spare_id
-        other = archive.run_of_sdk_session(self._transaction, row["sdkSessionId"])
+        other = runs.find_by_sdk_session(self._transaction, row["sdkSessionId"])
         if other is not None:
-            if spare is None or archive.run_of_sdk_session(self._transaction, spare) is not None:
+            if spare is None or runs.find_by_sdk_session(self._transaction, spare) is not None:
                 raise self._error(
-                    f"run {other}, which is here already, has the same sdkSessionId {row['sdkSessionId']}"
+                    f"run {other.id}, which is here already, has the same sdkSessionId {row['sdkSessionId']}"
                 )
             self.notes.append(
-                f"Run {row['id']} has the SDK session {row['sdkSessionId']} of run {other}, which is here already: it "
-                f"gets {spare} and no transcript."
+                f"Run {row['id']} has the SDK session {row['sdkSessionId']} of run {other.id}, which is here already: "
+                f"it gets {spare} and no transcript."
             )
             row |= {"sdkSessionId": spare, "hasTranscript": 0}
             if row["mode"] != RESUME:
                 row["sessionId"] = self._session["id"] = spare
         key = row.get("idempotencyKey")
-        if key is not None and archive.run_of_key(self._transaction, key) is not None:
+        if key is not None and runs.find_by_idempotency_key(self._transaction, key) is not None:
             self.notes.append(f"Run {row['id']} leaves its idempotency key behind: another run has it here.")
             row |= {"idempotencyKey": None, "requestDigest": None}
 
@@ -211,7 +212,7 @@ class _Incoming:
         if session["id"] != row["sessionId"]:
             raise self._error(f"its session {row['sessionId']} is neither before it nor here already")
         parent = session["parentSessionId"]
-        if parent is not None and not archive.has_session(self._transaction, parent):
+        if parent is not None and sessions.find(self._transaction, parent) is None:
             raise self._error(f"its session was forked from session {parent}, which is neither before it nor here")
         at = {"firstRunAt": row["createdAt"], "lastRunAt": row["createdAt"], "lastRunSeq": 0}
         archive.insert_session(self._transaction, {**session, **at})
@@ -219,24 +220,22 @@ class _Incoming:
 
     def _check_line(self) -> None:
         """A run's parent is in its session or in one that this was forked from: a tree can be deleted whole."""
-        if self._row["parentRunId"] is None:
+        if self._parent is None:
             return
-        wanted = archive.session_of(self._transaction, self._row["parentRunId"])
-        session: str | None = self._row["sessionId"]
-        while session is not None and session != wanted:
-            session = archive.parent_of(self._transaction, session)
-        if session is None:
-            raise self._error(
-                f"its parent run {self._row['parentRunId']} is in no session that its own was forked from"
-            )
+        above: str | None = self._row["sessionId"]
+        while above is not None and above != self._parent.session_id:
+            session = sessions.find(self._transaction, above)
+            above = None if session is None else session.parent_session_id
+        if above is None:
+            raise self._error(f"its parent run {self._parent.id} is in no session that its own was forked from")
 
     def _place(self) -> int:
         """Its place in the order of all runs: after its parent and what its session has; else at the very end."""
         row = self._row
         wanted = int(row["seq"]) + self._offset
         before = [archive.last_seq_of_session(self._transaction, row["sessionId"])]
-        if row["parentRunId"] is not None:
-            before.append(archive.place_of(self._transaction, row["parentRunId"]))
+        if self._parent is not None:
+            before.append(self._parent.seq)
         if archive.run_at(self._transaction, wanted) is not None or any(
             seq is not None and seq >= wanted for seq in before
         ):

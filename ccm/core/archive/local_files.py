@@ -12,9 +12,11 @@ from ccm.core.archive.records import UUID
 from ccm.core.sdk import config_directory, find_transcript
 from ccm.errors import CommandRefused
 
-# What stands in the directory of a project: a transcript, the folder beside it, and what a service that was killed has
-# left of writing one back. Nothing else is ever touched.
-NAME = re.compile(rf"(?P<id>{UUID.pattern})(\.jsonl)?|\.ccm-(?P<unfinished>{UUID.pattern})-.*", re.DOTALL)
+# What stands in the directory of a project: a transcript, one that the service has set aside for it lacked something,
+# the folder beside it, and what a service that was killed has left of writing one back. Nothing else is ever touched.
+NAME = re.compile(
+    rf"(?P<id>{UUID.pattern})(\.jsonl(\.incomplete-\d+)?)?|\.ccm-(?P<unfinished>{UUID.pattern})-.*", re.DOTALL
+)
 
 
 class LocalFiles:

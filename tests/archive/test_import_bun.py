@@ -14,10 +14,8 @@ import pytest
 
 from ccm.core.archive.bun_values import iso_time
 from ccm.core.sdk import transcript_path
-from ccm.db import sqlite_file
-from ccm.db.database import Database
-from ccm.db.migrate import migrate
-from tests.archive_history import add_bun_run, add_run, add_session, make_bun, uuid_of
+from tests.archive.conftest import of_type
+from tests.archive.history import add_bun_run, add_run, add_session, make_bun, uuid_of, writing
 from tests.client import Client
 from tests.conftest import ServeFunction
 from tests.flask_commands import Flask, variables
@@ -32,14 +30,9 @@ def bun(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def flask(home: Path) -> Flask:
-    return Flask(home)
-
-
 def lines_of(flask: Flask, url: str, kind: str) -> dict[str, dict[str, Any]]:
     key = {"run": "runId", "session": "sessionId"}[kind]
-    return {line[key]: line for line in flask.export(url) if line["type"] == kind}
+    return {line[key]: line for line in of_type(flask.export(url), kind)}
 
 
 def day(number: int) -> str:
@@ -176,7 +169,7 @@ def test_what_is_not_as_it_should_be_is_told(flask: Flask, bun: Path, database_u
     assert runs["Prompt of going-on"]["error"]["code"] == "INTERRUPTED"
     assert runs[""]["createdAt"] == "1970-01-01T00:00:00.000Z"
     assert "/" not in runs[""]["runId"] + runs[""]["sdkSessionId"] + runs[""]["sessionId"]
-    lines = [line for line in flask.export(database_url) if line["type"] == "message"]
+    lines = of_type(flask.export(database_url), "message")
     messages = [line["message"] for line in lines if line["runId"] == "orphan"]
     assert messages[0] == {"type": "user", "text": "\0 \ud83d"}
     assert messages[1] == {"type": "assistant", "unparsed": "{broken"}
@@ -194,8 +187,8 @@ def test_older_tables_without_mode_and_index_are_read_too(flask: Flask, tmp_path
     )
     assert flask(database_url, "import", str(path)).returncode == 0
 
-    lines = flask.export(database_url)
-    assert [line["message"]["n"] for line in lines if line["type"] == "message"] == [1, 2]
+    lines = of_type(flask.export(database_url), "message")
+    assert [line["message"]["n"] for line in lines] == [1, 2]
     assert lines_of(flask, database_url, "run")["r1"]["createdAt"] == "2025-06-01T10:00:00.000Z"
 
 
@@ -286,9 +279,8 @@ def test_another_programs_database_is_refused(flask: Flask, tmp_path: Path) -> N
 def test_what_has_gone_on_here_since_is_not_continued_twice(flask: Flask, bun: Path, database_url: str) -> None:
     add_bun_run(bun, "root", A, created_at=day(1))
     flask(database_url, "import", str(bun))
-    own = Database(database_url, writer=True, pool_size=1)
-    add_run(own, A, 5, mode="resume", parentRunId="root")
-    own.close()
+    with writing(database_url) as own:
+        add_run(own, A, 5, mode="resume", parentRunId="root")
     add_bun_run(bun, "late", B, A, created_at=day(2))
 
     done = flask(database_url, "import", str(bun))
@@ -300,9 +292,8 @@ def test_what_has_gone_on_here_since_is_not_continued_twice(flask: Flask, bun: P
 def test_a_fork_of_what_became_a_fork_here_is_one_of_that(flask: Flask, bun: Path, database_url: str) -> None:
     add_bun_run(bun, "root", A, created_at=day(1))
     flask(database_url, "import", str(bun))
-    own = Database(database_url, writer=True, pool_size=1)
-    add_run(own, A, 5, mode="resume", parentRunId="root")
-    own.close()
+    with writing(database_url) as own:
+        add_run(own, A, 5, mode="resume", parentRunId="root")
     add_bun_run(bun, "moved", B, A, created_at=day(2))
     add_bun_run(bun, "beyond", C, B, created_at=day(3))
     add_bun_run(bun, "aside", D, B, created_at=day(4), mode="fork")
@@ -322,9 +313,8 @@ def test_a_session_id_that_a_run_has_here_already_stays_with_it(
     add_bun_run(bun, "r1", A, created_at=day(1))
     flask(database_url, "import", str(bun))
     if gone_on:
-        own = Database(database_url, writer=True, pool_size=1)
-        add_run(own, A, 5, mode="resume", parentRunId="r1")
-        own.close()
+        with writing(database_url) as own:
+            add_run(own, A, 5, mode="resume", parentRunId="r1")
     # There, the last of the runs that share a session id has it.
     add_bun_run(bun, "r2", A, A, created_at=day(2))
     add_bun_run(bun, "r3", B, created_at=day(3))
@@ -359,12 +349,9 @@ def test_two_databases_with_one_session_id_come_in_as_two_sessions(
 
 
 def test_imported_history_is_served(flask: Flask, bun: Path, database_url: str, serve: ServeFunction) -> None:
-    sqlite_file.prepare(database_url)
-    own = Database(database_url, writer=True, pool_size=1)
-    migrate(own)
-    add_session(own, uuid_of(50))
-    add_run(own, uuid_of(50), 1)
-    own.close()
+    with writing(database_url) as own:
+        add_session(own, uuid_of(50))
+        add_run(own, uuid_of(50), 1)
     for number in range(1, 6):
         add_bun_run(bun, f"r{number}", uuid_of(60 + number), created_at=day(number))
     assert flask(database_url, "import", str(bun)).returncode == 0

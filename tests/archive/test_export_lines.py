@@ -12,7 +12,7 @@ from ccm.core.archive.importing import Importer
 from ccm.core.archive.lines import LineSource
 from ccm.core.archive.records import SourceError
 from ccm.db.database import Database
-from tests.archive_history import at, uuid_of
+from tests.archive.history import at, uuid_of
 
 SESSION: dict[str, Any] = {
     "type": "session",

@@ -10,8 +10,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ccm.db import archive, messages, transcripts
-from ccm.db.database import Database, Transaction
+from ccm.db import archive, messages, sqlite_file, transcripts
+from ccm.db.database import Database
 from ccm.db.migrate import migrate
 from ccm.db.transcripts import Entry, TranscriptKey
 from ccm.models import Message, to_json_text
@@ -31,6 +31,15 @@ def uuid_of(number: int) -> str:
 
 def at(minute: int) -> str:
     return f"2026-03-01T10:{minute:02}:00.000Z"
+
+
+@contextmanager
+def writing(url: str) -> Iterator[Database]:
+    """The one writer of a database, made if there is none, until the end of the block."""
+    sqlite_file.prepare(url)
+    with closing(Database(url, writer=True, pool_size=1)) as database:
+        migrate(database)
+        yield database
 
 
 def add_session(database: Database, session_id: str, **columns: Any) -> None:
@@ -203,23 +212,3 @@ def add_bun_run(path: Path, run_id: Any, session_id: str | None, parent: str | N
                 "VALUES (?, ?, ?, ?, ?)",
                 [run_id, index, "assistant", text, row["created_at"]],
             )
-
-
-class LendingWriter(Database):
-    """A writer that gives the right to write back after each transaction: the commands under test take it too."""
-
-    @contextmanager
-    def transaction(self, uncertain: bool = False) -> Iterator[Transaction]:
-        with super().transaction(uncertain) as transaction:
-            yield transaction
-        engine = self._database.engine
-        assert engine is not None
-        engine.dispose()
-
-
-def lending_writer(url: str) -> Iterator[Database]:
-    """For a fixture: the one writer of a database with the schema in place."""
-    database = LendingWriter(url, writer=True, pool_size=1)
-    migrate(database)
-    yield database
-    database.close()

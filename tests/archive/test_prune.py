@@ -13,9 +13,26 @@ from typing import Any
 
 import pytest
 
+from ccm.core.doorbell import Doorbell
+from ccm.core.recorder import Recorder
 from ccm.core.sdk import transcript_path
+from ccm.core.transcript_files import TranscriptFiles
+from ccm.core.transcript_store import TranscriptStore
+from ccm.db import runs
 from ccm.db.database import Database
-from tests.archive_history import FORK, OTHER, ROOT, SECRET, add_run, add_session, fill, lending_writer, uuid_of
+from tests.archive.conftest import of_type
+from tests.archive.history import (
+    FORK,
+    OTHER,
+    ROOT,
+    SECRET,
+    add_run,
+    add_session,
+    fill,
+    transcript_lines,
+    uuid_of,
+    writing,
+)
 from tests.client import Client
 from tests.conftest import ServeFunction
 from tests.flask_commands import Flask, variables
@@ -36,19 +53,8 @@ def flask(own_home: Path) -> Flask:
     return Flask(own_home)
 
 
-@pytest.fixture
-def writer(database_url: str) -> Iterator[Database]:
-    yield from lending_writer(database_url)
-
-
-@pytest.fixture
-def filled(writer: Database, database_url: str) -> str:
-    fill(writer)
-    return database_url
-
-
-def ids(flask: Flask, url: str, kind: str = "session") -> list[str]:
-    return [line["sessionId"] for line in flask.export(url) if line["type"] == kind]
+def ids(flask: Flask, url: str) -> list[str]:
+    return [line["sessionId"] for line in of_type(flask.export(url), "session")]
 
 
 def recent(**ago: int) -> str:
@@ -205,6 +211,7 @@ def test_copies_of_transcripts_that_were_written_for_other_runs_go_too(
         own_home / ".claude" / "projects" / "-srv-other" / f".ccm-{parent}-abcd_123",
     ]
     names = [f"{uuid_of(9999)}.jsonl", f".ccm-{uuid_of(9999)}-abcd", ".ccm-abcd", f"{parent}.txt", "memory"]
+    names += [f"{uuid_of(9999)}.jsonl.incomplete-17", f"{parent}.jsonl.incomplete", f"{parent}.incomplete-17"]
     kept = [own_home / ".claude" / "projects" / "-srv-other" / name for name in names]
     kept.append(own_home / ".claude" / "history" / "x" / f"{parent}.jsonl")
     for path in (*gone, *kept):
@@ -219,6 +226,25 @@ def test_copies_of_transcripts_that_were_written_for_other_runs_go_too(
     assert [path for path in gone if path.exists()] == []
     assert [path for path in kept if not path.exists()] == []
     assert not (own_home / ".claude" / "projects" / "-srv-\U0001f600" / parent).exists()
+
+
+def test_a_transcript_that_the_service_has_set_aside_goes_too(
+    flask: Flask, writer: Database, database_url: str, own_home: Path, project: Path
+) -> None:
+    add_session(writer, ROOT, cwd=str(project))
+    stored = {"": transcript_lines(uuid_of(2001), "what the file has lost")}
+    run_id = add_run(writer, ROOT, 1, cwd=str(project), transcript=stored)
+    folder = write(own_home, project, uuid_of(2001)).parent
+    with writer.transaction() as transaction:
+        run = runs.find(transaction, run_id)
+    assert run is not None
+    store = TranscriptStore(Recorder(writer, Doorbell(), 2**20, lambda run, error: None), writer)
+    assert TranscriptFiles(store, {"HOME": str(own_home)}).provide(run, run)
+    assert sorted(SECRET in path.read_text() for path in folder.iterdir()) == [False, True]
+
+    assert "2 files of Claude Code" in flask(database_url, "prune", "--session", ROOT).stdout
+
+    assert list(folder.iterdir()) == []
 
 
 def write(home: Path, cwd: Path, sdk_session_id: str, variable: str = "HOME") -> Path:
@@ -236,15 +262,9 @@ def files_of(url: str) -> Iterator[Path]:
 @pytest.fixture
 def lite(tmp_path: Path) -> Iterator[tuple[Database, str]]:
     """A SQLite database, whose file is looked into."""
-    from ccm.db import sqlite_file
-    from ccm.db.migrate import migrate
-
     url = f"sqlite:///{tmp_path}/db.sqlite"
-    sqlite_file.prepare(url)
-    database = Database(url, writer=True, pool_size=1)
-    migrate(database)
-    yield database, url
-    database.close()
+    with writing(url) as database:
+        yield database, url
 
 
 def holds_secret(url: str) -> bool:

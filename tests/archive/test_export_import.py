@@ -4,41 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import sqlite3
 import subprocess
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ccm.core.archive.exporting import export
-from ccm.db import archive, runs, sessions, sqlite_file
+from ccm.db import archive, runs, sessions
 from ccm.db.database import Database
-from ccm.db.migrate import migrate
 from tests.api.conftest import new_database
-from tests.archive_history import FORK, ODD, OTHER, ROOT, add_run, add_session, fill, lending_writer, uuid_of
+from tests.archive.conftest import of_type
+from tests.archive.history import FORK, ODD, OTHER, ROOT, add_run, add_session, fill, uuid_of, writing
 from tests.client import Client
 from tests.conftest import ServeFunction
 from tests.flask_commands import FLASK, Flask, variables
 
-
-@pytest.fixture
-def flask(home: Path) -> Flask:
-    return Flask(home)
-
-
-@pytest.fixture
-def writer(database_url: str) -> Iterator[Database]:
-    yield from lending_writer(database_url)
-
-
-@pytest.fixture
-def filled(writer: Database, database_url: str) -> str:
-    """The URL of a database with the history of tests/archive_history.py."""
-    fill(writer)
-    return database_url
+ROOT_FOLDER = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -47,22 +30,11 @@ def other_url(database_url: str, tmp_path: Path, postgresql: str) -> str:
     return new_database(postgresql) if database_url.startswith("sqlite") else f"sqlite:///{tmp_path}/other.sqlite"
 
 
-ROOT_FOLDER = Path(__file__).parents[1]
-
-
-def open_database(url: str) -> Iterator[Database]:
-    database = Database(url)
-    yield database
-    database.close()
-
-
 @pytest.fixture
 def other(other_url: str) -> Iterator[Database]:
-    yield from open_database(other_url)
-
-
-def of_type(lines: list[dict[str, Any]], *types: str) -> list[dict[str, Any]]:
-    return [line for line in lines if line["type"] in types]
+    database = Database(other_url)
+    yield database
+    database.close()
 
 
 # ---- there and back
@@ -133,12 +105,9 @@ def test_an_import_of_a_cut_off_export_keeps_what_is_whole_and_is_completed_by_t
 def test_the_rest_of_an_import_that_was_cut_off_goes_to_where_it_would_have_gone(
     flask: Flask, filled: str, other_url: str
 ) -> None:
-    sqlite_file.prepare(other_url)
-    own = Database(other_url, writer=True, pool_size=1)
-    migrate(own)
-    add_session(own, uuid_of(50))
-    add_run(own, uuid_of(50), 50)
-    own.close()
+    with writing(other_url) as own:
+        add_session(own, uuid_of(50))
+        add_run(own, uuid_of(50), 50)
     exported = flask(filled, "export").stdout
     middle = exported.index(f'{{"type":"session","sessionId":"{FORK}"')
 
@@ -300,11 +269,10 @@ def test_a_resume_of_what_has_gone_on_otherwise_here_becomes_a_fork(
     assert flask(other_url, "import", "-", given=flask(database_url, "export").stdout).returncode == 0
     add_run(writer, ROOT, 5, mode="resume", parentRunId=uuid_of(1003))
     add_run(writer, ROOT, 6, mode="resume", parentRunId=uuid_of(1005))
-    own = Database(other_url, writer=True, pool_size=1)
-    # It has taken the place that run 5 would have.
-    taken: dict[str, Any] = {"id": uuid_of(1999), "sdkSessionId": uuid_of(2999)}
-    add_run(own, ROOT, 5, mode="resume", parentRunId=uuid_of(1003), **taken)
-    own.close()
+    with writing(other_url) as own:
+        # It has taken the place that run 5 would have.
+        taken: dict[str, Any] = {"id": uuid_of(1999), "sdkSessionId": uuid_of(2999)}
+        add_run(own, ROOT, 5, mode="resume", parentRunId=uuid_of(1003), **taken)
 
     again = flask(other_url, "import", "-", given=flask(database_url, "export").stdout)
 
@@ -331,10 +299,9 @@ def test_a_fork_of_what_became_a_fork_here_is_one_of_that(
     moved = add_run(writer, ROOT, 5, mode="resume", parentRunId=uuid_of(1003))
     add_session(writer, uuid_of(70), parentSessionId=ROOT, forkedFromRunId=moved)
     add_run(writer, uuid_of(70), 6, mode="fork", parentRunId=moved, parentSessionId=ROOT)
-    own = Database(other_url, writer=True, pool_size=1)
-    taken: dict[str, Any] = {"id": uuid_of(1999), "sdkSessionId": uuid_of(2999)}
-    add_run(own, ROOT, 5, mode="resume", parentRunId=uuid_of(1003), **taken)
-    own.close()
+    with writing(other_url) as own:
+        taken: dict[str, Any] = {"id": uuid_of(1999), "sdkSessionId": uuid_of(2999)}
+        add_run(own, ROOT, 5, mode="resume", parentRunId=uuid_of(1003), **taken)
 
     again = flask(other_url, "import", "-", given=flask(database_url, "export").stdout)
 
@@ -387,12 +354,9 @@ def test_a_run_that_had_not_ended_comes_in_as_interrupted(
 
 
 def test_an_idempotency_key_that_another_run_has_here_is_left_behind(flask: Flask, filled: str, other_url: str) -> None:
-    sqlite_file.prepare(other_url)
-    own = Database(other_url, writer=True, pool_size=1)
-    migrate(own)
-    add_session(own, uuid_of(50))
-    add_run(own, uuid_of(50), 50, idempotencyKey="key-1", requestDigest="e" * 32)
-    own.close()
+    with writing(other_url) as own:
+        add_session(own, uuid_of(50))
+        add_run(own, uuid_of(50), 50, idempotencyKey="key-1", requestDigest="e" * 32)
 
     imported = flask(other_url, "import", "-", given=flask(filled, "export").stdout)
 
@@ -444,12 +408,9 @@ def test_a_run_that_does_not_fit_keeps_only_what_continues_it_out(
     flask: Flask, writer: Database, database_url: str, other_url: str
 ) -> None:
     fill(writer)
-    sqlite_file.prepare(other_url)
-    own = Database(other_url, writer=True, pool_size=1)
-    migrate(own)
-    add_session(own, uuid_of(50))
-    add_run(own, uuid_of(50), 50, sdkSessionId=uuid_of(2001))
-    own.close()
+    with writing(other_url) as own:
+        add_session(own, uuid_of(50))
+        add_run(own, uuid_of(50), 50, sdkSessionId=uuid_of(2001))
 
     done = flask(other_url, "import", "-", given=flask(database_url, "export").stdout)
 
@@ -471,11 +432,8 @@ def test_a_path_that_is_not_there_is_a_mistake_in_the_command(flask: Flask, tmp_
 
 def test_a_database_of_our_own_is_to_be_exported_first(flask: Flask, tmp_path: Path) -> None:
     path = tmp_path / "db.sqlite"
-    database = Database(f"sqlite:///{path}", writer=True, pool_size=1)
-    migrate(database)
-    database.close()
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA application_id = 1667460401")
+    with writing(f"sqlite:///{path}"):
+        pass
     refused = flask(f"sqlite:///{tmp_path}/new.sqlite", "import", str(path))
     assert [refused.returncode, "flask export" in refused.stderr] == [1, True]
     assert not os.path.exists(tmp_path / "new.sqlite")

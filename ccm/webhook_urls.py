@@ -29,7 +29,7 @@ def web_address(url: str) -> str:
         raise ValueError("must be an absolute URL that begins with http:// or https://")
     if "#" in url:
         raise ValueError("must have no fragment (#...), which would not be sent")
-    if "@" in re.split(r"[/?\\]", rest)[0]:
+    if "@" in re.split("[/?]", rest)[0]:
         raise ValueError("must have no user or password: it is shown with the run. The signature proves who calls")
     if not URL.fullmatch(url):
         raise ValueError(

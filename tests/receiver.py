@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -49,9 +50,15 @@ class Receiver:
     Args:
         port: of an earlier receiver that is down now; 0 takes a free one.
         reply: what it answers; it may take its time.
+        tls: its certificate.
     """
 
-    def __init__(self, port: int = 0, reply: Callable[[Received], Reply] = lambda _: Reply()) -> None:
+    def __init__(
+        self,
+        port: int = 0,
+        reply: Callable[[Received], Reply] = lambda _: Reply(),
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.received: list[Received] = []
         self.reply = reply
         self.closing = threading.Event()
@@ -60,6 +67,9 @@ class Receiver:
         self._server.receiver = self
         self.port: int = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
+        if tls is not None:
+            self.url = f"https://localhost:{self.port}"
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
         self._thread = threading.Thread(target=lambda: self._server.serve_forever(0.02), name="receiver")
 
     def __enter__(self) -> Receiver:
@@ -107,7 +117,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         reply = receiver.reply(received)
         if reply.drip:
             while not receiver.closing.is_set():
-                self.wfile.write(b"HTTP/1.1 200 OK\r\n"[:9] if not receiver.closing.wait(0.02) else b"")
+                self.wfile.write(b"x")
+                receiver.closing.wait(0.02)
         self.send_response(reply.status)
         for name, value in (reply.headers or {}).items():
             self.send_header(name, value)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import logging
 import re
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from standardwebhooks import WebhookVerificationError
 
 from ccm.core.doorbell import EVENTS, Doorbell
@@ -39,7 +45,6 @@ class World:
     def __init__(self, writer: Database, reader: Database, *, service: str | None = None) -> None:
         self._reader = reader
         self._service = service
-        self._stack = ExitStack()
         self._seq = 0
         self.doorbell = Doorbell()
         self.outbox = Outbox(service=service is not None)
@@ -305,6 +310,73 @@ def test_what_is_no_http_and_a_host_that_is_none_are_told(world: World, monkeypa
     for run_id in (unknown, label):
         [delivery] = world.settled(run_id, "failed")
         assert "host cannot be found" in delivery["attempts"][0]["error"]
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate for localhost that nobody has signed, and its key, in one file."""
+    path = tmp_path_factory.mktemp("certificate") / "both.pem"
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    plain = serialization.NoEncryption()
+    secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
+    path.write_bytes(made.public_bytes(serialization.Encoding.PEM) + secret)
+    return path
+
+
+@pytest.mark.parametrize("is_trusted", [True, False])
+def test_a_certificate_must_be_trusted(
+    world: World, certificate: Path, monkeypatch: pytest.MonkeyPatch, is_trusted: bool
+) -> None:
+    if is_trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate)
+    with Receiver(tls=tls) as receiver:
+        world.start(schedule=())
+        right = world.run(receiver.url + "/hook", STARTED)
+        wrong_name = world.run(receiver.url.replace("localhost", "127.0.0.1"), STARTED)
+        if is_trusted:
+            world.settled(right, "delivered")
+            assert receiver.received[0].headers["host"] == f"localhost:{receiver.port}"
+        for run_id in [wrong_name] if is_trusted else [right, wrong_name]:
+            [delivery] = world.settled(run_id, "failed")
+            assert "certificate cannot be trusted" in delivery["attempts"][0]["error"]
+        assert len(receiver.received) == int(is_trusted)
+
+
+def test_a_receiver_that_says_nothing_when_tls_begins_gets_no_more_time(world: World) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        world.start(schedule=(), attempt_seconds=0.3)
+        run_id = world.run(f"https://127.0.0.1:{server.getsockname()[1]}/", STARTED)
+        [delivery] = world.settled(run_id, "failed")
+    assert delivery["attempts"][0]["error"] == "no answer within 0.3 s"
+
+
+def test_a_host_that_gives_no_answer_is_asked_by_one_at_a_time_until_it_does(world: World) -> None:
+    came: list[float] = []
+    answering = threading.Event()
+
+    def reply(_: Received) -> Reply:
+        came.append(time.monotonic())
+        answering.wait(60)
+        return Reply()
+
+    with Receiver(reply=reply) as receiver:
+        world.start(schedule=(3_600.0,), attempt_seconds=0.5)
+        runs = [world.run(receiver.url, STARTED) for _ in range(12)]
+        receiver.wait_for(7)
+        for before, after in itertools.pairwise(came[4:7]):
+            assert after - before > 0.3, "two at once ask a host that gives no answer"
+        answering.set()
+        receiver.wait_for(12)
+        until(lambda: sum(world.statuses(run_id) == ["delivered"] for run_id in runs) >= 5)
 
 
 def test_410_ends_it_for_this_run_alone(world: World, receiver: Receiver) -> None:

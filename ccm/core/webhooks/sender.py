@@ -27,7 +27,7 @@ from ccm.core.webhooks.signature import headers
 from ccm.core.webhooks.verdict import SCHEDULE, Verdict, judge
 from ccm.db import deliveries, events, runs
 from ccm.db.database import Database, Transaction
-from ccm.errors import StorageError
+from ccm.errors import StorageDown, StorageError
 from ccm.models import DELIVERED, DISABLED, FAILED, PENDING, RUN_TARGET, Delivery, timestamp
 from ccm.webhook_urls import allowed, host_of
 
@@ -35,9 +35,11 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Attempts at once, and of these at most to one host: a few that do not answer leave room for those that do.
+# Attempts at once, and of these at most to one host, and to one that has given no answer the last time: those that take
+# all the time they get leave room for the others.
 THREADS = 16
 PER_HOST = 4
+PER_SILENT_HOST = 1
 # How long a receiver may take (seconds).
 ATTEMPT_SECONDS = 15.0
 # How long to sleep at most (seconds): the times of the next attempts are the clock's, which may jump.
@@ -93,6 +95,8 @@ class Sender:
         # The host of each delivery that is in the hands of a thread, and what is being sent.
         self._hosts: dict[int, str] = {}
         self._posts: dict[int, Post] = {}
+        # Hosts that gave no answer the last time.
+        self._silent: set[str] = set()
         self._rung = threading.Event()
         self._stopping = False
         self._stopped = threading.Event()
@@ -152,7 +156,8 @@ class Sender:
         now = timestamp()
         # Who has least under way comes first.
         for host, at in sorted(hosts, key=lambda place: (busy[place[0]], place[1])):
-            room = min(PER_HOST - busy[host], THREADS - busy.total())
+            share = PER_SILENT_HOST if host in self._silent else PER_HOST
+            room = min(share - busy[host], THREADS - busy.total())
             if at > now or room <= 0:
                 continue
             # What is under way is due as well, until what has become of it is stored.
@@ -181,15 +186,14 @@ class Sender:
         """One attempt, and its outcome stored."""
         try:
             self._attempt(delivery_id)
-        except Exception as error:
-            # It stays due. Not at once, or a receiver would be called again and again while storage is down.
-            log.log(
-                logging.DEBUG if isinstance(error, StorageError) else logging.ERROR,
-                "delivery %d was not tried: %s",
-                delivery_id,
-                error,
-            )
+        except StorageDown as error:
+            log.debug("delivery %d cannot be read: %s", delivery_id, error)
             self._stopped.wait(FAULT_PAUSE)
+        except Exception:
+            # It may have been sent, and is still due: at once it would be sent again and again.
+            if not self._stopping:
+                log.exception("what has become of delivery %d is not stored", delivery_id)
+            self._stopped.wait(LONGEST_SLEEP)
         with self._lock:
             del self._hosts[delivery_id]
         self._rung.set()
@@ -216,10 +220,15 @@ class Sender:
         took = round((time.monotonic() - begun) * 1_000)
         if self._stopped.is_set() and not isinstance(answer, Answer):
             return  # it was cut, and the receiver is not to blame
+        self._heard(delivery.host, isinstance(answer, Answer))
         verdict = judge(answer, len(delivery.attempts) + 1, self._schedule)
         code = answer.status if isinstance(answer, Answer) else None
         attempt = {"at": at, "durationMs": took, "statusCode": code, "error": verdict.error}
         self._store(delivery, [*delivery.attempts, attempt], verdict)
+
+    def _heard(self, host: str, answered: bool) -> None:
+        with self._lock:
+            (self._silent.discard if answered else self._silent.add)(host)
 
     def _refusal(self, delivery: Delivery, url: str | None) -> str | None:
         """Why a delivery is not to be sent by the settings as they are now."""

@@ -207,18 +207,24 @@ def test_killed_between_commit_and_send_it_sends_after_the_next_start(
 
 
 def test_ends_that_a_stop_brings_are_told_before_it_is_over(
-    serve_all: ServeFunction, receiver: Receiver, project: Path
+    serve_all: ServeFunction, project: Path, tmp_path: Path
 ) -> None:
-    service = serve_all()
-    client = Client(service.url)
-    runs = [client.start(project, '{"hold": true}', wait=0, webhookUrl=receiver.url + "/stop") for _ in range(3)]
-    receiver.wait_for(3, "/stop")
-    service.process.send_signal(signal.SIGTERM)
-    assert service.wait() == 0
+    # A receiver that takes a moment: what is cut would be sent again after the next start.
+    with Receiver(reply=lambda _: Reply(500) if receiver.closing.wait(0.3) else Reply()) as receiver:
+        service = serve_all(DATABASE_PATH=tmp_path / "db.sqlite")
+        client = Client(service.url)
+        runs = [client.start(project, '{"hold": true}', wait=0, webhookUrl=receiver.url) for _ in range(3)]
+        receiver.wait_for(3)
+        service.process.send_signal(signal.SIGTERM)
+        assert service.wait() == 0
 
-    told = [received for received in receiver.received if received.path == "/stop"][3:]
-    assert sorted(received.told for received in told) == sorted((run["id"], "run.failed") for run in runs)
-    assert {received.json["data"]["run"]["error"]["code"] for received in told} == {"INTERRUPTED"}
+        told = receiver.received[3:]
+        assert sorted(received.told for received in told) == sorted((run["id"], "run.failed") for run in runs)
+        assert {received.json["data"]["run"]["error"]["code"] for received in told} == {"INTERRUPTED"}
+        client = Client(serve_all(DATABASE_PATH=tmp_path / "db.sqlite").url)
+        for run in runs:
+            assert [d["status"] for d in deliveries(client, run)] == ["delivered", "delivered"]
+        assert len(receiver.received) == 6
 
 
 def test_a_receiver_that_does_not_answer_does_not_hold_up_a_stop(serve_all: ServeFunction, project: Path) -> None:

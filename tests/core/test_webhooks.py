@@ -491,7 +491,8 @@ def test_a_stop_sends_what_is_quick_and_leaves_the_rest_for_the_next_start(world
 
         slow.reply = lambda _: Reply()
         world.start()
-        world.settled(held, "delivered")
+        [delivered] = world.settled(held, "delivered")
+        assert len(delivered["attempts"]) == 1, "what was cut counts as the receiver's failure"
         world.sender.stop(time.monotonic() + 5)
 
 

@@ -3,7 +3,8 @@
 CCMError                        an answer to a client: code, HTTP status, the field at fault
 ├── ValidationError             400 VALIDATION_ERROR
 ├── Unauthorized                401 UNAUTHORIZED
-├── Forbidden                   403 OPTION_FORBIDDEN, CWD_FORBIDDEN, TIMEOUT_FORBIDDEN, HOST_FORBIDDEN, ORIGIN_FORBIDDEN
+├── Forbidden                   403 OPTION_FORBIDDEN, CWD_FORBIDDEN, TIMEOUT_FORBIDDEN, WEBHOOK_FORBIDDEN,
+│                               HOST_FORBIDDEN, ORIGIN_FORBIDDEN
 ├── NotFound                    404 RUN_NOT_FOUND, SESSION_NOT_FOUND
 ├── Conflict                    409 SESSION_BUSY, SESSION_NOT_RESUMABLE, RUN_ALREADY_ENDED
 ├── TooLarge                    413 BODY_TOO_LARGE

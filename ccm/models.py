@@ -38,6 +38,14 @@ RUN_ENDED = {COMPLETED: "run.completed", ERROR: "run.failed", CANCELLED: "run.ca
 APPROVAL_REQUESTED = "approval.requested"
 APPROVAL_RESOLVED = "approval.resolved"
 
+# To whom an event is delivered: the address of its run, or that of the service.
+RUN_TARGET = "run"
+SERVICE_TARGET = "service"
+PENDING = "pending"
+DELIVERED = "delivered"
+FAILED = "failed"
+DISABLED = "disabled"
+
 # A run of ours has a UUID; one that was imported has the id that its first service gave it.
 RUN_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
 
@@ -46,9 +54,9 @@ ENQUEUE = "enqueue"
 INTERRUPT = "interrupt"
 
 
-def timestamp() -> str:
-    """Now, as ISO 8601 in UTC with milliseconds; sorts as text."""
-    seconds, milliseconds = divmod(time.time_ns() // 1_000_000, 1_000)
+def timestamp(ahead: float = 0.0) -> str:
+    """Now, or so many seconds from now, as ISO 8601 in UTC with milliseconds; sorts as text."""
+    seconds, milliseconds = divmod(time.time_ns() // 1_000_000 + round(ahead * 1_000), 1_000)
     return f"{_second(seconds)}.{milliseconds:03}Z"
 
 
@@ -287,6 +295,47 @@ class Event:
     type: str
     run_id: str
     json: str
+
+
+@dataclass(frozen=True)
+class Delivery(Row):
+    """An event on its way to one of its addresses. `reason` is why it was given up.
+
+    `next_attempt_at` is None, too, while an earlier one of the same run to the same target is pending.
+    """
+
+    id: int
+    event_id: int
+    event_type: str
+    run_id: str
+    target: str
+    webhook_id: str
+    host: str
+    status: str
+    reason: str | None
+    attempts_json: str
+    next_attempt_at: str | None
+
+    @property
+    def attempts(self) -> list[dict[str, Any]]:
+        attempts: list[dict[str, Any]] = json.loads(self.attempts_json)
+        return attempts
+
+    def to_json(self) -> dict[str, Any]:
+        """The delivery as the API shows it."""
+        return {
+            "id": self.id,
+            "eventId": self.event_id,
+            "eventType": self.event_type,
+            "runId": self.run_id,
+            "target": self.target,
+            "host": self.host or None,
+            "webhookId": self.webhook_id,
+            "status": self.status,
+            "reason": self.reason,
+            "attempts": self.attempts,
+            "nextAttemptAt": self.next_attempt_at,
+        }
 
 
 @dataclass(frozen=True)

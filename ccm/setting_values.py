@@ -6,6 +6,8 @@ the value must be; what it has is left to the caller, who knows whether it is a 
 
 from __future__ import annotations
 
+import base64
+import binascii
 import ipaddress
 import math
 import os
@@ -15,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ccm.token_file import TOKEN
+from ccm.webhook_urls import host_pattern
 
 LOG_LEVELS = ("debug", "info", "warn", "error")
 HOST_NAME = re.compile(r"[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_-])?|\[[0-9a-f:.]+\]", re.ASCII)
@@ -24,6 +27,9 @@ LONGEST_RUN = 30 * 24 * 3600
 UNIX_PEER = "unix"
 # Nothing that would need quoting in an address or a header, and no dots that a client resolves.
 URL_PREFIX = re.compile(r"(?=.{1,200}\Z)(?:/(?!\.{1,2}(?:/|\Z))[\w.~-]+)+", re.ASCII)
+# A secret as https://www.standardwebhooks.com writes it, and how many bytes it may have.
+SECRET_PREFIX = "whsec_"  # noqa: S105  # what a secret begins with
+SECRET_BYTES = (24, 64)
 # What Linux takes as the path of a socket.
 UNIX_PATH_BYTES = 107
 
@@ -154,6 +160,29 @@ def file_mode(value: str) -> int:
     if not re.fullmatch(r"0?[67][0-7]{2}", value, re.ASCII):
         raise ValueError("must be an octal mode that lets its owner in, such as 0600 or 0660")
     return int(value, 8)
+
+
+def host_patterns(value: str) -> tuple[str, ...]:
+    """Hosts as ccm/webhook_urls.py matches them, separated by commas."""
+    return tuple(host_pattern(part) for part in value.split(","))
+
+
+def signing_secrets(value: str) -> tuple[bytes, ...]:
+    """The keys of secrets for webhooks, separated by blanks."""
+    lowest, highest = SECRET_BYTES
+    keys = []
+    for secret in value.split():
+        try:
+            key = base64.b64decode(secret.removeprefix(SECRET_PREFIX), validate=True)
+        except (binascii.Error, ValueError):
+            key = b""
+        if not secret.startswith(SECRET_PREFIX) or not lowest <= len(key) <= highest:
+            raise ValueError(
+                f"must be {SECRET_PREFIX} and {lowest} to {highest} random bytes in base64, such as "
+                f'"{SECRET_PREFIX}$(openssl rand -base64 32)"; several for a rotation, separated by blanks'
+            )
+        keys.append(key)
+    return tuple(keys)
 
 
 def database_url(value: str) -> str:

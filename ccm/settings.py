@@ -12,6 +12,7 @@ from typing import Any
 
 from ccm import setting_values as parse
 from ccm.errors import BadSetting
+from ccm.webhook_urls import web_address
 
 PERMISSION_MODES = ("default", "acceptEdits", "plan", "dontAsk")
 PRIVILEGED_PERMISSION_MODES = ("bypassPermissions", "auto")
@@ -28,7 +29,7 @@ PRIVILEGED_OPTIONS = (
     "settings",
 )
 # Variables whose value is never shown.
-SECRETS = ("DATABASE_URL", "CCM_API_TOKEN")
+SECRETS = ("DATABASE_URL", "CCM_API_TOKEN", "CCM_WEBHOOK_URL", "CCM_WEBHOOK_SECRET")
 # What the service itself puts into a run's environment (core/processes.py): inherited when an agent starts a service.
 OWN_MARKS = ("CCM_RUN_ID",)
 
@@ -195,6 +196,29 @@ class Settings:
         "Longest time from a run's start to its end, in seconds or as `90s`, `30m`, `2h`; a request may name less in "
         "`timeoutMs`",
         "(empty: no ceiling)",
+    )
+    webhook_url: str | None = _setting(
+        "CCM_WEBHOOK_URL",
+        None,
+        web_address,
+        "An http(s) address that is told of every run, beside the `webhookUrl` that a request may name",
+        "(empty)",
+    )
+    webhook_secret: tuple[bytes, ...] = _setting(
+        "CCM_WEBHOOK_SECRET",
+        (),
+        parse.signing_secrets,
+        "Signs webhooks: `whsec_` and 24 to 64 random bytes in base64. Several, separated by blanks, while receivers "
+        "change to a new one",
+        "(empty: unsigned)",
+    )
+    webhook_allow: tuple[str, ...] = _setting(
+        "CCM_WEBHOOK_ALLOW",
+        (),
+        parse.host_patterns,
+        "Hosts, separated by commas, that a `webhookUrl` may have: `hooks.example.com` (any port), "
+        "`hooks.example.com:8443`, `*.example.com`. `CCM_WEBHOOK_URL` is free of it",
+        "(empty: any host)",
     )
     cli_path: Path | None = _setting(
         "CCM_CLI_PATH",

@@ -34,6 +34,9 @@ def test_values_are_taken_from_the_environment(tmp_path: Path) -> None:
             "CCM_TRUSTED_PROXY": "0:0::1, unix",
             "CCM_URL_PREFIX": "/a/b-c/",
             "CCM_UNIX_SOCKET_MODE": "660",
+            "CCM_WEBHOOK_URL": "https://hooks.example.com/x?key=1",
+            "CCM_WEBHOOK_ALLOW": "Hooks.example.com:8443, *.example.org,[::1]",
+            "CCM_WEBHOOK_SECRET": "whsec_MTExMTExMTExMTExMTExMTExMTExMTEx  whsec_MjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIy",
         }
     )
 
@@ -47,6 +50,9 @@ def test_values_are_taken_from_the_environment(tmp_path: Path) -> None:
     assert settings.trusted_proxy == ("::1", "unix")
     assert settings.url_prefix == "/a/b-c"
     assert settings.unix_socket_mode == 0o660
+    assert settings.webhook_url == "https://hooks.example.com/x?key=1"
+    assert settings.webhook_allow == ("hooks.example.com:8443", "*.example.org", "[::1]")
+    assert settings.webhook_secret == (b"1" * 24, b"2" * 24)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +72,22 @@ def test_a_refusal_shows_no_password() -> None:
     with pytest.raises(BadSetting) as refusal:
         Settings.from_env({"DATABASE_URL": "mysql://user:secret@h/db"})
     assert "secret" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("CCM_WEBHOOK_SECRET", "whsec_c2VjcmV0"),
+        ("CCM_WEBHOOK_SECRET", "my secret"),
+        ("CCM_WEBHOOK_URL", "hooks.example.com/secret"),
+        ("CCM_WEBHOOK_URL", "https://hooks.example.com/ secret"),
+    ],
+)
+def test_a_refusal_of_a_webhooks_setting_shows_no_secret(variable: str, value: str) -> None:
+    with pytest.raises(BadSetting) as refusal:
+        Settings.from_env({variable: value})
+    for part in ("my secret", "c2VjcmV0", "/secret", "/ secret"):
+        assert part not in str(refusal.value)
 
 
 def test_a_star_allows_every_privileged_option() -> None:
@@ -121,6 +143,20 @@ def test_a_star_allows_every_privileged_option() -> None:
         ("CCM_UNIX_SOCKET", "/" + "x" * 107, "107 bytes"),
         ("CCM_UNIX_SOCKET_MODE", "0400", "octal mode"),
         ("CCM_UNIX_SOCKET_MODE", "1777", "octal mode"),
+        ("CCM_WEBHOOK_URL", "hooks.example.com", "begins with http"),
+        ("CCM_WEBHOOK_URL", "https://me:secret@hooks.example.com/", "no user or password"),
+        ("CCM_WEBHOOK_URL", "https://hooks.example.com/#x", "fragment"),
+        ("CCM_WEBHOOK_SECRET", "a-word-of-mine", "whsec_"),
+        ("CCM_WEBHOOK_SECRET", "MTExMTExMTExMTExMTExMTExMTExMTEx", "whsec_"),
+        ("CCM_WEBHOOK_SECRET", "whsec_MTEx", "24 to 64 random bytes"),
+        ("CCM_WEBHOOK_SECRET", "whsec_" + "MTEx" * 22, "24 to 64 random bytes"),
+        ("CCM_WEBHOOK_SECRET", "whsec_MTExMTExMTExMTExMTExMTExMTExMTEx whsec_?", "base64"),
+        ("CCM_WEBHOOK_ALLOW", "https://hooks.example.com", "no host"),
+        ("CCM_WEBHOOK_ALLOW", "a.example,,b.example", "no host"),
+        ("CCM_WEBHOOK_ALLOW", "*", "no host"),
+        ("CCM_WEBHOOK_ALLOW", "*.*.example", "no host"),
+        ("CCM_WEBHOOK_ALLOW", "::1", "no host"),
+        ("CCM_WEBHOOK_ALLOW", "a.example:0", "no host"),
     ],
 )
 def test_a_bad_value_is_refused_in_a_sentence_that_names_the_variable(variable: str, value: str, says: str) -> None:

@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails, from_json
 from ccm.api.options import SERVICE_OWNED, Options, Strict, no_nul, plain_json
 from ccm.errors import TooLarge, UnsupportedMediaType, ValidationError
 from ccm.models import RUN_ID, IdempotencyKey, Image
+from ccm.webhook_urls import web_address
 
 PROMPT_CHARACTERS = 1_000_000
 IMAGES = 20
@@ -63,6 +64,7 @@ def _run_id(text: str) -> str:
 Prompt = Annotated[str, Field(max_length=PROMPT_CHARACTERS), AfterValidator(_not_blank)]
 Title = Annotated[str, Field(max_length=TITLE_CHARACTERS), AfterValidator(no_nul)]
 Metadata = Annotated[dict[str, JsonValue], AfterValidator(plain_json)]
+WebAddress = Annotated[str, AfterValidator(web_address)]
 Path = Annotated[str, Field(min_length=1, max_length=PATH_CHARACTERS), AfterValidator(no_nul)]
 # A UUID in its usual form: Claude Code would take a session's title too, and another session for it.
 Id = Annotated[str, AfterValidator(_uuid)]
@@ -95,6 +97,7 @@ class RunBody(Strict):
     images: Annotated[list[ImageBody], Field(max_length=IMAGES)] = Field(default_factory=list)
     options: Options = Options()
     timeoutMs: Annotated[int, Field(ge=1, le=TIMEOUT_MS)] | None = None
+    webhookUrl: WebAddress | None = None
 
     def pictures(self) -> tuple[Image, ...]:
         return tuple(Image(image.mediaType, image.data) for image in self.images)

@@ -17,7 +17,7 @@ from ccm.api.places import END, HEADER, LastRead, after, last_event
 from ccm.api.requests import ForkBody, ResumeBody, RunBody, StartBody, idempotency_key, read_body
 from ccm.api.stream import event_stream, nothing_more
 from ccm.core import workdir
-from ccm.core.policy import check_policy
+from ccm.core.policy import check_policy, check_webhook
 from ccm.errors import Conflict, Unavailable, ValidationError
 from ccm.models import CANCELLED, FORK, FRESH, MODES, RESUME, STATUSES, Accepted, Run, RunRequest
 
@@ -179,12 +179,14 @@ def _begin(mode: str, model: type[Body], accept: Callable[[Body, RunRequest], Ac
     options = body.options.given()
     check_policy(options, settings)
     service().ceilings.check(options, body.timeoutMs)
+    check_webhook(body.webhookUrl, settings)
     run_request = RunRequest(
         mode=mode,
         prompt=body.prompt,
         images=body.pictures(),
         options=options,
         timeout_ms=body.timeoutMs,
+        webhook_url=body.webhookUrl,
         created_by=g.client,
         idempotency_key=key,
     )

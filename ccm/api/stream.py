@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from flask import Response
 
+from ccm import models
 from ccm.api.context import client_gone, held, service
 from ccm.api.places import END
 from ccm.core.following import Event, Follower, Messages
 
 # How soon a browser is to come back when the connection breaks (milliseconds).
 RETRY = 1_000
+SILENCE = b": still here\n\n"
 HEADERS = {
     # Neither kept nor compressed on its way: who compresses also collects.
     "Cache-Control": "no-cache, no-store, no-transform",
@@ -30,8 +32,21 @@ def event_stream(follow: Callable[[Follower], Iterator[Event]], prefix: Callable
     Raises:
         Unavailable: no place is free.
     """
-    frames = _frames(follow(Follower(service().history, client_gone())), prefix)
-    return held(Response(frames, headers=HEADERS, content_type="text/event-stream"))
+    return _answer(lambda follower: _frames(follow(follower), prefix))
+
+
+def feed(after: int) -> Response:
+    """What happens to all runs beyond an event, an answer that goes on.
+
+    Raises:
+        Unavailable: no place is free.
+    """
+    return _answer(lambda follower: _feed_frames(follower.events(after), after))
+
+
+def _answer(frames: Callable[[Follower], Iterator[bytes]]) -> Response:
+    body = frames(Follower(service().history, client_gone()))
+    return held(Response(body, headers=HEADERS, content_type="text/event-stream"))
 
 
 def nothing_more() -> Response:
@@ -41,12 +56,23 @@ def nothing_more() -> Response:
     return response
 
 
+def _feed_frames(events: Iterable[Sequence[models.Event] | None], after: int) -> Iterator[bytes]:
+    # An id alone is no event, but a browser comes back with it: also what began with `now` misses nothing then.
+    yield f": connected\nretry: {RETRY}\nid: {after}\n\n".encode("ascii")
+    for found in events:
+        if found is None:
+            yield SILENCE
+        else:
+            told = (f"event: {event.type}\nid: {event.id}\ndata: {event.json}\n\n" for event in found)
+            yield "".join(told).encode("ascii")
+
+
 def _frames(events: Iterable[Event], prefix: Callable[[str], str]) -> Iterator[bytes]:
     # At once: waitress sends the headers with the first bytes of the body.
     yield f": connected\nretry: {RETRY}\n\n".encode("ascii")
     for event in events:
         if event is None:
-            yield b": still here\n\n"
+            yield SILENCE
         elif isinstance(event, Messages):
             start = f"event: message\nid: {prefix(event.run_id)}"
             # A text is one line of ASCII, as it is stored.

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+from ccm import models
+from ccm.core.doorbell import EVENTS
 from ccm.core.history import LOOK_SECONDS, History
 from ccm.errors import Unavailable
 from ccm.models import Run
@@ -64,6 +66,15 @@ class Follower:
             if run is None or not (yield from self._run(session_id, run.id, after)):
                 return
             seq, after = run.seq, -1
+
+    def events(self, after: int) -> Iterator[Sequence[models.Event] | None]:
+        """What happens to all runs, beyond the event with id `after`. It ends when the service stops."""
+        while True:
+            found = yield from self._next(EVENTS, partial(self._history.events, after))
+            if found is None:
+                return
+            yield found
+            after = found[-1].id
 
     def _run(self, key: str, run_id: str, after: int) -> Generator[Event, None, bool]:
         """The same for one run, heard of by any key. True if its end was told."""

@@ -12,10 +12,10 @@ from typing import TypeVar
 from ccm.core.doorbell import Doorbell
 from ccm.core.lineage import ForkPoint, Segment, find_fork_point, line, own_line
 from ccm.core.lookup import find_run, find_run_of_key, find_session
-from ccm.db import messages, runs, sessions
+from ccm.db import deliveries, events, messages, runs, sessions
 from ccm.db.database import Database, Transaction
 from ccm.errors import StorageError, Unavailable, ValidationError
-from ccm.models import RUNNING, IdempotencyKey, Run, Session
+from ccm.models import RUNNING, Delivery, Event, IdempotencyKey, Run, Session
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +24,7 @@ T = TypeVar("T")
 # Bounds of one read, and so of what each of hundreds of slow readers of long lists and streams may have in memory.
 CHUNK_BYTES = 2**18
 CHUNK_MESSAGES = 500
+CHUNK_EVENTS = 100
 # How long a wait sleeps before it looks whether its client is still there (seconds).
 LOOK_SECONDS = 0.5
 
@@ -206,6 +207,37 @@ class History:
 
         return self._read(query)
 
+    # ---- events and deliveries
+
+    def events(self, after: int) -> list[Event] | None:
+        """The next events beyond one, a bounded number of bytes; None if there is none yet."""
+
+        def query(transaction: Transaction) -> list[Event] | None:
+            ids = _first_bytes(events.sizes(transaction, after, CHUNK_EVENTS))
+            return events.read(transaction, after, ids[-1]) if ids else None
+
+        return self._read(query)
+
+    def last_event(self) -> int:
+        """The id of the newest event, 0 if there is none."""
+        return self._read(events.last_id)
+
+    def last_event_ever(self) -> int:
+        """The greatest id that any event has ever had: what is beyond it nobody has seen."""
+        return self._read(lambda transaction: events.last_given(transaction, self._database.dialect))
+
+    def deliveries(self, run_id: str, *, limit: int, after: int | None) -> list[Delivery]:
+        """What a run's webhooks have come to, the oldest first, beyond the one with id `after`.
+
+        Raises:
+            NotFound: RUN_NOT_FOUND.
+        """
+
+        def query(transaction: Transaction) -> list[Delivery]:
+            return deliveries.page(transaction, find_run(transaction, run_id).id, limit=limit, after=after)
+
+        return self._read(query)
+
     # ---- waiting
 
     @property
@@ -245,11 +277,16 @@ def _chunk(transaction: Transaction, segment: Segment, after: int, types: Sequen
 
 def _next_indexes(transaction: Transaction, segment: Segment, after: int) -> list[int]:
     """The indexes of the next messages of a segment: one at the least, if there is one, and no more than a chunk."""
+    return _first_bytes(messages.sizes(transaction, segment.run_id, after, segment.through, CHUNK_MESSAGES))
+
+
+def _first_bytes(sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """The first of these numbers with their sizes: one at the least, if there is one, and no more than a chunk."""
     total = 0
-    indexes: list[int] = []
-    for index, size in messages.sizes(transaction, segment.run_id, after, segment.through, CHUNK_MESSAGES):
+    numbers: list[int] = []
+    for number, size in sizes:
         total += size
-        if total > CHUNK_BYTES and indexes:
+        if total > CHUNK_BYTES and numbers:
             break
-        indexes.append(index)
-    return indexes
+        numbers.append(number)
+    return numbers

@@ -15,7 +15,8 @@ from typing import Any
 
 from ccm.core.doorbell import EVENTS
 from ccm.core.lookup import find_run, find_run_of_key, find_session
-from ccm.db import events, messages, runs, sessions
+from ccm.core.webhooks.outbox import Outbox
+from ccm.db import messages, runs, sessions
 from ccm.db.database import Transaction
 from ccm.errors import Conflict, QueueFull
 from ccm.models import (
@@ -63,11 +64,13 @@ class Lifecycle:
     Args:
         workers: runs at once.
         queue_limit: runs that may wait for a worker.
+        outbox: told of what happens to runs.
     """
 
-    def __init__(self, workers: int, queue_limit: int) -> None:
+    def __init__(self, workers: int, queue_limit: int, outbox: Outbox) -> None:
         self._workers = workers
         self._queue_limit = queue_limit
+        self._outbox = outbox
         # The name of this service in the rows of its runs.
         self._owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         # While it is False no waiting run starts.
@@ -122,8 +125,8 @@ class Lifecycle:
             }
             sessions.insert(transaction, session | dict(new_session))
         runs.insert(transaction, dict(row) | {"seq": seq}, images_json)
-        events.add(transaction, RUN_CREATED, find_run(transaction, row["id"]))
-        effects |= self.dispatch(transaction)
+        self._outbox.tell(transaction, RUN_CREATED, find_run(transaction, row["id"]))
+        effects |= Effects(news=(EVENTS,)) | self.dispatch(transaction)
         begun = [start.run for start in effects.starts if start.run.id == row["id"]]
         run = begun[0] if begun else find_run(transaction, row["id"])
         if run.waiting and runs.count_waiting(transaction) > self._queue_limit:
@@ -158,7 +161,7 @@ class Lifecycle:
             head = run.id if values.get("hasTranscript") else None
             sessions.run_ended(transaction, run.session_id, count, values.get("costUsd") or 0.0, head)
             ended = find_run(transaction, run.id)
-            events.add(transaction, RUN_ENDED[ended.status], ended)
+            self._outbox.tell(transaction, RUN_ENDED[ended.status], ended)
         return Effects(news=(run.id, run.session_id, EVENTS))
 
     def cancel(self, transaction: Transaction, run: Run) -> Effects:
@@ -180,7 +183,7 @@ class Lifecycle:
             run = find_run(transaction, next_id)
             parent = self._parent(transaction, run)
             run = runs.start(transaction, run, parent.id if parent else None, self._owner)
-            events.add(transaction, RUN_STARTED, run)
+            self._outbox.tell(transaction, RUN_STARTED, run)
             if run.mode != FRESH and parent is None:
                 lost = "The run that this one was to continue left no transcript."
                 effects |= self.end(

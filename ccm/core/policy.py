@@ -1,4 +1,4 @@
-"""Which options the operator's settings allow: asked when a request comes, and again when its run starts."""
+"""What the operator's settings allow: asked when a request comes, and again when it is carried out."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from ccm.errors import Forbidden
 from ccm.settings import PERMISSION_MODES, PRIVILEGED_PERMISSION_MODES, Settings
+from ccm.webhook_urls import allowed, host_of
 
 
 def check_policy(options: Mapping[str, Any], settings: Settings) -> None:
@@ -25,6 +26,19 @@ def check_policy(options: Mapping[str, Any], settings: Settings) -> None:
         _check_permission_mode(agent.get("permissionMode"), settings, f"options.agents.{name}.permissionMode")
         if "mcpServers" in agent:
             _need(settings, "mcpServers", f"options.agents.{name}.mcpServers", "it runs programs or widens access")
+
+
+def check_webhook(url: str | None, settings: Settings) -> None:
+    """
+    Raises:
+        Forbidden: WEBHOOK_FORBIDDEN, naming the setting that would allow it.
+    """
+    if url is not None and not allowed(url, settings.webhook_allow):
+        raise Forbidden(
+            f"webhookUrl: {host_of(url)} is not among the hosts that CCM_WEBHOOK_ALLOW names.",
+            code="WEBHOOK_FORBIDDEN",
+            field="webhookUrl",
+        )
 
 
 def _check_permission_mode(mode: str | None, settings: Settings, field: str) -> None:

@@ -23,6 +23,8 @@ from ccm.core.runner import Runner
 from ccm.core.sdk import bundled_cli
 from ccm.core.transcript_files import TranscriptFiles
 from ccm.core.transcript_store import TranscriptStore
+from ccm.core.webhooks.outbox import Outbox
+from ccm.core.webhooks.sender import Addresses, Sender
 from ccm.db import heartbeat, sqlite_file
 from ccm.db.database import Database
 from ccm.db.lock import ServiceLock
@@ -35,6 +37,8 @@ log = logging.getLogger(__name__)
 
 # Seconds for all runs to be interrupted and for their ends to be stored.
 STOP_SECONDS = 25.0
+# Seconds that webhooks of these ends get; what is not sent by then is sent after the next start.
+SEND_SECONDS = 1.5
 # How long PostgreSQL may take for one statement. The longest of ours is the insertion of 8 MiB.
 ANSWER_SECONDS = 12.0
 
@@ -67,6 +71,7 @@ class Service:
         self.runs: RunManager
         self._runner: Runner
         self._recorder: Recorder
+        self._sender: Sender
         self._pulse: Pulse
         self._databases: list[Database] = []
 
@@ -122,7 +127,8 @@ class Service:
             on_refused=self._refused,
         )
         transcripts = TranscriptFiles(TranscriptStore(self._recorder, reader), self._environ)
-        lifecycle = Lifecycle(settings.max_concurrent_runs, settings.max_queued_runs)
+        outbox = Outbox(service=settings.webhook_url is not None)
+        lifecycle = Lifecycle(settings.max_concurrent_runs, settings.max_queued_runs, outbox)
         self._runner = Runner(
             self._recorder,
             self.doorbell,
@@ -134,10 +140,13 @@ class Service:
             environ=self._environ,
         )
         self.runs = RunManager(self._recorder, lifecycle, self._runner, transcripts)
+        addresses = Addresses(settings.webhook_url, settings.webhook_allow, settings.webhook_secret)
+        self._sender = Sender(self._recorder, reader, self.doorbell, outbox, addresses)
         self._recorder.start()
         self._pulse = Pulse(self._recorder)
         self._recorder.write(heartbeat.beat)  # a database that takes no writes is refused
         self.runs.recover()
+        self._sender.start()
         missing = self._claude.missing()
         if missing is not None:
             log.error("%s Runs will fail until then.", missing)
@@ -154,7 +163,7 @@ class Service:
         self._runner.refused(run_id, error)
 
     def end_runs(self) -> bool:
-        """End the runs, then the recorder that stores their ends, then the waits for them. Reads go on.
+        """End the runs, tell of it, then end the recorder that stores it, then the waits for them. Reads go on.
 
         Idempotent. False if something had to be given up.
         """
@@ -164,6 +173,7 @@ class Service:
             self._stopped = True
             deadline = time.monotonic() + STOP_SECONDS
             ended = self._runner.stop(deadline)
+            self._sender.stop(time.monotonic() + SEND_SECONDS)
             written = self._recorder.stop(max(deadline, time.monotonic() + 1))
             self.doorbell.close()
             if not ended:

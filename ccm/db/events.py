@@ -6,15 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from ccm.db.database import Transaction
-from ccm.models import Run, timestamp, to_json_text
+from ccm.models import Event, Run, timestamp, to_json_text
 
 # What an event leaves out of its run: who made the run has it, and it may be long.
 LEFT_OUT = ("prompt", "options")
+# The greatest id that was ever given: the event itself may have been pruned.
+GIVEN = {
+    "sqlite": "SELECT seq FROM sqlite_sequence WHERE name = 'ccr_events'",
+    "postgresql": "SELECT pg_sequence_last_value(pg_get_serial_sequence('ccr_events', 'id')::regclass)",
+}
 
 
-def add(transaction: Transaction, type: str, run: Run, approval: Mapping[str, Any] | None = None) -> None:
-    """Tell of a state, in the transaction that stores it.
-
+def insert(transaction: Transaction, type: str, run: Run, approval: Mapping[str, Any] | None = None) -> None:
+    """
     Args:
         run: as it is now.
         approval: as the API shows it, where it is what the event is about.
@@ -22,12 +26,33 @@ def add(transaction: Transaction, type: str, run: Run, approval: Mapping[str, An
     now = timestamp()
     told = {name: value for name, value in run.to_json().items() if name not in LEFT_OUT}
     data = {"run": told} if approval is None else {"approval": approval, "run": told}
-    transaction.insert(
-        "ccr_events",
-        {
-            "type": type,
-            "runId": run.id,
-            "createdAt": now,
-            "eventJson": to_json_text({"type": type, "timestamp": now, "data": data}),
-        },
-    )
+    text = to_json_text({"type": type, "timestamp": now, "data": data})
+    row = {"type": type, "runId": run.id, "createdAt": now, "size": len(text), "eventJson": text}
+    transaction.insert("ccr_events", row)
+
+
+def last_id(transaction: Transaction) -> int:
+    """The id of the newest event, 0 if there is none."""
+    return int(transaction.value("SELECT COALESCE(MAX(id), 0) FROM ccr_events"))
+
+
+def last_given(transaction: Transaction, dialect: str) -> int:
+    """The greatest id that any event has ever had, 0 if there was none."""
+    return int(transaction.value(GIVEN[dialect]) or 0)
+
+
+def sizes(transaction: Transaction, after: int, limit: int) -> list[tuple[int, int]]:
+    """Id and bytes of the first `limit` events beyond one."""
+    sql = "SELECT id, size FROM ccr_events WHERE id > :after ORDER BY id LIMIT :limit"
+    return [(event_id, size) for event_id, size in transaction.tuples(sql, after=after, limit=limit)]
+
+
+def read(transaction: Transaction, after: int, through: int) -> list[Event]:
+    """The events beyond one and through another, in order."""
+    sql = 'SELECT id, type, "runId", "eventJson" FROM ccr_events WHERE id > :after AND id <= :through ORDER BY id'
+    return [Event(*row) for row in transaction.tuples(sql, after=after, through=through)]
+
+
+def text(transaction: Transaction, event_id: int) -> str:
+    found: str = transaction.value('SELECT "eventJson" FROM ccr_events WHERE id = :id', id=event_id)
+    return found

@@ -18,6 +18,7 @@ from ccm.core.recorder import Recorder
 from ccm.core.sdk import transcript_path
 from ccm.core.transcript_files import TranscriptFiles
 from ccm.core.transcript_store import TranscriptStore
+from ccm.core.webhooks.outbox import Outbox
 from ccm.db import runs
 from ccm.db.database import Database
 from tests.archive.conftest import of_type
@@ -85,6 +86,25 @@ def test_a_text_that_another_tree_has_too_stays(flask: Flask, writer: Database, 
     flask(filled, "prune", "--session", ROOT)
     for table in (*TABLES, "ccr_transcript_texts"):
         assert writer.rows(f"SELECT COUNT(*) AS n FROM {table}")[0]["n"] == 0
+
+
+def test_what_has_happened_to_the_runs_goes_with_them_and_all_that_was_to_be_delivered(
+    flask: Flask, writer: Database, filled: str
+) -> None:
+    with writer.transaction() as transaction:
+        outbox = Outbox(service=True)
+        for run in runs.page(transaction, {}, limit=10, after=None):
+            assert run.webhook_url is not None
+            outbox.tell(transaction, "run.completed", run)
+
+    def left() -> list[int]:
+        return [writer.rows(f"SELECT COUNT(*) AS n FROM {table}")[0]["n"] for table in ("ccr_events", "ccr_deliveries")]
+
+    assert left() == [4, 8]
+    flask(filled, "prune", "--session", ROOT)
+    assert left() == [1, 2]
+    flask(filled, "prune", "--session", OTHER)
+    assert left() == [0, 0]
 
 
 def test_a_dry_run_says_the_same_and_changes_nothing(flask: Flask, filled: str) -> None:

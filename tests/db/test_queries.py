@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ccm.db import archive, events, messages, runs, sessions, transcripts, trees
+from ccm.db import archive, deliveries, events, messages, runs, sessions, transcripts, trees
 from ccm.db.database import Database, Transaction
 from ccm.models import Run, timestamp
 
@@ -106,7 +106,21 @@ QUERIES: dict[str, Callable[[Transaction], object]] = {
     "end of a session": lambda t: archive.last_seq_of_session(t, "s"),
     "gone on": lambda t: archive.has_gone_on(t, "s", "r"),
     "run at": lambda t: archive.run_at(t, 1),
-    "event": lambda t: events.add(t, "run.started", RUN),
+    "event": lambda t: events.insert(t, "run.started", RUN),
+    "last event": events.last_id,
+    "sizes of events": lambda t: events.sizes(t, 0, 10),
+    "events": lambda t: events.read(t, 0, 10),
+    "text of an event": lambda t: events.text(t, 1),
+    "delivery to be": lambda t: deliveries.insert(t, "r", "service", "evt_2", "h:80", reason=None, now=timestamp()),
+    "delivery": lambda t: deliveries.find(t, 1),
+    "deliveries": lambda t: deliveries.page(t, "r", limit=10, after=None),
+    "disabled": lambda t: deliveries.disabled(t, "r", "run"),
+    "hosts": deliveries.hosts,
+    "due": lambda t: deliveries.due(t, "h:80", timestamp(), 10),
+    "tried": lambda t: deliveries.tried(t, 1, "[]", status="failed", reason="x", next_attempt_at=None),
+    "go on": lambda t: deliveries.go_on(t, "r", "run", timestamp()),
+    "disable a run": lambda t: deliveries.disable_run(t, "r", "run", "gone"),
+    "disable the service": lambda t: deliveries.disable_service(t, "gone"),
     "roots": lambda t: trees.roots(t, 0, 10),
     "holding": lambda t: messages.holding(t, "r", "x"),
 }
@@ -123,6 +137,8 @@ def filled(writer: Database) -> Database:
         row = {"id": "r", "seq": 1, "cwd": "/", "sessionId": "s", "sdkSessionId": "s", "mode": "fresh"}
         row |= {"status": "running", "prompt": "", "optionsJson": "{}", "imageCount": 1, "createdAt": now}
         runs.insert(transaction, row, "[]")
+        events.insert(transaction, "run.created", RUN)
+        deliveries.insert(transaction, "r", "run", "evt_1", "h:80", reason=None, now=now)
     return writer
 
 

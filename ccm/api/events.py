@@ -1,0 +1,44 @@
+"""`/api/events`: what happens to all runs and their approvals, as one stream."""
+
+from __future__ import annotations
+
+import re
+
+from flask import Blueprint, Response
+
+from ccm.api.context import check_query, service
+from ccm.api.places import LastRead, last_event
+from ccm.api.stream import feed
+
+blueprint = Blueprint("events", __name__)
+
+# For `?after=`: none of what has happened already.
+NOW = "now"
+ID = re.compile(r"\d{1,16}", re.ASCII)
+
+
+@blueprint.get("/api/events")
+def events() -> Response:
+    """What happens to all runs and approvals as Server-Sent Events: what is stored, and then live."""
+    check_query("after")
+    return feed(_last_read(last_event()))
+
+
+def _last_read(read: LastRead) -> int:
+    """The id of the event beyond which to begin, 0 for all.
+
+    Raises:
+        ValidationError: nobody can have read that.
+    """
+    history = service().history
+    if read.text is None:
+        return 0
+    if read.text == NOW and read.field == "after":
+        return history.last_event()
+    if not ID.fullmatch(read.text):
+        raise read.wrong(f"must be the id of an event, 0 for all that are stored, or as ?after= also {NOW}.")
+    given = int(read.text)
+    last = history.last_event_ever()
+    if given > last:
+        raise read.wrong(f"there is no event {given} yet; " + (f"the last one was {last}." if last else "none so far."))
+    return given

@@ -1,0 +1,1 @@
+"""Telling others what happens to runs, at addresses that they name: https://www.standardwebhooks.com."""

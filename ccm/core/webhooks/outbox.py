@@ -1,0 +1,96 @@
+"""What is to be told, stored with the state that it tells of, and what becomes of it. For the recorder's thread."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ccm.core.webhooks.verdict import Verdict
+from ccm.db import deliveries, events
+from ccm.db.database import Transaction
+from ccm.models import (
+    APPROVAL_REQUESTED,
+    DISABLED,
+    PENDING,
+    RUN_ENDED,
+    RUN_STARTED,
+    RUN_TARGET,
+    SERVICE_TARGET,
+    Delivery,
+    Run,
+    timestamp,
+    to_json_text,
+)
+from ccm.webhook_urls import host_of
+
+log = logging.getLogger(__name__)
+
+# What is delivered; the feed of /api/events has more.
+TOLD = frozenset((RUN_STARTED, *RUN_ENDED.values(), APPROVAL_REQUESTED))
+
+
+class Outbox:
+    """
+    Args:
+        service: whether the service has an address of its own that is told of every run.
+    """
+
+    def __init__(self, *, service: bool) -> None:
+        self._service = service
+        # Why nothing goes to that address any more.
+        self._gone: str | None = None
+
+    def tell(self, transaction: Transaction, type: str, run: Run, approval: Mapping[str, Any] | None = None) -> None:
+        """Tell of a state, in the transaction that stores it; ring EVENTS after its commit.
+
+        Args:
+            run: as it is now.
+            approval: as the API shows it, where it is what the event is about.
+        """
+        events.insert(transaction, type, run, approval)
+        if type not in TOLD:
+            return
+        now = timestamp()
+        webhook_id = f"evt_{uuid.uuid4().hex}"
+        if run.webhook_url is not None:
+            reason = deliveries.disabled(transaction, run.id, RUN_TARGET)
+            host = host_of(run.webhook_url)
+            deliveries.insert(transaction, run.id, RUN_TARGET, webhook_id, host, reason=reason, now=now)
+        if self._service:
+            host = deliveries.SERVICE_HOST
+            deliveries.insert(transaction, run.id, SERVICE_TARGET, webhook_id, host, reason=self._gone, now=now)
+
+    def begin(self, transaction: Transaction) -> None:
+        """At a start: what was for the service's address has none any more, if the setting is gone."""
+        if not self._service:
+            left = deliveries.disable_service(transaction, "CCM_WEBHOOK_URL is not set any more")
+            if left:
+                log.warning("%d webhooks are given up: CCM_WEBHOOK_URL is not set any more", left)
+
+    def tried(
+        self, transaction: Transaction, delivery: Delivery, attempts: Sequence[Mapping[str, Any]], verdict: Verdict
+    ) -> None:
+        """Store an attempt and what follows from it; ring EVENTS after the commit."""
+        next_at = None if verdict.pause is None else timestamp(verdict.pause)
+        attempts_json = to_json_text(list(attempts))
+        deliveries.tried(
+            transaction,
+            delivery.id,
+            attempts_json,
+            status=verdict.status,
+            reason=verdict.reason,
+            next_attempt_at=next_at,
+        )
+        if verdict.status == DISABLED:
+            self._disable(transaction, delivery, verdict.reason or "")
+        elif verdict.status != PENDING:
+            deliveries.go_on(transaction, delivery.run_id, delivery.target, timestamp())
+
+    def _disable(self, transaction: Transaction, delivery: Delivery, reason: str) -> None:
+        if delivery.target == RUN_TARGET:
+            deliveries.disable_run(transaction, delivery.run_id, RUN_TARGET, reason)
+        else:
+            self._gone = reason
+            deliveries.disable_service(transaction, reason)

@@ -1,0 +1,136 @@
+"""One POST that is over in time, without redirects or a proxy, and without reading more than the answer's head."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from ccm.webhook_urls import PORTS
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Of a receiver: the status, and its `Retry-After`."""
+
+    status: int
+    retry_after: str | None
+
+
+class NoAnswer(Exception):
+    """Why there was none, in words that anybody may read."""
+
+
+class Post:
+    """
+    Args:
+        seconds: for all of it, from the connection to the status.
+        tls: whom to trust.
+    """
+
+    def __init__(self, url: str, headers: Mapping[str, str], body: bytes, seconds: float, tls: ssl.SSLContext) -> None:
+        self._url = url
+        self._headers = headers
+        self._body = body
+        self._seconds = seconds
+        self._connection = _Connection(url, time.monotonic() + seconds, tls)
+
+    def send(self) -> Answer:
+        """
+        Raises:
+            NoAnswer: there was none.
+        """
+        # The socket's own timeouts begin anew with every byte: a receiver that drips them would never be done with.
+        timer = threading.Timer(self._seconds, self.cut)
+        timer.daemon = True
+        timer.start()
+        try:
+            parts = urlsplit(self._url)
+            path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            self._connection.request("POST", path, self._body, dict(self._headers))
+            with self._connection.getresponse() as response:
+                return Answer(response.status, response.getheader("Retry-After"))
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise NoAnswer(self._told(error)) from None
+        finally:
+            timer.cancel()
+            self._connection.close()
+
+    def cut(self) -> None:
+        """End it now, from another thread. It may have arrived all the same."""
+        self._connection.cut()
+
+    def _told(self, error: Exception) -> str:
+        if self._connection.is_cut or isinstance(error, TimeoutError):
+            return f"no answer within {self._seconds:g} s"
+        if isinstance(error, socket.gaierror):
+            return f"the host cannot be found: {error.strerror}"
+        if isinstance(error, UnicodeError):
+            return "the host cannot be found: it has a part that is too long for a name"
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return f"its certificate cannot be trusted: {error.verify_message}"
+        if isinstance(error, ssl.SSLError):
+            return f"TLS failed: {error.reason}"
+        if isinstance(error, http.client.RemoteDisconnected):
+            return "the connection was closed without an answer"
+        if isinstance(error, OSError):
+            return f"the connection failed: {error.strerror or type(error).__name__}"
+        return f"the answer is no HTTP: {type(error).__name__}"
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, url: str, deadline: float, tls: ssl.SSLContext) -> None:
+        parts = urlsplit(url)
+        super().__init__(parts.hostname or "", parts.port or PORTS[parts.scheme])
+        self.default_port = PORTS[parts.scheme]  # left out of the Host header
+        self._tls = tls if parts.scheme == "https" else None
+        self._deadline = deadline
+        self._lock = threading.Lock()
+        self.is_cut = False
+
+    def connect(self) -> None:
+        # A name that the system takes long to look up cannot be cut short, but what follows is told that time is over.
+        places = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        for number, (family, kind, protocol, _, address) in enumerate(places):
+            try:
+                self._use(socket.socket(family, kind, protocol), share=len(places) - number)
+                self.sock.connect(address)
+                break
+            except OSError:
+                self.sock.close()
+                if number == len(places) - 1 or self.is_cut:
+                    raise
+        self.sock.settimeout(self._remaining())
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._tls is not None:
+            secured = self._tls.wrap_socket(self.sock, server_hostname=self.host, do_handshake_on_connect=False)
+            self._use(secured)
+            secured.do_handshake()
+
+    def _remaining(self) -> float:
+        remaining = self._deadline - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError
+        return remaining
+
+    def _use(self, connection: socket.socket, share: int = 1) -> None:
+        """Have a socket that `cut` reaches from now on, with a share of the time that remains."""
+        with self._lock:
+            self.sock = connection
+            if self.is_cut:
+                raise TimeoutError
+        connection.settimeout(self._remaining() / share)
+
+    def cut(self) -> None:
+        with self._lock:
+            self.is_cut = True
+            if self.sock is not None:
+                with contextlib.suppress(OSError):  # not connected yet, or not any more
+                    # Not the method of a TLS socket, which another thread is using.
+                    socket.socket.shutdown(self.sock, socket.SHUT_RDWR)

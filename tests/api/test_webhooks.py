@@ -1,0 +1,265 @@
+"""Webhooks of real services: asked for, refused, signed, shown, and not lost when the service is killed."""
+
+from __future__ import annotations
+
+import base64
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ccm.demo.tour import ServiceProcess
+from tests.api.conftest import NOWHERE, folder_of, held, new_database, refused, until
+from tests.client import Client
+from tests.conftest import ServeFunction
+from tests.readme import samples
+from tests.receiver import Receiver, Reply
+
+KEYS = [b"1" * 24, b"2" * 64]
+SECRETS = ["whsec_" + base64.b64encode(key).decode() for key in KEYS]
+STARTED, COMPLETED = "run.started", "run.completed"
+BAD_URLS = [
+    ("", "begins with http"),
+    ("hook", "begins with http"),
+    ("//h/", "begins with http"),
+    ("ftp://h/", "begins with http"),
+    ("file:///etc/passwd", "begins with http"),
+    ("javascript:alert(1)", "begins with http"),
+    ("http://", "must have a host"),
+    ("http:///path", "must have a host"),
+    ("http://h:port/", "port only as a number"),
+    ("http://h:65536/", "port from 1 to 65535"),
+    ("http://h:0/", "port from 1 to 65535"),
+    ("http://h..example/", "valid host"),
+    ("http://[::g]/", "must have a host"),
+    ("http://[1.2.3]/", "valid host"),
+    ("http://h/#part", "fragment"),
+    ("http://me@h/", "no user or password"),
+    ("http://me:word@h/", "no user or password"),
+    ("http://h\\@other/", "no user or password"),
+    ("http://h/a b", "no blanks"),
+    (" http://h/", "begins with http"),
+    ("http://h/\n", "no blanks"),
+    ("http://h/\0", "no blanks"),
+    ("http://h/\r\nX-Header: 1", "no blanks"),
+    ("http://hö/", "xn--"),
+    ("http://h/ö", "%20"),
+    ("http://h/" + "x" * 2_040, "2048 characters"),
+    (5, "string"),
+    (["http://h/"], "string"),
+]
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[Receiver]:
+    with Receiver() as receiver:
+        yield receiver
+
+
+@pytest.fixture(scope="module")
+def service(serve_all: ServeFunction, receiver: Receiver) -> ServiceProcess:
+    """A service that signs, and lets webhooks go to loopback alone."""
+    return serve_all(CCM_WEBHOOK_SECRET=" ".join(SECRETS), CCM_WEBHOOK_ALLOW=f"127.0.0.1:{receiver.port},*.example.com")
+
+
+@pytest.fixture(scope="module")
+def api(service: ServiceProcess) -> Client:
+    return Client(service.url)
+
+
+def deliveries(client: Client, run: dict[str, Any], **query: Any) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = client.get(f"/api/runs/{run['id']}/deliveries", **query).json
+    return found
+
+
+def settled(client: Client, run: dict[str, Any], *statuses: str) -> list[dict[str, Any]]:
+    until(lambda: [delivery["status"] for delivery in deliveries(client, run)] == list(statuses))
+    return deliveries(client, run)
+
+
+def test_a_run_is_told_of_with_signatures_that_receivers_can_verify(
+    api: Client, receiver: Receiver, project: Path
+) -> None:
+    run = api.start(project, "Hello.", webhookUrl=receiver.url + "/a?b=c")
+    assert run["webhookUrl"] == receiver.url + "/a?b=c"
+
+    started, completed = receiver.wait_for(2, "/a?b=c")
+    for secret in SECRETS:
+        assert started.verified(secret)["data"]["run"]["status"] == "running"
+        assert completed.verified(secret)["type"] == COMPLETED
+    told = completed.json["data"]["run"]
+    assert told == {name: value for name, value in run.items() if name in told}
+    assert set(run) - set(told) == {"prompt", "options"}
+
+    first, last = settled(api, run, "delivered", "delivered")
+    assert [first["eventType"], last["eventType"]] == [STARTED, COMPLETED]
+    assert first["attempts"][0]["statusCode"] == 204
+    assert [d["id"] for d in deliveries(api, run, limit=1)] == [first["id"]]
+    following = api.get(f"/api/runs/{run['id']}/deliveries", limit=1).next
+    assert [d["id"] for d in api.get(following or "").json] == [last["id"]]
+
+
+def test_a_continuation_is_told_of_only_if_it_asks_for_it_itself(
+    api: Client, receiver: Receiver, project: Path
+) -> None:
+    first = api.start(project, "Hello.", webhookUrl=receiver.url + "/first")
+    silent = api.resume(first["sessionId"], "And?")
+    resumed = api.resume(first["sessionId"], "And?", webhookUrl=receiver.url + "/resumed")
+    forked = api.fork(first["sessionId"], "Or?", webhookUrl=receiver.url + "/forked")
+
+    assert silent["webhookUrl"] is None
+    assert deliveries(api, silent) == []
+    for run, path in ((resumed, "/resumed"), (forked, "/forked")):
+        assert [received.told for received in receiver.wait_for(2, path)] == [
+            (run["id"], STARTED),
+            (run["id"], COMPLETED),
+        ]
+
+
+def test_a_run_that_is_cancelled_in_the_queue_is_told_of_too(
+    serve_all: ServeFunction, receiver: Receiver, project: Path
+) -> None:
+    client = Client(serve_all(CCM_MAX_CONCURRENT_RUNS=1, CCM_WEBHOOK_URL=receiver.url + "/all").url)
+    going_on = held(client, project)
+    waiting = client.start(project, "Hello.", wait=0, webhookUrl=receiver.url + "/queued")
+    client.delete(f"/api/runs/{waiting['id']}")
+    client.delete(f"/api/runs/{going_on['id']}")
+
+    [cancelled] = receiver.wait_for(1, "/queued")
+    assert cancelled.told == (waiting["id"], "run.cancelled")
+    of_service = [received.told for received in receiver.wait_for(3, "/all")]
+    assert sorted(of_service) == sorted(
+        [(going_on["id"], STARTED), (waiting["id"], "run.cancelled"), (going_on["id"], "run.cancelled")]
+    )
+    settled(client, waiting, "delivered", "delivered")
+    assert {(d["target"], d["host"]) for d in deliveries(client, waiting)} == {
+        ("run", f"127.0.0.1:{receiver.port}"),
+        ("service", None),
+    }
+
+
+@pytest.mark.parametrize(("url", "words"), BAD_URLS)
+def test_an_address_that_cannot_be_used_is_refused(api: Client, project: Path, url: object, words: str) -> None:
+    bodies = {"start": {"cwd": str(project)}, "resume": {"sessionId": NOWHERE}, "fork": {"sessionId": NOWHERE}}
+    for kind, body in bodies.items():
+        message = refused(api.post(f"/api/runs/{kind}", body | {"prompt": "x", "webhookUrl": url}), "webhookUrl")
+        assert words in message
+        assert "word@" not in message
+
+
+@pytest.mark.parametrize(
+    "host", ["hooks.example.net", "example.com", "127.0.0.1", "127.0.0.1:1", "127.0.0.1.example.org"]
+)
+def test_a_host_that_the_operator_does_not_name_is_forbidden(api: Client, project: Path, host: str) -> None:
+    answer = api.post("/api/runs/start", {"cwd": str(project), "prompt": "x", "webhookUrl": f"https://{host}/?key=1"})
+    message = refused(answer, "webhookUrl", 403, "WEBHOOK_FORBIDDEN")
+    assert "CCM_WEBHOOK_ALLOW" in message
+    assert "key" not in message
+
+
+def test_deliveries_of_no_run_and_odd_queries_are_refused(api: Client, project: Path) -> None:
+    refused(api.get(f"/api/runs/{NOWHERE}/deliveries"), None, 404, "RUN_NOT_FOUND")
+    run = api.start(project, "Hello.")
+    path = f"/api/runs/{run['id']}/deliveries"
+    assert api.get(path).json == []
+    refused(api.get(path, limit=0), "limit")
+    refused(api.get(path, cursor="x"), "cursor")
+    refused(api.get(path, status="failed"), "status")
+    refused(api.get("/api/runs/%00/deliveries"), "runId")
+
+
+def test_nothing_of_an_address_but_its_host_is_logged(
+    api: Client, service: ServiceProcess, receiver: Receiver, project: Path
+) -> None:
+    run = api.start(project, "Hello.", webhookUrl=receiver.url + "/hidden?hidden=1")
+    settled(api, run, "delivered", "delivered")
+    until(lambda: [line for line in service.log if run["id"] in line and "run.completed" in line])
+    assert not [line for line in service.log if "hidden" in line]
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_killed_between_commit_and_send_it_sends_after_the_next_start(
+    request: pytest.FixtureRequest, serve_all: ServeFunction, project: Path, tmp_path: Path, kind: str
+) -> None:
+    database: dict[str, object] = {"DATABASE_PATH": tmp_path / "db.sqlite"}
+    if kind == "postgresql":
+        database = {"DATABASE_URL": new_database(request.getfixturevalue("postgresql"))}
+    with Receiver(reply=lambda _: Reply() if silent.closing.wait(60) else Reply(500)) as silent:
+        service = serve_all(**database)
+        client = Client(service.url)
+        run = client.start(project, "Hello.", webhookUrl=silent.url)
+        [started] = silent.wait_for(1)
+        assert run["status"] == "completed"
+        # The first is sent and its outcome not stored; the second is committed and not sent.
+        assert [d["status"] for d in deliveries(client, run)] == ["pending", "pending"]
+        service.process.send_signal(signal.SIGKILL)
+        service.wait()
+        assert [received.told[1] for received in silent.received] == [STARTED]
+
+        silent.reply = lambda _: Reply()
+        client = Client(serve_all(**database).url)
+        settled(client, run, "delivered", "delivered")
+        assert [received.told for received in silent.received[1:]] == [(run["id"], STARTED), (run["id"], COMPLETED)]
+        assert silent.received[1].headers["webhook-id"] == started.headers["webhook-id"]
+
+
+def test_ends_that_a_stop_brings_are_told_before_it_is_over(
+    serve_all: ServeFunction, project: Path, tmp_path: Path
+) -> None:
+    # A receiver that takes a moment: what is cut would be sent again after the next start.
+    with Receiver(reply=lambda _: Reply(500) if slow.closing.wait(0.3) else Reply()) as slow:
+        service = serve_all(DATABASE_PATH=tmp_path / "db.sqlite")
+        client = Client(service.url)
+        runs = [client.start(project, '{"hold": true}', wait=0, webhookUrl=slow.url) for _ in range(3)]
+        slow.wait_for(3)
+        service.process.send_signal(signal.SIGTERM)
+        assert service.wait() == 0
+
+        told = slow.received[3:]
+        assert sorted(received.told for received in told) == sorted((run["id"], "run.failed") for run in runs)
+        assert {received.json["data"]["run"]["error"]["code"] for received in told} == {"INTERRUPTED"}
+        client = Client(serve_all(DATABASE_PATH=tmp_path / "db.sqlite").url)
+        for run in runs:
+            assert [d["status"] for d in deliveries(client, run)] == ["delivered", "delivered"]
+        assert len(slow.received) == 6
+
+
+def test_a_receiver_that_does_not_answer_does_not_hold_up_a_stop(serve_all: ServeFunction, project: Path) -> None:
+    with Receiver(reply=lambda _: Reply() if silent.closing.wait(60) else Reply(500)) as silent:
+        service = serve_all()
+        Client(service.url).start(project, "Hello.", webhookUrl=silent.url)
+        silent.wait_for(1)
+        begun = time.monotonic()
+        service.process.send_signal(signal.SIGTERM)
+        assert service.wait() == 0
+        assert time.monotonic() - begun < 8  # and not the 15 s that it might take
+
+
+def test_a_service_without_a_secret_says_at_the_start_that_its_webhooks_are_unsigned(
+    serve_all: ServeFunction, service: ServiceProcess
+) -> None:
+    unsigned = serve_all(CCM_WEBHOOK_URL="http://127.0.0.1:9/")
+    assert [line for line in unsigned.log if "CCM_WEBHOOK_SECRET" in line]
+    assert not [line for line in service.log if "CCM_WEBHOOK_SECRET" in line]
+
+
+def test_the_readmes_receiver_takes_what_is_genuine_and_nothing_else(
+    serve_all: ServeFunction, tmp_path: Path, receiver: Receiver
+) -> None:
+    [sample] = [sample for sample in samples("python") if "webhook-signature" in sample]
+    known: dict[str, Any] = {}
+    exec(compile(sample, "README.md", "exec"), known)
+    client = Client(serve_all(CCM_WEBHOOK_SECRET=" ".join(SECRETS)).url)
+    client.start(folder_of(tmp_path), "Hello.", webhookUrl=receiver.url + "/sample")
+    for received in receiver.wait_for(2, "/sample"):
+        genuine = known["genuine"]
+        assert genuine(SECRETS[0], received.headers, received.body)
+        assert genuine(SECRETS[1], received.headers, received.body)
+        assert not genuine(SECRETS[1], received.headers, received.body + b" ")
+        assert not genuine("whsec_" + base64.b64encode(b"3" * 24).decode(), received.headers, received.body)
+        old = dict(received.headers) | {"webhook-timestamp": "1700000000"}
+        assert not genuine(SECRETS[0], old, received.body)
+        assert not genuine(SECRETS[0], {}, received.body)

@@ -173,3 +173,35 @@ CREATE TABLE ccr_events (
     "eventJson" TEXT NOT NULL
 );
 CREATE INDEX ccr_events_by_run ON ccr_events ("runId", id);
+
+-- 0009 approvals
+-- What Claude Code asked before it used a tool, and what it was told: also the record of what was executed instead.
+CREATE TABLE ccr_approvals (
+    id TEXT PRIMARY KEY,
+    -- The order in which they were asked: lists go by it, never by the clock.
+    seq BIGINT NOT NULL UNIQUE,
+    "runId" TEXT NOT NULL REFERENCES ccr_runs (id),
+    "sessionId" TEXT NOT NULL,
+    "toolName" TEXT NOT NULL,
+    "toolUseId" TEXT,
+    "inputJson" TEXT NOT NULL,
+    "suggestionsJson" TEXT NOT NULL,
+    title TEXT,
+    "displayName" TEXT,
+    description TEXT,
+    "blockedPath" TEXT,
+    "decisionReason" TEXT,
+    "agentId" TEXT,
+    status TEXT NOT NULL CHECK (status IN ('pending', 'allowed', 'denied', 'expired')),
+    "updatedInputJson" TEXT,
+    remember INTEGER NOT NULL,
+    message TEXT,
+    interrupt INTEGER NOT NULL,
+    "decidedBy" TEXT,
+    "createdAt" TEXT NOT NULL,
+    "expiresAt" TEXT NOT NULL,
+    "resolvedAt" TEXT
+);
+CREATE INDEX ccr_approvals_by_run ON ccr_approvals ("runId", seq);
+CREATE INDEX ccr_approvals_by_status ON ccr_approvals (status, seq);
+CREATE INDEX ccr_approvals_pending ON ccr_approvals ("runId") WHERE status = 'pending';

@@ -179,12 +179,16 @@ def _begin(mode: str, model: type[Body], accept: Callable[[Body, RunRequest], Ac
     options = body.options.given()
     check_policy(options, settings)
     service().ceilings.check(options, body.timeoutMs)
+    if body.approvals:
+        service().approvals.check_workers()
     run_request = RunRequest(
         mode=mode,
         prompt=body.prompt,
         images=body.pictures(),
         options=options,
         timeout_ms=body.timeoutMs,
+        approvals=body.approvals,
+        approval_timeout_ms=body.approvalTimeoutMs,
         created_by=g.client,
         idempotency_key=key,
     )

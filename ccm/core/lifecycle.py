@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ccm.core.doorbell import EVENTS
+from ccm.core import approval_lifecycle
+from ccm.core.doorbell import APPROVALS, EVENTS
 from ccm.core.lookup import find_run, find_run_of_key, find_session
 from ccm.db import events, messages, runs, sessions
 from ccm.db.database import Transaction
@@ -157,9 +158,10 @@ class Lifecycle:
         if runs.end(transaction, run, {**values, "messageCount": count}):
             head = run.id if values.get("hasTranscript") else None
             sessions.run_ended(transaction, run.session_id, count, values.get("costUsd") or 0.0, head)
+            approval_lifecycle.expire_all(transaction, run)
             ended = find_run(transaction, run.id)
             events.add(transaction, RUN_ENDED[ended.status], ended)
-        return Effects(news=(run.id, run.session_id, EVENTS))
+        return Effects(news=(run.id, run.session_id, EVENTS, *((APPROVALS,) if run.approvals else ())))
 
     def cancel(self, transaction: Transaction, run: Run) -> Effects:
         """A waiting run ends at once; a started one is to be told."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import closing
 
 from ccm.core import descriptors, workdir
+from ccm.core.approvals import Approvals
 from ccm.core.assignment import Claude
 from ccm.core.ceilings import Ceilings
 from ccm.core.doorbell import Doorbell
@@ -65,6 +66,7 @@ class Service:
         self.doorbell = Doorbell()
         self.history: History
         self.runs: RunManager
+        self.approvals: Approvals
         self._runner: Runner
         self._recorder: Recorder
         self._pulse: Pulse
@@ -123,12 +125,19 @@ class Service:
         )
         transcripts = TranscriptFiles(TranscriptStore(self._recorder, reader), self._environ)
         lifecycle = Lifecycle(settings.max_concurrent_runs, settings.max_queued_runs)
+        self.approvals = Approvals(
+            self._recorder,
+            self.doorbell,
+            workers=settings.max_concurrent_runs,
+            timeout=settings.approval_timeout,
+        )
         self._runner = Runner(
             self._recorder,
             self.doorbell,
             self._claude,
             transcripts,
             lifecycle,
+            approvals=self.approvals,
             workers=settings.max_concurrent_runs,
             allow=self._allow,
             environ=self._environ,

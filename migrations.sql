@@ -204,4 +204,4 @@ CREATE TABLE ccr_approvals (
 );
 CREATE INDEX ccr_approvals_by_run ON ccr_approvals ("runId", seq);
 CREATE INDEX ccr_approvals_by_status ON ccr_approvals (status, seq);
-CREATE INDEX ccr_approvals_pending ON ccr_approvals ("runId") WHERE status = 'pending';
+CREATE INDEX ccr_approvals_pending ON ccr_approvals ("runId", seq) WHERE status = 'pending';

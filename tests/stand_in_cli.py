@@ -8,9 +8,9 @@ It speaks the CLI's side of stream-json on its standard streams. The prompt is J
      "ask": [{"tool_name": "...", "input": {...}, ...}], "at_once": true}
 
 `messages` are written as they are, then `count` assistant messages of `pad` bytes, then a result; `late` comes once the
-input is closed. A `tool` holds the output open, a `server` does not. It asks whether it may do each thing in `ask`, after
-the answer to the one before or all `at_once`, and says each answer as a message of type `answered`. Anything else in the
-prompt makes one short turn.
+input is closed. A `tool` holds the output open, a `server` does not. It asks whether it may do each thing in `ask`, one
+after another or all `at_once`, and says each answer as a message of type `answered`. Anything else in the prompt makes
+one short turn.
 With STAND_IN_CLI_LOG in its environment it writes there each line that it writes.
 """
 
@@ -116,6 +116,11 @@ def assistant(text: str) -> dict[str, object]:
     }
 
 
+def ask_all(script: dict[str, Any]) -> bool:
+    questions = script.get("ask", [])
+    return all(ask(some) for some in ([questions] if script.get("at_once") else [[one] for one in questions]))
+
+
 def ask(questions: list[dict[str, Any]]) -> bool:
     """Ask, and say each answer as it comes. False if the turn was interrupted meanwhile."""
     asked = {new_id(): question for question in questions}
@@ -168,13 +173,10 @@ def turn(script: dict[str, Any]) -> None:
             if script.get(name):
                 subprocess.Popen(["sleep", str(script[name])], start_new_session=True, stdout=output)
     sys.stdout.flush()
-    questions = script.get("ask", [])
-    for some in [questions] if script.get("at_once") else [[question] for question in questions]:
-        if not ask(some):
-            return
+    asked = ask_all(script)
     if "exit" in script:
         os._exit(script["exit"])
-    if script.get("hold"):
+    if script.get("hold") or not asked:
         return
     transcript(*said)
     write(result(**script.get("result", {})))

@@ -50,8 +50,8 @@ def pending(transaction: Transaction, run_id: str) -> list[Approval]:
 
 def count_other_waiting_runs(transaction: Transaction, run_id: str) -> int:
     """How many runs wait for an answer, this one left out."""
-    sql = 'SELECT COUNT(DISTINCT "runId") FROM ccr_approvals WHERE status = \'pending\' AND "runId" <> :run'
-    return int(transaction.value(sql, run=run_id))
+    waiting = transaction.column("SELECT \"runId\" FROM ccr_approvals WHERE status = 'pending'")
+    return len(set(waiting) - {run_id})
 
 
 def insert(transaction: Transaction, row: Mapping[str, Any]) -> None:

@@ -49,6 +49,7 @@ RUNS_AT_ONCE = 500
 # How long other programs are waited for that use the database (seconds).
 CLEAR_SECONDS = 10.0
 TABLES = (
+    "ccr_approvals",
     "ccr_events",
     "ccr_run_messages",
     "ccr_run_images",
@@ -144,10 +145,9 @@ def delete(database: Database, root: str) -> None:
         _delete_by_index(database, "ccr_run_messages", "runId", run.id)
     with _erasing(database) as transaction:
         transaction.execute(f"{TREE} DELETE FROM ccr_transcripts WHERE {TRANSCRIPTS}", root=root)
-        events = f'DELETE FROM ccr_events WHERE "runId" IN (SELECT id FROM ccr_runs WHERE {RUNS})'
-        transaction.execute(TREE + events, root=root)
-        images = f'DELETE FROM ccr_run_images WHERE "runId" IN (SELECT id FROM ccr_runs WHERE {RUNS})'
-        transaction.execute(TREE + images, root=root)
+        for table in ("ccr_approvals", "ccr_events", "ccr_run_images"):
+            sql = f'DELETE FROM {table} WHERE "runId" IN (SELECT id FROM ccr_runs WHERE {RUNS})'
+            transaction.execute(TREE + sql, root=root)
         transaction.execute(f"{TREE} DELETE FROM ccr_runs WHERE {RUNS}", root=root)
         transaction.execute(f"{TREE} DELETE FROM ccr_sessions WHERE id IN (SELECT id FROM tree)", root=root)
 

@@ -48,10 +48,9 @@ RUN = Run(
     started_at=None,
     ended_at=None,
 )
-APPROVAL: dict[str, Any] = {
-    **{"id": "a", "runId": "r", "sessionId": "s", "toolName": "Bash", "inputJson": "{}", "suggestionsJson": "[]"},
-    **{"status": "pending", "remember": 0, "interrupt": 0, "createdAt": "", "expiresAt": ""},
-}
+APPROVAL: dict[str, Any] = {"id": "a", "runId": "r", "sessionId": "s", "toolName": "Bash", "inputJson": "{}"}
+APPROVAL |= {"suggestionsJson": "[]", "status": "pending", "remember": 0, "interrupt": 0}
+APPROVAL |= {"createdAt": "", "expiresAt": ""}
 KEY = transcripts.TranscriptKey("s", "p")
 FILTERS: list[dict[str, str]] = [
     {},

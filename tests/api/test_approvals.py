@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from ccm.core.processes import end_marked
 from tests.api.conftest import NOWHERE, folder_of, new_database, refused, script
 from tests.client import Answer, Client
 from tests.conftest import ServeFunction
@@ -301,6 +302,15 @@ def test_what_a_cancelled_run_has_asked_expires(api: Client, project: Path) -> N
     late = decide(api, now[0], "allow")
     assert [late.status, late.json["approval"]] == [409, now[0]]
     assert api.get("/api/approvals", status="pending").json == []
+
+
+def test_what_a_run_has_asked_whose_claude_code_dies_expires(api: Client, project: Path) -> None:
+    approval = ask_one(api, project)
+    end_marked(approval["runId"])
+
+    ended = api.run(approval["runId"])
+    assert [ended["status"], ended["error"]["code"], ended["pendingApprovals"]] == ["error", "CLI_CRASHED", 0]
+    assert api.get(f"/api/approvals/{approval['id']}").json["status"] == "expired"
 
 
 # ---- at most all workers but one

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ class Desk:
         self._take_back.set()
 
     def close(self) -> None:
+        self.take_back()  # or a test that fails would wait for its answer for ever
         self.recorder.stop(time.monotonic() + SOON)
         self._pool.shutdown()
 
@@ -106,10 +107,10 @@ def test_each_change_is_told_with_the_state_that_it_tells_of(desk: Desk, reader:
     ((approval_id, status),) = stored(reader)
     assert [status, told(reader)] == ["pending", [("approval.requested", "pending", 1)]]
 
-    with desk.doorbell.listening("r") as run, desk.doorbell.listening("s") as session:
-        with desk.doorbell.listening(EVENTS) as events, desk.doorbell.listening(APPROVALS) as approvals:
-            desk.approvals.answer(approval_id, Answer(allow=True), "alice")
-            assert all(rung.wait(SOON) for rung in (run, session, events, approvals))
+    with ExitStack() as stack:
+        rung = [stack.enter_context(desk.doorbell.listening(key)) for key in ("r", "s", EVENTS, APPROVALS)]
+        desk.approvals.answer(approval_id, Answer(allow=True), "alice")
+        assert all(bell.wait(SOON) for bell in rung)
     assert waiting.result(SOON) == Answer(allow=True)
     assert told(reader)[1:] == [("approval.resolved", "allowed", 0)]
 
@@ -165,9 +166,11 @@ def test_an_answer_to_nothing_is_refused(desk: Desk) -> None:
 @pytest.mark.parametrize("taken_back", [False, True])
 def test_a_locked_database_only_makes_the_question_wait(tmp_path: Path, taken_back: bool) -> None:
     url = f"sqlite:///{tmp_path}/db.sqlite"
-    with closing(Database(url, writer=True, pool_size=1)) as database, closing(Database(url)) as reader:
+    with ExitStack() as stack:
+        database = stack.enter_context(closing(Database(url, writer=True, pool_size=1)))
+        reader = stack.enter_context(closing(Database(url)))
         migrate(database)
-        desk = Desk(database)
+        desk = stack.enter_context(closing(Desk(database)))
         with closing(sqlite3.connect(tmp_path / "db.sqlite", isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             waiting = desk.ask()
@@ -186,16 +189,17 @@ def test_a_locked_database_only_makes_the_question_wait(tmp_path: Path, taken_ba
             ((approval_id, _),) = until(lambda: stored(reader))
             desk.approvals.answer(approval_id, Answer(allow=True), None)
             assert waiting.result(SOON) == Answer(allow=True)
-        desk.close()
 
 
 def test_after_an_uncertain_commit_nothing_is_asked_twice_and_who_was_first_is_told_so(postgresql: str) -> None:
     with psycopg.connect(f"{postgresql}/postgres", autocommit=True) as admin:
         admin.execute("CREATE DATABASE uncertain_approvals")
     url = f"{postgresql}/uncertain_approvals"
-    with closing(Database(url, writer=True, pool_size=1)) as database, closing(Database(url)) as reader:
+    with ExitStack() as stack:
+        database = stack.enter_context(closing(Database(url, writer=True, pool_size=1)))
+        reader = stack.enter_context(closing(Database(url)))
         migrate(database)
-        desk = Desk(database)
+        desk = stack.enter_context(closing(Desk(database)))
         original = database._database.commit
         lost: list[int] = []
 
@@ -218,4 +222,3 @@ def test_after_an_uncertain_commit_nothing_is_asked_twice_and_who_was_first_is_t
         assert sum(lost) >= 2
         assert [status for _, status in stored(reader)] == ["allowed"]
         assert [kind for kind, _, _ in told(reader)] == ["approval.requested", "approval.resolved"]
-        desk.close()

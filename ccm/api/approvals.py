@@ -40,7 +40,8 @@ def approvals() -> Response:
         found = wait_until(APPROVALS, seconds, lambda: history.approvals(filters, limit=limit, after=after) or None)
         return found or []
 
-    return page(read, lambda approval: approval.seq)
+    # Who waits can go on behind what it has seen, or it would be answered at once as long as that is pending.
+    return page(read, lambda approval: approval.seq, grows=seconds > 0)
 
 
 @blueprint.get("/approvals/<approval_id>")

@@ -387,6 +387,25 @@ def test_a_wait_is_held_until_something_is_asked(api: Client, project: Path) -> 
     assert api.get("/api/approvals", status="pending", wait=0.05).json == []
 
 
+def test_who_has_seen_what_is_pending_waits_for_what_is_asked_next(api: Client, project: Path) -> None:
+    first = ask_one(api, project)
+    seen = api.get("/api/approvals", status="pending", wait=30)
+    assert seen.json == [first]
+    assert seen.next is not None
+    assert api.get("/api/approvals", status="pending").next is None
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(api.get, seen.next)
+        second = ask_one(api, project)
+        assert waiting.result().json == [second]
+    again = api.get(seen.next.replace("wait=30", "wait=0.05"))
+    assert again.json == [second]
+    assert again.next is not None
+    assert api.get(again.next).json == []
+    assert api.get(again.next).next == again.next
+    for approval in (first, second):
+        decide(api, approval, "deny")
+
+
 def test_lists_go_page_by_page_from_the_oldest(api: Client, project: Path) -> None:
     run = asking(api, project, *[{**BASH, "input": {"n": n}} for n in range(5)], at_once=True)
     pending(api, run, 5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import sqlite3
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from claude_agent_sdk import ToolPermissionContext
 
 from ccm.core.approvals import Approvals
 from ccm.core.doorbell import APPROVALS, EVENTS, Doorbell
@@ -156,6 +158,11 @@ def test_what_cannot_be_stored_is_denied_and_said_in_the_log(
 def test_nothing_is_asked_any_more_once_the_recorder_has_stopped(desk: Desk) -> None:
     desk.recorder.stop(time.monotonic() + SOON)
     assert desk.ask().result(SOON).allow is False
+
+
+def test_the_sdk_tells_of_a_question_no_more_than_is_stored() -> None:
+    told = {field.name for field in dataclasses.fields(ToolPermissionContext)} - {"signal"}
+    assert told | {"tool_name", "input"} == {field.name for field in dataclasses.fields(Question)}
 
 
 def test_an_answer_to_nothing_is_refused(desk: Desk) -> None:

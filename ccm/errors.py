@@ -3,10 +3,11 @@
 CCMError                        an answer to a client: code, HTTP status, the field at fault
 ├── ValidationError             400 VALIDATION_ERROR
 ├── Unauthorized                401 UNAUTHORIZED
-├── Forbidden                   403 OPTION_FORBIDDEN, CWD_FORBIDDEN, TIMEOUT_FORBIDDEN, WEBHOOK_FORBIDDEN,
-│                               HOST_FORBIDDEN, ORIGIN_FORBIDDEN
-├── NotFound                    404 RUN_NOT_FOUND, SESSION_NOT_FOUND
+├── Forbidden                   403 OPTION_FORBIDDEN, CWD_FORBIDDEN, TIMEOUT_FORBIDDEN, APPROVALS_FORBIDDEN,
+│                                   WEBHOOK_FORBIDDEN, HOST_FORBIDDEN, ORIGIN_FORBIDDEN
+├── NotFound                    404 RUN_NOT_FOUND, SESSION_NOT_FOUND, APPROVAL_NOT_FOUND
 ├── Conflict                    409 SESSION_BUSY, SESSION_NOT_RESUMABLE, RUN_ALREADY_ENDED
+│   └── ApprovalResolved        409 APPROVAL_ALREADY_RESOLVED, with the approval as it is
 ├── TooLarge                    413 BODY_TOO_LARGE
 ├── UnsupportedMediaType        415 UNSUPPORTED_MEDIA_TYPE
 ├── KeyReused                   422 IDEMPOTENCY_KEY_REUSED
@@ -28,6 +29,9 @@ StorageError                    what the database's driver raised, told apart at
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class CCMError(Exception):
     """An answer to a client. `message` says what is wrong and what to do about it."""
@@ -43,7 +47,7 @@ class CCMError(Exception):
         if code is not None:
             self.code = code
 
-    def to_json(self) -> dict[str, dict[str, str]]:
+    def to_json(self) -> dict[str, Any]:
         error = {"code": self.code, "message": self.message}
         if self.field is not None:
             error["field"] = self.field
@@ -73,6 +77,19 @@ class NotFound(CCMError):
 class Conflict(CCMError):
     status = 409
     code = "CONFLICT"
+
+
+class ApprovalResolved(Conflict):
+    """Somebody else was first, or nobody was in time. `approval` is what became of it, as the API shows it."""
+
+    code = "APPROVAL_ALREADY_RESOLVED"
+
+    def __init__(self, message: str, approval: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.approval = approval
+
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), "approval": self.approval}
 
 
 class TooLarge(CCMError):

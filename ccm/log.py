@@ -6,6 +6,7 @@ import logging
 import re
 import sys
 import time
+import warnings
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
 
@@ -37,5 +38,7 @@ def configure(level: str) -> None:
     handler.setFormatter(OneLine())
     logging.basicConfig(level=LEVELS[level], handlers=[handler], force=True)
     logging.getLogger("claude_agent_sdk").setLevel(logging.CRITICAL)  # its errors come back as the run's own
+    # That an option makes some questions needless is no news to who has set it.
+    warnings.filterwarnings("ignore", "can_use_tool will not be invoked")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("werkzeug").setLevel(logging.INFO)

@@ -38,10 +38,18 @@ RUN_ENDED = {COMPLETED: "run.completed", ERROR: "run.failed", CANCELLED: "run.ca
 APPROVAL_REQUESTED = "approval.requested"
 APPROVAL_RESOLVED = "approval.resolved"
 
+# Of an approval: it waits for its answer, or has had it, or has lost its run before it had one.
+PENDING = "pending"
+ALLOWED = "allowed"
+DENIED = "denied"
+EXPIRED = "expired"
+APPROVAL_STATUSES = (PENDING, ALLOWED, DENIED, EXPIRED)
+DECISIONS = {ALLOWED: "allow", DENIED: "deny"}
+
 # To whom an event is delivered: the address of its run, or that of the service.
 RUN_TARGET = "run"
 SERVICE_TARGET = "service"
-PENDING = "pending"
+# Of a delivery, beside PENDING.
 DELIVERED = "delivered"
 FAILED = "failed"
 DISABLED = "disabled"
@@ -128,6 +136,7 @@ class Run(Row):
     message_count: int
     duration_ms: int | None
     queue_position: int | None
+    pending_approvals: int
     has_transcript: int
     transcript_stored: int
     created_by: str | None
@@ -178,7 +187,7 @@ class Run(Row):
             "queuePosition": self.queue_position,
             "transcriptStored": bool(self.transcript_stored),
             "createdBy": self.created_by,
-            "pendingApprovals": 0,  # nothing asks for approvals yet
+            "pendingApprovals": self.pending_approvals,
             "createdAt": self.created_at,
             "startedAt": self.started_at,
             "endedAt": self.ended_at,
@@ -240,6 +249,121 @@ class Message(NamedTuple):
     def size(self) -> int:
         """Bytes; the text is ASCII."""
         return len(self.json)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What Claude Code asks before it uses a tool, as the SDK tells it.
+
+    `suggestions` are the SDK's own permission updates that would spare the next such question.
+    """
+
+    tool_name: str
+    tool_use_id: str | None
+    input: Mapping[str, Any]
+    suggestions: tuple[Mapping[str, Any], ...] = ()
+    title: str | None = None
+    display_name: str | None = None
+    description: str | None = None
+    blocked_path: str | None = None
+    decision_reason: str | None = None
+    agent_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What becomes of a question.
+
+    Args:
+        updated_input: what is executed instead of what was asked for; with `allow` only.
+        remember: take the question's suggestions for the rest of the run; with `allow` only.
+        message: for the model to read; without `allow` only.
+        interrupt: end the model's turn; without `allow` only.
+    """
+
+    allow: bool
+    updated_input: Mapping[str, Any] | None = None
+    remember: bool = False
+    message: str | None = None
+    interrupt: bool = False
+
+
+@dataclass(frozen=True)
+class Approval(Row):
+    """A question of a run and what became of it. `seq` is the order in which they were asked."""
+
+    id: str
+    seq: int
+    run_id: str
+    session_id: str
+    tool_name: str
+    tool_use_id: str | None
+    input_json: str
+    suggestions_json: str
+    title: str | None
+    display_name: str | None
+    description: str | None
+    blocked_path: str | None
+    decision_reason: str | None
+    agent_id: str | None
+    status: str
+    updated_input_json: str | None
+    remember: int
+    message: str | None
+    interrupt: int
+    decided_by: str | None
+    created_at: str
+    expires_at: str
+    resolved_at: str | None
+
+    @property
+    def pending(self) -> bool:
+        return self.status == PENDING
+
+    @property
+    def suggestions(self) -> list[dict[str, Any]]:
+        suggestions: list[dict[str, Any]] = json.loads(self.suggestions_json)
+        return suggestions
+
+    @property
+    def answer(self) -> Answer:
+        """What Claude Code is told once it is no longer pending."""
+        return Answer(
+            allow=self.status == ALLOWED,
+            updated_input=None if self.updated_input_json is None else json.loads(self.updated_input_json),
+            remember=bool(self.remember),
+            message=self.message,
+            interrupt=bool(self.interrupt),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The approval as the API shows it."""
+        return {
+            "id": self.id,
+            "approvalId": self.id,
+            "runId": self.run_id,
+            "sessionId": self.session_id,
+            "toolName": self.tool_name,
+            "toolUseId": self.tool_use_id,
+            "input": json.loads(self.input_json),
+            "suggestions": self.suggestions,
+            "title": self.title,
+            "displayName": self.display_name,
+            "description": self.description,
+            "blockedPath": self.blocked_path,
+            "decisionReason": self.decision_reason,
+            "agentId": self.agent_id,
+            "status": self.status,
+            "decision": DECISIONS.get(self.status),
+            "updatedInput": self.answer.updated_input,
+            "remember": bool(self.remember),
+            "message": self.message,
+            "interrupt": bool(self.interrupt),
+            "decidedBy": self.decided_by,
+            "createdAt": self.created_at,
+            "expiresAt": self.expires_at,
+            "resolvedAt": self.resolved_at,
+        }
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,14 @@ class Settings:
         "`timeoutMs`",
         "(empty: no ceiling)",
     )
+    approval_timeout: int = _setting(
+        "CCM_APPROVAL_TIMEOUT",
+        3600,
+        parse.duration,
+        "How long an approval waits for its answer where the request names no `approvalTimeoutMs`, in seconds or as "
+        "`90s`, `30m`, `2h`; then it is denied",
+        "1h",
+    )
     webhook_url: str | None = _setting(
         "CCM_WEBHOOK_URL",
         None,

@@ -4,10 +4,13 @@
 It speaks the CLI's side of stream-json on its standard streams. The prompt is JSON:
 
     {"messages": [...], "count": N, "pad": BYTES, "raw": "...", "exit": CODE, "stderr": "...", "states": false,
-     "hold": true, "ignore_interrupt": true, "tool": SECONDS, "server": SECONDS, "late": "...", "result": {...}}
+     "hold": true, "ignore_interrupt": true, "tool": SECONDS, "server": SECONDS, "late": "...", "result": {...},
+     "ask": [{"tool_name": "...", "input": {...}, ...}], "at_once": true}
 
 `messages` are written as they are, then `count` assistant messages of `pad` bytes, then a result; `late` comes once the
-input is closed. A `tool` holds the output open, a `server` does not. Anything else in the prompt makes one short turn.
+input is closed. A `tool` holds the output open, a `server` does not. It asks whether it may do each thing in `ask`, one
+after another or all `at_once`, and says each answer as a message of type `answered`. Anything else in the prompt makes
+one short turn.
 With STAND_IN_CLI_LOG in its environment it writes there each line that it writes.
 """
 
@@ -113,6 +116,41 @@ def assistant(text: str) -> dict[str, object]:
     }
 
 
+def ask_all(script: dict[str, Any]) -> bool:
+    questions = script.get("ask", [])
+    return all(ask(some) for some in ([questions] if script.get("at_once") else [[one] for one in questions]))
+
+
+def ask(questions: list[dict[str, Any]]) -> bool:
+    """Ask, and say each answer as it comes. False if the turn was interrupted meanwhile."""
+    asked = {new_id(): question for question in questions}
+    for request_id, question in asked.items():
+        request = {"subtype": "can_use_tool", "input": {}, "tool_use_id": request_id, **question}
+        control({"type": "control_request", "request_id": request_id, "request": request})
+    while asked:
+        message = json.loads(sys.stdin.readline() or "null")
+        if message is None:
+            return False
+        if message["type"] == "control_response":
+            response = message["response"]
+            question = asked.pop(response["request_id"])
+            write({"type": "answered", "asked": question, "answer": response.get("response") or response.get("error")})
+            sys.stdout.flush()
+        elif message["type"] == "control_request" and message["request"]["subtype"] == "interrupt":
+            for request_id in asked:
+                control({"type": "control_cancel_request", "request_id": request_id})
+            interrupted(message)
+            return False
+    return True
+
+
+def interrupted(message: dict[str, Any]) -> None:
+    reply = {"subtype": "success", "request_id": message["request_id"], "response": {}}
+    control({"type": "control_response", "response": reply})
+    write(result(subtype="error_during_execution", is_error=True, result=None))
+    control(state("idle"))
+
+
 def turn(script: dict[str, Any]) -> None:
     states = script.get("states", True)
     if states:
@@ -135,9 +173,10 @@ def turn(script: dict[str, Any]) -> None:
             if script.get(name):
                 subprocess.Popen(["sleep", str(script[name])], start_new_session=True, stdout=output)
     sys.stdout.flush()
+    asked = ask_all(script)
     if "exit" in script:
         os._exit(script["exit"])
-    if script.get("hold"):
+    if script.get("hold") or not asked:
         return
     transcript(*said)
     write(result(**script.get("result", {})))
@@ -148,17 +187,17 @@ def turn(script: dict[str, Any]) -> None:
 
 def main() -> None:
     script: dict[str, Any] = {}
-    for line in sys.stdin:
+    for line in iter(sys.stdin.readline, ""):  # and not what it has read ahead
         message = json.loads(line)
         if message["type"] == "control_request":
             kind = message["request"]["subtype"]
             if kind == "interrupt" and script.get("ignore_interrupt"):
                 continue
+            if kind == "interrupt":
+                interrupted(message)
+                continue
             reply = {"subtype": "success", "request_id": message["request_id"], "response": {}}
             control({"type": "control_response", "response": reply})
-            if kind == "interrupt":
-                write(result(subtype="error_during_execution", is_error=True, result=None))
-                control(state("idle"))
         elif message["type"] == "user":
             content = message["message"]["content"]
             text = content if isinstance(content, str) else content[-1]["text"]

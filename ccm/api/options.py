@@ -94,13 +94,18 @@ def not_a_flag(text: str) -> str:
     return no_nul(text)
 
 
-def plain_json(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON that can be written out again: pydantic reads NaN and Infinity, which JSON does not have."""
     try:
-        text = json.dumps(value, allow_nan=False)
+        json.dumps(value, allow_nan=False)
     except ValueError:
         raise ValueError("must not contain NaN or Infinity") from None
-    if len(text) > ARGUMENT_CHARACTERS:
+    return value
+
+
+def plain_json(value: Any) -> Any:
+    """The same, of a bounded length."""
+    if len(json.dumps(finite(value))) > ARGUMENT_CHARACTERS:
         raise ValueError(f"must be at most {ARGUMENT_CHARACTERS} characters of JSON")
     return value
 

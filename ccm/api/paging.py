@@ -62,19 +62,22 @@ def next_link(**changes: str) -> dict[str, str]:
     return {"Link": f'<{address}?{urlencode(query)}>; rel="next"'}
 
 
-def page(read: Callable[[int, int | None], Sequence[ItemT]], place: Callable[[ItemT], int]) -> Response:
+def page(
+    read: Callable[[int, int | None], Sequence[ItemT]], place: Callable[[ItemT], int], *, grows: bool = False
+) -> Response:
     """One page of a list.
 
     Args:
         read: gives so many items beyond a place.
         place: where an item stands in the list.
+        grows: whether the client waits for what comes at its end: then there is always a next page.
     """
     size = limit() or DEFAULT_LIMIT
     # One more than asked for tells whether there is a next page.
     items = read(size + 1, _cursor())
     headers = {}
-    if len(items) > size:
+    if len(items) > size or grows:
         items = items[:size]
-        cursor = base64.urlsafe_b64encode(str(place(items[-1])).encode()).decode()
-        headers = next_link(cursor=cursor)
+        cursor = base64.urlsafe_b64encode(str(place(items[-1])).encode()).decode() if items else None
+        headers = next_link(**({} if cursor is None else {"cursor": cursor}))
     return answer([item.to_json() for item in items], headers=headers)

@@ -13,12 +13,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from flask import Request
-from pydantic import AfterValidator, Field, JsonValue, model_validator
+from pydantic import AfterValidator, Field, JsonValue, ValidationInfo, field_validator, model_validator
 from pydantic_core import ErrorDetails, from_json
 
-from ccm.api.options import SERVICE_OWNED, Options, Strict, no_nul, plain_json
+from ccm.api.options import SERVICE_OWNED, Options, Strict, finite, no_nul, plain_json
 from ccm.errors import TooLarge, UnsupportedMediaType, ValidationError
-from ccm.models import RUN_ID, IdempotencyKey, Image
+from ccm.models import RUN_ID, Answer, IdempotencyKey, Image
 from ccm.webhook_urls import web_address
 
 PROMPT_CHARACTERS = 1_000_000
@@ -28,6 +28,9 @@ TITLE_CHARACTERS = 500
 PATH_CHARACTERS = 4_096
 KEY_CHARACTERS = 255
 TIMEOUT_MS = 24 * 3600 * 1000
+APPROVAL_TIMEOUT_MS = 30 * TIMEOUT_MS
+# Of what the model is told with a denial.
+MESSAGE_CHARACTERS = 100_000
 # Values, names and brackets in a body. Python makes hundreds of bytes of each: of a body of small ones, gigabytes.
 BODY_PARTS = 200_000
 # A text in JSON, or the beginning of one that does not end.
@@ -98,6 +101,15 @@ class RunBody(Strict):
     options: Options = Options()
     timeoutMs: Annotated[int, Field(ge=1, le=TIMEOUT_MS)] | None = None
     webhookUrl: WebAddress | None = None
+    approvals: bool = False
+    approvalTimeoutMs: Annotated[int, Field(ge=1, le=APPROVAL_TIMEOUT_MS)] | None = None
+
+    @field_validator("approvalTimeoutMs")
+    @classmethod
+    def _has_approvals(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("approvals") is False:
+            raise ValueError("is for runs with approvals; set approvals to true, or leave it out")
+        return value
 
     def pictures(self) -> tuple[Image, ...]:
         return tuple(Image(image.mediaType, image.data) for image in self.images)
@@ -126,6 +138,33 @@ class ForkBody(RunBody):
 class SessionBody(Strict):
     title: Title | None = None
     metadata: Metadata | None = None
+
+
+class ApprovalBody(Strict):
+    """The answer to an approval."""
+
+    decision: Literal["allow", "deny"]
+    updatedInput: Annotated[dict[str, JsonValue], AfterValidator(finite)] | None = None
+    remember: bool = False
+    message: Annotated[str, Field(max_length=MESSAGE_CHARACTERS), AfterValidator(_not_blank)] | None = None
+    interrupt: bool = False
+
+    @field_validator("updatedInput", "remember", "message", "interrupt")
+    @classmethod
+    def _goes_with_the_decision(cls, value: Any, info: ValidationInfo) -> Any:
+        other = "allow" if info.field_name in ("updatedInput", "remember") else "deny"
+        if value not in (None, False) and info.data.get("decision", other) != other:
+            raise ValueError(f"goes with the decision {other} only; leave it out")
+        return value
+
+    def answer(self) -> Answer:
+        return Answer(
+            allow=self.decision == "allow",
+            updated_input=self.updatedInput,
+            remember=self.remember,
+            message=self.message,
+            interrupt=self.interrupt,
+        )
 
 
 Body = TypeVar("Body", bound=Strict)

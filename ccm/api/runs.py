@@ -179,6 +179,8 @@ def _begin(mode: str, model: type[Body], accept: Callable[[Body, RunRequest], Ac
     options = body.options.given()
     check_policy(options, settings)
     service().ceilings.check(options, body.timeoutMs)
+    if body.approvals:
+        service().approvals.check_workers()
     check_webhook(body.webhookUrl, settings)
     run_request = RunRequest(
         mode=mode,
@@ -186,6 +188,8 @@ def _begin(mode: str, model: type[Body], accept: Callable[[Body, RunRequest], Ac
         images=body.pictures(),
         options=options,
         timeout_ms=body.timeoutMs,
+        approvals=body.approvals,
+        approval_timeout_ms=body.approvalTimeoutMs,
         webhook_url=body.webhookUrl,
         created_by=g.client,
         idempotency_key=key,

@@ -10,7 +10,7 @@ from flask import Response
 from ccm import models
 from ccm.api.context import client_gone, held, service
 from ccm.api.places import END
-from ccm.core.following import Event, Follower, Messages
+from ccm.core.following import ApprovalState, Event, Follower, Messages
 
 # How soon a browser is to come back when the connection breaks (milliseconds).
 RETRY = 1_000
@@ -77,6 +77,9 @@ def _frames(events: Iterable[Event], prefix: Callable[[str], str]) -> Iterator[b
             start = f"event: message\nid: {prefix(event.run_id)}"
             # A text is one line of ASCII, as it is stored.
             yield "".join(f"{start}{index}\ndata: {text}\n\n" for index, text in event.numbered).encode("ascii")
+        elif isinstance(event, ApprovalState):
+            # Without an id, which would be a message's index: whoever comes back is told anew what is pending.
+            yield f"event: approval\ndata: {json.dumps(event.shown)}\n\n".encode("ascii")
         else:
             data = json.dumps(event.to_json())
             yield f"event: end\nid: {prefix(event.id)}{END}\ndata: {data}\n\n".encode("ascii")

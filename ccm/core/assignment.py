@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ from ccm.core.ceilings import Ceilings
 from ccm.core.options import sdk_arguments
 from ccm.core.processes import LAUNCH_SCRIPT, launch_environment
 from ccm.core.run_directory import STDERR_FILE
-from ccm.core.sdk import AgentDefinition, ClaudeAgentOptions
+from ccm.core.sdk import AgentDefinition, ClaudeAgentOptions, permission_callback
 from ccm.core.transcript_store import Mirror
-from ccm.models import Image
+from ccm.models import Answer, Image, Question
+
+Ask = Callable[[Question], Awaitable[Answer]]
 
 
 @dataclass(frozen=True)
@@ -75,20 +77,28 @@ class Assignment:
 
 
 def sdk_options(
-    assignment: Assignment, claude: Claude, environ: Mapping[str, str], directory: Path, mirror: Mirror | None
+    assignment: Assignment,
+    claude: Claude,
+    environ: Mapping[str, str],
+    directory: Path,
+    mirror: Mirror | None,
+    *,
+    ask: Ask | None = None,
 ) -> ClaudeAgentOptions:
     """The SDK's options of a run.
 
     Args:
         environ: what its agent inherits.
         directory: the run's own.
+        ask: gets Claude Code's questions answered; it is not to ask if left out.
 
     Raises:
         UnusableOptionsError: what its request names cannot be used; the message says why.
     """
     arguments = sdk_arguments(
         claude.ceilings.lower(assignment.options),
-        permission_mode=claude.permission_mode,
+        # Who wants to be asked wants to be asked about edits too.
+        permission_mode=claude.permission_mode if ask is None else "default",
         setting_sources=claude.setting_sources,
         directory=directory,
         agent=AgentDefinition,
@@ -114,5 +124,6 @@ def sdk_options(
         session_store=mirror,  # type: ignore[arg-type]  # the SDK wants no more of it, for a store of its own
         # As it grows: what is kept until the turn's end is lost with a service that is killed.
         session_store_flush="eager",
+        can_use_tool=None if ask is None else permission_callback(ask),
         **arguments,
     )

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 # The key of what happens to any run.
 EVENTS = "events"
+# The key of what is asked and answered in any run.
+APPROVALS = "approvals"
 
 
 class Doorbell:

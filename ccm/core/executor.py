@@ -9,12 +9,13 @@ import signal
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import sniffio
 
-from ccm.core.assignment import Assignment, Claude, sdk_options
+from ccm.core.assignment import Ask, Assignment, Claude, sdk_options
 from ccm.core.options import UnusableOptionsError
 from ccm.core.processes import end_marked
 from ccm.core.results import cost, error_code, error_text
@@ -22,7 +23,7 @@ from ccm.core.run_clock import RunClock
 from ccm.core.run_directory import run_directory, said_on_stderr
 from ccm.core.sdk import Client, explain
 from ccm.core.transcript_store import Mirror
-from ccm.models import CANCELLED, COMPLETED, ERROR, Outcome
+from ccm.models import CANCELLED, COMPLETED, ERROR, Answer, Outcome, Question
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Execution:
     Args:
         record: takes each message, in the run's own loop; may wait, and the agent then waits too.
         mirror: takes the transcript as it grows; none is taken if it is left out.
+        ask: gets Claude Code's questions answered, in the run's own loop; it is not to ask if left out.
     """
 
     def __init__(
@@ -55,8 +57,11 @@ class Execution:
         environ: Mapping[str, str],
         record: Callable[[dict[str, Any]], Awaitable[None]],
         mirror: Mirror | None = None,
+        *,
+        ask: Ask | None = None,
     ) -> None:
         self._mirror = mirror
+        self._ask = None if ask is None else partial(self._have_answered, ask)
         self._assignment = assignment
         self._claude = claude
         self._environ = environ
@@ -150,7 +155,9 @@ class Execution:
             return Outcome(ERROR, "CWD_NOT_FOUND", f"The directory {self._assignment.cwd} is not there any more.")
         with run_directory(self._assignment.run_id) as directory:
             try:
-                client = Client(sdk_options(self._assignment, self._claude, self._environ, directory, self._mirror))
+                client = Client(
+                    sdk_options(self._assignment, self._claude, self._environ, directory, self._mirror, ask=self._ask)
+                )
             except UnusableOptionsError as unusable:
                 return Outcome(ERROR, "OPTIONS_UNUSABLE", str(unusable))
             # Never cancelled before the stream has ended: a cancelled disconnect leaks the CLI and its tools.
@@ -208,6 +215,11 @@ class Execution:
         # A CLI that tells no states (an older one) ends at its result.
         if self._results and self._session_state in (None, "idle"):
             self._over.set()
+
+    async def _have_answered(self, ask: Ask, question: Question) -> Answer:
+        """The answer to a question; the wait for it does not count as the run's time."""
+        with self._clock.paused():
+            return await ask(question)
 
     async def _see_it_end(self, client: Client) -> None:
         """Waits for the run to be over or to be stopped, then ends the CLI by steps, each with its bound.

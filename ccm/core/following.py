@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from ccm import models
 from ccm.core.doorbell import EVENTS
-from ccm.core.history import LOOK_SECONDS, History
+from ccm.core.history import LOOK_SECONDS, History, Shown
 from ccm.errors import Unavailable
 from ccm.models import Run
 
@@ -28,8 +28,16 @@ class Messages:
     numbered: Sequence[tuple[int, str]]
 
 
+@dataclass(frozen=True)
+class ApprovalState:
+    """An approval as it was when it was asked or answered, as the API shows it. It has no place in the order of the
+    messages."""
+
+    shown: Shown
+
+
 # A run tells that it has ended; None, that nothing has happened for a while.
-Event = Messages | Run | None
+Event = Messages | ApprovalState | Run | None
 
 
 class Follower:
@@ -48,7 +56,8 @@ class Follower:
         self._silence = silence
 
     def run(self, run_id: str, after: int) -> Iterator[Event]:
-        """The messages of a run beyond an index, and the run once it has ended.
+        """What a run waits for, its messages beyond an index and what is asked and answered, and the run once it has
+        ended.
 
         It ends without that only if the service stops before the run has begun.
         """
@@ -78,15 +87,25 @@ class Follower:
 
     def _run(self, key: str, run_id: str, after: int) -> Generator[Event, None, bool]:
         """The same for one run, heard of by any key. True if its end was told."""
+        asked = yield from self._next(key, partial(self._history.asked, run_id))
+        if asked is None:
+            return False
+        yield from map(ApprovalState, asked.approvals)
+        event = asked.through
         while True:
-            news = yield from self._next(key, partial(self._history.news, run_id, after))
+            news = yield from self._next(key, partial(self._history.news, run_id, after, event))
             if news is None:
                 return False
-            if isinstance(news, Run):
-                yield news
+            if news.ended is not None:
+                yield news.ended
                 return True
-            yield Messages(run_id, news)
-            after = news[-1][0]
+            # Before the question the message that it is about.
+            if news.messages:
+                yield Messages(run_id, news.messages)
+                after = news.messages[-1][0]
+            for change in news.approvals:
+                event, shown = change
+                yield ApprovalState(shown)
 
     def _run_after(self, session_id: str, seq: int | None) -> Run | None:
         return next(iter(self._history.session_runs(session_id, limit=1, after=seq)), None)

@@ -7,15 +7,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ccm.core.doorbell import Doorbell
 from ccm.core.lineage import ForkPoint, Segment, find_fork_point, line, own_line
-from ccm.core.lookup import find_run, find_run_of_key, find_session
-from ccm.db import deliveries, events, messages, runs, sessions
+from ccm.core.lookup import find_approval, find_run, find_run_of_key, find_session
+from ccm.db import approvals, deliveries, events, messages, runs, sessions
 from ccm.db.database import Database, Transaction
 from ccm.errors import StorageError, Unavailable, ValidationError
-from ccm.models import RUNNING, Delivery, Event, IdempotencyKey, Run, Session
+from ccm.models import RUNNING, Approval, Delivery, Event, IdempotencyKey, Run, Session
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +29,24 @@ CHUNK_EVENTS = 100
 LOOK_SECONDS = 0.5
 
 
-# Messages with their indexes, or the run that has ended after them.
-News = list[tuple[int, str]] | Run
+# An approval as the API shows it.
+Shown = Mapping[str, Any]
+
+
+class News(NamedTuple):
+    """Messages with their indexes; what was asked or answered since, each with the id of its event; and the run, once
+    it has ended and all else was told."""
+
+    messages: list[tuple[int, str]]
+    approvals: Sequence[tuple[int, Shown]]
+    ended: Run | None
+
+
+class Asked(NamedTuple):
+    """What a run waits for; and the event up to which that is so, None if the run never asks."""
+
+    approvals: list[Shown]
+    through: int | None
 
 
 class History:
@@ -113,6 +129,39 @@ class History:
         """
         return self._read(lambda transaction: find_fork_point(transaction, session_id, at_run_id, at_message))
 
+    # ---- approvals
+
+    def approval(self, approval_id: str) -> Approval:
+        """
+        Raises:
+            NotFound: APPROVAL_NOT_FOUND.
+        """
+        return self._read(lambda transaction: find_approval(transaction, approval_id))
+
+    def approvals(self, filters: Mapping[str, str], *, limit: int, after: int | None) -> list[Approval]:
+        """Approvals, the oldest first, beyond the one with seq `after`."""
+        return self._read(lambda transaction: approvals.page(transaction, filters, limit=limit, after=after))
+
+    def run_approvals(self, run_id: str, *, limit: int, after: int | None) -> list[Approval]:
+        """The approvals of a run, the oldest first, beyond the one with seq `after`."""
+
+        def query(transaction: Transaction) -> list[Approval]:
+            run = find_run(transaction, run_id)
+            return approvals.page(transaction, {"runId": run.id}, limit=limit, after=after)
+
+        return self._read(query)
+
+    def asked(self, run_id: str) -> Asked:
+        """What a run waits for at this moment."""
+
+        def query(transaction: Transaction) -> Asked:
+            if not find_run(transaction, run_id).approvals:
+                return Asked([], None)
+            waiting = approvals.pending(transaction, run_id)
+            return Asked([approval.to_json() for approval in waiting], approvals.last_event(transaction, run_id))
+
+        return self._read(query)
+
     # ---- messages
 
     def run_segment(self, run_id: str, after: int) -> tuple[Run, Segment]:
@@ -192,18 +241,26 @@ class History:
                 if texts:
                     yield texts
 
-    def news(self, run_id: str, after: int) -> News | None:
-        """What comes after a message of a run: messages, or the run itself once it has ended; None if nothing yet."""
+    def news(self, run_id: str, after: int, event: int | None = None) -> News | None:
+        """What comes after a message of a run and one of its events; None if nothing yet.
+
+        Args:
+            event: beyond it approvals are looked for; None for none.
+        """
 
         def query(transaction: Transaction) -> News | None:
             # The run before its messages: when it has ended, its count is final, and all of them are stored.
             link = runs.link(transaction, run_id)
             rest = Segment(run_id, after, link.message_count - 1)
+            found: list[tuple[int, str]] = []
             # Fewer may be there than are counted, where something other than the service has deleted some.
             if rest.after < rest.through and (indexes := _next_indexes(transaction, rest, after)):
                 texts = messages.texts(transaction, run_id, after, indexes[-1])
-                return list(zip(indexes, texts, strict=True))
-            return None if link.status == RUNNING else find_run(transaction, run_id)
+                found = list(zip(indexes, texts, strict=True))
+            changes = () if event is None else approvals.changes(transaction, run_id, event)
+            if found or changes:
+                return News(found, changes, None)
+            return None if link.status == RUNNING else News([], (), find_run(transaction, run_id))
 
         return self._read(query)
 

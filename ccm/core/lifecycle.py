@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ccm.core.doorbell import EVENTS
+from ccm.core.approval_lifecycle import ApprovalLifecycle
+from ccm.core.doorbell import APPROVALS, EVENTS
 from ccm.core.lookup import find_run, find_run_of_key, find_session
 from ccm.core.webhooks.outbox import Outbox
 from ccm.db import messages, runs, sessions
@@ -65,12 +66,14 @@ class Lifecycle:
         workers: runs at once.
         queue_limit: runs that may wait for a worker.
         outbox: told of what happens to runs.
+        approvals: has what a run waits for expire when it ends.
     """
 
-    def __init__(self, workers: int, queue_limit: int, outbox: Outbox) -> None:
+    def __init__(self, workers: int, queue_limit: int, outbox: Outbox, approvals: ApprovalLifecycle) -> None:
         self._workers = workers
         self._queue_limit = queue_limit
         self._outbox = outbox
+        self._approvals = approvals
         # The name of this service in the rows of its runs.
         self._owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         # While it is False no waiting run starts.
@@ -160,9 +163,10 @@ class Lifecycle:
         if runs.end(transaction, run, {**values, "messageCount": count}):
             head = run.id if values.get("hasTranscript") else None
             sessions.run_ended(transaction, run.session_id, count, values.get("costUsd") or 0.0, head)
+            self._approvals.expire_all(transaction, run)
             ended = find_run(transaction, run.id)
             self._outbox.tell(transaction, RUN_ENDED[ended.status], ended)
-        return Effects(news=(run.id, run.session_id, EVENTS))
+        return Effects(news=(run.id, run.session_id, EVENTS, *((APPROVALS,) if run.approvals else ())))
 
     def cancel(self, transaction: Transaction, run: Run) -> Effects:
         """A waiting run ends at once; a started one is to be told."""

@@ -1,11 +1,11 @@
-"""Runs and sessions by the names that clients give them, within a transaction."""
+"""Runs, sessions and approvals by the names that clients give them, within a transaction."""
 
 from __future__ import annotations
 
-from ccm.db import runs, sessions
+from ccm.db import approvals, runs, sessions
 from ccm.db.database import Transaction
 from ccm.errors import KeyReused, NotFound
-from ccm.models import IdempotencyKey, Run, Session
+from ccm.models import Approval, IdempotencyKey, Run, Session
 
 
 def find_run(transaction: Transaction, run_id: str) -> Run:
@@ -37,3 +37,10 @@ def find_session(transaction: Transaction, session_id: str) -> Session:
     if session is None:
         raise NotFound(f"There is no session {session_id}. GET /api/sessions lists them.", code="SESSION_NOT_FOUND")
     return session
+
+
+def find_approval(transaction: Transaction, approval_id: str) -> Approval:
+    approval = approvals.find(transaction, approval_id)
+    if approval is None:
+        raise NotFound(f"There is no approval {approval_id}. GET /api/approvals lists them.", code="APPROVAL_NOT_FOUND")
+    return approval

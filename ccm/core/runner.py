@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from ccm.core.approvals import Approvals
 from ccm.core.assignment import Assignment, Claude
 from ccm.core.doorbell import Doorbell
 from ccm.core.executor import Execution
@@ -40,6 +41,7 @@ class Runner:
         claude: what runs are made with.
         transcripts: those of runs, here and in the database.
         lifecycle: decides what their ends mean.
+        approvals: puts their questions to clients.
         workers: runs at once.
         allow: raises `Forbidden` where a run that is about to begin is not allowed any more.
         environ: what agents inherit.
@@ -53,6 +55,7 @@ class Runner:
         transcripts: TranscriptFiles,
         lifecycle: Lifecycle,
         *,
+        approvals: Approvals,
         workers: int,
         allow: Callable[[Run], None],
         environ: Mapping[str, str],
@@ -62,6 +65,7 @@ class Runner:
         self._claude = claude
         self._transcripts = transcripts
         self._lifecycle = lifecycle
+        self._approvals = approvals
         self._allow = allow
         self._environ = environ
         self._pool = WorkerPool(workers)
@@ -135,7 +139,8 @@ class Runner:
             resume_at=run.fork_at_message,
         )
         mirror = self._transcripts.mirror(run)
-        execution = Execution(assignment, self._claude, self._environ, self._record(run), mirror)
+        ask = partial(self._approvals.ask, run) if run.approvals else None
+        execution = Execution(assignment, self._claude, self._environ, self._record(run), mirror, ask=ask)
         with self._lock:
             self._executions[run.id] = execution
             stopping = self._stopping

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import struct
 import unicodedata
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,17 @@ from claude_agent_sdk import (
     CLIConnectionError,
     CLIJSONDecodeError,
     CLINotFoundError,
+    PermissionResultAllow,
+    PermissionResultDeny,
+    PermissionUpdate,
     ProcessError,
     ResultError,
+    ToolPermissionContext,
     fold_session_summary,
 )
 from claude_agent_sdk._internal.sessions import _sanitize_path
+
+from ccm.models import Answer, Question
 
 __all__ = [
     "AgentDefinition",
@@ -41,8 +49,11 @@ __all__ = [
     "explain",
     "find_transcript",
     "fold_session_summary",
+    "permission_callback",
     "transcript_path",
 ]
+
+log = logging.getLogger(__name__)
 
 
 def bundled_cli() -> Path:
@@ -183,6 +194,53 @@ class Client(ClaudeSDKClient):
 
 async def _one(message: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
     yield message
+
+
+def permission_callback(
+    ask: Callable[[Question], Awaitable[Answer]],
+) -> Callable[[str, dict[str, Any], ToolPermissionContext], Awaitable[PermissionResultAllow | PermissionResultDeny]]:
+    """What the SDK calls, in the run's own loop, before Claude Code uses a tool that it would ask the user about.
+
+    Args:
+        ask: gets the answer; cancelled when Claude Code takes its question back.
+    """
+
+    async def can_use_tool(
+        tool_name: str, tool_input: dict[str, Any], context: ToolPermissionContext
+    ) -> PermissionResultAllow | PermissionResultDeny:
+        answer = await ask(
+            Question(
+                tool_name=tool_name,
+                tool_use_id=context.tool_use_id,
+                input=tool_input,
+                suggestions=_suggestions(context.suggestions),
+                title=context.title,
+                display_name=context.display_name,
+                description=context.description,
+                blocked_path=context.blocked_path,
+                decision_reason=context.decision_reason,
+                agent_id=context.agent_id,
+            )
+        )
+        if not answer.allow:
+            return PermissionResultDeny(message=answer.message or "", interrupt=answer.interrupt)
+        # For this run only: as they are they would go into settings files of the host.
+        remembered = [replace(update, destination="session") for update in context.suggestions]
+        return PermissionResultAllow(
+            updated_input=None if answer.updated_input is None else dict(answer.updated_input),
+            updated_permissions=remembered if answer.remember else None,
+        )
+
+    return can_use_tool
+
+
+def _suggestions(updates: list[PermissionUpdate]) -> tuple[dict[str, Any], ...]:
+    """As Claude Code gave them; none, if the SDK could not give them back: it takes all or none."""
+    try:
+        return tuple(update.to_dict() for update in updates)
+    except ValueError as error:
+        log.warning("a permission suggestion of Claude Code's cannot be offered: %s", error)
+        return ()
 
 
 def explain(error: Exception | None, said: str, max_message_bytes: int) -> tuple[str, str]:

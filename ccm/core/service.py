@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from contextlib import closing
 
 from ccm.core import descriptors, workdir
+from ccm.core.approval_lifecycle import ApprovalLifecycle
+from ccm.core.approvals import Approvals
 from ccm.core.assignment import Claude
 from ccm.core.ceilings import Ceilings
 from ccm.core.doorbell import Doorbell
@@ -69,6 +71,7 @@ class Service:
         self.doorbell = Doorbell()
         self.history: History
         self.runs: RunManager
+        self.approvals: Approvals
         self._runner: Runner
         self._recorder: Recorder
         self._sender: Sender
@@ -128,13 +131,22 @@ class Service:
         )
         transcripts = TranscriptFiles(TranscriptStore(self._recorder, reader), self._environ)
         outbox = Outbox(service=settings.webhook_url is not None)
-        lifecycle = Lifecycle(settings.max_concurrent_runs, settings.max_queued_runs, outbox)
+        approvals = ApprovalLifecycle(outbox, settings.max_concurrent_runs)
+        lifecycle = Lifecycle(settings.max_concurrent_runs, settings.max_queued_runs, outbox, approvals)
+        self.approvals = Approvals(
+            self._recorder,
+            self.doorbell,
+            approvals,
+            workers=settings.max_concurrent_runs,
+            timeout=settings.approval_timeout,
+        )
         self._runner = Runner(
             self._recorder,
             self.doorbell,
             self._claude,
             transcripts,
             lifecycle,
+            approvals=self.approvals,
             workers=settings.max_concurrent_runs,
             allow=self._allow,
             environ=self._environ,

@@ -22,7 +22,10 @@ SELECT r.id, r.seq, r."sessionId", r."sdkSessionId", r."parentRunId", r."parentS
         ELSE r."messageCount" END AS "messageCount",
     CASE WHEN r.status = 'running' AND r."startedAt" IS NULL
         THEN (SELECT COUNT(*) FROM ccr_runs w WHERE w.status = 'running' AND w."startedAt" IS NULL AND w.seq <= r.seq)
-        END AS "queuePosition"
+        END AS "queuePosition",
+    CASE WHEN r.status = 'running' AND r.approvals = 1
+        THEN (SELECT COUNT(*) FROM ccr_approvals a WHERE a."runId" = r.id AND a.status = 'pending')
+        ELSE 0 END AS "pendingApprovals"
 FROM ccr_runs r
 """
 # What a run is to the line of its session, without its texts.

@@ -50,6 +50,7 @@ RUNS_AT_ONCE = 500
 CLEAR_SECONDS = 10.0
 TABLES = (
     "ccr_deliveries",
+    "ccr_approvals",
     "ccr_events",
     "ccr_run_messages",
     "ccr_run_images",
@@ -145,7 +146,7 @@ def delete(database: Database, root: str) -> None:
         _delete_by_index(database, "ccr_run_messages", "runId", run.id)
     with _erasing(database) as transaction:
         transaction.execute(f"{TREE} DELETE FROM ccr_transcripts WHERE {TRANSCRIPTS}", root=root)
-        for table in ("ccr_deliveries", "ccr_events", "ccr_run_images"):
+        for table in ("ccr_approvals", "ccr_deliveries", "ccr_events", "ccr_run_images"):
             of_runs = f'DELETE FROM {table} WHERE "runId" IN (SELECT id FROM ccr_runs WHERE {RUNS})'
             transaction.execute(TREE + of_runs, root=root)
         transaction.execute(f"{TREE} DELETE FROM ccr_runs WHERE {RUNS}", root=root)

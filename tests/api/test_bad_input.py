@@ -116,6 +116,18 @@ TIME_LIMITS = [
     bad("timeoutMs", "less than or equal to 86400000", timeoutMs=86_400_001),
     bad("timeoutMS", "did you mean timeoutMs?", timeoutMS=1),
 ]
+APPROVALS = [
+    bad("approvals", "boolean", approvals="yes"),
+    bad("approvals", "boolean", approvals=1),
+    bad("approvals", "boolean", approvals=None),
+    bad("approvalTimeoutMs", "integer", approvals=True, approvalTimeoutMs="1h"),
+    bad("approvalTimeoutMs", "integer", approvals=True, approvalTimeoutMs=1.5),
+    bad("approvalTimeoutMs", "greater than or equal to 1", approvals=True, approvalTimeoutMs=0),
+    bad("approvalTimeoutMs", "less than or equal to 2592000000", approvals=True, approvalTimeoutMs=2_592_000_001),
+    bad("approvalTimeoutMs", "set approvals to true", approvalTimeoutMs=1_000),
+    bad("approvalTimeoutMs", "set approvals to true", approvals=False, approvalTimeoutMs=1_000),
+    bad("approval", "did you mean approvals?", approval=True),
+]
 PROMPTS = [
     bad("prompt", "is required", prompt=MISSING),
     bad("prompt", "string", prompt=None),
@@ -225,7 +237,7 @@ OF_ONE_BODY = {
 }
 
 
-@pytest.mark.parametrize("case", [*PROMPTS, *IMAGES, *TIME_LIMITS, *UNKNOWN])
+@pytest.mark.parametrize("case", [*PROMPTS, *IMAGES, *TIME_LIMITS, *APPROVALS, *UNKNOWN])
 def test_a_bad_field_of_every_body_is_named(strict: Client, root: Path, case: Bad) -> None:
     for kind in KINDS:
         assert case.words in refused(strict.post(f"/api/runs/{kind}", body_for(kind, root, case.fields)), case.field)
@@ -275,7 +287,9 @@ def test_what_only_begins_as_a_webp_does_is_refused(lenient: Client, root: Path)
 
 
 def test_every_field_of_the_bodies_has_a_bad_value_here() -> None:
-    common = {"options"} | {name for case in (*PROMPTS, *IMAGES, *TIME_LIMITS) for name in case.values[0].fields}
+    common = {"options"} | {
+        name for case in (*PROMPTS, *IMAGES, *TIME_LIMITS, *APPROVALS) for name in case.values[0].fields
+    }
     for kind, model in (("start", StartBody), ("resume", ResumeBody), ("fork", ForkBody)):
         tried = common | {name for case in OF_ONE_BODY[kind] for name in case.values[0].fields}
         assert set(model.model_fields) <= tried

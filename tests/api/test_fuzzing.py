@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -35,13 +36,17 @@ class World:
     def __init__(self, service: ServiceProcess, folder: Path) -> None:
         self.service = service
         self.client = Client(service.url)
-        run = self.client.start(folder, "Hello.")
+        asked = json.dumps({"count": 1, "ask": [{"tool_name": "Bash"}]})
+        run = self.client.start(folder, asked, approvals=True, approvalTimeoutMs=1)
+        (approval,) = self.client.get(f"/api/runs/{run['id']}/approvals").json
         for _ in range(3):  # side by side, so that each worker has worked once
             self.client.start(folder, "Hello.", wait=0)
         self.settle()
         message = self.client.messages(run["id"], type="assistant")[0]["uuid"]
         common = {
             "prompt": "hello",
+            "approvals": True,
+            "approvalTimeoutMs": 1_000,
             "images": [{"mediaType": "image/png", "data": PNG}],
             "options": {
                 "model": "x",
@@ -57,6 +62,7 @@ class World:
             "/api/runs/resume": common | session_id | {"ifBusy": "enqueue"},
             "/api/runs/fork": common | session | place | session_id | {"atRunId": run["id"], "atMessage": message},
             f"/api/sessions/{run['sessionId']}": session,
+            f"/api/approvals/{approval['id']}": {"decision": "deny", "message": "x", "interrupt": True},
         }
         runs, sessions = f"/api/runs/{run['id']}", f"/api/sessions/{run['sessionId']}"
         self.paths = [
@@ -73,6 +79,7 @@ class World:
                 "",
             ),
             *(runs, f"{runs}/messages", f"{runs}/stream", *self.bodies),
+            *("/api/approvals", "/api/approvals?status=pending", f"{runs}/approvals"),
             *(sessions, f"{sessions}/messages", f"{sessions}/runs", f"{sessions}/forks"),
         ]
 

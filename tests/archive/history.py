@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ccm.db import archive, messages, sqlite_file, transcripts
+from ccm.db import approvals, archive, messages, sqlite_file, transcripts
 from ccm.db.database import Database
 from ccm.db.migrate import migrate
 from ccm.db.transcripts import Entry, TranscriptKey
@@ -23,6 +23,37 @@ ODD = {
 }
 ROOT, FORK, OTHER = (str(uuid.UUID(int=number)) for number in (1, 2, 3))
 SECRET = "sk-very-secret-4711"
+# The columns of an approval; what it has of a run it gets with the run.
+APPROVAL = {
+    "toolName": "Bash",
+    "toolUseId": "toolu_1",
+    "inputJson": to_json_text({"command": "make", "odd": "\0\ud83d"}),
+    "suggestionsJson": to_json_text([{"type": "setMode", "mode": "acceptEdits", "destination": "session"}]),
+    "title": None,
+    "displayName": "Bash",
+    "description": "make",
+    "blockedPath": "/srv/x",
+    "decisionReason": "It is not read-only.",
+    "agentId": "agent-1",
+    "status": "allowed",
+    "updatedInputJson": to_json_text({"command": f"make {SECRET}"}),
+    "remember": 1,
+    "message": None,
+    "interrupt": 0,
+    "decidedBy": "alice",
+    "createdAt": "2026-03-01T10:01:01.000Z",
+    "expiresAt": "2026-03-01T11:01:01.000Z",
+    "resolvedAt": "2026-03-01T10:01:02.000Z",
+}
+DENIAL = {
+    "status": "denied",
+    "updatedInputJson": None,
+    "remember": 0,
+    "message": "No.",
+    "interrupt": 1,
+    "decidedBy": None,
+    "toolUseId": None,
+}
 
 
 def uuid_of(number: int) -> str:
@@ -56,6 +87,7 @@ def add_run(
     said = list(said)
     run_id: str = columns.get("id", uuid_of(1000 + seq))
     entries = columns.pop("transcript", None)
+    asked = columns.pop("asked", ())
     row = {
         "id": run_id,
         "seq": seq,
@@ -106,6 +138,8 @@ def add_run(
             cost_usd=row["costUsd"] or 0.0,
             head=run_id if row["hasTranscript"] else None,
         )
+        for one in asked:
+            approvals.insert(transaction, {**APPROVAL, "runId": run_id, "sessionId": session_id, **one})
         for subpath, lines in (entries or {}).items():
             own = row["sdkSessionId"]
             transcript = transcripts.insert(transaction, TranscriptKey(own, "-srv-project", subpath), 17)
@@ -133,6 +167,7 @@ def fill(database: Database) -> None:
         },
         idempotencyKey="key-1",
         requestDigest="d" * 32,
+        asked=[{"id": uuid_of(4001)}, {"id": uuid_of(4002), **DENIAL}],
     )
     add_session(database, OTHER, firstRunAt=at(2), cwd="/srv/other")
     add_run(

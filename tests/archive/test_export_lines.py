@@ -75,6 +75,24 @@ TRANSCRIPT: dict[str, Any] = {
     "entries": [{"uuid": uuid_of(5)}],
 }
 LINES = [SESSION, RUN, MESSAGE, TRANSCRIPT, {"type": "end", "sessions": 1, "runs": 1}]
+APPROVAL: dict[str, Any] = {
+    "type": "approval",
+    "approvalId": uuid_of(6),
+    "runId": uuid_of(2),
+    "toolName": "Bash",
+    "toolUseId": None,
+    "input": {"command": "make"},
+    "suggestions": [{"type": "setMode"}],
+    "status": "allowed",
+    "updatedInput": {"command": "true"},
+    "remember": False,
+    "message": None,
+    "interrupt": False,
+    "decidedBy": "alice",
+    "createdAt": at(1),
+    "expiresAt": at(2),
+    "resolvedAt": at(1),
+}
 HEADER = {"type": "export", "format": "cc-manager", "version": 1, "lastSeq": 1}
 
 
@@ -162,6 +180,58 @@ def test_a_line_that_is_not_as_it_should_be_is_named(
     assert sentence.startswith(("Line", "Run"))
     assert told in sentence
     assert count(writer) == (1 if number == 6 else 0)
+
+
+def approved(writer: Database) -> list[Any]:
+    rows = writer.rows('SELECT id, status, "resolvedAt" FROM ccr_approvals ORDER BY seq')
+    return [tuple(row.values()) for row in rows]
+
+
+def test_what_was_asked_comes_in_with_its_run(writer: Database) -> None:
+    take(writer, [*LINES[:3], APPROVAL, {**APPROVAL, "approvalId": uuid_of(7), "status": "expired"}, *LINES[3:]])
+    assert approved(writer) == [(uuid_of(6), "allowed", at(1)), (uuid_of(7), "expired", at(1))]
+
+
+def test_what_was_pending_elsewhere_has_expired_here(writer: Database) -> None:
+    waiting = {**APPROVAL, "status": "pending", "resolvedAt": None, "updatedInput": None}
+    take(writer, [*LINES[:3], waiting, *LINES[3:]])
+    assert approved(writer) == [(uuid_of(6), "expired", at(1))]
+
+
+def test_a_run_whose_approval_another_run_has_here_is_left_out(writer: Database) -> None:
+    take(writer, [*LINES[:3], APPROVAL, *LINES[3:]])
+    own = {"sessionId": uuid_of(30), "sdkSessionId": uuid_of(30), "runId": uuid_of(31)}
+    other = [{**line, **{name: own[name] for name in own.keys() & line.keys()}} for line in (*LINES[:3], APPROVAL)]
+    told: list[str] = []
+    with pytest.raises(SourceError, match="Not all has come in"):
+        take(writer, [*other, LINES[-1]], told)
+    assert [sentence.endswith("is here already, of another run.") for sentence in told] == [True]
+    assert count(writer) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"runId": uuid_of(9)}, "an approval of run"),
+        ({"approvalId": "a/b"}, "approvalId must be an id"),
+        ({"approvalId": None}, "approvalId must be a text"),
+        ({"toolName": None}, "toolName must be a text"),
+        ({"title": "\0"}, "title must be a text that can be stored"),
+        ({"input": "make"}, "input must be an object"),
+        ({"suggestions": None}, "suggestions must be an array of objects"),
+        ({"suggestions": ["x"]}, "suggestions must be an array of objects"),
+        ({"status": "maybe"}, "status must be one of"),
+        ({"updatedInput": []}, "updatedInput must be an object"),
+        ({"remember": 1}, "remember must be true or false"),
+        ({"interrupt": None}, "interrupt must be true or false"),
+        ({"expiresAt": None}, "expiresAt must be a text"),
+    ],
+)
+def test_an_approval_that_is_not_as_it_should_be_is_named(writer: Database, change: dict[str, Any], told: str) -> None:
+    with pytest.raises(SourceError, match=r"Line 5: ") as refused:
+        take(writer, [*LINES[:3], {**APPROVAL, **change}, *LINES[3:]])
+    assert told in str(refused.value)
+    assert count(writer) == 0
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ccm.db import archive, deliveries, events, messages, runs, sessions, transcripts, trees
+from ccm.db import approvals, archive, deliveries, events, messages, runs, sessions, transcripts, trees
 from ccm.db.database import Database, Transaction
 from ccm.models import Run, timestamp
 
@@ -40,6 +40,7 @@ RUN = Run(
     message_count=0,
     duration_ms=None,
     queue_position=None,
+    pending_approvals=0,
     has_transcript=0,
     transcript_stored=0,
     created_by=None,
@@ -47,6 +48,9 @@ RUN = Run(
     started_at=None,
     ended_at=None,
 )
+APPROVAL: dict[str, Any] = {"id": "a", "runId": "r", "sessionId": "s", "toolName": "Bash", "inputJson": "{}"}
+APPROVAL |= {"suggestionsJson": "[]", "status": "pending", "remember": 0, "interrupt": 0}
+APPROVAL |= {"createdAt": "", "expiresAt": ""}
 KEY = transcripts.TranscriptKey("s", "p")
 FILTERS: list[dict[str, str]] = [
     {},
@@ -121,6 +125,18 @@ QUERIES: dict[str, Callable[[Transaction], object]] = {
     "go on": lambda t: deliveries.go_on(t, "r", "run", timestamp()),
     "disable a run": lambda t: deliveries.disable_run(t, "r", "run", "gone"),
     "disable the service": lambda t: deliveries.disable_service(t, "gone"),
+    "approval": lambda t: approvals.find(t, "a"),
+    **{
+        f"approvals {filters} {after}": lambda t, f=filters, a=after: approvals.page(t, f, limit=10, after=a)  # type: ignore[misc]
+        for filters in ({}, {"runId": "r"}, {"status": "pending"}, {"status": "denied"})
+        for after in (None, 5)
+    },
+    "pending approvals": lambda t: approvals.pending(t, "r"),
+    "runs that wait for answers": lambda t: approvals.count_other_waiting_runs(t, "r"),
+    "new approval": lambda t: approvals.insert(t, APPROVAL),
+    "answer": lambda t: approvals.resolve(t, "a", {"status": "denied", "message": "x"}),
+    "last event of a run": lambda t: approvals.last_event(t, "r"),
+    "approvals' changes": lambda t: approvals.changes(t, "r", 5),
     "roots": lambda t: trees.roots(t, 0, 10),
     "holding": lambda t: messages.holding(t, "r", "x"),
 }

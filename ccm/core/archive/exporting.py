@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ccm.core.lookup import find_run, find_session
-from ccm.db import archive, messages, runs, sessions, transcripts
+from ccm.db import approvals, archive, messages, runs, sessions, transcripts
 from ccm.db.database import Transaction
 from ccm.db.transcripts import TranscriptKey
 from ccm.models import Run, Session, timestamp, to_json_text
@@ -21,6 +21,8 @@ VERSION = 1
 PAGE = 1_000
 PIECE_ITEMS = 500
 PIECE_BYTES = 2 * 2**20
+# Approvals at once: each may hold a whole file that was to be written.
+APPROVALS = 20
 BEFORE_ALL = -(2**62)
 # What the API tells of a run at the moment and of what is elsewhere in the line.
 PASSING = ("id", "queuePosition", "pendingApprovals", "permissionDenials")
@@ -51,6 +53,7 @@ def export(transaction: Transaction, session_id: str | None) -> Iterator[str]:
             run_count += 1
             yield _run(transaction, run)
             yield from _messages(transaction, run)
+            yield from _approvals(transaction, run)
             yield from _transcripts(transaction, run)
     yield _text(type="end", sessions=session_count, runs=run_count)
 
@@ -115,6 +118,18 @@ def _messages(transaction: Transaction, run: Run) -> Iterator[str]:
             # Not parsed: it is to be as it is stored, and there may be millions.
             fields = to_json_text({"type": "message", "runId": run.id, "index": index, "createdAt": created_at})
             yield f'{fields[:-1]},"message":{text}}}\n'
+
+
+def _approvals(transaction: Transaction, run: Run) -> Iterator[str]:
+    after = None
+    while found := approvals.page(transaction, {"runId": run.id}, limit=APPROVALS, after=after):
+        for approval in found:
+            shown = approval.to_json()
+            # They say once more what `approvalId`, the run and `status` say.
+            for name in ("id", "sessionId", "decision"):
+                del shown[name]
+            yield _text(type="approval", **shown)
+        after = found[-1].seq
 
 
 def _transcripts(transaction: Transaction, run: Run) -> Iterator[str]:

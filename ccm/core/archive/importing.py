@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ccm.core.archive.records import (
+    ArchivedApproval,
     ArchivedEntries,
     ArchivedMessage,
     ArchivedRun,
@@ -14,10 +15,10 @@ from ccm.core.archive.records import (
     Source,
     SourceError,
 )
-from ccm.db import archive, messages, runs, sessions, transcripts
+from ccm.db import approvals, archive, messages, runs, sessions, transcripts
 from ccm.db.database import Database, Transaction
 from ccm.db.transcripts import TranscriptKey
-from ccm.models import ERROR, FORK, RESUME, RUNNING, Message, Run
+from ccm.models import ERROR, EXPIRED, FORK, PENDING, RESUME, RUNNING, Message, Run
 
 BATCH_ITEMS = 1_000
 BATCH_BYTES = 8 * 2**20
@@ -154,6 +155,8 @@ class _Incoming:
         for part in self._run.parts:
             if isinstance(part, ArchivedMessage):
                 self._take_message(part)
+            elif isinstance(part, ArchivedApproval):
+                self._take_approval(part)
             else:
                 self._take_entries(part)
         self._write_batch()
@@ -262,6 +265,15 @@ class _Incoming:
         if self._batch:
             messages.insert_many(self._transaction, self._batch)
         self._batch, self._batch_bytes = [], 0
+
+    def _take_approval(self, part: ArchivedApproval) -> None:
+        row = {**part.row, "runId": self._row["id"], "sessionId": self._row["sessionId"]}
+        if approvals.find(self._transaction, row["id"]) is not None:
+            raise self._error(f"its approval {row['id']} is here already, of another run")
+        if row["status"] == PENDING:
+            # Its run is not going on here, and nobody waits for the answer.
+            row |= {"status": EXPIRED, "resolvedAt": row["createdAt"]}
+        approvals.insert(self._transaction, row)
 
     def _take_entries(self, part: ArchivedEntries) -> None:
         sdk_session_id = self._row["sdkSessionId"]

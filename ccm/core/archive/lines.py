@@ -11,13 +11,14 @@ from ccm.core.archive.fields import Line
 from ccm.core.archive.records import (
     NOT_FOR_RUNS,
     UUID,
+    ArchivedApproval,
     ArchivedEntries,
     ArchivedMessage,
     ArchivedRun,
     SourceError,
 )
 from ccm.db.transcripts import Entry
-from ccm.models import MODES, STATUSES, storable
+from ccm.models import APPROVAL_STATUSES, MODES, STATUSES, storable
 
 # No message is larger than CCM_MAX_MESSAGE_BYTES may be, and no piece of a transcript much.
 LINE_BYTES = 2**30
@@ -177,13 +178,15 @@ class _Run:
             "requestDigest": line.text_or_none("requestDigest"),
         }
 
-    def parts(self, read: Callable[[], Line]) -> Iterator[ArchivedMessage | ArchivedEntries]:
+    def parts(self, read: Callable[[], Line]) -> Iterator[ArchivedMessage | ArchivedApproval | ArchivedEntries]:
         count = 0
         line = read()
-        while line.type in ("message", "transcript"):
+        while line.type in ("message", "approval", "transcript"):
             if line.type == "message":
                 yield self._message(line, count)
                 count += 1
+            elif line.type == "approval":
+                yield self._approval(line)
             else:
                 yield self._entries(line)
             line = read()
@@ -199,6 +202,33 @@ class _Run:
             raise line.error(f"message {index} of run {self._line.text('runId')} should stand here.")
         message = line.mapping("message")
         return ArchivedMessage(line.text("createdAt"), storable(message.get("type")) or "unknown", line.json(message))
+
+    def _approval(self, line: Line) -> ArchivedApproval:
+        if line.text("runId") != self._line.text("runId"):
+            raise line.error(f"an approval of run {self._line.text('runId')} should stand here.")
+        suggestions = line.raw("suggestions")
+        if not isinstance(suggestions, list) or not all(isinstance(one, dict) for one in suggestions):
+            raise line.error("suggestions must be an array of objects.")
+        changed = line.raw("updatedInput")
+        texts = ("toolUseId", "title", "displayName", "description", "blockedPath", "decisionReason", "agentId")
+        return ArchivedApproval(
+            {
+                "id": line.id("approvalId"),
+                "toolName": line.text("toolName"),
+                "inputJson": line.json(line.mapping("input")),
+                "suggestionsJson": line.json(suggestions),
+                **{name: line.text_or_none(name) for name in texts},
+                "status": line.one_of("status", APPROVAL_STATUSES),
+                "updatedInputJson": None if changed is None else line.json(line.mapping("updatedInput")),
+                "remember": int(line.flag("remember")),
+                "message": line.text_or_none("message"),
+                "interrupt": int(line.flag("interrupt")),
+                "decidedBy": line.text_or_none("decidedBy"),
+                "createdAt": line.text("createdAt"),
+                "expiresAt": line.text("expiresAt"),
+                "resolvedAt": line.text_or_none("resolvedAt"),
+            }
+        )
 
     def _entries(self, line: Line) -> ArchivedEntries:
         if line.text("sdkSessionId") != self._sdk_session_id or not UUID.fullmatch(self._sdk_session_id):

@@ -26,6 +26,13 @@ class ArchivedMessage:
 
 
 @dataclass(frozen=True)
+class ArchivedApproval:
+    """A question of a run and what became of it: its columns but for `seq` and those that name the run."""
+
+    row: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class ArchivedEntries:
     """A piece of one of Claude Code's transcript files."""
 
@@ -49,7 +56,7 @@ class ArchivedRun:
 
     session: dict[str, Any]
     row: dict[str, Any]
-    parts: Iterator[ArchivedMessage | ArchivedEntries]
+    parts: Iterator[ArchivedMessage | ArchivedApproval | ArchivedEntries]
     spare_id: str | None = None
 
 

@@ -1,0 +1,197 @@
+"""Claude Code's questions put to clients, and the clients' answers to Claude Code.
+
+What this process remembers (who waits in which event loop) is only ever a copy of what is stored: a waiter is told
+after the commit, and told what the row says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import uuid
+from collections.abc import Callable
+from functools import partial
+
+from ccm.core.approval_lifecycle import ApprovalLifecycle
+from ccm.core.doorbell import APPROVALS, EVENTS, Doorbell
+from ccm.core.lookup import find_approval
+from ccm.core.recorder import Recorder
+from ccm.db.database import Transaction
+from ccm.errors import ApprovalResolved, Forbidden, Unavailable, ValidationError
+from ccm.models import Answer, Approval, Question, Run
+
+log = logging.getLogger(__name__)
+
+TOO_LATE = "Nobody has answered in time whether this may be done, so it is denied."
+NOT_STORED = "This could not be asked, because the service could not store the question; so it is denied."
+
+
+class Approvals:
+    """
+    Args:
+        recorder: takes every change.
+        doorbell: rung when something is asked or answered.
+        lifecycle: takes the decisions.
+        workers: runs at once.
+        timeout: how long an answer is waited for where a run's request names no time (seconds).
+    """
+
+    def __init__(
+        self, recorder: Recorder, doorbell: Doorbell, lifecycle: ApprovalLifecycle, *, workers: int, timeout: float
+    ) -> None:
+        self._recorder = recorder
+        self._doorbell = doorbell
+        self._lifecycle = lifecycle
+        self._workers = workers
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        # Told what became of an approval, in the writer's thread.
+        self._waiters: dict[str, Callable[[Approval], None]] = {}
+
+    def check_workers(self) -> None:
+        """
+        Raises:
+            Forbidden: APPROVALS_FORBIDDEN: there is no worker to spare, so each question would be denied.
+        """
+        if self._workers == 1:
+            raise Forbidden(
+                "approvals: a run that waits for one holds its worker, and CCM_MAX_CONCURRENT_RUNS gives this service "
+                "only one; it must be 2 or more.",
+                code="APPROVALS_FORBIDDEN",
+                field="approvals",
+            )
+
+    # ---- for runs, in their own loops
+
+    async def ask(self, run: Run, question: Question) -> Answer:
+        """Put a question of a run to whoever answers first, and wait for it, as long as the run's request says.
+
+        While storage is down the question waits, as the run's messages do.
+        """
+        approval_id = str(uuid.uuid4())
+        resolved = asyncio.get_running_loop().create_future()
+        with self._lock:
+            self._waiters[approval_id] = partial(_tell, asyncio.get_running_loop(), resolved)
+        try:
+            return (await self._ask(approval_id, run, question, resolved)).answer
+        except asyncio.CancelledError:
+            # Claude Code takes its question back: the run is interrupted.
+            self._withdraw(approval_id)
+            raise
+        except Exception:
+            log.exception("run %s: a question could not be asked", run.id)
+            self._withdraw(approval_id)
+            return Answer(allow=False, message=NOT_STORED)
+        finally:
+            with self._lock:
+                del self._waiters[approval_id]
+
+    async def _ask(
+        self, approval_id: str, run: Run, question: Question, resolved: asyncio.Future[Approval]
+    ) -> Approval:
+        """An approval once it is no longer pending."""
+        seconds = self._timeout if run.approval_timeout_ms is None else run.approval_timeout_ms / 1000
+        approval = await self._store(
+            partial(
+                self._lifecycle.ask,
+                approval_id=approval_id,
+                run_id=run.id,
+                question=question,
+                seconds=seconds,
+            )
+        )
+        return await self._wait(approval_id, resolved, seconds) if approval.pending else approval
+
+    async def _wait(self, approval_id: str, resolved: asyncio.Future[Approval], seconds: float) -> Approval:
+        try:
+            async with asyncio.timeout(seconds):
+                return await resolved
+        except TimeoutError:
+            # An answer may have been first all the same; then it counts.
+            return await self._store(partial(self._resolve, approval_id, Answer(allow=False, message=TOO_LATE)))
+
+    def _resolve(self, approval_id: str, answer: Answer, transaction: Transaction) -> Approval:
+        self._lifecycle.resolve(transaction, approval_id, answer)
+        return find_approval(transaction, approval_id)
+
+    async def _store(self, work: Callable[[Transaction], Approval]) -> Approval:
+        """Have a change stored, as long as it takes. The loop goes on meanwhile: it may have to take a cancel."""
+        loop = asyncio.get_running_loop()
+        done = asyncio.Event()
+        write = self._recorder.submit(work, self._follow)
+        write.future.add_done_callback(lambda _: _call(loop, done.set))
+        await done.wait()
+        return write.future.result()
+
+    def _withdraw(self, approval_id: str) -> None:
+        """Have an approval expire that nobody waits for any more. Behind the question in the queue, if that waits."""
+
+        def work(transaction: Transaction) -> Approval | None:
+            if not self._lifecycle.expire(transaction, approval_id):
+                return None
+            return find_approval(transaction, approval_id)
+
+        try:
+            self._recorder.submit(work, lambda expired: None if expired is None else self._follow(expired))
+        except Unavailable:
+            log.debug("approval %s: the service stops; the next start has it expire", approval_id)
+
+    # ---- for clients
+
+    def answer(self, approval_id: str, answer: Answer, decided_by: str | None) -> Approval:
+        """Give an approval its answer; the first one counts.
+
+        Args:
+            decided_by: the name of the client's token.
+
+        Raises:
+            NotFound: APPROVAL_NOT_FOUND.
+            ApprovalResolved: it had one already, or was too late.
+            ValidationError: there is nothing to remember.
+        """
+        won = False
+
+        def work(transaction: Transaction) -> Approval:
+            nonlocal won
+            approval = find_approval(transaction, approval_id)
+            if approval.pending and answer.remember and not approval.suggestions:
+                raise ValidationError(
+                    "remember: Claude Code has suggested nothing that could be remembered for this question; leave it "
+                    "out.",
+                    field="remember",
+                )
+            resolved = self._lifecycle.resolve(transaction, approval_id, answer, decided_by)
+            # Where it is not known whether the try before was committed, what is found may be this very answer.
+            won = resolved or (won and transaction.uncertain)
+            approval = find_approval(transaction, approval_id)
+            if not won:
+                raise ApprovalResolved(
+                    f"Approval {approval_id} is {approval.status!r} already: the first answer counts.",
+                    approval.to_json(),
+                )
+            return approval
+
+        return self._recorder.write(work, self._follow)
+
+    # ---- after a commit, in the writer's thread
+
+    def _follow(self, approval: Approval) -> None:
+        if not approval.pending:
+            with self._lock:
+                tell = self._waiters.get(approval.id)
+            if tell is not None:
+                tell(approval)
+        self._doorbell.ring((approval.run_id, approval.session_id, EVENTS, APPROVALS))
+
+
+def _tell(loop: asyncio.AbstractEventLoop, resolved: asyncio.Future[Approval], approval: Approval) -> None:
+    _call(loop, lambda: None if resolved.done() else resolved.set_result(approval))
+
+
+def _call(loop: asyncio.AbstractEventLoop, action: Callable[[], None]) -> None:
+    """Have something done in a run's loop, from another thread."""
+    try:
+        loop.call_soon_threadsafe(action)
+    except RuntimeError:
+        log.debug("a run that waited has ended")

@@ -1,0 +1,79 @@
+"""The table ccr_approvals, and what ccr_events tells of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ccm.db.database import Transaction
+from ccm.models import APPROVAL_REQUESTED, APPROVAL_RESOLVED, Approval
+
+SELECT = """
+SELECT id, seq, "runId", "sessionId", "toolName", "toolUseId", "inputJson", "suggestionsJson", title, "displayName",
+    description, "blockedPath", "decisionReason", "agentId", status, "updatedInputJson", remember, message, interrupt,
+    "decidedBy", "createdAt", "expiresAt", "resolvedAt"
+FROM ccr_approvals
+"""
+FILTERS = {"runId": '"runId" = :runId', "status": "status = :status"}
+CHANGES = f"""
+SELECT id, "eventJson" FROM ccr_events
+WHERE "runId" = :run AND id > :after AND type IN ('{APPROVAL_REQUESTED}', '{APPROVAL_RESOLVED}') ORDER BY id
+"""
+
+
+def find(transaction: Transaction, approval_id: str) -> Approval | None:
+    row = transaction.row(f"{SELECT} WHERE id = :id", id=approval_id)
+    return None if row is None else Approval.from_row(row)
+
+
+def page(
+    transaction: Transaction, filters: Mapping[str, str], *, limit: int, after: int | None = None
+) -> list[Approval]:
+    """Approvals in the order in which they were asked, those beyond the one with seq `after`.
+
+    Args:
+        filters: has keys of FILTERS.
+    """
+    conditions = [FILTERS[name] for name in filters] + ([] if after is None else ["seq > :after"])
+    where = f"WHERE {' AND '.join(conditions)} " if conditions else ""
+    parameters = dict(filters) | {"limit": limit} | ({} if after is None else {"after": after})
+    rows = transaction.rows(f"{SELECT} {where}ORDER BY seq LIMIT :limit", **parameters)
+    return [Approval.from_row(row) for row in rows]
+
+
+def pending(transaction: Transaction, run_id: str) -> list[Approval]:
+    """What a run waits for, in order."""
+    rows = transaction.rows(f"{SELECT} WHERE \"runId\" = :run AND status = 'pending' ORDER BY seq", run=run_id)
+    return [Approval.from_row(row) for row in rows]
+
+
+def count_other_waiting_runs(transaction: Transaction, run_id: str) -> int:
+    """How many runs wait for an answer, this one left out."""
+    waiting = transaction.column("SELECT \"runId\" FROM ccr_approvals WHERE status = 'pending'")
+    return len(set(waiting) - {run_id})
+
+
+def insert(transaction: Transaction, row: Mapping[str, Any]) -> None:
+    """An approval after all that are there; only the one writer may ask. `row` has every column but `seq`."""
+    seq = transaction.value("SELECT COALESCE(MAX(seq), 0) + 1 FROM ccr_approvals")
+    transaction.insert("ccr_approvals", {**row, "seq": seq})
+
+
+def resolve(transaction: Transaction, approval_id: str, values: Mapping[str, Any]) -> bool:
+    """The one way out of pending: a compare-and-set. False if it was resolved already."""
+    assignments = ", ".join(f'"{column}" = :{column}' for column in values)
+    sql = f"UPDATE ccr_approvals SET {assignments} WHERE id = :id AND status = 'pending'"
+    return bool(transaction.execute(sql, **values, id=approval_id))
+
+
+def last_event(transaction: Transaction, run_id: str) -> int:
+    """The id of the newest event of a run, 0 if it has none."""
+    return int(transaction.value('SELECT COALESCE(MAX(id), 0) FROM ccr_events WHERE "runId" = :run', run=run_id))
+
+
+def changes(transaction: Transaction, run_id: str, after: int) -> Sequence[tuple[int, dict[str, Any]]]:
+    """What was asked and answered in a run beyond one of its events: the event's id, and the approval as it was then,
+    as the API shows it."""
+    rows = transaction.tuples(CHANGES, run=run_id, after=after)
+    return [(event_id, json.loads(text)["data"]["approval"]) for event_id, text in rows]

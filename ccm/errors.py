@@ -5,7 +5,7 @@ CCMError                        an answer to a client: code, HTTP status, the fi
 ├── Unauthorized                401 UNAUTHORIZED
 ├── Forbidden                   403 OPTION_FORBIDDEN, CWD_FORBIDDEN, TIMEOUT_FORBIDDEN, HOST_FORBIDDEN, ORIGIN_FORBIDDEN
 ├── NotFound                    404 RUN_NOT_FOUND, SESSION_NOT_FOUND
-├── Conflict                    409 SESSION_BUSY, SESSION_NOT_RESUMABLE, RUN_ALREADY_ENDED
+├── Conflict                    409 SESSION_BUSY, SESSION_NOT_RESUMABLE, RUN_ALREADY_ENDED, RUN_ENDING, RUN_NOT_STARTED
 ├── TooLarge                    413 BODY_TOO_LARGE
 ├── UnsupportedMediaType        415 UNSUPPORTED_MEDIA_TYPE
 ├── KeyReused                   422 IDEMPOTENCY_KEY_REUSED

@@ -4,10 +4,17 @@
 It speaks the CLI's side of stream-json on its standard streams. The prompt is JSON:
 
     {"messages": [...], "count": N, "pad": BYTES, "raw": "...", "exit": CODE, "stderr": "...", "states": false,
-     "hold": true, "ignore_interrupt": true, "tool": SECONDS, "server": SECONDS, "late": "...", "result": {...}}
+     "hold": true, "ignore_interrupt": true, "tool": SECONDS, "server": SECONDS, "late": "...", "result": {...},
+     "seconds": N, "merges": true, "lifecycle": false, "deaf": true, "finishes": true}
 
 `messages` are written as they are, then `count` assistant messages of `pad` bytes, then a result; `late` comes once the
 input is closed. A `tool` holds the output open, a `server` does not. Anything else in the prompt makes one short turn.
+
+What comes in while a turn goes on (it takes `seconds`, or is on `hold`) is queued, and makes a turn of its own; where
+it `merges` it becomes part of the one that goes on, as after a tool. A message with a uuid is told of with
+`command_lifecycle`, and replayed. One that is `deaf` reads nothing after its prompt; one that
+`finishes` has its turn end well in spite of an interrupt, as when that comes at its very end.
+
 With STAND_IN_CLI_LOG in its environment it writes there each line that it writes.
 """
 
@@ -15,7 +22,9 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import sys
+import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # imports nothing that it does not need: it is to start fast
@@ -113,15 +122,151 @@ def assistant(text: str) -> dict[str, object]:
     }
 
 
-def turn(script: dict[str, Any]) -> None:
-    states = script.get("states", True)
-    if states:
-        control(state("running"))
+class Lines:
+    """The lines of the input, waited for no longer than one likes."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._bytes = b""
+
+    def read(self, seconds: float | None) -> list[bytes]:
+        """What has come, at the latest after some seconds; for ever with None."""
+        if self.ended:
+            return []
+        if select.select([0], [], [], seconds)[0]:
+            received = os.read(0, 2**20)
+            self.ended = not received
+            self._bytes += received
+        *lines, self._bytes = self._bytes.split(b"\n")
+        return lines
+
+
+class StandIn:
+    def __init__(self) -> None:
+        self._lines = Lines()
+        self._queue: list[dict[str, Any]] = []
+        # What the first prompt says of how this one behaves, and the last one of its turn.
+        self._ways: dict[str, Any] | None = None
+        self._script: dict[str, Any] = {}
+        # The messages of the turn that goes on.
+        self._turn: list[dict[str, Any]] = []
+        self._idle = True
+
+    def run(self) -> None:
+        while True:
+            if self._queue and not self._turn:
+                self._begin(self._queue.pop(0))
+            elif self._lines.ended:
+                break
+            else:
+                self._hear(None)
+        if self._script.get("late"):
+            transcript(self._script["late"])
+            write(assistant(self._script["late"]))
+
+    def _hear(self, seconds: float | None) -> None:
+        if (self._ways or {}).get("deaf"):
+            select.select([], [], [], seconds)
+            return
+        for line in self._lines.read(seconds):
+            message = json.loads(line)
+            if message["type"] == "control_request":
+                self._control(message)
+            elif message["type"] == "user":
+                if self._ways is None:
+                    self._ways = script_of(message)
+                self._state("running")
+                self._tell(message, "queued")
+                self._queue.append(message)
+
+    def _control(self, message: dict[str, Any]) -> None:
+        kind = message["request"]["subtype"]
+        if kind == "interrupt" and self._script.get("ignore_interrupt"):
+            return
+        response = {}
+        if kind == "interrupt":
+            swept = self._queue if message["request"].get("cancel_queued") else []
+            for queued in swept:
+                self._tell(queued, "cancelled")
+            response = {"cancelled": [queued.get("uuid") for queued in swept]}
+            swept.clear()
+        reply = {"subtype": "success", "request_id": message["request_id"], "response": response}
+        control({"type": "control_response", "response": reply})
+        if kind == "interrupt" and self._turn:
+            if self._script.get("finishes"):
+                self._end(result(), "completed")
+            else:
+                self._end(result(subtype="error_during_execution", is_error=True, result=None), "cancelled")
+
+    def _state(self, name: str) -> None:
+        idle = name == "idle"
+        if (self._ways or {}).get("states", True) and idle != self._idle:
+            control(state(name))
+        self._idle = idle
+
+    def _tell(self, message: dict[str, Any], state: str) -> None:
+        """What has become of a message."""
+        if "uuid" in message and (self._ways or {}).get("lifecycle", True):
+            said = {"type": "command_lifecycle", "command_uuid": message["uuid"], "state": state}
+            control({**said, "uuid": new_id(), "session_id": SESSION})
+
+    def _replay(self, message: dict[str, Any]) -> None:
+        if "uuid" in message:
+            control({**message, "isReplay": True})
+
+    def _begin(self, message: dict[str, Any]) -> None:
+        """A turn, up to its end, unless it is to be held."""
+        self._script = script = script_of(message)
+        self._turn = [message]
+        self._tell(message, "started")
+        self._replay(message)
+        transcript(text_of(message))
+        say(script)
+        deadline = time.monotonic() + script.get("seconds", 0)
+        while self._turn and (left := deadline - time.monotonic()) > 0 and not self._lines.ended:
+            self._hear(left)
+        if not self._turn or script.get("hold"):
+            return  # interrupted, or to be
+        if script.get("merges"):
+            for merged in self._queue:
+                self._replay(merged)
+                self._tell(merged, "started")
+                self._tell(merged, "completed")
+                self._turn.append(merged)
+            self._queue.clear()
+        transcript(*["x" * script.get("pad", 100)] * script.get("count", 0))
+        self._end(result(**script.get("result", {})), "completed")
+
+    def _end(self, result: dict[str, Any], how: str) -> None:
+        """The turn's result, and what becomes of its message."""
+        first, self._turn = self._turn[0], []
+        write(result)
+        sys.stdout.flush()
+        self._tell(first, how)
+        self._hear(0)
+        if not self._queue:
+            self._state("idle")
+
+
+def text_of(message: dict[str, Any]) -> str:
+    content = message["message"]["content"]
+    return str(content if isinstance(content, str) else content[-1]["text"])
+
+
+def script_of(message: dict[str, Any]) -> dict[str, Any]:
+    text = text_of(message)
+    try:
+        return dict(json.loads(text))
+    except (TypeError, ValueError):
+        return {"messages": [assistant("heard: " + text)]}
+
+
+def say(script: dict[str, Any]) -> None:
+    """All of a turn but its result."""
     for message in script.get("messages", []):
         write(message)
-    said = ["x" * script.get("pad", 100)] * script.get("count", 0)
-    for text in said:
-        write(assistant(text))
+    for _ in range(script.get("count", 0)):
+        write(assistant("x" * script.get("pad", 100)))
     if "stderr" in script:
         sys.stderr.write(script["stderr"] + "\n")
         sys.stderr.flush()
@@ -137,40 +282,6 @@ def turn(script: dict[str, Any]) -> None:
     sys.stdout.flush()
     if "exit" in script:
         os._exit(script["exit"])
-    if script.get("hold"):
-        return
-    transcript(*said)
-    write(result(**script.get("result", {})))
-    if states:
-        control(state("idle"))
-    sys.stdout.flush()
 
 
-def main() -> None:
-    script: dict[str, Any] = {}
-    for line in sys.stdin:
-        message = json.loads(line)
-        if message["type"] == "control_request":
-            kind = message["request"]["subtype"]
-            if kind == "interrupt" and script.get("ignore_interrupt"):
-                continue
-            reply = {"subtype": "success", "request_id": message["request_id"], "response": {}}
-            control({"type": "control_response", "response": reply})
-            if kind == "interrupt":
-                write(result(subtype="error_during_execution", is_error=True, result=None))
-                control(state("idle"))
-        elif message["type"] == "user":
-            content = message["message"]["content"]
-            text = content if isinstance(content, str) else content[-1]["text"]
-            try:
-                script = dict(json.loads(text))
-            except (TypeError, ValueError):
-                script = {"messages": [assistant("heard: " + text)]}
-            transcript(text)
-            turn(script)
-    if script.get("late"):
-        transcript(script["late"])
-        write(assistant(script["late"]))
-
-
-main()
+StandIn().run()

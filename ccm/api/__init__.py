@@ -10,7 +10,7 @@ from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 from werkzeug.routing import RequestRedirect
 
-from ccm.api import health, runs, sessions
+from ccm.api import follow_ups, health, runs, sessions
 from ccm.api.context import EXTENSION, answer, guard, service
 from ccm.api.guard import Guard
 from ccm.api.held import HeldSlots
@@ -39,7 +39,7 @@ def register(app: Flask, the_service: Service) -> None:
     app.register_error_handler(StartRefused, _not_started)
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(Exception, _unexpected)
-    for blueprint in (health.blueprint, runs.blueprint, sessions.blueprint):
+    for blueprint in (health.blueprint, runs.blueprint, follow_ups.blueprint, sessions.blueprint):
         app.register_blueprint(blueprint)
 
 

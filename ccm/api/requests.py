@@ -88,16 +88,21 @@ class ImageBody(Strict):
         return self
 
 
-class RunBody(Strict):
-    """What the three bodies that start a run have in common."""
+class InputBody(Strict):
+    """What a user says."""
 
     prompt: Prompt
     images: Annotated[list[ImageBody], Field(max_length=IMAGES)] = Field(default_factory=list)
-    options: Options = Options()
-    timeoutMs: Annotated[int, Field(ge=1, le=TIMEOUT_MS)] | None = None
 
     def pictures(self) -> tuple[Image, ...]:
         return tuple(Image(image.mediaType, image.data) for image in self.images)
+
+
+class RunBody(InputBody):
+    """What the three bodies that start a run have in common."""
+
+    options: Options = Options()
+    timeoutMs: Annotated[int, Field(ge=1, le=TIMEOUT_MS)] | None = None
 
 
 class StartBody(RunBody):

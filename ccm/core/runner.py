@@ -17,6 +17,7 @@ from typing import Any
 from ccm.core.assignment import Assignment, Claude
 from ccm.core.doorbell import Doorbell
 from ccm.core.executor import Execution
+from ccm.core.follow_ups import FollowUp
 from ccm.core.lifecycle import Effects, Lifecycle, Start
 from ccm.core.pool import WorkerPool
 from ccm.core.processes import end_marked
@@ -101,6 +102,13 @@ class Runner:
         if execution is not None:
             execution.fail("EXECUTION_ERROR", f"A message of this run cannot be stored: {error}.")
 
+    def send(self, run_id: str, follow_up: FollowUp) -> bool:
+        """Put a user's message into a run. False if it does not go on here."""
+        execution = self._executions.get(run_id)
+        if execution is not None:
+            execution.send(follow_up)
+        return execution is not None
+
     # ---- starting
 
     def follow(self, effects: Effects) -> None:
@@ -147,7 +155,7 @@ class Runner:
         """A function that numbers the messages of a run and hands them to the recorder."""
         index = 0
 
-        async def record(raw: dict[str, Any]) -> None:
+        async def record(raw: dict[str, Any]) -> int:
             nonlocal index
             message = Message(
                 run_id=run.id,
@@ -159,6 +167,7 @@ class Runner:
             )
             index += 1
             await self._recorder.append(message)
+            return message.index
 
         return record
 

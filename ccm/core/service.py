@@ -14,6 +14,7 @@ from ccm.core.assignment import Claude
 from ccm.core.ceilings import Ceilings
 from ccm.core.doorbell import Doorbell
 from ccm.core.history import History
+from ccm.core.input import Input
 from ccm.core.lifecycle import Lifecycle
 from ccm.core.policy import check_policy
 from ccm.core.pulse import Pulse
@@ -65,6 +66,7 @@ class Service:
         self.doorbell = Doorbell()
         self.history: History
         self.runs: RunManager
+        self.input: Input
         self._runner: Runner
         self._recorder: Recorder
         self._pulse: Pulse
@@ -134,6 +136,7 @@ class Service:
             environ=self._environ,
         )
         self.runs = RunManager(self._recorder, lifecycle, self._runner, transcripts)
+        self.input = Input(self._recorder, self._runner, settings.max_message_bytes)
         self._recorder.start()
         self._pulse = Pulse(self._recorder)
         self._recorder.write(heartbeat.beat)  # a database that takes no writes is refused

@@ -165,7 +165,7 @@ class StandIn:
             write(assistant(self._script["late"]))
 
     def _hear(self, seconds: float | None) -> None:
-        if (self._ways or {}).get("deaf"):
+        if self._lines.ended or (self._ways or {}).get("deaf"):
             select.select([], [], [], seconds)
             return
         for line in self._lines.read(seconds):
@@ -223,7 +223,7 @@ class StandIn:
         transcript(text_of(message))
         say(script)
         deadline = time.monotonic() + script.get("seconds", 0)
-        while self._turn and (left := deadline - time.monotonic()) > 0 and not self._lines.ended:
+        while self._turn and (left := deadline - time.monotonic()) > 0:
             self._hear(left)
         if not self._turn or script.get("hold"):
             return  # interrupted, or to be

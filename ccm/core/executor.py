@@ -264,10 +264,11 @@ class Execution:
             self._api_error = message.get("error")
         # A CLI that tells no states (an older one) ends at its result.
         if self._results and self._session_state in (None, "idle"):
-            if self._follow_ups.in_flight:
-                self._settling = asyncio.get_running_loop().call_later(SETTLE_SECONDS, self._over.set)
-            else:
+            if not self._follow_ups.in_flight:
                 self._over.set()
+            elif self._session_state == "idle" or kind == "result":
+                # Nothing goes on, though a message was sent: it gets a turn now, or the CLI does not know of it.
+                self._settling = asyncio.get_running_loop().call_later(SETTLE_SECONDS, self._over.set)
 
     async def _keep(self, message: dict[str, Any]) -> int:
         self._recording = True

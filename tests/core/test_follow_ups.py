@@ -74,6 +74,26 @@ def test_what_comes_during_a_turn_is_answered_after_it(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("states", [False, True])
+def test_the_turn_of_a_message_may_take_as_long_as_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, states: bool
+) -> None:
+    for name in ("SETTLE_SECONDS", "CLOSE_SECONDS", "TERMINATE_SECONDS"):
+        monkeypatch.setattr(f"ccm.core.executor.{name}", 0.1)
+    run = begun(tmp_path, {"seconds": 0.3, "states": states})
+    index(send(run, {"seconds": 1.5, "count": 2}))
+
+    assert run.end().status == "completed"
+    assert [message["type"] for message in run.messages] == [
+        "assistant",
+        "user",
+        "result",
+        "assistant",
+        "assistant",
+        "result",
+    ]
+
+
 def test_what_a_turn_takes_up_is_recorded_once_and_has_no_result_of_its_own(tmp_path: Path) -> None:
     run = begun(tmp_path, {"seconds": 0.5, "merges": True})
     index(send(run, "And that."))

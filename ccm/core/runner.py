@@ -102,6 +102,12 @@ class Runner:
         if execution is not None:
             execution.fail("EXECUTION_ERROR", f"A message of this run cannot be stored: {error}.")
 
+    def cancel(self, run_id: str) -> None:
+        """Have a run stop, if it goes on here."""
+        execution = self._executions.get(run_id)
+        if execution is not None:
+            execution.cancel()
+
     def send(self, run_id: str, follow_up: FollowUp) -> bool:
         """Put a user's message into a run. False if it does not go on here."""
         execution = self._executions.get(run_id)
@@ -121,9 +127,7 @@ class Runner:
                 values = {"status": ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": "It could not be begun."}
                 self._recorder.submit(partial(self._lifecycle.end, run=start.run, values=values))
         for run_id in effects.cancels:
-            execution = self._executions.get(run_id)
-            if execution is not None:
-                execution.cancel()
+            self.cancel(run_id)
         self._doorbell.ring(effects.news)
 
     def _begin(self, start: Start) -> None:

@@ -10,7 +10,8 @@ CCMError                        an answer to a client: code, HTTP status, the fi
 ├── UnsupportedMediaType        415 UNSUPPORTED_MEDIA_TYPE
 ├── KeyReused                   422 IDEMPOTENCY_KEY_REUSED
 ├── QueueFull                   429 QUEUE_FULL
-└── Unavailable                 503 SHUTTING_DOWN, STORAGE_UNAVAILABLE, OUTCOME_UNKNOWN, SLOTS_TAKEN, OUT_OF_DESCRIPTORS
+└── Unavailable                 503 SHUTTING_DOWN, STORAGE_UNAVAILABLE, OUTCOME_UNKNOWN, STILL_ENDING, SLOTS_TAKEN,
+                                OUT_OF_DESCRIPTORS
 
 StartRefused                    the service does not start; said to the operator in one sentence
 ├── BadSetting                  exit code 2

@@ -6,13 +6,14 @@ CCMError                        an answer to a client: code, HTTP status, the fi
 ├── Forbidden                   403 OPTION_FORBIDDEN, CWD_FORBIDDEN, TIMEOUT_FORBIDDEN, APPROVALS_FORBIDDEN,
 │                                   WEBHOOK_FORBIDDEN, HOST_FORBIDDEN, ORIGIN_FORBIDDEN
 ├── NotFound                    404 RUN_NOT_FOUND, SESSION_NOT_FOUND, APPROVAL_NOT_FOUND
-├── Conflict                    409 SESSION_BUSY, SESSION_NOT_RESUMABLE, RUN_ALREADY_ENDED
+├── Conflict                    409 SESSION_BUSY, SESSION_NOT_RESUMABLE, RUN_ALREADY_ENDED, RUN_ENDING, RUN_NOT_STARTED
 │   └── ApprovalResolved        409 APPROVAL_ALREADY_RESOLVED, with the approval as it is
 ├── TooLarge                    413 BODY_TOO_LARGE
 ├── UnsupportedMediaType        415 UNSUPPORTED_MEDIA_TYPE
 ├── KeyReused                   422 IDEMPOTENCY_KEY_REUSED
 ├── QueueFull                   429 QUEUE_FULL
-└── Unavailable                 503 SHUTTING_DOWN, STORAGE_UNAVAILABLE, OUTCOME_UNKNOWN, SLOTS_TAKEN, OUT_OF_DESCRIPTORS
+└── Unavailable                 503 SHUTTING_DOWN, STORAGE_UNAVAILABLE, OUTCOME_UNKNOWN, STILL_ENDING, SLOTS_TAKEN,
+                                OUT_OF_DESCRIPTORS
 
 StartRefused                    the service does not start; said to the operator in one sentence
 ├── BadSetting                  exit code 2

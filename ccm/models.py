@@ -409,6 +409,18 @@ class Accepted(NamedTuple):
 
 
 @dataclass(frozen=True)
+class TakenIn:
+    """A user's message that a run has taken in: its uuid, and its index among the run's messages."""
+
+    run_id: str
+    uuid: str
+    index: int
+
+    def to_json(self) -> dict[str, str | int]:
+        return {"runId": self.run_id, "messageUuid": self.uuid, "messageIndex": self.index}
+
+
+@dataclass(frozen=True)
 class Event:
     """Something that has happened to a run or an approval. `json` is one line of ASCII.
 

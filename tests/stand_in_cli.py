@@ -5,12 +5,19 @@ It speaks the CLI's side of stream-json on its standard streams. The prompt is J
 
     {"messages": [...], "count": N, "pad": BYTES, "raw": "...", "exit": CODE, "stderr": "...", "states": false,
      "hold": true, "ignore_interrupt": true, "tool": SECONDS, "server": SECONDS, "late": "...", "result": {...},
-     "ask": [{"tool_name": "...", "input": {...}, ...}], "at_once": true}
+     "ask": [{"tool_name": "...", "input": {...}, ...}], "at_once": true,
+     "seconds": N, "merges": true, "lifecycle": false, "deaf": true, "finishes": true}
 
 `messages` are written as they are, then `count` assistant messages of `pad` bytes, then a result; `late` comes once the
 input is closed. A `tool` holds the output open, a `server` does not. It asks whether it may do each thing in `ask`, one
 after another or all `at_once`, and says each answer as a message of type `answered`. Anything else in the prompt makes
 one short turn.
+
+What comes in while a turn goes on (it takes `seconds`, or is on `hold`) is queued, and makes a turn of its own; where
+it `merges` it becomes part of the one that goes on, as after a tool. A message with a uuid is told of with
+`command_lifecycle`, and replayed. One that is `deaf` reads nothing after its prompt; one that
+`finishes` has its turn end well in spite of an interrupt, as when that comes at its very end.
+
 With STAND_IN_CLI_LOG in its environment it writes there each line that it writes.
 """
 
@@ -18,7 +25,9 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import sys
+import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # imports nothing that it does not need: it is to start fast
@@ -116,50 +125,181 @@ def assistant(text: str) -> dict[str, object]:
     }
 
 
-def ask_all(script: dict[str, Any]) -> bool:
-    questions = script.get("ask", [])
-    return all(ask(some) for some in ([questions] if script.get("at_once") else [[one] for one in questions]))
+class Lines:
+    """The lines of the input, waited for no longer than one likes."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._bytes = b""
+
+    def read(self, seconds: float | None) -> list[bytes]:
+        """What has come, at the latest after some seconds; for ever with None."""
+        if self.ended:
+            return []
+        if select.select([0], [], [], seconds)[0]:
+            received = os.read(0, 2**20)
+            self.ended = not received
+            self._bytes += received
+        *lines, self._bytes = self._bytes.split(b"\n")
+        return lines
 
 
-def ask(questions: list[dict[str, Any]]) -> bool:
-    """Ask, and say each answer as it comes. False if the turn was interrupted meanwhile."""
-    asked = {new_id(): question for question in questions}
-    for request_id, question in asked.items():
-        request = {"subtype": "can_use_tool", "input": {}, "tool_use_id": request_id, **question}
-        control({"type": "control_request", "request_id": request_id, "request": request})
-    while asked:
-        message = json.loads(sys.stdin.readline() or "null")
-        if message is None:
-            return False
-        if message["type"] == "control_response":
-            response = message["response"]
-            question = asked.pop(response["request_id"])
-            write({"type": "answered", "asked": question, "answer": response.get("response") or response.get("error")})
-            sys.stdout.flush()
-        elif message["type"] == "control_request" and message["request"]["subtype"] == "interrupt":
-            for request_id in asked:
+class StandIn:
+    def __init__(self) -> None:
+        self._lines = Lines()
+        self._queue: list[dict[str, Any]] = []
+        # What the first prompt says of how this one behaves, and the last one of its turn.
+        self._ways: dict[str, Any] | None = None
+        self._script: dict[str, Any] = {}
+        # The messages of the turn that goes on.
+        self._turn: list[dict[str, Any]] = []
+        self._idle = True
+        # What it waits to be answered.
+        self._asked: dict[str, dict[str, Any]] = {}
+
+    def run(self) -> None:
+        while True:
+            if self._queue and not self._turn:
+                self._begin(self._queue.pop(0))
+            elif self._lines.ended:
+                break
+            else:
+                self._hear(None)
+        if self._script.get("late"):
+            transcript(self._script["late"])
+            write(assistant(self._script["late"]))
+
+    def _hear(self, seconds: float | None) -> None:
+        if self._lines.ended or (self._ways or {}).get("deaf"):
+            select.select([], [], [], seconds)
+            return
+        for line in self._lines.read(seconds):
+            message = json.loads(line)
+            if message["type"] == "control_request":
+                self._control(message)
+            elif message["type"] == "control_response":
+                self._answered(message["response"])
+            elif message["type"] == "user":
+                if self._ways is None:
+                    self._ways = script_of(message)
+                self._state("running")
+                self._tell(message, "queued")
+                self._queue.append(message)
+
+    def _control(self, message: dict[str, Any]) -> None:
+        kind = message["request"]["subtype"]
+        if kind == "interrupt" and self._script.get("ignore_interrupt"):
+            return
+        response = {}
+        if kind == "interrupt":
+            swept = self._queue if message["request"].get("cancel_queued") else []
+            for queued in swept:
+                self._tell(queued, "cancelled")
+            response = {"cancelled": [queued.get("uuid") for queued in swept]}
+            swept.clear()
+        reply = {"subtype": "success", "request_id": message["request_id"], "response": response}
+        control({"type": "control_response", "response": reply})
+        if kind == "interrupt" and self._turn:
+            for request_id in self._asked:
                 control({"type": "control_cancel_request", "request_id": request_id})
-            interrupted(message)
-            return False
-    return True
+            self._asked.clear()
+            if self._script.get("finishes"):
+                self._end(result(), "completed")
+            else:
+                self._end(result(subtype="error_during_execution", is_error=True, result=None), "cancelled")
+
+    def _state(self, name: str) -> None:
+        idle = name == "idle"
+        if (self._ways or {}).get("states", True) and idle != self._idle:
+            control(state(name))
+        self._idle = idle
+
+    def _tell(self, message: dict[str, Any], state: str) -> None:
+        """What has become of a message."""
+        if "uuid" in message and (self._ways or {}).get("lifecycle", True):
+            said = {"type": "command_lifecycle", "command_uuid": message["uuid"], "state": state}
+            control({**said, "uuid": new_id(), "session_id": SESSION})
+
+    def _replay(self, message: dict[str, Any]) -> None:
+        if "uuid" in message:
+            control({**message, "isReplay": True})
+
+    def _begin(self, message: dict[str, Any]) -> None:
+        """A turn, up to its end, unless it is to be held."""
+        self._script = script = script_of(message)
+        self._turn = [message]
+        self._tell(message, "started")
+        self._replay(message)
+        transcript(text_of(message))
+        say(script)
+        self._ask_all(script)
+        if "exit" in script:
+            os._exit(script["exit"])
+        deadline = time.monotonic() + script.get("seconds", 0)
+        while self._turn and (left := deadline - time.monotonic()) > 0:
+            self._hear(left)
+        if not self._turn or self._asked or script.get("hold"):
+            return  # interrupted, or left alone, or to be
+        if script.get("merges"):
+            for merged in self._queue:
+                self._replay(merged)
+                self._tell(merged, "started")
+                self._tell(merged, "completed")
+                self._turn.append(merged)
+            self._queue.clear()
+        transcript(*["x" * script.get("pad", 100)] * script.get("count", 0))
+        self._end(result(**script.get("result", {})), "completed")
+
+    def _ask_all(self, script: dict[str, Any]) -> None:
+        questions = script.get("ask", [])
+        for together in [questions] if script.get("at_once") else [[question] for question in questions]:
+            if self._turn and not self._lines.ended:
+                self._ask(together)
+
+    def _ask(self, questions: list[dict[str, Any]]) -> None:
+        """Ask, and wait for the answers. It has something left that it asked if there will be none."""
+        self._asked = {new_id(): question for question in questions}
+        for request_id, question in self._asked.items():
+            request = {"subtype": "can_use_tool", "input": {}, "tool_use_id": request_id, **question}
+            control({"type": "control_request", "request_id": request_id, "request": request})
+        while self._asked and not self._lines.ended:
+            self._hear(None)
+
+    def _answered(self, response: dict[str, Any]) -> None:
+        question = self._asked.pop(response["request_id"])
+        write({"type": "answered", "asked": question, "answer": response.get("response") or response.get("error")})
+        sys.stdout.flush()
+
+    def _end(self, result: dict[str, Any], how: str) -> None:
+        """The turn's result, and what becomes of its message."""
+        first, self._turn = self._turn[0], []
+        write(result)
+        sys.stdout.flush()
+        self._tell(first, how)
+        self._hear(0)
+        if not self._queue:
+            self._state("idle")
 
 
-def interrupted(message: dict[str, Any]) -> None:
-    reply = {"subtype": "success", "request_id": message["request_id"], "response": {}}
-    control({"type": "control_response", "response": reply})
-    write(result(subtype="error_during_execution", is_error=True, result=None))
-    control(state("idle"))
+def text_of(message: dict[str, Any]) -> str:
+    content = message["message"]["content"]
+    return str(content if isinstance(content, str) else content[-1]["text"])
 
 
-def turn(script: dict[str, Any]) -> None:
-    states = script.get("states", True)
-    if states:
-        control(state("running"))
+def script_of(message: dict[str, Any]) -> dict[str, Any]:
+    text = text_of(message)
+    try:
+        return dict(json.loads(text))
+    except (TypeError, ValueError):
+        return {"messages": [assistant("heard: " + text)]}
+
+
+def say(script: dict[str, Any]) -> None:
+    """All of a turn but its result."""
     for message in script.get("messages", []):
         write(message)
-    said = ["x" * script.get("pad", 100)] * script.get("count", 0)
-    for text in said:
-        write(assistant(text))
+    for _ in range(script.get("count", 0)):
+        write(assistant("x" * script.get("pad", 100)))
     if "stderr" in script:
         sys.stderr.write(script["stderr"] + "\n")
         sys.stderr.flush()
@@ -173,43 +313,6 @@ def turn(script: dict[str, Any]) -> None:
             if script.get(name):
                 subprocess.Popen(["sleep", str(script[name])], start_new_session=True, stdout=output)
     sys.stdout.flush()
-    asked = ask_all(script)
-    if "exit" in script:
-        os._exit(script["exit"])
-    if script.get("hold") or not asked:
-        return
-    transcript(*said)
-    write(result(**script.get("result", {})))
-    if states:
-        control(state("idle"))
-    sys.stdout.flush()
 
 
-def main() -> None:
-    script: dict[str, Any] = {}
-    for line in iter(sys.stdin.readline, ""):  # and not what it has read ahead
-        message = json.loads(line)
-        if message["type"] == "control_request":
-            kind = message["request"]["subtype"]
-            if kind == "interrupt" and script.get("ignore_interrupt"):
-                continue
-            if kind == "interrupt":
-                interrupted(message)
-                continue
-            reply = {"subtype": "success", "request_id": message["request_id"], "response": {}}
-            control({"type": "control_response", "response": reply})
-        elif message["type"] == "user":
-            content = message["message"]["content"]
-            text = content if isinstance(content, str) else content[-1]["text"]
-            try:
-                script = dict(json.loads(text))
-            except (TypeError, ValueError):
-                script = {"messages": [assistant("heard: " + text)]}
-            transcript(text)
-            turn(script)
-    if script.get("late"):
-        transcript(script["late"])
-        write(assistant(script["late"]))
-
-
-main()
+StandIn().run()

@@ -10,7 +10,7 @@ from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 from werkzeug.routing import RequestRedirect
 
-from ccm.api import approvals, deliveries, events, health, runs, sessions
+from ccm.api import approvals, deliveries, events, follow_ups, health, runs, sessions
 from ccm.api.context import EXTENSION, answer, guard, service
 from ccm.api.guard import Guard
 from ccm.api.held import HeldSlots
@@ -39,7 +39,7 @@ def register(app: Flask, the_service: Service) -> None:
     app.register_error_handler(StartRefused, _not_started)
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(Exception, _unexpected)
-    for module in (health, runs, sessions, approvals, events, deliveries):
+    for module in (health, runs, follow_ups, sessions, approvals, events, deliveries):
         app.register_blueprint(module.blueprint)
 
 

@@ -93,11 +93,19 @@ class ImageBody(Strict):
         return self
 
 
-class RunBody(Strict):
-    """What the three bodies that start a run have in common."""
+class InputBody(Strict):
+    """What a user says."""
 
     prompt: Prompt
     images: Annotated[list[ImageBody], Field(max_length=IMAGES)] = Field(default_factory=list)
+
+    def pictures(self) -> tuple[Image, ...]:
+        return tuple(Image(image.mediaType, image.data) for image in self.images)
+
+
+class RunBody(InputBody):
+    """What the three bodies that start a run have in common."""
+
     options: Options = Options()
     timeoutMs: Annotated[int, Field(ge=1, le=TIMEOUT_MS)] | None = None
     webhookUrl: WebAddress | None = None
@@ -110,9 +118,6 @@ class RunBody(Strict):
         if value is not None and info.data.get("approvals") is False:
             raise ValueError("is for runs with approvals; set approvals to true, or leave it out")
         return value
-
-    def pictures(self) -> tuple[Image, ...]:
-        return tuple(Image(image.mediaType, image.data) for image in self.images)
 
 
 class StartBody(RunBody):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,16 +64,21 @@ class Assignment:
     resume_at: str | None = None
 
     def user_message(self) -> dict[str, Any]:
-        images = [
-            {"type": "image", "source": {"type": "base64", "media_type": image.media_type, "data": image.data}}
-            for image in self.images
-        ]
-        return {
-            "type": "user",
-            "message": {"role": "user", "content": [*images, {"type": "text", "text": self.prompt}]},
-            "parent_tool_use_id": None,
-            "session_id": self.sdk_session_id,
-        }
+        return user_message(self.sdk_session_id, self.prompt, self.images)
+
+
+def user_message(sdk_session_id: str, prompt: str, images: Sequence[Image]) -> dict[str, Any]:
+    """What a user says, as Claude Code reads it."""
+    pictures = [
+        {"type": "image", "source": {"type": "base64", "media_type": image.media_type, "data": image.data}}
+        for image in images
+    ]
+    return {
+        "type": "user",
+        "message": {"role": "user", "content": [*pictures, {"type": "text", "text": prompt}]},
+        "parent_tool_use_id": None,
+        "session_id": sdk_session_id,
+    }
 
 
 def sdk_options(

@@ -8,7 +8,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import sniffio
 
 from ccm.core.assignment import Ask, Assignment, Claude, sdk_options
+from ccm.core.follow_ups import FollowUp, FollowUps
 from ccm.core.options import UnusableOptionsError
 from ccm.core.processes import end_marked
 from ccm.core.results import cost, error_code, error_text
@@ -23,6 +24,7 @@ from ccm.core.run_clock import RunClock
 from ccm.core.run_directory import run_directory, said_on_stderr
 from ccm.core.sdk import Client, explain
 from ccm.core.transcript_store import Mirror
+from ccm.errors import Conflict
 from ccm.models import CANCELLED, COMPLETED, ERROR, Answer, Outcome, Question
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,8 @@ CLOSE_SECONDS = 5.0
 TERMINATE_SECONDS = 5.0
 # How long the output of a CLI that has gone may stay open.
 EXIT_SECONDS = 0.3
+# How long a CLI that is otherwise done may say nothing of a message that it was sent, before it is let go all the same.
+SETTLE_SECONDS = 10.0
 # The CLI retries a refused login for three minutes; a second refusal is answer enough.
 LOGIN_REFUSALS = 2
 LOGIN_ADVICE = (
@@ -42,10 +46,10 @@ LOGIN_ADVICE = (
 
 
 class Execution:
-    """One run from its start to its end. `perform` is called once; `cancel` and `fail` from any thread, any time.
+    """One run from its start to its end. `perform` is called once; `send`, `cancel`, `fail` from any thread, any time.
 
     Args:
-        record: takes each message, in the run's own loop; may wait, and the agent then waits too.
+        record: takes each message, in the run's own loop, and gives its index; may wait, and the agent then waits too.
         mirror: takes the transcript as it grows; none is taken if it is left out.
         ask: gets Claude Code's questions answered, in the run's own loop; it is not to ask if left out.
     """
@@ -55,7 +59,7 @@ class Execution:
         assignment: Assignment,
         claude: Claude,
         environ: Mapping[str, str],
-        record: Callable[[dict[str, Any]], Awaitable[None]],
+        record: Callable[[dict[str, Any]], Awaitable[int]],
         mirror: Mirror | None = None,
         *,
         ask: Ask | None = None,
@@ -77,6 +81,8 @@ class Execution:
         self._connected = asyncio.Event()
         self._exited = asyncio.Event()
         self._recording = False
+        self._follow_ups = FollowUps(self._keep)
+        self._settling: asyncio.TimerHandle | None = None
         # Why it is to stop: the first reason given is the one that counts.
         self._reason: Outcome | None = None
         self._results: list[dict[str, Any]] = []
@@ -103,6 +109,17 @@ class Execution:
     def fail(self, code: str, message: str) -> None:
         """Have it stop; it ends as `error`."""
         self._stop_for(Outcome(ERROR, code, message))
+
+    def send(self, follow_up: FollowUp) -> None:
+        """Put a user's message into it. Whether it takes the message in, `follow_up.taken_in` tells."""
+        with self._lock:
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._admit, follow_up)
+            elif self._over.is_set() or self._stream_ended.is_set():
+                follow_up.refuse(_ending())
+            else:
+                about = "The run is just being started; send the message again in a moment."
+                follow_up.refuse(Conflict(about, code="RUN_NOT_STARTED"))
 
     def _stop_for(self, reason: Outcome) -> None:
         with self._lock:
@@ -144,8 +161,10 @@ class Execution:
             return await self._run_claude()
         finally:
             timekeeper.cancel()
+            self._stream_ended.set()
             with self._lock:
                 self._loop = None
+            self._follow_ups.refuse(_ending())
 
     async def _run_claude(self) -> Outcome:
         missing = self._claude.missing()
@@ -162,16 +181,20 @@ class Execution:
                 return Outcome(ERROR, "OPTIONS_UNUSABLE", str(unusable))
             # Never cancelled before the stream has ended: a cancelled disconnect leaks the CLI and its tools.
             keeper = asyncio.create_task(self._see_it_end(client))
+            writer: asyncio.Task[None] | None = None
             error: Exception | None = None
             try:
                 await client.connect()
                 self._connected.set()
                 if not self._stop.is_set():
-                    await client.receive_raw(self._take, self._assignment.user_message())
+                    writer = asyncio.create_task(self._write(client))
+                    await client.receive_raw(self._take)
             except Exception as raised:
                 error = raised
             finally:
                 self._stream_ended.set()
+                if writer is not None:
+                    writer.cancel()
                 await keeper
                 await self._disconnect(client)
                 self._said = said_on_stderr(directory)
@@ -191,15 +214,49 @@ class Execution:
             log.exception("run %s: Claude Code could not be let go", self._assignment.run_id)
             await asyncio.to_thread(end_marked, self._assignment.run_id)
 
+    # ---- what it is told
+
+    def _admit(self, follow_up: FollowUp) -> None:
+        """Take a message on, or refuse it. It is in flight in the same step of the loop, so the run cannot end between
+        the look at it and the message: one that is taken on is either taken in, or refused at the end.
+        """
+        if self._ending:
+            follow_up.refuse(_ending())
+        else:
+            self._follow_ups.add(follow_up)
+
+    @property
+    def _ending(self) -> bool:
+        return any(event.is_set() for event in (self._over, self._stop, self._exited, self._stream_ended))
+
+    async def _write(self, client: Client) -> None:
+        """Writes what the CLI is told, one message after the other; a CLI that does not read holds up only this."""
+        try:
+            await client.query(self._messages())
+        except Exception as error:
+            # One that is just ending says better why, and what it has said still is to be read.
+            if not await self._ends_within(CLOSE_SECONDS) and not self._ending:
+                self.fail("CLI_CRASHED", f"Claude Code takes no input any more: {error}")
+
+    async def _messages(self) -> AsyncIterator[dict[str, Any]]:
+        yield self._assignment.user_message()
+        while True:
+            message = await self._follow_ups.next()
+            if self._ending:
+                return
+            yield message
+
+    # ---- what it says
+
     async def _take(self, message: dict[str, Any]) -> None:
+        if self._settling is not None:
+            self._settling.cancel()
         kind, subtype = message.get("type"), message.get("subtype")
         if kind == "system" and subtype == "session_state_changed":
             # Switched on for ourselves: acted on, and no part of the record.
             self._session_state = message.get("state")
-        else:
-            self._recording = True
-            await self._record(message)
-            self._recording = False
+        elif not await self._follow_ups.heed(message):
+            await self._keep(message)
         if kind == "result":
             self._results.append(message)
         elif kind == "system" and subtype == "mirror_error":
@@ -214,12 +271,24 @@ class Execution:
             self._api_error = message.get("error")
         # A CLI that tells no states (an older one) ends at its result.
         if self._results and self._session_state in (None, "idle"):
-            self._over.set()
+            if not self._follow_ups.in_flight:
+                self._over.set()
+            elif self._session_state == "idle" or kind == "result":
+                # Nothing goes on, though a message was sent: it gets a turn now, or the CLI does not know of it.
+                self._settling = asyncio.get_running_loop().call_later(SETTLE_SECONDS, self._over.set)
+
+    async def _keep(self, message: dict[str, Any]) -> int:
+        self._recording = True
+        index = await self._record(message)
+        self._recording = False
+        return index
 
     async def _have_answered(self, ask: Ask, question: Question) -> Answer:
         """The answer to a question; the wait for it does not count as the run's time."""
         with self._clock.paused():
             return await ask(question)
+
+    # ---- how it is ended
 
     async def _see_it_end(self, client: Client) -> None:
         """Waits for the run to be over or to be stopped, then ends the CLI by steps, each with its bound.
@@ -238,8 +307,10 @@ class Execution:
                         await client.interrupt()
                         await _first(self._over, self._stream_ended)
             if self._over.is_set():
+                # Bounded: a message that the CLI does not read holds the input.
                 with contextlib.suppress(Exception):
-                    await client.end_input()
+                    async with asyncio.timeout(CLOSE_SECONDS):
+                        await client.end_input()
             if (self._over.is_set() or self._exited.is_set()) and await self._closes():
                 self._closed_by_itself = self._over.is_set()
                 return
@@ -287,8 +358,11 @@ class Execution:
 
     def _judge(self, error: Exception | None) -> Outcome:
         """How it ended. What the result says counts for more than how the process went."""
-        if self._reason is not None and self._results_before_stop == len(self._results):
-            return self._reason
+        if self._reason is not None and self._results_before_stop is not None:
+            since = self._results[self._results_before_stop :]
+            # A turn that ended well all the same was the last, unless there was a message still to be answered.
+            if not since or self._follow_ups.unanswered or any(result.get("is_error") for result in since):
+                return self._reason
         if self._over.is_set() and self._results:
             result = self._results[-1]
             if not result.get("is_error"):
@@ -304,6 +378,10 @@ class Execution:
         if code == "EXECUTION_ERROR":
             log.error("run %s: %r", self._assignment.run_id, error, exc_info=error)
         return Outcome(ERROR, code, message)
+
+
+def _ending() -> Conflict:
+    return Conflict("The run is ending and takes no more messages. Resume its session instead.", code="RUN_ENDING")
 
 
 async def _first(*events: asyncio.Event) -> None:

@@ -112,6 +112,8 @@ class RunManager:
             effects = self._lifecycle.cancel(transaction, run)
             return find_run(transaction, run_id), effects
 
+        # At once: an agent is to stop also while storage takes nothing.
+        self._runner.cancel(run_id)
         return self._recorder.write(work, lambda done: self._runner.follow(done[1]))[0]
 
     def describe_session(self, session_id: str, values: Mapping[str, Any]) -> Session:

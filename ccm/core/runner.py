@@ -18,6 +18,7 @@ from ccm.core.approvals import Approvals
 from ccm.core.assignment import Assignment, Claude
 from ccm.core.doorbell import Doorbell
 from ccm.core.executor import Execution
+from ccm.core.follow_ups import FollowUp
 from ccm.core.lifecycle import Effects, Lifecycle, Start
 from ccm.core.pool import WorkerPool
 from ccm.core.processes import end_marked
@@ -105,6 +106,19 @@ class Runner:
         if execution is not None:
             execution.fail("EXECUTION_ERROR", f"A message of this run cannot be stored: {error}.")
 
+    def cancel(self, run_id: str) -> None:
+        """Have a run stop, if it goes on here."""
+        execution = self._executions.get(run_id)
+        if execution is not None:
+            execution.cancel()
+
+    def send(self, run_id: str, follow_up: FollowUp) -> bool:
+        """Put a user's message into a run. False if it does not go on here."""
+        execution = self._executions.get(run_id)
+        if execution is not None:
+            execution.send(follow_up)
+        return execution is not None
+
     # ---- starting
 
     def follow(self, effects: Effects) -> None:
@@ -117,9 +131,7 @@ class Runner:
                 values = {"status": ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": "It could not be begun."}
                 self._recorder.submit(partial(self._lifecycle.end, run=start.run, values=values))
         for run_id in effects.cancels:
-            execution = self._executions.get(run_id)
-            if execution is not None:
-                execution.cancel()
+            self.cancel(run_id)
         self._doorbell.ring(effects.news)
 
     def _begin(self, start: Start) -> None:
@@ -152,7 +164,7 @@ class Runner:
         """A function that numbers the messages of a run and hands them to the recorder."""
         index = 0
 
-        async def record(raw: dict[str, Any]) -> None:
+        async def record(raw: dict[str, Any]) -> int:
             nonlocal index
             message = Message(
                 run_id=run.id,
@@ -164,6 +176,7 @@ class Runner:
             )
             index += 1
             await self._recorder.append(message)
+            return message.index
 
         return record
 

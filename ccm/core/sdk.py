@@ -14,7 +14,7 @@ import os
 import signal
 import struct
 import unicodedata
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,11 +136,11 @@ class _Tap:
 
 
 class Client(ClaudeSDKClient):
-    """The SDK's client with the five things that it does not offer."""
+    """The SDK's client with the six things that it does not offer."""
 
-    async def receive_raw(self, take: Callable[[dict[str, Any]], Awaitable[None]], message: dict[str, Any]) -> None:
-        """Send one user message, and have `take` get all that the CLI says until its stream ends: the messages as they
-        came, those of unknown types too; control messages excepted. The input is kept open.
+    async def receive_raw(self, take: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
+        """Have `take` get all that the CLI says until its stream ends: the messages as they came, those of unknown
+        types too; control messages excepted.
 
         Raises:
             ClaudeSDKError: how the stream ended, if not well.
@@ -158,12 +158,16 @@ class Client(ClaudeSDKClient):
             tap.close()  # the reader had ended before
         stream.close()
         await tap.catch_up()
-        if not tap.ended.is_set():
-            await self.query(_one(message))
         await tap.ended.wait()
         await tap.take_noted()
         if tap.error is not None:
             raise tap.error
+
+    async def interrupt(self) -> None:
+        """Have the CLI end its turn, and drop the messages that it has in its queue: it would go on with them."""
+        if self._query is None:
+            raise CLIConnectionError("not connected")
+        await self._query._send_control_request({"subtype": "interrupt", "cancel_queued": True})
 
     async def end_input(self) -> None:
         """Tell the CLI that nothing more will come; it then writes its transcript out and exits."""
@@ -190,10 +194,6 @@ class Client(ClaudeSDKClient):
         pipe = process.stdout._stream._transport.get_extra_info("pipe")
         # Both ends of a pipe have one inode.
         return "" if pipe.closed else f"pipe:[{os.fstat(pipe.fileno()).st_ino}]"
-
-
-async def _one(message: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    yield message
 
 
 def permission_callback(

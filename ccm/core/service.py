@@ -16,6 +16,7 @@ from ccm.core.assignment import Claude
 from ccm.core.ceilings import Ceilings
 from ccm.core.doorbell import Doorbell
 from ccm.core.history import History
+from ccm.core.input import Input
 from ccm.core.lifecycle import Lifecycle
 from ccm.core.policy import check_policy
 from ccm.core.pulse import Pulse
@@ -72,6 +73,7 @@ class Service:
         self.history: History
         self.runs: RunManager
         self.approvals: Approvals
+        self.input: Input
         self._runner: Runner
         self._recorder: Recorder
         self._sender: Sender
@@ -154,6 +156,7 @@ class Service:
         self.runs = RunManager(self._recorder, lifecycle, self._runner, transcripts)
         addresses = Addresses(settings.webhook_url, settings.webhook_allow, settings.webhook_secret)
         self._sender = Sender(self._recorder, reader, self.doorbell, outbox, addresses)
+        self.input = Input(self._recorder, self._runner, settings.max_message_bytes)
         self._recorder.start()
         self._pulse = Pulse(self._recorder)
         self._recorder.write(heartbeat.beat)  # a database that takes no writes is refused

@@ -83,12 +83,14 @@ class Run:
         self.outcome: Outcome | None = None
         self._thread = threading.Thread(target=self._perform)
 
-    async def _record(self, message: dict[str, Any]) -> None:
+    async def _record(self, message: dict[str, Any]) -> int:
         self.messages.append(message)
+        index = len(self.messages) - 1
         if self.late_seconds and LATE in str(message):
             await asyncio.sleep(self.late_seconds)
         if self.gate is not None:
             await self.gate.wait()
+        return index
 
     def _perform(self) -> None:
         self.outcome = self.execution.perform()
@@ -537,6 +539,7 @@ def test_the_sdk_still_has_what_the_executor_reaches_into() -> None:
     assert isinstance(query._message_send, anyio.streams.memory.MemoryObjectSendStream)
     assert isinstance(query._message_receive, anyio.streams.memory.MemoryObjectReceiveStream)
     assert "_process" in vars(query.transport)
+    assert callable(query._send_control_request)
     source = inspect.getsource(Query._read_messages)
     # All that the reader does with the stream is what ccm.core.sdk._Tap offers.
     assert set(source.split("self._message_send.")[1:]) != set()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -105,82 +104,6 @@ def test_a_session_whose_directory_is_gone_cannot_be_resumed(client: Client, pro
 
     answer = client.post("/api/runs/resume", {"sessionId": run["sessionId"], "prompt": "x"})
     assert [answer.status, answer.error["code"]] == [409, "SESSION_NOT_RESUMABLE"]
-
-
-# ---- being cancelled
-
-
-def test_cancel_while_streaming(client: Client, project: Path) -> None:
-    run = client.start(project, SLOW, wait=0, options={"includePartialMessages": True})
-    client.wait_for_message(run["id"], "stream_event")
-
-    answer = client.delete(f"/api/runs/{run['id']}")
-
-    assert answer.status == 200
-    assert answer.json["status"] == "cancelled"
-    assert answer.json["result"]["terminal_reason"] == "aborted_streaming"
-    assert marked(run["id"]) == []
-    again = client.delete(f"/api/runs/{run['id']}")
-    assert [again.status, again.json] == [200, answer.json]
-    assert client.resume(run["sessionId"], "Go on.")["status"] == "completed"
-
-
-def test_cancel_before_the_first_byte(client: Client, project: Path) -> None:
-    run = client.start(project, "[[hang]]", wait=0)
-    client.wait_for_message(run["id"], "system")
-
-    assert client.delete(f"/api/runs/{run['id']}").json["status"] == "cancelled"
-    assert marked(run["id"]) == []
-
-
-def test_cancel_while_connecting(client: Client, project: Path) -> None:
-    run = client.start(project, "Hello.", wait=0)
-
-    answer = client.delete(f"/api/runs/{run['id']}")
-    assert answer.json["status"] == "cancelled"
-    assert marked(run["id"]) == []
-
-
-def test_cancel_while_a_tool_runs_ends_the_tool(client: Client, project: Path) -> None:
-    run = client.start(project, SLEEPING_TOOL, wait=0, options={"allowedTools": ["Bash"]})
-    until(lambda: "sleep 300" in commands(run["id"]))
-
-    answer = client.delete(f"/api/runs/{run['id']}")
-
-    assert answer.json["status"] == "cancelled"
-    assert marked(run["id"]) == []
-
-
-def test_cancel_with_a_background_agent_at_work(client: Client, project: Path) -> None:
-    agent = json.dumps({"description": "sub", "prompt": SLOW, "subagent_type": "general-purpose"})
-    run = client.start(project, f"[[tool Task {agent}]] [[text Started it.]]", wait=0)
-    client.wait_for_message(run["id"], "result")
-
-    assert client.delete(f"/api/runs/{run['id']}").json["status"] == "cancelled"
-    assert marked(run["id"]) == []
-
-
-def test_cancel_of_an_ended_run_is_refused(client: Client, project: Path) -> None:
-    run = client.start(project, "Hello.")
-
-    answer = client.delete(f"/api/runs/{run['id']}")
-    assert [answer.status, answer.error["code"]] == [409, "RUN_ALREADY_ENDED"]
-    assert client.run(run["id"]) == run
-
-
-def test_cancel_while_waiting_in_the_queue(serve: ServeFunction, project: Path) -> None:
-    client = Client(serve(CCM_MAX_CONCURRENT_RUNS=1).url)
-    first = client.start(project, SLOW, wait=0)
-    waiting = [client.start(project, f"Number {n}.", wait=0) for n in range(2)]
-    assert [client.run(run["id"], wait=0)["queuePosition"] for run in waiting] == [1, 2]
-
-    answer = client.delete(f"/api/runs/{waiting[0]['id']}")
-
-    assert answer.json["status"] == "cancelled"
-    assert [answer.json["startedAt"], answer.json["messageCount"]] == [None, 0]
-    assert client.run(waiting[1]["id"], wait=0)["queuePosition"] == 1
-    client.delete(f"/api/runs/{first['id']}")
-    assert client.run(waiting[1]["id"])["status"] == "completed"
 
 
 # ---- the rules of a session

@@ -1,0 +1,173 @@
+"""`DELETE` in every state that a run can be in, with the real Claude Code."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ccm.core.processes import marked
+from tests.client import Client
+from tests.conftest import ServeFunction
+from tests.e2e.test_endings import SLEEPING_TOOL, SLOW, commands, until
+
+# An interrupt is heard in all of these states, so none needs the harsher steps after it; a busy machine takes its time.
+SECONDS = 10.0
+
+
+def at_once(_client: Client, _run_id: str) -> None:
+    """Before Claude Code has said anything."""
+
+
+def has_said(*kinds: str) -> Callable[[Client, str], None]:
+    """A message of one of the types, or of the subtype, is stored."""
+
+    def reached(client: Client, run_id: str) -> None:
+        until(lambda: any({m["type"], m.get("subtype")} & set(kinds) for m in client.messages(run_id)))
+
+    return reached
+
+
+def tool_runs(_client: Client, run_id: str) -> None:
+    until(lambda: "sleep 300" in commands(run_id))
+
+
+def has_queued(client: Client, run_id: str) -> None:
+    has_said("stream_event")(client, run_id)
+    for prompt in (f"Then this. {SLOW}", "And that."):
+        assert client.post(f"/api/runs/{run_id}/input", {"prompt": prompt}).status == 202
+
+
+@dataclass(frozen=True)
+class State:
+    """
+    Args:
+        reached: returns when a run of this prompt is in the state.
+        reason: what the partial result says; None where there is none.
+    """
+
+    prompt: str
+    reached: Callable[[Client, str], None]
+    reason: str | None
+    options: dict[str, Any] = field(default_factory=dict)
+    follow_ups: tuple[str, ...] = ()
+
+
+BASH = {"allowedTools": ["Bash"]}
+PARTIAL = {"includePartialMessages": True}
+AGENT = json.dumps({"description": "sub", "prompt": SLOW, "subagent_type": "general-purpose"})
+STATES = {
+    "connecting": State("Hello.", at_once, None),
+    "no byte yet": State("[[hang]]", has_said("init"), "aborted_streaming"),
+    "streaming": State(SLOW, has_said("stream_event"), "aborted_streaming", PARTIAL),
+    "stalled in mid-stream": State("[[stall]]", has_said("stream_event"), "aborted_streaming", PARTIAL),
+    "a tool runs": State(SLEEPING_TOOL, tool_runs, "aborted_tools", BASH),
+    "retrying the API": State("[[status 500]]", has_said("api_retry"), "aborted_streaming"),
+    "an agent works in the background": State(
+        f"[[tool Task {AGENT}]] [[text Started it.]]", has_said("result"), "completed"
+    ),
+    "follow-ups in the queue": State(
+        SLOW, has_queued, "aborted_streaming", PARTIAL, (f"Then this. {SLOW}", "And that.")
+    ),
+}
+
+
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+def test_a_cancelled_run_keeps_its_partial_result_leaves_no_process_and_can_be_continued(
+    client: Client, project: Path, state: State
+) -> None:
+    run = client.start(project, state.prompt, wait=0, options=state.options)
+    state.reached(client, run["id"])
+
+    begun = time.monotonic()
+    answer = client.delete(f"/api/runs/{run['id']}")
+
+    assert time.monotonic() - begun < SECONDS
+    assert [answer.status, answer.json["status"], answer.json["error"]] == [200, "cancelled", None]
+    assert (answer.json["result"] or {}).get("terminal_reason") == state.reason
+    assert marked(run["id"]) == []
+    again = client.delete(f"/api/runs/{run['id']}")
+    assert [again.status, again.json] == [200, answer.json]
+    prompts = [m["message"]["content"][-1].get("text") for m in client.messages(run["id"]) if m["type"] == "user"]
+    assert [prompt for prompt in prompts if prompt in state.follow_ups] == list(state.follow_ups)
+    resumed = client.post("/api/runs/resume", {"sessionId": run["sessionId"], "prompt": "Go on."}, wait=60)
+    if client.get(f"/api/sessions/{run['sessionId']}").json["headRunId"] is None:
+        assert state.reached is at_once, "its transcript was lost"
+        assert resumed.error["code"] == "SESSION_NOT_RESUMABLE"
+    else:
+        assert resumed.json["status"] == "completed"
+
+
+def test_a_run_that_waits_is_cancelled_without_having_begun(serve: ServeFunction, project: Path) -> None:
+    client = Client(serve(CCM_MAX_CONCURRENT_RUNS=1).url)
+    first = client.start(project, SLOW, wait=0)
+    waiting = [client.start(project, f"Number {n}.", wait=0) for n in range(2)]
+    assert [client.run(run["id"], wait=0)["queuePosition"] for run in waiting] == [1, 2]
+
+    answer = client.delete(f"/api/runs/{waiting[0]['id']}")
+
+    assert answer.json["status"] == "cancelled"
+    assert [answer.json["startedAt"], answer.json["messageCount"]] == [None, 0]
+    assert client.delete(f"/api/runs/{waiting[0]['id']}").json == answer.json
+    assert client.run(waiting[1]["id"], wait=0)["queuePosition"] == 1
+    client.delete(f"/api/runs/{first['id']}")
+    assert client.run(waiting[1]["id"])["status"] == "completed"
+
+
+def test_under_back_pressure_the_agent_ends_at_once_and_its_end_is_stored_when_that_can_be(
+    serve: ServeFunction, project: Path, tmp_path: Path
+) -> None:
+    service = serve(CCM_MESSAGE_BUDGET_BYTES=2**16)
+    client = Client(service.url)
+    run = client.start(project, "[[slow 20000 0.002]]", wait=0, options=PARTIAL)
+    has_said("stream_event")(client, run["id"])
+    with ThreadPoolExecutor(1) as pool:
+        locker = sqlite3.connect(tmp_path / "db.sqlite", isolation_level=None)
+        locker.execute("BEGIN IMMEDIATE")
+        # By then it has said many times what the budget has room for.
+        until(lambda: client.get("/health").status == 503)
+        begun = time.monotonic()
+        answer = pool.submit(client.delete, f"/api/runs/{run['id']}")
+        until(lambda: not marked(run["id"]), SECONDS)
+        assert not answer.done()
+        locker.execute("ROLLBACK")
+        locker.close()
+
+        assert [answer.result().status, answer.result().json["status"]] == [200, "cancelled"]
+        assert answer.result().json["result"] is None  # with nobody to read it, it was not asked for one
+    assert time.monotonic() - begun < 2 * SECONDS
+    assert client.resume(run["sessionId"], "Go on.")["status"] == "completed"
+
+
+def test_a_run_that_is_over_and_ends_ends_as_it_would_have(client: Client, project: Path) -> None:
+    hook = {"hooks": [{"type": "command", "command": "perl -e 'sleep 1'"}]}
+    (project / ".claude").mkdir()
+    (project / ".claude" / "settings.json").write_text(json.dumps({"hooks": {"SessionEnd": [hook]}}))
+    run = client.start(project, "Hello.", wait=0)
+    client.wait_for_message(run["id"], "result")
+    assert client.run(run["id"], wait=0)["status"] == "running"
+
+    begun = time.monotonic()
+    answer = client.delete(f"/api/runs/{run['id']}")
+
+    assert [answer.status, answer.error["code"]] == [409, "RUN_ALREADY_ENDED"]
+    assert time.monotonic() - begun < SECONDS
+    ended = client.run(run["id"])
+    assert [ended["status"], ended["result"]["subtype"]] == ["completed", "success"]
+    assert marked(run["id"]) == []
+    assert client.resume(run["sessionId"], "Go on.")["status"] == "completed"
+
+
+def test_a_run_that_has_ended_is_not_cancelled(client: Client, project: Path) -> None:
+    run = client.start(project, "Hello.")
+
+    answer = client.delete(f"/api/runs/{run['id']}")
+    assert [answer.status, answer.error["code"]] == [409, "RUN_ALREADY_ENDED"]
+    assert client.run(run["id"]) == run

@@ -87,11 +87,12 @@ class FollowUps:
             return False
         state = message.get("state") if kind == "command_lifecycle" else None
         if not known.recorded and (kind == "user" or state in (*TAKEN_IN, COMPLETED)):
-            # Before the record, which may wait: a client is told when it is there, and this is so from now on.
+            # Taken in it is from now on; the record may have to wait for storage, and with it the client.
             known.recorded = True
             index = await self._record(known.message)
             known.message = {}  # with all its images
-            known.taken_in.set_result(index)
+            if not known.taken_in.done():
+                known.taken_in.set_result(index)
         if kind == "user":
             known.replayed = True
         elif state not in TAKEN_IN:

@@ -233,5 +233,28 @@ def test_at_the_end_of_a_turn_a_message_is_either_taken_in_and_answered_or_refus
     assert min(outcomes.count(status) for status in (202, 409)) > RACES / 10
 
 
+def test_a_message_and_a_cancel_at_once_leave_a_true_record(client: Client, tmp_path: Path) -> None:
+    chance = random.Random(13)
+
+    def race(_: int) -> tuple[int, str]:
+        run = client.start(tmp_path, script(*kinds("a"), seconds=0.02), wait=0)
+        client.wait_for_message(run["id"], "a")
+        with ThreadPoolExecutor(1) as other:
+            answer = other.submit(put, client, run["id"], "Well?")
+            threading.Event().wait(chance.random() * 0.04)  # not to synchronise: to meet it at any moment
+            cancelled = client.delete(f"/api/runs/{run['id']}").status == 200
+        ended = client.run(run["id"])
+        messages = client.messages(run["id"])
+        assert ended["status"] == ("cancelled" if cancelled else "completed")
+        assert texts(messages, "user") == (["Well?"] if answer.result().status == 202 else [])
+        if answer.result().status == 202 and not cancelled:
+            assert texts(messages, "assistant") == ["heard: Well?"]
+        return answer.result().status, ended["status"]
+
+    with ThreadPoolExecutor(RUNS_AT_ONCE) as pool:
+        outcomes = set(pool.map(race, range(150)))
+    assert {(202, "cancelled"), (202, "completed")} <= outcomes
+
+
 def assistant(text: str) -> dict[str, Any]:
     return {"type": "assistant", "message": {"role": "assistant", "content": [{"type": "text", "text": text}]}}

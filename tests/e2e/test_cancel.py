@@ -39,6 +39,10 @@ def tool_runs(_client: Client, run_id: str) -> None:
     until(lambda: "sleep 300" in commands(run_id))
 
 
+def asks(client: Client, run_id: str) -> None:
+    until(lambda: client.run(run_id, wait=0)["pendingApprovals"])
+
+
 def has_queued(client: Client, run_id: str) -> None:
     has_said("stream_event")(client, run_id)
     for prompt in (f"Then this. {SLOW}", "And that."):
@@ -58,6 +62,7 @@ class State:
     reason: str | None
     options: dict[str, Any] = field(default_factory=dict)
     follow_ups: tuple[str, ...] = ()
+    approvals: bool = False
 
 
 BASH = {"allowedTools": ["Bash"]}
@@ -69,6 +74,7 @@ STATES = {
     "streaming": State(SLOW, has_said("stream_event"), "aborted_streaming", PARTIAL),
     "stalled in mid-stream": State("[[stall]]", has_said("stream_event"), "aborted_streaming", PARTIAL),
     "a tool runs": State(SLEEPING_TOOL, tool_runs, "aborted_tools", BASH),
+    "asking": State('[[tool Bash {"command": "touch asked"}]]', asks, "aborted_tools", approvals=True),
     "retrying the API": State("[[status 500]]", has_said("api_retry"), "aborted_streaming"),
     "an agent works in the background": State(
         f"[[tool Task {AGENT}]] [[text Started it.]]", has_said("result"), "completed"
@@ -83,7 +89,7 @@ STATES = {
 def test_a_cancelled_run_keeps_its_partial_result_leaves_no_process_and_can_be_continued(
     client: Client, project: Path, state: State
 ) -> None:
-    run = client.start(project, state.prompt, wait=0, options=state.options)
+    run = client.start(project, state.prompt, wait=0, options=state.options, approvals=state.approvals)
     state.reached(client, run["id"])
 
     begun = time.monotonic()
@@ -93,6 +99,7 @@ def test_a_cancelled_run_keeps_its_partial_result_leaves_no_process_and_can_be_c
     assert [answer.status, answer.json["status"], answer.json["error"]] == [200, "cancelled", None]
     assert (answer.json["result"] or {}).get("terminal_reason") == state.reason
     assert marked(run["id"]) == []
+    assert answer.json["pendingApprovals"] == 0
     again = client.delete(f"/api/runs/{run['id']}")
     assert [again.status, again.json] == [200, answer.json]
     prompts = [m["message"]["content"][-1].get("text") for m in client.messages(run["id"]) if m["type"] == "user"]

@@ -157,8 +157,9 @@ class History:
         def query(transaction: Transaction) -> Asked:
             if not find_run(transaction, run_id).approvals:
                 return Asked([], None)
-            waiting = approvals.pending(transaction, run_id)
-            return Asked([approval.to_json() for approval in waiting], approvals.last_event(transaction, run_id))
+            # The event first: on PostgreSQL a change may be committed in between, and is then told again, not lost.
+            through = approvals.last_event(transaction, run_id)
+            return Asked([approval.to_json() for approval in approvals.pending(transaction, run_id)], through)
 
         return self._read(query)
 

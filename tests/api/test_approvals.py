@@ -46,15 +46,16 @@ def asking(client: Client, cwd: Path, *questions: dict[str, Any], **fields: Any)
 
 
 def pending(client: Client, run: dict[str, Any], count: int = 1) -> list[dict[str, Any]]:
-    """What a run waits for, once it is so many."""
-    with Stream(client, f"/api/runs/{run['id']}/stream") as stream:
-        shown: dict[str, dict[str, Any]] = {}
-        while len([one for one in shown.values() if one["status"] == "pending"]) < count:
-            event = next(iter(stream))
-            assert event.type != "end", event.json
-            if event.type == "approval":
-                shown[event.json["id"]] = event.json
-    return [one for one in shown.values() if one["status"] == "pending"]
+    """What a run waits for, once it is so many; other runs may wait too."""
+    found: list[dict[str, Any]] = []
+    path: str | None = "/api/approvals?status=pending&wait=30"
+    while len(found) < count:
+        assert path is not None
+        answer = client.get(path)
+        assert answer.json, f"it waits for {len(found)} only"
+        found += [approval for approval in answer.json if approval["runId"] == run["id"]]
+        path = answer.next
+    return found
 
 
 def ask_one(client: Client, cwd: Path, question: dict[str, Any] = BASH, **fields: Any) -> dict[str, Any]:

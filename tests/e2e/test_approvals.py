@@ -33,14 +33,16 @@ def start(client: Client, cwd: Path, prompt: str, **fields: Any) -> dict[str, An
 
 def next_of(client: Client, run: dict[str, Any]) -> dict[str, Any]:
     """What a run waits for, once it does; other runs may wait too."""
-    cursor = ""
-    while True:
-        answer = client.get(f"/api/approvals?status=pending&wait=60{cursor}")
-        found = [approval for approval in answer.json if approval["runId"] == run["id"]]
-        if found:
-            approval: dict[str, Any] = found[0]
-            return approval
-        assert client.run(run["id"], wait=0)["status"] == "running", "it has ended without asking"
+    path: str | None = "/api/approvals?status=pending&wait=50"
+    while path is not None:
+        answer = client.get(path)
+        assert answer.json, "it has not asked in time"
+        for approval in answer.json:
+            if approval["runId"] == run["id"]:
+                found: dict[str, Any] = approval
+                return found
+        path = answer.next
+    raise AssertionError("a wait has no end")
 
 
 def decide(client: Client, approval: dict[str, Any], decision: str = "allow", **fields: Any) -> dict[str, Any]:

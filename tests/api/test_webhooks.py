@@ -210,21 +210,21 @@ def test_ends_that_a_stop_brings_are_told_before_it_is_over(
     serve_all: ServeFunction, project: Path, tmp_path: Path
 ) -> None:
     # A receiver that takes a moment: what is cut would be sent again after the next start.
-    with Receiver(reply=lambda _: Reply(500) if receiver.closing.wait(0.3) else Reply()) as receiver:
+    with Receiver(reply=lambda _: Reply(500) if slow.closing.wait(0.3) else Reply()) as slow:
         service = serve_all(DATABASE_PATH=tmp_path / "db.sqlite")
         client = Client(service.url)
-        runs = [client.start(project, '{"hold": true}', wait=0, webhookUrl=receiver.url) for _ in range(3)]
-        receiver.wait_for(3)
+        runs = [client.start(project, '{"hold": true}', wait=0, webhookUrl=slow.url) for _ in range(3)]
+        slow.wait_for(3)
         service.process.send_signal(signal.SIGTERM)
         assert service.wait() == 0
 
-        told = receiver.received[3:]
+        told = slow.received[3:]
         assert sorted(received.told for received in told) == sorted((run["id"], "run.failed") for run in runs)
         assert {received.json["data"]["run"]["error"]["code"] for received in told} == {"INTERRUPTED"}
         client = Client(serve_all(DATABASE_PATH=tmp_path / "db.sqlite").url)
         for run in runs:
             assert [d["status"] for d in deliveries(client, run)] == ["delivered", "delivered"]
-        assert len(receiver.received) == 6
+        assert len(slow.received) == 6
 
 
 def test_a_receiver_that_does_not_answer_does_not_hold_up_a_stop(serve_all: ServeFunction, project: Path) -> None:

@@ -23,9 +23,10 @@ from standardwebhooks import WebhookVerificationError
 
 from ccm.core.doorbell import EVENTS, Doorbell
 from ccm.core.recorder import Recorder
+from ccm.core.webhooks.courier import Addresses, Courier
 from ccm.core.webhooks.outbox import Outbox
 from ccm.core.webhooks.post import Answer
-from ccm.core.webhooks.sender import Addresses, Sender
+from ccm.core.webhooks.sender import Sender
 from ccm.core.webhooks.verdict import SCHEDULE, judge
 from ccm.db import deliveries, runs, sessions
 from ccm.db.database import Database, Transaction
@@ -58,7 +59,8 @@ class World:
 
     def start(self, **given: Any) -> None:
         addresses = Addresses(self._service, given.pop("allow", ()), given.pop("keys", ()))
-        self.sender = Sender(self.recorder, self._reader, self.doorbell, self.outbox, addresses, **given)
+        courier = Courier(self.recorder, self._reader, self.outbox, addresses, **given)
+        self.sender = Sender(self._reader, self.doorbell, courier)
         self.sender.start()
 
     def run(self, url: str | None = None, *told: str) -> str:
@@ -231,6 +233,18 @@ def test_after_an_error_of_the_receiver_it_is_sent_again(world: World, receiver:
         (500, "the receiver answered 500"),
         (200, None),
     ]
+
+
+def test_what_was_found_before_its_outcome_was_stored_is_not_sent_before_its_time(
+    world: World, receiver: Receiver
+) -> None:
+    receiver.reply = lambda _: Reply(500)
+    world.start(schedule=NEVER_AGAIN)
+    run_id = world.run(receiver.url, STARTED, COMPLETED)
+    until(lambda: world.deliveries(run_id)[0]["attempts"])
+    for delivery in world.deliveries(run_id):
+        world.sender._courier.deliver(delivery["id"])
+    assert told(receiver) == [(run_id, STARTED)]
 
 
 def test_after_the_last_attempt_it_is_given_up_and_the_next_one_has_its_turn(world: World, receiver: Receiver) -> None:

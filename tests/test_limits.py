@@ -133,7 +133,7 @@ def test_more_connections_than_descriptors_wait_and_the_runs_have_theirs(
 ) -> None:
     service = serve(*limited("-n", "320"), CCM_CLI_PATH=stand_in_cli(home))
     client = Client(service.url)
-    assert [line for line in service.log if "320 open files leave room for 41 connections" in line]
+    assert [line for line in service.log if "320 open files leave room for 33 connections" in line]
     inside = client.connection()
     inside.connect()
     with ExitStack() as stack, at_rest(service):

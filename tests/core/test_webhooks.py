@@ -510,6 +510,29 @@ def test_a_stop_sends_what_is_quick_and_leaves_the_rest_for_the_next_start(world
         world.sender.stop(time.monotonic() + 5)
 
 
+def test_after_a_stop_nobody_reads_the_database_any_more(
+    world: World, reader: Database, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find, reading, go_on = deliveries.find, threading.Event(), threading.Event()
+    ended: list[bool] = []
+
+    def slow_find(transaction: Transaction, delivery_id: int) -> Any:
+        reading.set()
+        go_on.wait(30)
+        found = find(transaction, delivery_id)
+        ended.append(True)
+        return found
+
+    monkeypatch.setattr(deliveries, "find", slow_find)
+    world.start()
+    world.run(receiver.url, STARTED)
+    assert reading.wait(30)
+    threading.Timer(0.3, go_on.set).start()
+    world.sender.stop(time.monotonic())
+    assert ended == [True], "the database may be closed now, and was being read"
+    assert receiver.received == []
+
+
 def test_a_stop_of_an_idle_sender_takes_no_time(world: World) -> None:
     world.start()
     begun = time.monotonic()

@@ -68,7 +68,7 @@ class Courier:
         self._lock = threading.Lock()
         # What is being sent, by the delivery.
         self._posts: dict[int, Post] = {}
-        self._closed = False
+        self._closed = threading.Event()
         self._said_unsigned = False
 
     def begin(self) -> None:
@@ -84,7 +84,7 @@ class Courier:
     def close(self) -> None:
         """Cut what is under way, and send nothing more. What was cut is as if it had not been tried."""
         with self._lock:
-            self._closed = True
+            self._closed.set()
             posts = list(self._posts.values())
         for post in posts:
             post.cut()
@@ -106,6 +106,8 @@ class Courier:
             url = self._addresses.service if run is None else run.webhook_url
             return delivery, events.text(transaction, delivery.event_id), url
 
+        if self._closed.is_set():
+            return True
         with self._database.transaction() as transaction:
             found = query(transaction)
         if found is None:
@@ -118,7 +120,7 @@ class Courier:
         at, begun = timestamp(), time.monotonic()
         answer = self._post(delivery, url, text.encode("ascii"))
         took = round((time.monotonic() - begun) * 1_000)
-        if self._closed and not isinstance(answer, Answer):
+        if self._closed.is_set() and not isinstance(answer, Answer):
             return True  # it was cut, and the receiver is not to blame
         verdict = judge(answer, len(delivery.attempts) + 1, self._schedule)
         code = answer.status if isinstance(answer, Answer) else None
@@ -141,7 +143,7 @@ class Courier:
         signed = headers(delivery.webhook_id, int(time.time()), body, self._addresses.keys)
         post = Post(url, signed, body, self._attempt_seconds, self._tls)
         with self._lock:
-            if self._closed:
+            if self._closed.is_set():
                 return "the service has stopped"
             self._posts[delivery.id] = post
         try:

@@ -35,6 +35,8 @@ PER_HOST = 4
 PER_SILENT_HOST = 1
 # How long to sleep at most (seconds): the times of the next attempts are the clock's, which may jump.
 LONGEST_SLEEP = 60.0
+# How long threads get to end once what they send is cut (seconds). One that looks a name up may take longer.
+END_SECONDS = 1.0
 # The pause after a fault of the database (seconds).
 FAULT_PAUSE = 1.0
 
@@ -54,6 +56,7 @@ class Sender:
         self._pool = WorkerPool(THREADS, "webhook")
         self._thread = threading.Thread(target=self._run, name="webhooks", daemon=True)
         self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
         # The host of each delivery that is in the hands of a thread.
         self._hosts: dict[int, str] = {}
         # Hosts that gave no answer the last time.
@@ -80,9 +83,15 @@ class Sender:
         self._rung.set()
         if self._thread.is_alive():
             self._thread.join(max(0.0, deadline - time.monotonic()))
-        self._stopped.set()
+        with self._lock:
+            self._stopped.set()
         self._courier.close()
         self._rung.set()
+        # None may be reading when the database is closed, which is next: SQLite would crash the whole service.
+        if self._thread.is_alive():
+            self._thread.join(END_SECONDS)
+        with self._idle:
+            self._idle.wait_for(lambda: not self._hosts, END_SECONDS)
 
     # ---- the thread that finds what is due
 
@@ -125,7 +134,7 @@ class Sender:
 
     def _take(self, delivery_id: int, host: str) -> bool:
         with self._lock:
-            if delivery_id in self._hosts:
+            if delivery_id in self._hosts or self._stopped.is_set():
                 return False
             self._hosts[delivery_id] = host
         self._pool.submit(lambda: self._deliver(delivery_id, host))
@@ -150,8 +159,9 @@ class Sender:
             if not self._stopping:
                 log.exception("what has become of delivery %d is not stored", delivery_id)
             self._stopped.wait(LONGEST_SLEEP)
-        with self._lock:
+        with self._idle:
             del self._hosts[delivery_id]
+            self._idle.notify_all()
         self._rung.set()
 
 

@@ -133,7 +133,7 @@ def test_more_connections_than_descriptors_wait_and_the_runs_have_theirs(
 ) -> None:
     service = serve(*limited("-n", "320"), CCM_CLI_PATH=stand_in_cli(home))
     client = Client(service.url)
-    assert [line for line in service.log if "320 open files leave room for 41 connections" in line]
+    assert [line for line in service.log if "320 open files leave room for 33 connections" in line]
     inside = client.connection()
     inside.connect()
     with ExitStack() as stack, at_rest(service):
@@ -152,7 +152,7 @@ def test_too_low_a_limit_ends_the_start(environ: dict[str, str], tmp_path: Path)
     result = call(words, environ, PORT=0, DATABASE_PATH=tmp_path / "db.sqlite")
 
     assert result.returncode == 2
-    assert "raise the limit to 278 at least" in result.stderr
+    assert "raise the limit to 294 at least" in result.stderr
 
 
 def test_the_limit_is_raised_for_the_service_and_not_for_its_agents(

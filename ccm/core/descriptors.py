@@ -9,9 +9,9 @@ from contextlib import ExitStack
 
 from ccm.errors import BadSetting, Unavailable
 
-# The listening socket, logs, lock files, the database's connections (20 readers, each with up to 3 files) and what
-# libraries open for a moment.
-RESERVED = 110
+# The listening socket, logs, lock files, the database's connections (20 readers, each with up to 3 files), webhooks on
+# their way (16) and what libraries open for a moment.
+RESERVED = 126
 # A run's pipes and its event loop, with those that live only while Claude Code is started.
 PER_RUN = 16
 # A connection, and the temporary file in which a large body is kept.

@@ -26,8 +26,9 @@ from ccm.core.runner import Runner
 from ccm.core.sdk import bundled_cli
 from ccm.core.transcript_files import TranscriptFiles
 from ccm.core.transcript_store import TranscriptStore
+from ccm.core.webhooks.courier import Addresses, Courier
 from ccm.core.webhooks.outbox import Outbox
-from ccm.core.webhooks.sender import Addresses, Sender
+from ccm.core.webhooks.sender import Sender
 from ccm.db import heartbeat, sqlite_file
 from ccm.db.database import Database
 from ccm.db.lock import ServiceLock
@@ -155,7 +156,7 @@ class Service:
         )
         self.runs = RunManager(self._recorder, lifecycle, self._runner, transcripts)
         addresses = Addresses(settings.webhook_url, settings.webhook_allow, settings.webhook_secret)
-        self._sender = Sender(self._recorder, reader, self.doorbell, outbox, addresses)
+        self._sender = Sender(reader, self.doorbell, Courier(self._recorder, reader, outbox, addresses))
         self.input = Input(self._recorder, self._runner, settings.max_message_bytes)
         self._recorder.start()
         self._pulse = Pulse(self._recorder)

@@ -128,6 +128,37 @@ APPROVALS = [
     bad("approvalTimeoutMs", "set approvals to true", approvals=False, approvalTimeoutMs=1_000),
     bad("approval", "did you mean approvals?", approval=True),
 ]
+WEBHOOKS = [
+    bad("webhookUrl", "begins with http", webhookUrl=""),
+    bad("webhookUrl", "begins with http", webhookUrl="hook"),
+    bad("webhookUrl", "begins with http", webhookUrl="//h/"),
+    bad("webhookUrl", "begins with http", webhookUrl="ftp://h/"),
+    bad("webhookUrl", "begins with http", webhookUrl="file:///etc/passwd"),
+    bad("webhookUrl", "begins with http", webhookUrl="javascript:alert(1)"),
+    bad("webhookUrl", "must have a host", webhookUrl="http://"),
+    bad("webhookUrl", "must have a host", webhookUrl="http:///path"),
+    bad("webhookUrl", "port only as a number", webhookUrl="http://h:port/"),
+    bad("webhookUrl", "port from 1 to 65535", webhookUrl="http://h:65536/"),
+    bad("webhookUrl", "port from 1 to 65535", webhookUrl="http://h:0/"),
+    bad("webhookUrl", "valid host", webhookUrl="http://h..example/"),
+    bad("webhookUrl", "must have a host", webhookUrl="http://[::g]/"),
+    bad("webhookUrl", "valid host", webhookUrl="http://[1.2.3]/"),
+    bad("webhookUrl", "fragment", webhookUrl="http://h/#part"),
+    bad("webhookUrl", "no user or password", webhookUrl="http://me@h/"),
+    bad("webhookUrl", "no user or password", webhookUrl="http://me:word@h/"),
+    bad("webhookUrl", "no user or password", webhookUrl="http://h\\@other/"),
+    bad("webhookUrl", "no blanks", webhookUrl="http://h/a b"),
+    bad("webhookUrl", "begins with http", webhookUrl=" http://h/"),
+    bad("webhookUrl", "no blanks", webhookUrl="http://h/\n"),
+    bad("webhookUrl", "no blanks", webhookUrl="http://h/\0"),
+    bad("webhookUrl", "no blanks", webhookUrl="http://h/\r\nX-Header: 1"),
+    bad("webhookUrl", "xn--", webhookUrl="http://hö/"),
+    bad("webhookUrl", "%20", webhookUrl="http://h/ö"),
+    bad("webhookUrl", "2048 characters", webhookUrl="http://h/" + "x" * 2_040),
+    bad("webhookUrl", "string", webhookUrl=5),
+    bad("webhookUrl", "string", webhookUrl=["http://h/"]),
+    bad("webhookurl", "did you mean webhookUrl?", webhookurl="http://h/"),
+]
 PROMPTS = [
     bad("prompt", "is required", prompt=MISSING),
     bad("prompt", "string", prompt=None),
@@ -237,7 +268,7 @@ OF_ONE_BODY = {
 }
 
 
-@pytest.mark.parametrize("case", [*PROMPTS, *IMAGES, *TIME_LIMITS, *APPROVALS, *UNKNOWN])
+@pytest.mark.parametrize("case", [*PROMPTS, *IMAGES, *TIME_LIMITS, *APPROVALS, *WEBHOOKS, *UNKNOWN])
 def test_a_bad_field_of_every_body_is_named(strict: Client, root: Path, case: Bad) -> None:
     for kind in KINDS:
         assert case.words in refused(strict.post(f"/api/runs/{kind}", body_for(kind, root, case.fields)), case.field)
@@ -287,9 +318,8 @@ def test_what_only_begins_as_a_webp_does_is_refused(lenient: Client, root: Path)
 
 
 def test_every_field_of_the_bodies_has_a_bad_value_here() -> None:
-    common = {"options"} | {
-        name for case in (*PROMPTS, *IMAGES, *TIME_LIMITS, *APPROVALS) for name in case.values[0].fields
-    }
+    cases = (*PROMPTS, *IMAGES, *TIME_LIMITS, *APPROVALS, *WEBHOOKS)
+    common = {"options"} | {name for case in cases for name in case.values[0].fields}
     for kind, model in (("start", StartBody), ("resume", ResumeBody), ("fork", ForkBody)):
         tried = common | {name for case in OF_ONE_BODY[kind] for name in case.values[0].fields}
         assert set(model.model_fields) <= tried

@@ -23,9 +23,10 @@ from standardwebhooks import WebhookVerificationError
 
 from ccm.core.doorbell import EVENTS, Doorbell
 from ccm.core.recorder import Recorder
+from ccm.core.webhooks.courier import Addresses, Courier
 from ccm.core.webhooks.outbox import Outbox
 from ccm.core.webhooks.post import Answer
-from ccm.core.webhooks.sender import Addresses, Sender
+from ccm.core.webhooks.sender import Sender
 from ccm.core.webhooks.verdict import SCHEDULE, judge
 from ccm.db import deliveries, runs, sessions
 from ccm.db.database import Database, Transaction
@@ -58,7 +59,8 @@ class World:
 
     def start(self, **given: Any) -> None:
         addresses = Addresses(self._service, given.pop("allow", ()), given.pop("keys", ()))
-        self.sender = Sender(self.recorder, self._reader, self.doorbell, self.outbox, addresses, **given)
+        courier = Courier(self.recorder, self._reader, self.outbox, addresses, **given)
+        self.sender = Sender(self._reader, self.doorbell, courier)
         self.sender.start()
 
     def run(self, url: str | None = None, *told: str) -> str:
@@ -231,6 +233,18 @@ def test_after_an_error_of_the_receiver_it_is_sent_again(world: World, receiver:
         (500, "the receiver answered 500"),
         (200, None),
     ]
+
+
+def test_what_was_found_before_its_outcome_was_stored_is_not_sent_before_its_time(
+    world: World, receiver: Receiver
+) -> None:
+    receiver.reply = lambda _: Reply(500)
+    world.start(schedule=NEVER_AGAIN)
+    run_id = world.run(receiver.url, STARTED, COMPLETED)
+    until(lambda: world.deliveries(run_id)[0]["attempts"])
+    for delivery in world.deliveries(run_id):
+        world.sender._courier.deliver(delivery["id"])
+    assert told(receiver) == [(run_id, STARTED)]
 
 
 def test_after_the_last_attempt_it_is_given_up_and_the_next_one_has_its_turn(world: World, receiver: Receiver) -> None:
@@ -494,6 +508,29 @@ def test_a_stop_sends_what_is_quick_and_leaves_the_rest_for_the_next_start(world
         [delivered] = world.settled(held, "delivered")
         assert len(delivered["attempts"]) == 1, "what was cut counts as the receiver's failure"
         world.sender.stop(time.monotonic() + 5)
+
+
+def test_after_a_stop_nobody_reads_the_database_any_more(
+    world: World, reader: Database, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find, reading, go_on = deliveries.find, threading.Event(), threading.Event()
+    ended: list[bool] = []
+
+    def slow_find(transaction: Transaction, delivery_id: int) -> Any:
+        reading.set()
+        go_on.wait(30)
+        found = find(transaction, delivery_id)
+        ended.append(True)
+        return found
+
+    monkeypatch.setattr(deliveries, "find", slow_find)
+    world.start()
+    world.run(receiver.url, STARTED)
+    assert reading.wait(30)
+    threading.Timer(0.3, go_on.set).start()
+    world.sender.stop(time.monotonic())
+    assert ended == [True], "the database may be closed now, and was being read"
+    assert receiver.received == []
 
 
 def test_a_stop_of_an_idle_sender_takes_no_time(world: World) -> None:

@@ -1,0 +1,190 @@
+"""One attempt to deliver: read, sent, judged, and its outcome stored."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from ccm.core.recorder import Recorder
+from ccm.core.webhooks.outbox import Outbox
+from ccm.core.webhooks.post import Answer, NoAnswer, Post
+from ccm.core.webhooks.signature import headers
+from ccm.core.webhooks.verdict import SCHEDULE, Verdict, judge
+from ccm.db import deliveries, events, runs
+from ccm.db.database import Database, Transaction
+from ccm.models import DELIVERED, DISABLED, FAILED, PENDING, RUN_TARGET, Delivery, timestamp
+from ccm.webhook_urls import allowed, host_of
+
+log = logging.getLogger(__name__)
+
+# How long a receiver may take (seconds).
+ATTEMPT_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where webhooks may go, and who they are said to be from.
+
+    `service` is told of every run; `allow` says which hosts a run's own address may have; `keys` sign.
+    """
+
+    service: str | None = None
+    allow: Sequence[str] = ()
+    keys: Sequence[bytes] = ()
+
+
+class Courier:
+    """Delivers, in whatever thread it is called in.
+
+    Args:
+        recorder: takes what has become of deliveries.
+        database: to read from.
+        outbox: decides what follows from an attempt.
+        attempt_seconds: how long a receiver may take.
+        schedule: the pauses between attempts (seconds).
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        database: Database,
+        outbox: Outbox,
+        addresses: Addresses,
+        *,
+        attempt_seconds: float = ATTEMPT_SECONDS,
+        schedule: Sequence[float] = SCHEDULE,
+    ) -> None:
+        self._recorder = recorder
+        self._database = database
+        self._outbox = outbox
+        self._addresses = addresses
+        self._attempt_seconds = attempt_seconds
+        self._schedule = schedule
+        self._lock = threading.Lock()
+        # What is being sent, by the delivery.
+        self._posts: dict[int, Post] = {}
+        self._closed = threading.Event()
+        self._said_unsigned = False
+
+    def begin(self) -> None:
+        """Before the first delivery.
+
+        Raises:
+            Unavailable: the database takes no writes.
+        """
+        self._recorder.write(self._outbox.begin)
+        if self._addresses.service is not None:
+            self._say_unsigned()
+
+    def close(self) -> None:
+        """Cut what is under way, and send nothing more. What was cut is as if it had not been tried."""
+        with self._lock:
+            self._closed.set()
+            posts = list(self._posts.values())
+        for post in posts:
+            post.cut()
+
+    def deliver(self, delivery_id: int) -> bool:
+        """One attempt, and its outcome stored. False if the receiver gave no answer.
+
+        Raises:
+            StorageDown: the delivery cannot be read; nothing was sent.
+            Exception: what has become of it cannot be stored.
+        """
+
+        def query(transaction: Transaction) -> tuple[Delivery, str, str | None] | None:
+            delivery = deliveries.find(transaction, delivery_id)
+            # Disabled since it was found, or just tried: who found it may have read before that was stored.
+            if delivery is None or (delivery.next_attempt_at or "~") > timestamp():
+                return None
+            run = runs.find(transaction, delivery.run_id) if delivery.target == RUN_TARGET else None
+            url = self._addresses.service if run is None else run.webhook_url
+            return delivery, events.text(transaction, delivery.event_id), url
+
+        if self._closed.is_set():
+            return True
+        with self._database.transaction() as transaction:
+            found = query(transaction)
+        if found is None:
+            return True
+        delivery, text, url = found
+        refusal = self._refusal(delivery, url)
+        if url is None or refusal is not None:
+            self._store(delivery, delivery.attempts, Verdict(DISABLED, reason=refusal))
+            return True
+        at, begun = timestamp(), time.monotonic()
+        answer = self._post(delivery, url, text.encode("ascii"))
+        took = round((time.monotonic() - begun) * 1_000)
+        if self._closed.is_set() and not isinstance(answer, Answer):
+            return True  # it was cut, and the receiver is not to blame
+        verdict = judge(answer, len(delivery.attempts) + 1, self._schedule)
+        code = answer.status if isinstance(answer, Answer) else None
+        attempt = {"at": at, "durationMs": took, "statusCode": code, "error": verdict.error}
+        self._store(delivery, [*delivery.attempts, attempt], verdict)
+        return isinstance(answer, Answer)
+
+    def _refusal(self, delivery: Delivery, url: str | None) -> str | None:
+        """Why a delivery is not to be sent by the settings as they are now."""
+        if url is None:
+            return "CCM_WEBHOOK_URL is not set any more"
+        if delivery.target == RUN_TARGET and not allowed(url, self._addresses.allow):
+            return f"CCM_WEBHOOK_ALLOW does not name {host_of(url)} any more"
+        return None
+
+    def _post(self, delivery: Delivery, url: str, body: bytes) -> Answer | str:
+        """The receiver's answer, or why there is none."""
+        if not self._addresses.keys:
+            self._say_unsigned()
+        signed = headers(delivery.webhook_id, int(time.time()), body, self._addresses.keys)
+        post = Post(url, signed, body, self._attempt_seconds, self._tls)
+        with self._lock:
+            if self._closed.is_set():
+                return "the service has stopped"
+            self._posts[delivery.id] = post
+        try:
+            return post.send()
+        except NoAnswer as reason:
+            return str(reason)
+        finally:
+            with self._lock:
+                del self._posts[delivery.id]
+
+    @cached_property
+    def _tls(self) -> ssl.SSLContext:
+        return ssl.create_default_context()
+
+    def _store(self, delivery: Delivery, attempts: Sequence[dict[str, object]], verdict: Verdict) -> None:
+        """Wait until it is committed, as long as it takes: tried again before, it would be sent twice.
+
+        Raises:
+            CCMError: the recorder has stopped.
+        """
+        self._recorder.submit(
+            lambda transaction: self._outbox.tried(transaction, delivery, attempts, verdict)
+        ).future.result()
+        self._say(delivery, verdict)
+
+    # ---- the log
+
+    def _say(self, delivery: Delivery, verdict: Verdict) -> None:
+        what = f"run {delivery.run_id}: {delivery.event_type} for {delivery.host or 'CCM_WEBHOOK_URL'}"
+        if verdict.status == DELIVERED:
+            log.info("%s delivered", what)
+        elif verdict.status == PENDING:
+            log.warning("%s not delivered, again in %.0f s: %s", what, verdict.pause, verdict.error)
+        elif verdict.status == FAILED:
+            log.error("%s given up: %s; at last %s", what, verdict.reason, verdict.error)
+        elif delivery.target == RUN_TARGET:
+            log.warning("%s disabled with all that would follow for this run: %s", what, verdict.reason)
+        else:
+            log.error("%s disabled, with all others for it until the next start: %s", what, verdict.reason)
+
+    def _say_unsigned(self) -> None:
+        if not self._addresses.keys and not self._said_unsigned:
+            self._said_unsigned = True
+            log.warning("webhooks are not signed, so receivers cannot know who calls: CCM_WEBHOOK_SECRET signs them")

@@ -154,6 +154,8 @@ class StandIn:
         # The messages of the turn that goes on.
         self._turn: list[dict[str, Any]] = []
         self._idle = True
+        # Whether it has had its prompt.
+        self._begun = False
         # What it waits to be answered.
         self._asked: dict[str, dict[str, Any]] = {}
 
@@ -221,7 +223,8 @@ class StandIn:
             control({**said, "uuid": new_id(), "session_id": SESSION})
 
     def _replay(self, message: dict[str, Any]) -> None:
-        if "uuid" in message:
+        """The real one replays the first message too, which here would only be in the way."""
+        if self._begun:
             control({**message, "isReplay": True})
 
     def _begin(self, message: dict[str, Any]) -> None:
@@ -230,6 +233,7 @@ class StandIn:
         self._turn = [message]
         self._tell(message, "started")
         self._replay(message)
+        self._begun = True
         transcript(text_of(message))
         say(script)
         self._ask_all(script)

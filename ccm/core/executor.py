@@ -8,6 +8,7 @@ import logging
 import signal
 import threading
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import sniffio
 
 from ccm.core.assignment import Ask, Assignment, Claude, sdk_options
-from ccm.core.follow_ups import FollowUp, FollowUps
+from ccm.core.follow_ups import REPLAY_BYTES, FollowUp, FollowUps
 from ccm.core.options import UnusableOptionsError
 from ccm.core.processes import end_marked
 from ccm.core.results import cost, error_code, error_text
@@ -24,7 +25,7 @@ from ccm.core.run_clock import RunClock
 from ccm.core.run_directory import run_directory, said_on_stderr
 from ccm.core.sdk import Client, explain
 from ccm.core.transcript_store import Mirror
-from ccm.errors import Conflict
+from ccm.errors import Conflict, TooLarge
 from ccm.models import CANCELLED, COMPLETED, ERROR, Answer, Outcome, Question
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,8 @@ class Execution:
         self._connected = asyncio.Event()
         self._exited = asyncio.Event()
         self._recording = False
-        self._follow_ups = FollowUps(self._keep)
+        self._prompt = {**assignment.user_message(), "uuid": str(uuid.uuid4())}
+        self._follow_ups = FollowUps(self._prompt, self._keep)
         self._settling: asyncio.TimerHandle | None = None
         # Why it is to stop: the first reason given is the one that counts.
         self._reason: Outcome | None = None
@@ -92,6 +94,9 @@ class Execution:
         self._login_refusals = 0
         # What the last assistant message of the main thread reports as an error of the API.
         self._api_error: str | None = None
+        # The answer that ended the turn that goes on, and the one that ended the last turn.
+        self._denial: Answer | None = None
+        self._denied: Answer | None = None
         self._said = ""
         self._closed_by_itself = False
 
@@ -220,8 +225,17 @@ class Execution:
         """Take a message on, or refuse it. It is in flight in the same step of the loop, so the run cannot end between
         the look at it and the message: one that is taken on is either taken in, or refused at the end.
         """
+        largest = self._claude.max_message_bytes - REPLAY_BYTES
         if self._ending:
             follow_up.refuse(_ending())
+        elif self._follow_ups.size + follow_up.size > largest:
+            # Those that share a turn come back in one message, and a larger one ends the run.
+            follow_up.refuse(
+                TooLarge(
+                    f"The message has more than {largest} bytes, together with those that have not been answered yet; "
+                    "CCM_MAX_MESSAGE_BYTES sets the limit. Send it when they are."
+                )
+            )
         else:
             self._follow_ups.add(follow_up)
 
@@ -239,7 +253,7 @@ class Execution:
                 self.fail("CLI_CRASHED", f"Claude Code takes no input any more: {error}")
 
     async def _messages(self) -> AsyncIterator[dict[str, Any]]:
-        yield self._assignment.user_message()
+        yield self._prompt
         while True:
             message = await self._follow_ups.next()
             if self._ending:
@@ -249,6 +263,8 @@ class Execution:
     # ---- what it says
 
     async def _take(self, message: dict[str, Any]) -> None:
+        if message.get("command_uuid") == self._prompt["uuid"]:
+            return  # its messages and results tell as much of the prompt
         if self._settling is not None:
             self._settling.cancel()
         kind, subtype = message.get("type"), message.get("subtype")
@@ -257,8 +273,20 @@ class Execution:
             self._session_state = message.get("state")
         elif not await self._follow_ups.heed(message):
             await self._keep(message)
+        self._note(message, kind, subtype)
+        # A CLI that tells no states (an older one) ends at its result.
+        if self._results and self._session_state in (None, "idle"):
+            if not self._follow_ups.in_flight:
+                self._over.set()
+            elif self._session_state == "idle" or kind == "result":
+                # Nothing goes on, though a message was sent: it gets a turn now, or the CLI does not know of it.
+                self._settling = asyncio.get_running_loop().call_later(SETTLE_SECONDS, self._over.set)
+
+    def _note(self, message: dict[str, Any], kind: object, subtype: object) -> None:
+        """Remember what a message tells of how the run goes."""
         if kind == "result":
             self._results.append(message)
+            self._denied, self._denial = self._denial, None
         elif kind == "system" and subtype == "mirror_error":
             log.warning(
                 "run %s: its transcript could not be mirrored: %s", self._assignment.run_id, message.get("error")
@@ -269,13 +297,6 @@ class Execution:
                 self.fail("AUTHENTICATION_FAILED", LOGIN_ADVICE)
         elif kind == "assistant" and message.get("parent_tool_use_id") is None:
             self._api_error = message.get("error")
-        # A CLI that tells no states (an older one) ends at its result.
-        if self._results and self._session_state in (None, "idle"):
-            if not self._follow_ups.in_flight:
-                self._over.set()
-            elif self._session_state == "idle" or kind == "result":
-                # Nothing goes on, though a message was sent: it gets a turn now, or the CLI does not know of it.
-                self._settling = asyncio.get_running_loop().call_later(SETTLE_SECONDS, self._over.set)
 
     async def _keep(self, message: dict[str, Any]) -> int:
         self._recording = True
@@ -285,8 +306,23 @@ class Execution:
 
     async def _have_answered(self, ask: Ask, question: Question) -> Answer:
         """The answer to a question; the wait for it does not count as the run's time."""
-        with self._clock.paused():
-            return await ask(question)
+        asking = asyncio.create_task(_awaited(ask(question)))
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            with self._clock.paused():
+                await asyncio.wait((asking, stop), return_when=asyncio.FIRST_COMPLETED)
+            if not asking.done():
+                # The run is told to stop: nobody is to answer any more, and Claude Code is not to go on with an answer.
+                asking.cancel()
+                await self._stream_ended.wait()
+                return Answer(allow=False, message="The run is being stopped.")
+        finally:
+            asking.cancel()
+            stop.cancel()
+        answer = asking.result()
+        if answer.interrupt:
+            self._denial = answer
+        return answer
 
     # ---- how it is ended
 
@@ -369,6 +405,9 @@ class Execution:
                 return Outcome(COMPLETED)
             if self._reason is not None:
                 return self._reason
+            if self._denied is not None:
+                told = f"An approval was denied with interrupt: {self._denied.message}"
+                return Outcome(ERROR, "APPROVAL_DENIED", told)
             code = error_code(result, self._api_error)
             said = error_text(result)
             return Outcome(ERROR, code, f"{said} {LOGIN_ADVICE}" if code == "AUTHENTICATION_FAILED" else said)
@@ -382,6 +421,10 @@ class Execution:
 
 def _ending() -> Conflict:
     return Conflict("The run is ending and takes no more messages. Resume its session instead.", code="RUN_ENDING")
+
+
+async def _awaited(answer: Awaitable[Answer]) -> Answer:
+    return await answer
 
 
 async def _first(*events: asyncio.Event) -> None:

@@ -9,16 +9,21 @@ it in; what is said of it afterwards is acted on and no part of the record.
 from __future__ import annotations
 
 import asyncio
+import threading
 import uuid
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any
 
 from ccm.errors import CCMError, Conflict
+from ccm.models import to_json_text
 
 COMPLETED = "completed"
 # The states of a message that is in the queue, or in a turn; every other one is its last.
 TAKEN_IN = ("queued", "started")
+WITHDRAWN = "withdrawn"
+# What Claude Code adds to a message when it replays it, and more (bytes).
+REPLAY_BYTES = 4096
 
 
 class FollowUp:
@@ -29,11 +34,28 @@ class FollowUp:
     def __init__(self, message: dict[str, Any]) -> None:
         self.uuid = str(uuid.uuid4())
         self.message = {**message, "uuid": self.uuid}
+        self.size = len(to_json_text(self.message))
         self.taken_in: Future[int] = Future()
         self.recorded = False
         self.replayed = False
         # The last state that it was in; None while it has a turn before it.
         self.end: str | None = None
+        self._lock = threading.Lock()
+        self._written = False
+
+    def begin_writing(self) -> bool:
+        """Whether it is to be written; False if its client has withdrawn it."""
+        with self._lock:
+            self._written = self.end is None
+            return self._written
+
+    def withdraw(self) -> bool:
+        """Have it never written, and forget what it says. False if that is too late. From any thread."""
+        with self._lock:
+            if not self._written:
+                self.end = WITHDRAWN
+                self.message = {}
+            return not self._written
 
     def refuse(self, error: CCMError) -> None:
         """It is not taken in; nothing if it was before."""
@@ -45,10 +67,13 @@ class FollowUps:
     """Those of one run. For its own loop only.
 
     Args:
+        prompt: the message that the run begins with, with a uuid.
         record: puts a message among the run's own and gives its index; may wait.
     """
 
-    def __init__(self, record: Callable[[dict[str, Any]], Awaitable[int]]) -> None:
+    def __init__(self, prompt: dict[str, Any], record: Callable[[dict[str, Any]], Awaitable[int]]) -> None:
+        self._prompt = prompt
+        self._prompt_recorded = False
         self._record = record
         self._unwritten: asyncio.Queue[FollowUp] = asyncio.Queue()
         self._known: dict[str, FollowUp] = {}
@@ -63,6 +88,11 @@ class FollowUps:
         """Whether one was taken in whose turn has not ended well."""
         return any(follow_up.recorded and follow_up.end != COMPLETED for follow_up in self._known.values())
 
+    @property
+    def size(self) -> int:
+        """Bytes of those that are in flight."""
+        return sum(follow_up.size for follow_up in self._known.values() if follow_up.end is None)
+
     def add(self, follow_up: FollowUp) -> None:
         """Have it written; from now on it is in flight."""
         self._known[follow_up.uuid] = follow_up
@@ -70,7 +100,11 @@ class FollowUps:
 
     async def next(self) -> dict[str, Any]:
         """The next message to write, in the order in which they were added."""
-        return (await self._unwritten.get()).message
+        while True:
+            follow_up = await self._unwritten.get()
+            if follow_up.begin_writing():
+                return follow_up.message
+            del self._known[follow_up.uuid]
 
     async def heed(self, message: dict[str, Any]) -> bool:
         """Act on what Claude Code says; False if it is not of one of these messages."""
@@ -82,6 +116,9 @@ class FollowUps:
                     follow_up.end = COMPLETED
             return False
         named = message.get({"command_lifecycle": "command_uuid", "user": "uuid"}.get(str(kind), ""))
+        if named == self._prompt["uuid"]:
+            recorded, self._prompt_recorded = self._prompt_recorded, True
+            return recorded
         known = self._known.get(named) if isinstance(named, str) else None
         if known is None:
             return False
@@ -89,6 +126,10 @@ class FollowUps:
         if not known.recorded and (kind == "user" or state in (*TAKEN_IN, COMPLETED)):
             # Taken in it is from now on; the record may have to wait for storage, and with it the client.
             known.recorded = True
+            if not self._prompt_recorded:
+                # Claude Code replays it only when the model has answered; what follows it is not to stand before it.
+                self._prompt_recorded = True
+                await self._record(self._prompt)
             index = await self._record(known.message)
             known.message = {}  # with all its images
             if not known.taken_in.done():

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from functools import partial
 
 from ccm.core.assignment import user_message
-from ccm.core.follow_ups import FollowUp
+from ccm.core.follow_ups import REPLAY_BYTES, FollowUp
 from ccm.core.lookup import find_run
 from ccm.core.recorder import PATIENCE, Recorder
 from ccm.core.runner import Runner
 from ccm.db import messages
 from ccm.db.database import Transaction
-from ccm.errors import Conflict, TooLarge, Unavailable
-from ccm.models import Image, Run, TakenIn, to_json_text
+from ccm.errors import Conflict, TooLarge, Unavailable, ValidationError
+from ccm.models import Image, Run, TakenIn
 
-# What Claude Code adds to a message when it replays it, and more (bytes).
-REPLAY_BYTES = 4096
+# Claude Code's commands that go on in another conversation, under another id.
+OTHER_CONVERSATION = ("/clear", "/new", "/reset")
 
 
 class Input:
@@ -39,12 +39,15 @@ class Input:
             NotFound: RUN_NOT_FOUND.
             Conflict: RUN_ALREADY_ENDED, RUN_ENDING, RUN_NOT_STARTED; the run does not get it.
             TooLarge: the run would end by it; it does not get it.
-            Unavailable: STORAGE_UNAVAILABLE, SHUTTING_DOWN: the run does not get it; OUTCOME_UNKNOWN: it may.
+            ValidationError: it would begin another conversation.
+            Unavailable: STORAGE_UNAVAILABLE, SHUTTING_DOWN, NOT_TAKEN_IN: the run does not get it; OUTCOME_UNKNOWN: it
+                may.
         """
         run = self._find(run_id)
+        _check_command(prompt, run)
         follow_up = FollowUp(user_message(run.sdk_session_id, prompt, images))
         largest = self._max_message_bytes - REPLAY_BYTES
-        if len(to_json_text(follow_up.message)) > largest:
+        if follow_up.size > largest:
             raise TooLarge(f"The message has more than {largest} bytes in all; CCM_MAX_MESSAGE_BYTES sets the limit.")
         if not self._runner.send(run.id, follow_up):
             # It was there a moment ago, and leaves the runner when its end is stored.
@@ -53,6 +56,9 @@ class Input:
             index = follow_up.taken_in.result(PATIENCE)
             self._recorder.submit(partial(_committed, run_id=run.id, index=index)).future.result(PATIENCE)
         except (TimeoutError, Unavailable):
+            if follow_up.withdraw():
+                told = "Claude Code reads nothing at the moment, and the message was not sent. Try again."
+                raise Unavailable(told, code="NOT_TAKEN_IN") from None
             raise Unavailable(
                 f"Claude Code or the database does not answer, and it is not known whether run {run.id} takes the "
                 f"message in. If it does, it will be among the run's messages with the uuid {follow_up.uuid}; look "
@@ -93,3 +99,17 @@ def _committed(transaction: Transaction, run_id: str, index: int) -> None:
     """In the queue behind the message, so it is written by now, or never will be."""
     if messages.last_index(transaction, run_id) < index:
         raise Conflict(f"A message of run {run_id} cannot be stored, and so it is ending.", code="RUN_ENDING")
+
+
+def _check_command(prompt: str, run: Run) -> None:
+    """
+    Raises:
+        ValidationError: it is a command after which nothing belongs to the run's session any more.
+    """
+    command = prompt.split(maxsplit=1)[0]
+    if command in OTHER_CONVERSATION and not run.options.get("verbatimPrompts"):
+        raise ValidationError(
+            f"prompt: {command} begins another conversation, and what is said in it would be lost to this session. "
+            "Start a fresh run instead.",
+            field="prompt",
+        )

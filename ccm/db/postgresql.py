@@ -36,6 +36,7 @@ SERVER_KEEPALIVES = (
     "SET tcp_keepalives_interval = 5",
     "SET tcp_keepalives_count = 3",
 )
+READ_ONE_MOMENT = "SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"
 # The server is to give up a statement before it is itself given up for dead.
 STATEMENT_SHARE = 0.8
 
@@ -92,6 +93,10 @@ def connect(*, writer: bool, answer_seconds: float | None, **parameters: Any) ->
             connection.execute(f"SET statement_timeout = {answer_seconds * STATEMENT_SHARE * 1000:.0f}")
         if writer:
             _take_right(connection)
+        else:
+            # What one transaction reads is of one moment, as it is on SQLite: a stream that reads what is pending, and
+            # then up to where that is so, must not miss what is committed in between.
+            connection.execute(READ_ONE_MOMENT)
         connection.commit()
     except BaseException:
         connection.close()

@@ -38,7 +38,9 @@ def put(client: Client, run_id: str, prompt: str, **fields: Any) -> Answer:
 
 
 def texts(messages: list[dict[str, Any]], kind: str) -> list[str]:
-    return [message["message"]["content"][-1]["text"] for message in messages if message["type"] == kind]
+    """What messages of a type say; the run's own prompt, a script, is left out."""
+    said = [message["message"]["content"][-1]["text"] for message in messages if message["type"] == kind]
+    return [text for text in said if not text.startswith('{"messages": [{"type": "a"')]
 
 
 def test_a_message_is_among_the_runs_messages_as_soon_as_it_is_accepted(client: Client, tmp_path: Path) -> None:
@@ -101,7 +103,7 @@ def test_a_stream_shows_it_in_its_place(client: Client, tmp_path: Path) -> None:
     stream = client.get(f"/api/runs/{run['id']}/stream").body.decode()
     data = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: ")]
     assert data[:-1] == client.messages(run["id"])
-    assert [message["type"] for message in data[:-1]] == ["a", "user", "result", "assistant", "result"]
+    assert [message["type"] for message in data[:-1]] == ["a", "user", "user", "result", "assistant", "result"]
 
 
 # ---- what is refused
@@ -153,6 +155,14 @@ def test_a_message_that_the_run_would_not_survive_is_refused(client: Client, tmp
     assert "CCM_MAX_MESSAGE_BYTES" in message
     assert put(client, run["id"], "é" * 100_000).status == 202
     assert client.delete(f"/api/runs/{run['id']}").json["status"] == "cancelled"
+
+
+@pytest.mark.parametrize("command", ["/clear", " /reset", "/new topic"])
+def test_a_command_that_begins_another_conversation_is_refused(client: Client, tmp_path: Path, command: str) -> None:
+    run = held(client, folder_of(tmp_path))
+    assert "Start a fresh run instead" in refused(put(client, run["id"], command), "prompt")
+    assert put(client, run["id"], f"What does {command} do?").status == 202
+    client.delete(f"/api/runs/{run['id']}")
 
 
 def test_what_cannot_be_recorded_is_not_sent(serve_all: ServeFunction, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from ccm.core.assignment import user_message
 from ccm.core.follow_ups import FollowUp
 from ccm.core.processes import marked
-from ccm.errors import Conflict
+from ccm.errors import Conflict, TooLarge
 from tests.core.test_executor import Run, _clean_environment, is_there, tell, until  # noqa: F401
 
 # How long the first turn of a run may take until a test has it end.
@@ -47,9 +47,14 @@ def begun(folder: Path, said: dict[str, Any], **settings: Any) -> Run:
 
 
 def record(run: Run) -> list[str]:
-    """What a run has recorded: its results, what the agent said, and the texts of the messages that were put in."""
+    """What a run has recorded: its results, what the agent said, and the texts of the messages that were put in.
+
+    Its prompt is left out, which stands before the first of these.
+    """
     told = []
     for message in run.messages:
+        if message.get("uuid") == run.execution._prompt["uuid"]:
+            continue
         content = (message.get("message") or {}).get("content") or [{}]
         told.append({"result": "RESULT", "user": content[-1].get("text")}.get(message["type"], message["type"]))
     return told
@@ -62,10 +67,11 @@ def test_what_comes_during_a_turn_is_answered_after_it(tmp_path: Path) -> None:
     run = begun(tmp_path, {"seconds": 0.5})
     follow_up = send(run, "And then?")
 
-    assert index(follow_up) == 1
+    assert index(follow_up) == 2
     assert run.end().status == "completed"
     assert record(run) == ["assistant", "And then?", "RESULT", "assistant", "RESULT"]
-    assert run.messages[1] == {
+    assert run.messages[1] == run.execution._prompt
+    assert run.messages[2] == {
         "type": "user",
         "message": {"role": "user", "content": [{"type": "text", "text": "And then?"}]},
         "parent_tool_use_id": None,
@@ -87,6 +93,7 @@ def test_the_turn_of_a_message_may_take_as_long_as_any(
     assert [message["type"] for message in run.messages] == [
         "assistant",
         "user",
+        "user",
         "result",
         "assistant",
         "assistant",
@@ -106,7 +113,7 @@ def test_messages_are_taken_in_in_the_order_in_which_they_were_sent(tmp_path: Pa
     run = begun(tmp_path, {"seconds": 0.5})
     follow_ups = [send(run, f"number {n}") for n in range(20)]
 
-    assert [index(follow_up) for follow_up in follow_ups] == list(range(1, 21))
+    assert [index(follow_up) for follow_up in follow_ups] == list(range(2, 22))
     run.end()
     texts = [message["message"]["content"][0]["text"] for message in run.messages if message["type"] == "assistant"]
     assert texts[1:] == [f"heard: number {n}" for n in range(20)]
@@ -174,7 +181,7 @@ def test_a_message_that_is_not_read_neither_blocks_the_loop_nor_the_end(
     monkeypatch.setattr("ccm.core.executor.SETTLE_SECONDS", 0.3)
     monkeypatch.setattr("ccm.core.executor.CLOSE_SECONDS", 0.3)
     run = begun(tmp_path, {"deaf": True, "seconds": 0.3})
-    follow_ups = [send(run, "x" * 2_000_000) for _ in range(3)]  # more than any pipe holds
+    follow_ups = [send(run, "x" * 300_000) for _ in range(3)]  # more than any pipe holds
 
     assert tell(run) == ("completed", "None")
     assert {refusal(follow_up) for follow_up in follow_ups} == {"RUN_ENDING"}
@@ -183,11 +190,35 @@ def test_a_message_that_is_not_read_neither_blocks_the_loop_nor_the_end(
 def test_a_cancel_ends_a_run_whose_input_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ccm.core.executor.INTERRUPT_SECONDS", 0.3)
     run = begun(tmp_path, {"deaf": True, "seconds": LONG})
-    follow_up = send(run, "x" * 2_000_000)
+    follow_up = send(run, "x" * 1_000_000)
     run.execution.cancel()
 
     assert tell(run) == ("cancelled", "None")
     assert refusal(follow_up) == "RUN_ENDING"
+
+
+def test_a_message_that_its_client_gives_up_is_not_written_unless_it_was(tmp_path: Path) -> None:
+    run = begun(tmp_path, {"deaf": True, "seconds": LONG})
+    # The first is more than any pipe holds, so the second is not even begun.
+    first, second = send(run, "x" * 500_000), send(run, "and this")
+    until(lambda: first._written)
+
+    assert [first.withdraw(), second.withdraw()] == [False, True]
+    assert second.message == {}
+    assert run.execution._follow_ups.size == first.size
+    run.execution.cancel()
+    assert tell(run) == ("cancelled", "None")
+
+
+def test_messages_that_together_would_end_the_run_are_refused_before(tmp_path: Path) -> None:
+    run = begun(tmp_path, {"hold": True})
+    follow_ups = [send(run, "x" * 400_000) for _ in range(3)]
+
+    assert [index(follow_up) for follow_up in follow_ups[:2]] == [2, 3]
+    with pytest.raises(TooLarge, match="together with those that have not been answered"):
+        index(follow_ups[2])
+    run.execution.cancel()
+    assert tell(run) == ("cancelled", "None")
 
 
 # ---- what is not

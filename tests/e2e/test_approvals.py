@@ -101,10 +101,11 @@ def test_what_is_denied_is_not_done_and_the_model_is_told_why(
 
 def test_a_denial_may_end_the_turn(client: Client, project: Path) -> None:
     run = start(client, project, bash("touch denied.txt") + "[[text I went on.]]")
-    decide(client, next_of(client, run), "deny", interrupt=True)
+    decide(client, next_of(client, run), "deny", interrupt=True, message="Leave it.")
     ended = client.run(run["id"])
 
-    assert [ended["status"], ended["error"]["code"]] == ["error", "EXECUTION_ERROR"]
+    assert [ended["status"], ended["error"]["code"]] == ["error", "APPROVAL_DENIED"]
+    assert ended["error"]["message"] == "An approval was denied with interrupt: Leave it."
     assert ended["result"]["terminal_reason"] == "aborted_tools"
     assert "I went on." not in json.dumps(client.messages(run["id"], type="assistant"))
     assert client.resume(run["sessionId"], "Go on.")["status"] == "completed"

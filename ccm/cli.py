@@ -16,7 +16,7 @@ from ccm.db.database import Database
 from ccm.db.lock import ServiceLock
 from ccm.db.migrate import migrate, pending, read_migrations
 from ccm.demo.tour import Tour
-from ccm.errors import BadSetting, StartRefused
+from ccm.errors import BadSetting, CommandRefused, StartRefused
 from ccm.settings import Settings
 from ccm.token_file import NAME, add_token, new_token
 
@@ -77,9 +77,14 @@ def _show_status(settings: Settings) -> None:
 def demo_command(serve: bool) -> None:
     """See the whole story without a login: start, resume and fork real runs.
 
-    The real Claude Code runs against a stand-in of the Messages API, on free ports, with a temporary database.
+    The real Claude Code runs against a stand-in of the Messages API, on a free port (with --serve on PORT, or else
+    3000), with a temporary database. No other setting of the environment is heeded.
     """
-    sys.exit(Tour(click.echo).run(serve))
+    try:
+        sys.exit(Tour(click.echo).run(serve))
+    except CommandRefused as refusal:
+        click.echo(str(refusal), err=True)
+        sys.exit(refusal.exit_code)
 
 
 @click.command("token")

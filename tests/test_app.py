@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -22,6 +23,8 @@ from ccm.db.migrate import read_migrations
 from ccm.settings import Settings
 from tests.client import Client
 from tests.conftest import ServeFunction
+from tests.programs import free_port
+from tests.receiver import Receiver
 
 ROOT = Path(__file__).parents[1]
 MIGRATIONS = [f"{migration.number:04}" for migration in read_migrations("sqlite")]
@@ -149,9 +152,22 @@ def test_ctrl_c_under_flask_run_interrupts_the_runs(environ: dict[str, str], tmp
 
 
 def test_flask_demo_shows_the_whole_story(environ: dict[str, str], tmp_path: Path) -> None:
-    # From any directory, and with nothing in the environment but what a shell has.
+    # From any directory, and with nothing in the environment but what a shell has, settings for a service included.
     own = {name: environ[name] for name in ("PATH", "LANG")} | {"HOME": str(tmp_path)}
-    result = call([*FLASK, "--app", str(ROOT / "app.py"), "demo"], own, cwd=tmp_path)
+    with Receiver() as receiver:
+        settings = {
+            "CCM_API_TOKEN": "t" * 40,
+            "CCM_API_TOKEN_FILE": str(tmp_path / "tokens"),
+            "CCM_UNIX_SOCKET": str(tmp_path / "socket"),
+            "CCM_WEBHOOK_URL": receiver.url,
+            "DATABASE_PATH": str(tmp_path / "db.sqlite"),
+            "DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none",
+            "HOST": "0.0.0.0",
+            "PGHOST": "nowhere.invalid",
+            "PORT": receiver.url.rpartition(":")[2],
+        }
+        result = call([*FLASK, "--app", str(ROOT / "app.py"), "demo"], own | settings, cwd=tmp_path)
+        assert receiver.received == []
 
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("$ curl") == 4
@@ -165,19 +181,42 @@ def test_flask_demo_shows_the_whole_story(environ: dict[str, str], tmp_path: Pat
 
 
 def test_flask_demo_serve_stays_until_ctrl_c(environ: dict[str, str], tmp_path: Path) -> None:
+    port = free_port()
     process = subprocess.Popen(
-        [*FLASK, "demo", "--serve"], env=environ, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+        [*FLASK, "demo", "--serve"],
+        env=environ | {"PORT": str(port)},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert process.stdout is not None
     for line in process.stdout:
         match = re.search(r"Serving on (\S+) until", line)
         if match:
+            assert match[1] == f"http://127.0.0.1:{port}"
             assert Client(match[1]).get("/health").json == {"status": "ok"}
             break
     os.killpg(process.pid, signal.SIGINT)
     rest, _ = process.communicate(timeout=60)
     assert "Stopping." in rest
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("variables", [{}, {"PORT": ""}, {"PORT": "3000"}])
+def test_flask_demo_serve_says_that_its_port_is_taken(environ: dict[str, str], variables: dict[str, str]) -> None:
+    # Without PORT it is the one of the README's samples, which another program may have already.
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):
+            taken.bind(("127.0.0.1", 3000))
+            taken.listen()
+        result = call([*FLASK, "demo", "--serve"], environ | variables)
+
+        assert result.returncode == 1
+        assert "PORT 3000: Address already in use.\n" in result.stderr
+        assert result.stderr.endswith("a free one with PORT=0.\n")
+        assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from flask import Blueprint, Response, g, request
 
 from ccm.api.context import answer, check_query, service, wait_seconds, wait_until
 from ccm.api.paging import page
-from ccm.api.requests import ApprovalBody, read_body
+from ccm.api.requests import ApprovalBody, read_body, refuse_idempotency_key
 from ccm.api.runs import plain
 from ccm.core.doorbell import APPROVALS
 from ccm.errors import ValidationError
@@ -55,6 +55,7 @@ def approval(approval_id: str) -> Response:
 def decide(approval_id: str) -> Response:
     """Answer an approval: the first answer counts."""
     check_query()
+    refuse_idempotency_key(request)
     body = read_body(request, ApprovalBody, service().settings.max_body_bytes)
     decided = service().approvals.answer(plain(approval_id, "approvalId"), body.answer(), g.client)
     return answer(decided.to_json())

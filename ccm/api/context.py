@@ -57,12 +57,15 @@ def client_gone() -> Callable[[], bool]:
 def check_query(*names: str) -> None:
     """
     Raises:
-        ValidationError: the query has a parameter that is none of `names`, most likely a typing mistake.
+        ValidationError: the query has a parameter that is none of `names`, most likely a typing mistake, or one twice,
+            of which only the first would be heeded.
     """
-    for name in request.args:
+    for name, values in request.args.lists():
         if name not in names:
             known = f"it takes {', '.join(names)}" if names else "it takes none"
             raise ValidationError(f"{name} is not a known query parameter here; {known}.", field=name)
+        if len(values) > 1:
+            raise ValidationError(f"{name} is given {len(values)} times; give it once.", field=name)
 
 
 def wait_seconds() -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flask import Blueprint, Response, request
 
 from ccm.api.context import answer, check_query, service
-from ccm.api.requests import InputBody, read_body
+from ccm.api.requests import InputBody, read_body, refuse_idempotency_key
 from ccm.api.runs import plain
 
 blueprint = Blueprint("follow_ups", __name__, url_prefix="/api/runs")
@@ -15,5 +15,6 @@ blueprint = Blueprint("follow_ups", __name__, url_prefix="/api/runs")
 def put(run_id: str) -> Response:
     """Put a user's message into a run that is going on."""
     check_query()
+    refuse_idempotency_key(request)
     body = read_body(request, InputBody, service().settings.max_body_bytes)
     return answer(service().input.put(plain(run_id, "runId"), body.prompt, body.pictures()).to_json(), 202)

@@ -235,6 +235,19 @@ def idempotency_key(request: Request, body: RunBody) -> IdempotencyKey | None:
     return IdempotencyKey(text, hashlib.sha256(f"{request.path}\0{given}".encode()).hexdigest())
 
 
+def refuse_idempotency_key(request: Request) -> None:
+    """For what changes something and keeps no keys: who sends one counts on it, and would do a thing twice.
+
+    Raises:
+        ValidationError: the request has an `Idempotency-Key`.
+    """
+    if "Idempotency-Key" in request.headers:
+        raise ValidationError(
+            "Idempotency-Key: only a start, a resume and a fork take one; send this request without it.",
+            field="Idempotency-Key",
+        )
+
+
 # pydantic's names for a value that is not even of the right kind.
 WRONG_TYPES = frozenset(
     {"string_type", "list_type", "dict_type", "model_type", "model_attributes_type", "literal_error"}

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from ccm.demo.messages_api import MessagesAPI
+from ccm.errors import CommandRefused
 
 APP = Path(__file__).parents[2] / "app.py"
 START_SECONDS = 60.0
+SERVE_PORT = "3000"
 SHOWN_FIELDS = ("runId", "sessionId", "mode", "status", "parentRunId", "parentSessionId", "messageCount", "costUsd")
 
 # What the stand-in has Claude do (ccm/demo/script.py). A real model needs no such script.
@@ -119,7 +121,14 @@ class Tour:
         self._url = ""
 
     def run(self, serve: bool) -> int:
-        """Show it all; with `serve`, leave the service running until Ctrl-C. The exit code."""
+        """Show it all; with `serve`, leave the service running until Ctrl-C. The exit code.
+
+        Of the shell's environment it heeds PATH alone, and with `serve` PORT: a token that is set there would lock the
+        tour out, and a webhook's address would be told of its runs.
+
+        Raises:
+            CommandRefused: the service did not start; with what it said.
+        """
         # Left alone, SIGTERM and a closed terminal would end this process and leave the service behind.
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda number, _: sys.exit(128 + number))
@@ -132,9 +141,15 @@ class Tour:
             environ = credential_free_environment(api.url, str(home)) | {
                 "DATABASE_PATH": str(folder / "db.sqlite"),
                 "LOG_LEVEL": "info",
-                **{name: value for name, value in os.environ.items() if name.startswith("CCM_")},
             }
-            service = stack.enter_context(ServiceProcess(environ, self._echo if serve else None))
+            if serve:
+                # The port of the README's samples, unless the shell names another.
+                environ["PORT"] = os.environ.get("PORT") or SERVE_PORT
+            try:
+                service = stack.enter_context(ServiceProcess(environ, self._echo if serve else None))
+            except RuntimeError as error:
+                advice = "\nAnother port is taken with PORT=3001, a free one with PORT=0." if serve else ""
+                raise CommandRefused(f"The demo ends: {error}{advice}") from None
             self._url = service.url
             self._echo("The real Claude Code, a stand-in for the model, no login. The service listens on " + self._url)
             self._tell(str(project))

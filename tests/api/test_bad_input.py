@@ -991,6 +991,30 @@ def test_a_bad_query_parameter_is_named(
         assert name in refused(lenient.get(f"{where}?{name}={value}"), name)
 
 
+@pytest.mark.parametrize(
+    ("path", "name", "values"),
+    [
+        ("/api/approvals", "status", ["allowed", "denied"]),
+        ("/api/runs", "limit", ["1", "3"]),
+        ("/api/sessions", "q", ["a", "a"]),
+        (MESSAGES[0], "type", ["user", "assistant"]),
+        (STREAMS[0], "after", ["0", "1"]),
+    ],
+)
+def test_a_query_parameter_that_is_given_twice_is_refused(
+    lenient: Client, ended: dict[str, Any], path: str, name: str, values: list[str]
+) -> None:
+    where = path.format(run=ended["id"])
+    query = "&".join(f"{name}={value}" for value in values)
+    assert refused(lenient.get(f"{where}?{query}"), name) == f"{name} is given 2 times; give it once."
+
+
+@pytest.mark.parametrize("path", [f"/api/runs/{NOWHERE}/input", f"/api/approvals/{NOWHERE}"])
+def test_an_idempotency_key_where_none_is_kept_is_refused(strict: Client, path: str) -> None:
+    answer = strict.request("POST", path, {}, {"Idempotency-Key": "nightly"})
+    assert "only a start, a resume and a fork take one" in refused(answer, "Idempotency-Key")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bad_query_of_a_post_is_refused_before_anything_starts(strict: Client, root: Path, kind: str) -> None:
     body = body_for(kind, root, {})

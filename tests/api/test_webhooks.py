@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,8 @@ from ccm.demo.tour import ServiceProcess
 from tests.api.conftest import NOWHERE, folder_of, held, new_database, refused, until
 from tests.client import Client
 from tests.conftest import ServeFunction
-from tests.readme import samples
+from tests.programs import can_connect, free_port
+from tests.readme import filled_in, samples
 from tests.receiver import Receiver, Reply
 
 KEYS = [b"1" * 24, b"2" * 64]
@@ -224,3 +227,29 @@ def test_the_readmes_receiver_takes_what_is_genuine_and_nothing_else(
         old = dict(received.headers) | {"webhook-timestamp": "1700000000"}
         assert not genuine(SECRETS[0], old, received.body)
         assert not genuine(SECRETS[0], {}, received.body)
+
+
+def test_the_readmes_receiver_runs_as_it_stands(serve_all: ServeFunction, tmp_path: Path) -> None:
+    [sample] = [sample for sample in samples("python") if "webhook-signature" in sample]
+    port = free_port()
+    program = tmp_path / "receiver.py"
+    program.write_text(filled_in(sample, {"8000": str(port)}))
+    environ = {"CCM_WEBHOOK_SECRET": SECRETS[0]}
+    with subprocess.Popen(
+        [sys.executable, str(program)], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            until(lambda: can_connect(port))
+            client = Client(serve_all(CCM_WEBHOOK_SECRET=SECRETS[0]).url)
+            stranger = Client(serve_all(CCM_WEBHOOK_SECRET=SECRETS[1]).url)
+            address = f"http://127.0.0.1:{port}/"
+            unknown = stranger.start(folder_of(tmp_path, "strange"), "Hello.", webhookUrl=address)
+            until(lambda: stranger.get(f"/api/runs/{unknown['id']}/deliveries").json[0]["attempts"])
+            run = client.start(folder_of(tmp_path), "Hello.", webhookUrl=address)
+            assert process.stdout is not None
+            told = [process.stdout.readline().split()[1:] for _ in range(2)]
+        finally:
+            process.terminate()
+    assert told == [[STARTED, run["id"]], [COMPLETED, run["id"]]]
+    [refusal] = stranger.get(f"/api/runs/{unknown['id']}/deliveries").json[0]["attempts"]
+    assert refusal["statusCode"] == 401

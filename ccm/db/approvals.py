@@ -11,11 +11,11 @@ from ccm.models import APPROVAL_REQUESTED, APPROVAL_RESOLVED, Approval
 
 SELECT = """
 SELECT id, seq, "runId", "sessionId", "toolName", "toolUseId", "inputJson", "suggestionsJson", title, "displayName",
-    description, "blockedPath", "decisionReason", "agentId", status, "updatedInputJson", remember, message, interrupt,
-    "decidedBy", "createdAt", "expiresAt", "resolvedAt"
+    description, "blockedPath", "decisionReason", "agentId", status, resolution, "updatedInputJson", remember, message,
+    interrupt, "decidedBy", "createdAt", "expiresAt", "resolvedAt"
 FROM ccr_approvals
 """
-FILTERS = {"runId": '"runId" = :runId', "status": "status = :status"}
+FILTERS = {"runId": '"runId" = :runId', "sessionId": '"sessionId" = :sessionId', "status": "status = :status"}
 CHANGES = f"""
 SELECT id, "eventJson" FROM ccr_events
 WHERE "runId" = :run AND id > :after AND type IN ('{APPROVAL_REQUESTED}', '{APPROVAL_RESOLVED}') ORDER BY id

@@ -420,6 +420,40 @@ def test_who_has_seen_what_is_pending_waits_for_what_is_asked_next(api: Client, 
         decide(api, approval, "deny")
 
 
+def test_who_comes_back_to_a_stream_is_told_what_was_answered_meanwhile(api: Client, project: Path) -> None:
+    run = asking(api, project, BASH, {**BASH, "input": {"n": 2}}, messages=[{"type": "assistant", "n": 0}])
+    (first,) = pending(api, run)
+    allowed = decide(api, first, "allow").json
+    (second,) = pending(api, run)
+    paths = [(f"/api/runs/{run['id']}/stream", ""), (f"/api/sessions/{run['sessionId']}/stream", f"{run['id']}:")]
+    for path, prefix in paths:
+        with Stream(api, path, f"{prefix}0") as stream:
+            assert [event.json for event in stream.take(2)] == [allowed, second]
+        with Stream(api, path) as stream:
+            assert stream.take(1)[0].json == second  # who has read nothing has no question open
+    denied = decide(api, second, "deny").json
+    ended = api.run(run["id"])
+    events = events_of(api, paths[0][0], "0")
+    assert [event.json for event in events if event.type == "approval"] == [allowed, denied]
+    assert events[-1].json == ended
+    # What was resolved long before the message that was read last is not told again.
+    events = events_of(api, paths[0][0], str(ended["messageCount"] - 1))
+    assert allowed not in [event.json for event in events]
+
+
+def test_lists_are_of_a_run_or_a_session_if_that_is_asked_for(api: Client, project: Path) -> None:
+    first = ask_one(api, project)
+    second = ask_one(api, project)
+    for field in ("runId", "sessionId"):
+        for status in ({}, {"status": "pending"}, {"status": "pending", "wait": 30}):
+            assert api.get("/api/approvals", **{field: first[field]}, **status).json == [first]
+    assert api.get("/api/approvals", runId=first["runId"], sessionId=second["sessionId"]).json == []
+    sdk_session = api.run(first["runId"], wait=0)["sdkSessionId"]
+    assert api.get("/api/approvals", sessionId=sdk_session).json == [first]
+    for approval in (first, second):
+        decide(api, approval, "deny")
+
+
 def test_lists_go_page_by_page_from_the_oldest(api: Client, project: Path) -> None:
     run = asking(api, project, *[{**BASH, "input": {"n": n}} for n in range(5)], at_once=True)
     pending(api, run, 5)
@@ -499,7 +533,9 @@ def test_answers_that_go_nowhere_are_refused(api: Client, untouched: dict[str, A
     refused(api.get("/api/approvals", status="open"), "status")
     refused(api.get("/api/approvals", wait="x"), "wait")
     refused(api.get("/api/approvals", cursor="x"), "cursor")
-    refused(api.get("/api/approvals", runId="x"), "runId")
+    refused(api.get("/api/approvals", runId=NOWHERE), None, 404, "RUN_NOT_FOUND")
+    refused(api.get("/api/approvals", sessionId=NOWHERE), None, 404, "SESSION_NOT_FOUND")
+    refused(api.get("/api/approvals", toolName="Bash"), "toolName")
     plain = {"Content-Type": "text/plain"}
     refused(api.request("POST", path, allow, plain), None, 415, "UNSUPPORTED_MEDIA_TYPE")
     assert api.request("PUT", path, allow).status == 405

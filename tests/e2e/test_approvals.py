@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,22 @@ def test_a_plan_is_approved(client: Client, project: Path) -> None:
     assert (project / "planned.txt").exists()
 
 
+def test_a_plan_that_was_written_is_shown_to_who_approves_it(client: Client, project: Path, home: Path) -> None:
+    run = start(client, project, "[[tool ExitPlanMode {}]]" * 2, options={"permissionMode": "plan"})
+    first = next_of(client, run)
+    assert first["input"] == {}
+    # The name of the file is in what Claude Code tells the model.
+    told = [file.read_text() for file in (home / ".claude" / "projects").rglob(f"{run['sdkSessionId']}.jsonl")]
+    (path,) = set(re.findall(r"[\w/.-]+/plans/[\w-]+\.md", "".join(told)))
+    Path(path).parent.mkdir(exist_ok=True)
+    Path(path).write_text("Write it.")
+    decide(client, first, "deny")
+    second = next_of(client, run)
+    assert second["input"] == {"plan": "Write it.", "planFilePath": path}
+    decide(client, second)
+    assert client.run(run["id"])["status"] == "completed"
+
+
 def test_what_an_option_allows_is_not_asked_about(client: Client, project: Path) -> None:
     run = client.start(project, bash("touch allowed.txt"), approvals=True, options={"allowedTools": ["Bash"]})
     assert [run["status"], states(client, run)] == ["completed", []]
@@ -210,7 +227,7 @@ def test_what_nobody_answers_in_time_is_denied_and_the_model_is_told(client: Cli
 
     assert client.run(run["id"])["status"] == "completed"
     (approval,) = client.get(f"/api/runs/{run['id']}/approvals").json
-    assert [approval["status"], approval["decidedBy"]] == ["denied", None]
+    assert [approval["status"], approval["resolution"]] == ["denied", "timed_out"]
     assert results(client, run) == [approval["message"]]
     assert not (project / "late.txt").exists()
 

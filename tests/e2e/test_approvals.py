@@ -197,13 +197,14 @@ def test_a_plan_is_approved(client: Client, project: Path) -> None:
     assert (project / "planned.txt").exists()
 
 
-def test_a_plan_that_was_written_is_shown_to_who_approves_it(client: Client, project: Path, home: Path) -> None:
+def test_a_plan_that_was_written_is_shown_to_who_approves_it(
+    client: Client, project: Path, messages_api: MessagesAPI
+) -> None:
     run = start(client, project, "[[tool ExitPlanMode {}]]" * 2, options={"permissionMode": "plan"})
     first = next_of(client, run)
     assert first["input"] == {}
-    # The name of the file is in what Claude Code tells the model.
-    told = [file.read_text() for file in (home / ".claude" / "projects").rglob(f"{run['sdkSessionId']}.jsonl")]
-    (path,) = set(re.findall(r"[\w/.-]+/plans/[\w-]+\.md", "".join(told)))
+    # Claude Code tells the model, and nobody else, where the plan is to be.
+    path = re.findall(r"[\w/.-]+/plans/[\w-]+\.md", json.dumps(messages_api.requests))[-1]
     Path(path).parent.mkdir(exist_ok=True)
     Path(path).write_text("Write it.")
     decide(client, first, "deny")

@@ -195,6 +195,8 @@ CREATE TABLE ccr_approvals (
     "decisionReason" TEXT,
     "agentId" TEXT,
     status TEXT NOT NULL CHECK (status IN ('pending', 'allowed', 'denied', 'expired')),
+    -- What ended its wait; NULL while it is pending.
+    resolution TEXT CHECK (resolution IN ('answered', 'timed_out', 'no_worker', 'withdrawn')),
     "updatedInputJson" TEXT,
     remember INTEGER NOT NULL,
     message TEXT,
@@ -205,6 +207,7 @@ CREATE TABLE ccr_approvals (
     "resolvedAt" TEXT
 );
 CREATE INDEX ccr_approvals_by_run ON ccr_approvals ("runId", seq);
+CREATE INDEX ccr_approvals_by_session ON ccr_approvals ("sessionId", seq);
 CREATE INDEX ccr_approvals_by_status ON ccr_approvals (status, seq);
 CREATE INDEX ccr_approvals_pending ON ccr_approvals ("runId", seq) WHERE status = 'pending';
 

@@ -46,6 +46,14 @@ EXPIRED = "expired"
 APPROVAL_STATUSES = (PENDING, ALLOWED, DENIED, EXPIRED)
 DECISIONS = {ALLOWED: "allow", DENIED: "deny"}
 
+# Why an approval is no longer pending: somebody answered; nobody did in time; nobody was asked, for want of workers; or
+# its run ended, or Claude Code took the question back.
+ANSWERED = "answered"
+TIMED_OUT = "timed_out"
+NO_WORKER = "no_worker"
+WITHDRAWN = "withdrawn"
+RESOLUTIONS = (ANSWERED, TIMED_OUT, NO_WORKER, WITHDRAWN)
+
 # To whom an event is delivered: the address of its run, or that of the service.
 RUN_TARGET = "run"
 SERVICE_TARGET = "service"
@@ -307,6 +315,7 @@ class Approval(Row):
     decision_reason: str | None
     agent_id: str | None
     status: str
+    resolution: str | None
     updated_input_json: str | None
     remember: int
     message: str | None
@@ -319,6 +328,11 @@ class Approval(Row):
     @property
     def pending(self) -> bool:
         return self.status == PENDING
+
+    @property
+    def decision(self) -> str | None:
+        """What somebody answered, None if nobody did."""
+        return DECISIONS[self.status] if self.resolution == ANSWERED else None
 
     @property
     def suggestions(self) -> list[dict[str, Any]]:
@@ -354,7 +368,8 @@ class Approval(Row):
             "decisionReason": self.decision_reason,
             "agentId": self.agent_id,
             "status": self.status,
-            "decision": DECISIONS.get(self.status),
+            "resolution": self.resolution,
+            "decision": self.decision,
             "updatedInput": self.answer.updated_input,
             "remember": bool(self.remember),
             "message": self.message,

@@ -61,13 +61,13 @@ def money(value: str) -> float:
 
 
 def duration(value: str) -> int:
-    """Seconds, written with a unit (`90s`, `30m`, `2h`) or without; LONGEST_RUN at the most."""
-    match = re.fullmatch(r"([0-9]{1,9})([smh]?)", value.strip())
+    """Seconds, written with a unit (`90s`, `30m`, `2h`, `3d`) or without; LONGEST_RUN at the most."""
+    match = re.fullmatch(r"([0-9]{1,9})([smhd]?)", value.strip())
     if match is None:
-        raise ValueError("must be a duration: whole seconds, or a whole number with a unit, such as 90s, 30m or 2h")
-    seconds = int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+        raise ValueError("must be a duration: whole seconds, or a whole number with a unit, such as 90s, 30m, 2h or 3d")
+    seconds = int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2]]
     if not 1 <= seconds <= LONGEST_RUN:
-        raise ValueError(f"must be from 1s to {LONGEST_RUN // 3600}h")
+        raise ValueError(f"must be from 1s to {LONGEST_RUN // 86_400}d")
     return seconds
 
 

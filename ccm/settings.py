@@ -193,8 +193,8 @@ class Settings:
         "CCM_RUN_TIMEOUT",
         None,
         parse.duration,
-        "Longest time from a run's start to its end, in seconds or as `90s`, `30m`, `2h`; a request may name less in "
-        "`timeoutMs`",
+        "Longest time from a run's start to its end, in seconds or as `90s`, `30m`, `2h`, `3d`; a request may name "
+        "less in `timeoutMs`",
         "(empty: no ceiling)",
     )
     approval_timeout: int = _setting(
@@ -202,7 +202,7 @@ class Settings:
         3600,
         parse.duration,
         "How long an approval waits for its answer where the request names no `approvalTimeoutMs`, in seconds or as "
-        "`90s`, `30m`, `2h`; then it is denied",
+        "`90s`, `30m`, `2h`, `3d`; then it is denied",
         "1h",
     )
     webhook_url: str | None = _setting(

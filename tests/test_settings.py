@@ -56,7 +56,8 @@ def test_values_are_taken_from_the_environment(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("90", 90), ("90s", 90), ("30m", 1800), (" 2h ", 7200), ("1", 1), ("720h", 2_592_000)]
+    ("text", "seconds"),
+    [("90", 90), ("90s", 90), ("30m", 1800), (" 2h ", 7200), ("1", 1), ("720h", 2_592_000), ("30d", 2_592_000)],
 )
 def test_a_duration_is_in_seconds_or_has_a_unit(text: str, seconds: int) -> None:
     assert Settings.from_env({"CCM_RUN_TIMEOUT": text}).run_timeout == seconds
@@ -126,11 +127,12 @@ def test_a_star_allows_every_privileged_option() -> None:
         ("CCM_MAX_BUDGET_USD", "2,50", "above 0"),
         ("CCM_MAX_BUDGET_USD", "$2", "above 0"),
         ("CCM_RUN_TIMEOUT", "0", "from 1s"),
-        ("CCM_RUN_TIMEOUT", "721h", "to 720h"),
-        ("CCM_RUN_TIMEOUT", "1.5h", "such as 90s, 30m or 2h"),
-        ("CCM_RUN_TIMEOUT", "2 days", "such as 90s, 30m or 2h"),
-        ("CCM_RUN_TIMEOUT", "-5s", "such as 90s, 30m or 2h"),
-        ("CCM_RUN_TIMEOUT", "500ms", "such as 90s, 30m or 2h"),
+        ("CCM_RUN_TIMEOUT", "721h", "to 30d"),
+        ("CCM_APPROVAL_TIMEOUT", "31d", "to 30d"),
+        ("CCM_RUN_TIMEOUT", "1.5h", "such as 90s, 30m, 2h or 3d"),
+        ("CCM_RUN_TIMEOUT", "2 days", "such as 90s, 30m, 2h or 3d"),
+        ("CCM_RUN_TIMEOUT", "-5s", "such as 90s, 30m, 2h or 3d"),
+        ("CCM_RUN_TIMEOUT", "500ms", "such as 90s, 30m, 2h or 3d"),
         ("CCM_TRUSTED_PROXY", "proxy.example", "neither an IP address nor unix"),
         ("CCM_TRUSTED_PROXY", "10.0.0.0/8", "neither an IP address nor unix"),
         ("CCM_TRUSTED_PROXY", "*", "neither an IP address nor unix"),

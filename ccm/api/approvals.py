@@ -28,13 +28,17 @@ def of_run(run_id: str) -> Response:
 
 @blueprint.get("/approvals")
 def approvals() -> Response:
-    """The approvals of all runs, oldest first; filter status; with wait, once there is one."""
-    check_query("status", "limit", "cursor", "wait")
-    filters = {name: request.args[name] for name in ("status",) if name in request.args}
+    """The approvals of all runs, oldest first; filters status, runId, sessionId; with wait, once there is one."""
+    check_query("status", "runId", "sessionId", "limit", "cursor", "wait")
+    filters = {name: request.args[name] for name in ("status", "runId", "sessionId") if name in request.args}
     if filters.get("status", APPROVAL_STATUSES[0]) not in APPROVAL_STATUSES:
         raise ValidationError(f"status: must be one of {', '.join(APPROVAL_STATUSES)}.", field="status")
     seconds = wait_seconds()
     history = service().history
+    if "runId" in filters:
+        filters["runId"] = history.run(plain(filters["runId"], "runId")).id
+    if "sessionId" in filters:
+        filters["sessionId"] = history.session(plain(filters["sessionId"], "sessionId")).id
 
     def read(limit: int, after: int | None) -> list[Approval]:
         found = wait_until(APPROVALS, seconds, lambda: history.approvals(filters, limit=limit, after=after) or None)

@@ -78,7 +78,7 @@ def _frames(events: Iterable[Event], prefix: Callable[[str], str]) -> Iterator[b
             # A text is one line of ASCII, as it is stored.
             yield "".join(f"{start}{index}\ndata: {text}\n\n" for index, text in event.numbered).encode("ascii")
         elif isinstance(event, ApprovalState):
-            # Without an id, which would be a message's index: whoever comes back is told anew what is pending.
+            # Without an id, which would be a message's index: whoever comes back is told anew what may be missed.
             yield f"event: approval\ndata: {json.dumps(event.shown)}\n\n".encode("ascii")
         else:
             data = json.dumps(event.to_json())

@@ -16,11 +16,15 @@ from ccm.db.database import Transaction
 from ccm.errors import Conflict
 from ccm.models import (
     ALLOWED,
+    ANSWERED,
     APPROVAL_REQUESTED,
     APPROVAL_RESOLVED,
     DENIED,
     EXPIRED,
+    NO_WORKER,
     PENDING,
+    TIMED_OUT,
+    WITHDRAWN,
     Answer,
     Approval,
     Question,
@@ -32,6 +36,7 @@ from ccm.models import (
 
 # What the model is told where the client gives no reason.
 UNEXPLAINED = "The user does not allow this."
+TOO_LATE = "Nobody has answered in time whether this may be done, so it is denied."
 
 
 class ApprovalLifecycle:
@@ -77,6 +82,7 @@ class ApprovalLifecycle:
             "decisionReason": storable(question.decision_reason),
             "agentId": storable(question.agent_id),
             "status": PENDING,
+            "resolution": None,
             "updatedInputJson": None,
             "remember": 0,
             "message": None,
@@ -88,7 +94,8 @@ class ApprovalLifecycle:
         }
         # A run that waits holds its worker: if all did, nothing else would ever run until somebody answers.
         if approvals.count_other_waiting_runs(transaction, run.id) >= self._workers - 1:
-            row |= {"status": DENIED, "message": _crowded(self._workers), "resolvedAt": now}
+            message = _crowded(self._workers)
+            row |= {"status": DENIED, "resolution": NO_WORKER, "message": message, "resolvedAt": now}
         approvals.insert(transaction, row)
         return self._tell(transaction, approval_id)
 
@@ -105,6 +112,7 @@ class ApprovalLifecycle:
             approval_id,
             {
                 "status": ALLOWED if answer.allow else DENIED,
+                "resolution": ANSWERED,
                 "updatedInputJson": None if answer.updated_input is None else to_json_text(dict(answer.updated_input)),
                 "remember": int(answer.remember),
                 "message": answer.message or (None if answer.allow else UNEXPLAINED),
@@ -113,9 +121,13 @@ class ApprovalLifecycle:
             },
         )
 
+    def time_out(self, transaction: Transaction, approval_id: str) -> bool:
+        """Nobody has answered in time. False if somebody has."""
+        return self._resolve(transaction, approval_id, {"status": DENIED, "resolution": TIMED_OUT, "message": TOO_LATE})
+
     def expire(self, transaction: Transaction, approval_id: str) -> bool:
         """Nobody waits for its answer any more. False if it has had one already."""
-        return self._resolve(transaction, approval_id, {"status": EXPIRED})
+        return self._resolve(transaction, approval_id, {"status": EXPIRED, "resolution": WITHDRAWN})
 
     def expire_all(self, transaction: Transaction, run: Run) -> None:
         """A run has ended: nothing of it may stay pending."""

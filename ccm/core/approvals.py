@@ -19,12 +19,18 @@ from ccm.core.lookup import find_approval
 from ccm.core.recorder import Recorder
 from ccm.db.database import Transaction
 from ccm.errors import ApprovalResolved, Forbidden, Unavailable, ValidationError
-from ccm.models import Answer, Approval, Question, Run
+from ccm.models import ANSWERED, NO_WORKER, TIMED_OUT, WITHDRAWN, Answer, Approval, Question, Run
 
 log = logging.getLogger(__name__)
 
-TOO_LATE = "Nobody has answered in time whether this may be done, so it is denied."
 NOT_STORED = "This could not be asked, because the service could not store the question; so it is denied."
+# What an answer that comes too late is told, by the resolution that it finds.
+ALREADY = {
+    ANSWERED: "was answered at {at}: it is {status!r}, and the first answer counts.",
+    TIMED_OUT: "was denied at {at}: nobody had answered in time.",
+    NO_WORKER: "was denied at {at} without being asked: its `message` says which setting allows more at once.",
+    WITHDRAWN: "expired at {at}: its run ended, or Claude Code took the question back.",
+}
 
 
 class Approvals:
@@ -109,10 +115,10 @@ class Approvals:
                 return await resolved
         except TimeoutError:
             # An answer may have been first all the same; then it counts.
-            return await self._store(partial(self._resolve, approval_id, Answer(allow=False, message=TOO_LATE)))
+            return await self._store(partial(self._time_out, approval_id))
 
-    def _resolve(self, approval_id: str, answer: Answer, transaction: Transaction) -> Approval:
-        self._lifecycle.resolve(transaction, approval_id, answer)
+    def _time_out(self, approval_id: str, transaction: Transaction) -> Approval:
+        self._lifecycle.time_out(transaction, approval_id)
         return find_approval(transaction, approval_id)
 
     async def _store(self, work: Callable[[Transaction], Approval]) -> Approval:
@@ -166,10 +172,7 @@ class Approvals:
             won = resolved or (won and transaction.uncertain)
             approval = find_approval(transaction, approval_id)
             if not won:
-                raise ApprovalResolved(
-                    f"Approval {approval_id} is {approval.status!r} already: the first answer counts.",
-                    approval.to_json(),
-                )
+                raise ApprovalResolved(f"Approval {approval_id} {_already(approval)}", approval.to_json())
             return approval
 
         return self._recorder.write(work, self._follow)
@@ -183,6 +186,10 @@ class Approvals:
             if tell is not None:
                 tell(approval)
         self._doorbell.ring((approval.run_id, approval.session_id, EVENTS, APPROVALS))
+
+
+def _already(approval: Approval) -> str:
+    return ALREADY[str(approval.resolution)].format(at=approval.resolved_at, status=approval.status)
 
 
 def _tell(loop: asyncio.AbstractEventLoop, resolved: asyncio.Future[Approval], approval: Approval) -> None:

@@ -56,8 +56,8 @@ class Follower:
         self._silence = silence
 
     def run(self, run_id: str, after: int) -> Iterator[Event]:
-        """What a run waits for, its messages beyond an index and what is asked and answered, and the run once it has
-        ended.
+        """What a run waits for, with an index also what was resolved since that message; then the messages beyond it
+        and what is asked and answered; and the run once it has ended.
 
         It ends without that only if the service stops before the run has begun.
         """
@@ -87,7 +87,7 @@ class Follower:
 
     def _run(self, key: str, run_id: str, after: int) -> Generator[Event, None, bool]:
         """The same for one run, heard of by any key. True if its end was told."""
-        asked = yield from self._next(key, partial(self._history.asked, run_id))
+        asked = yield from self._next(key, partial(self._history.asked, run_id, after))
         if asked is None:
             return False
         yield from map(ApprovalState, asked.approvals)

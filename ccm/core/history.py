@@ -43,7 +43,8 @@ class News(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What a run waits for; and the event up to which that is so, None if the run never asks."""
+    """What a run waits for and what a reader may have missed; and the event up to which that is so, None if the run
+    never asks."""
 
     approvals: list[Shown]
     through: int | None
@@ -151,15 +152,23 @@ class History:
 
         return self._read(query)
 
-    def asked(self, run_id: str) -> Asked:
-        """What a run waits for at this moment."""
+    def asked(self, run_id: str, after: int = -1) -> Asked:
+        """What a run waits for at this moment; for who comes back also what was resolved since.
+
+        Args:
+            after: the index of the last message that was read, -1 for none.
+        """
 
         def query(transaction: Transaction) -> Asked:
             if not find_run(transaction, run_id).approvals:
                 return Asked([], None)
             # The event first: on PostgreSQL a change may be committed in between, and is then told again, not lost.
             through = approvals.last_event(transaction, run_id)
-            return Asked([approval.to_json() for approval in approvals.pending(transaction, run_id)], through)
+            if after < 0:
+                found = approvals.pending(transaction, run_id)
+            else:
+                found = approvals.pending_or_resolved_since(transaction, run_id, after)
+            return Asked([approval.to_json() for approval in found], through)
 
         return self._read(query)
 

@@ -11,11 +11,17 @@ from ccm.models import APPROVAL_REQUESTED, APPROVAL_RESOLVED, Approval
 
 SELECT = """
 SELECT id, seq, "runId", "sessionId", "toolName", "toolUseId", "inputJson", "suggestionsJson", title, "displayName",
-    description, "blockedPath", "decisionReason", "agentId", status, "updatedInputJson", remember, message, interrupt,
-    "decidedBy", "createdAt", "expiresAt", "resolvedAt"
+    description, "blockedPath", "decisionReason", "agentId", status, resolution, "updatedInputJson", remember, message,
+    interrupt, "decidedBy", "createdAt", "expiresAt", "resolvedAt"
 FROM ccr_approvals
 """
-FILTERS = {"runId": '"runId" = :runId', "status": "status = :status"}
+FILTERS = {"runId": '"runId" = :runId', "sessionId": '"sessionId" = :sessionId', "status": "status = :status"}
+# One statement: between two an approval might stop to be pending and be in neither. All, if there is no such message.
+SINCE = f"""
+{SELECT} WHERE "runId" = :run AND (status = 'pending' OR "resolvedAt" >= COALESCE(
+    (SELECT "createdAt" FROM ccr_run_messages WHERE "runId" = :run AND "index" = :index), ''))
+ORDER BY seq
+"""
 CHANGES = f"""
 SELECT id, "eventJson" FROM ccr_events
 WHERE "runId" = :run AND id > :after AND type IN ('{APPROVAL_REQUESTED}', '{APPROVAL_RESOLVED}') ORDER BY id
@@ -46,6 +52,11 @@ def pending(transaction: Transaction, run_id: str) -> list[Approval]:
     """What a run waits for, in order."""
     rows = transaction.rows(f"{SELECT} WHERE \"runId\" = :run AND status = 'pending' ORDER BY seq", run=run_id)
     return [Approval.from_row(row) for row in rows]
+
+
+def pending_or_resolved_since(transaction: Transaction, run_id: str, index: int) -> list[Approval]:
+    """What a run waits for, and what became of the rest since it said the message with this index, in order."""
+    return [Approval.from_row(row) for row in transaction.rows(SINCE, run=run_id, index=index)]
 
 
 def count_other_waiting_runs(transaction: Transaction, run_id: str) -> int:

@@ -91,7 +91,8 @@ def test_a_question_is_there_with_all_that_claude_code_tells_of_it(api: Client, 
     assert approval["input"] == {"odd": "\ud800\0\n"}
     assert approval["blockedPath"] == "/srv/?\N{REPLACEMENT CHARACTER}x"
     assert approval["suggestions"] == [SUGGESTED, MODE]
-    assert [approval["status"], approval["decision"], approval["resolvedAt"]] == ["pending", None, None]
+    assert approval["status"] == "pending"
+    assert [approval["resolution"], approval["decision"], approval["resolvedAt"]] == [None] * 3
     assert [approval["updatedInput"], approval["message"], approval["decidedBy"]] == [None] * 3
     assert [approval["remember"], approval["interrupt"]] == [False, False]
     assert approval["createdAt"] < approval["expiresAt"]
@@ -130,7 +131,12 @@ def test_what_is_allowed_is_done_as_it_was_asked_for(api: Client, project: Path)
     answer = decide(api, approval, "allow")
 
     assert answer.status == 200
-    assert [answer.json["status"], answer.json["decision"], answer.json["updatedInput"]] == ["allowed", "allow", None]
+    assert [answer.json["status"], answer.json["resolution"], answer.json["decision"]] == [
+        "allowed",
+        "answered",
+        "allow",
+    ]
+    assert answer.json["updatedInput"] is None
     assert answer.json["resolvedAt"] >= approval["createdAt"]
     assert told(api, approval) == {"behavior": "allow", "updatedInput": BASH["input"]}
     assert api.get(f"/api/approvals/{approval['id']}").json == answer.json
@@ -155,7 +161,8 @@ def test_a_denial_is_told_with_its_reason(api: Client, project: Path) -> None:
     approval = ask_one(api, project)
     answer = decide(api, approval, "deny", message="Use ninja.", interrupt=True)
 
-    assert [answer.json["status"], answer.json["decision"], answer.json["message"]] == ["denied", "deny", "Use ninja."]
+    assert [answer.json["status"], answer.json["resolution"], answer.json["decision"]] == ["denied", "answered", "deny"]
+    assert answer.json["message"] == "Use ninja."
     assert answer.json["interrupt"] is True
     assert told(api, approval) == {"behavior": "deny", "message": "Use ninja.", "interrupt": True}
 
@@ -213,6 +220,7 @@ def test_of_many_answers_at_once_the_first_counts(api: Client, project: Path) ->
         if answer.status != 200:
             assert [answer.status, answer.error["code"]] == [409, "APPROVAL_ALREADY_RESOLVED"]
             assert answer.json["approval"] == first
+            assert f"was answered at {first['resolvedAt']}: it is {first['status']!r}" in answer.error["message"]
     said = told(api, approval)
     assert said.get("message") == first["message"]
     assert said["behavior"] == first["decision"]
@@ -260,12 +268,14 @@ def test_what_nobody_answers_in_time_is_denied(api: Client, project: Path) -> No
     assert run["approvalTimeoutMs"] == 300
     assert api.run(run["id"])["status"] == "completed"
     (approval,) = api.get(f"/api/runs/{run['id']}/approvals").json
-    assert [approval["status"], approval["decision"], approval["decidedBy"]] == ["denied", "deny", None]
+    assert [approval["status"], approval["resolution"]] == ["denied", "timed_out"]
+    assert [approval["decision"], approval["decidedBy"]] == [None, None]
     assert approval["expiresAt"] <= approval["resolvedAt"]
     assert told(api, approval) == {"behavior": "deny", "message": approval["message"]}
     assert "Nobody has answered" in approval["message"]
     late = decide(api, approval, "allow")
     assert [late.status, late.json["approval"]] == [409, approval]
+    assert f"was denied at {approval['resolvedAt']}: nobody had answered in time" in late.error["message"]
 
 
 def test_the_setting_is_the_time_where_the_request_names_none(lite: Client, project: Path) -> None:
@@ -295,13 +305,14 @@ def test_what_a_cancelled_run_has_asked_expires(api: Client, project: Path) -> N
 
     assert [cancelled.status, cancelled.json["status"], cancelled.json["pendingApprovals"]] == [200, "cancelled", 0]
     now = api.get(f"/api/runs/{run['id']}/approvals").json
-    assert [(one["id"], one["status"], one["decision"]) for one in now] == [
-        (one["id"], "expired", None) for one in sorted(approvals, key=lambda one: str(one["createdAt"]))
+    assert [(one["id"], one["status"], one["resolution"], one["decision"]) for one in now] == [
+        (one["id"], "expired", "withdrawn", None) for one in sorted(approvals, key=lambda one: str(one["createdAt"]))
     ]
     assert [event.json for event in rest if event.type == "approval"] == now
     assert rest[-1].type == "end"
     late = decide(api, now[0], "allow")
     assert [late.status, late.json["approval"]] == [409, now[0]]
+    assert f"expired at {now[0]['resolvedAt']}: its run ended" in late.error["message"]
     assert api.get("/api/approvals", status="pending").json == []
 
 
@@ -326,7 +337,10 @@ def test_one_worker_is_kept_free_of_waiting(serve_all: ServeFunction, tmp_path: 
     second = client.run(asking(client, folder, BASH)["id"])
     assert second["status"] == "completed"
     (denied,) = client.get(f"/api/runs/{second['id']}/approvals").json
-    assert [denied["status"], denied["decidedBy"]] == ["denied", None]
+    assert [denied["status"], denied["resolution"], denied["decision"]] == ["denied", "no_worker", None]
+    late = decide(client, denied, "allow")
+    assert [late.status, late.json["approval"]] == [409, denied]
+    assert f"was denied at {denied['resolvedAt']} without being asked" in late.error["message"]
     assert "CCM_MAX_CONCURRENT_RUNS" in denied["message"]
     assert told(client, denied) == {"behavior": "deny", "message": denied["message"]}
     for approval in waiting:
@@ -403,6 +417,40 @@ def test_who_has_seen_what_is_pending_waits_for_what_is_asked_next(api: Client, 
     assert again.next is not None
     assert api.get(again.next).json == []
     assert api.get(again.next).next == again.next
+    for approval in (first, second):
+        decide(api, approval, "deny")
+
+
+def test_who_comes_back_to_a_stream_is_told_what_was_answered_meanwhile(api: Client, project: Path) -> None:
+    run = asking(api, project, BASH, {**BASH, "input": {"n": 2}}, messages=[{"type": "assistant", "n": 0}])
+    (first,) = pending(api, run)
+    allowed = decide(api, first, "allow").json
+    (second,) = pending(api, run)
+    paths = [(f"/api/runs/{run['id']}/stream", ""), (f"/api/sessions/{run['sessionId']}/stream", f"{run['id']}:")]
+    for path, prefix in paths:
+        with Stream(api, path, f"{prefix}0") as stream:
+            assert [event.json for event in stream.take(2)] == [allowed, second]
+        with Stream(api, path) as stream:
+            assert stream.take(1)[0].json == second  # who has read nothing has no question open
+    denied = decide(api, second, "deny").json
+    ended = api.run(run["id"])
+    events = events_of(api, paths[0][0], "0")
+    assert [event.json for event in events if event.type == "approval"] == [allowed, denied]
+    assert events[-1].json == ended
+    # What was resolved long before the message that was read last is not told again.
+    events = events_of(api, paths[0][0], str(ended["messageCount"] - 1))
+    assert allowed not in [event.json for event in events]
+
+
+def test_lists_are_of_a_run_or_a_session_if_that_is_asked_for(api: Client, project: Path) -> None:
+    first = ask_one(api, project)
+    second = ask_one(api, project)
+    for field in ("runId", "sessionId"):
+        for status in ({}, {"status": "pending"}, {"status": "pending", "wait": 30}):
+            assert api.get("/api/approvals", **{field: first[field]}, **status).json == [first]
+    assert api.get("/api/approvals", runId=first["runId"], sessionId=second["sessionId"]).json == []
+    sdk_session = api.run(first["runId"], wait=0)["sdkSessionId"]
+    assert api.get("/api/approvals", sessionId=sdk_session).json == [first]
     for approval in (first, second):
         decide(api, approval, "deny")
 
@@ -486,7 +534,9 @@ def test_answers_that_go_nowhere_are_refused(api: Client, untouched: dict[str, A
     refused(api.get("/api/approvals", status="open"), "status")
     refused(api.get("/api/approvals", wait="x"), "wait")
     refused(api.get("/api/approvals", cursor="x"), "cursor")
-    refused(api.get("/api/approvals", runId="x"), "runId")
+    refused(api.get("/api/approvals", runId=NOWHERE), None, 404, "RUN_NOT_FOUND")
+    refused(api.get("/api/approvals", sessionId=NOWHERE), None, 404, "SESSION_NOT_FOUND")
+    refused(api.get("/api/approvals", toolName="Bash"), "toolName")
     plain = {"Content-Type": "text/plain"}
     refused(api.request("POST", path, allow, plain), None, 415, "UNSUPPORTED_MEDIA_TYPE")
     assert api.request("PUT", path, allow).status == 405

@@ -36,6 +36,7 @@ APPROVAL = {
     "decisionReason": "It is not read-only.",
     "agentId": "agent-1",
     "status": "allowed",
+    "resolution": "answered",
     "updatedInputJson": to_json_text({"command": f"make {SECRET}"}),
     "remember": 1,
     "message": None,
@@ -47,6 +48,7 @@ APPROVAL = {
 }
 DENIAL = {
     "status": "denied",
+    "resolution": "timed_out",
     "updatedInputJson": None,
     "remember": 0,
     "message": "No.",

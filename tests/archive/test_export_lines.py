@@ -84,6 +84,7 @@ APPROVAL: dict[str, Any] = {
     "input": {"command": "make"},
     "suggestions": [{"type": "setMode"}],
     "status": "allowed",
+    "resolution": "answered",
     "updatedInput": {"command": "true"},
     "remember": False,
     "message": None,
@@ -183,19 +184,20 @@ def test_a_line_that_is_not_as_it_should_be_is_named(
 
 
 def approved(writer: Database) -> list[Any]:
-    rows = writer.rows('SELECT id, status, "resolvedAt" FROM ccr_approvals ORDER BY seq')
+    rows = writer.rows('SELECT id, status, resolution, "resolvedAt" FROM ccr_approvals ORDER BY seq')
     return [tuple(row.values()) for row in rows]
 
 
 def test_what_was_asked_comes_in_with_its_run(writer: Database) -> None:
-    take(writer, [*LINES[:3], APPROVAL, {**APPROVAL, "approvalId": uuid_of(7), "status": "expired"}, *LINES[3:]])
-    assert approved(writer) == [(uuid_of(6), "allowed", at(1)), (uuid_of(7), "expired", at(1))]
+    late = {**APPROVAL, "approvalId": uuid_of(7), "status": "denied", "resolution": "timed_out"}
+    take(writer, [*LINES[:3], APPROVAL, late, *LINES[3:]])
+    assert approved(writer) == [(uuid_of(6), "allowed", "answered", at(1)), (uuid_of(7), "denied", "timed_out", at(1))]
 
 
 def test_what_was_pending_elsewhere_has_expired_here(writer: Database) -> None:
-    waiting = {**APPROVAL, "status": "pending", "resolvedAt": None, "updatedInput": None}
+    waiting = {**APPROVAL, "status": "pending", "resolution": None, "resolvedAt": None}
     take(writer, [*LINES[:3], waiting, *LINES[3:]])
-    assert approved(writer) == [(uuid_of(6), "expired", at(1))]
+    assert approved(writer) == [(uuid_of(6), "expired", "withdrawn", at(1))]
 
 
 def test_a_run_whose_approval_another_run_has_here_is_left_out(writer: Database) -> None:
@@ -221,6 +223,8 @@ def test_a_run_whose_approval_another_run_has_here_is_left_out(writer: Database)
         ({"suggestions": None}, "suggestions must be an array of objects"),
         ({"suggestions": ["x"]}, "suggestions must be an array of objects"),
         ({"status": "maybe"}, "status must be one of"),
+        ({"resolution": "maybe"}, "resolution must be one of"),
+        ({"resolution": None}, "resolution must be"),
         ({"updatedInput": []}, "updatedInput must be an object"),
         ({"remember": 1}, "remember must be true or false"),
         ({"interrupt": None}, "interrupt must be true or false"),

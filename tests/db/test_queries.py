@@ -51,6 +51,7 @@ RUN = Run(
 APPROVAL: dict[str, Any] = {"id": "a", "runId": "r", "sessionId": "s", "toolName": "Bash", "inputJson": "{}"}
 APPROVAL |= {"suggestionsJson": "[]", "status": "pending", "remember": 0, "interrupt": 0}
 APPROVAL |= {"createdAt": "", "expiresAt": ""}
+BOTH = {"sessionId": "s", "status": "pending"}
 KEY = transcripts.TranscriptKey("s", "p")
 FILTERS: list[dict[str, str]] = [
     {},
@@ -128,10 +129,11 @@ QUERIES: dict[str, Callable[[Transaction], object]] = {
     "approval": lambda t: approvals.find(t, "a"),
     **{
         f"approvals {filters} {after}": lambda t, f=filters, a=after: approvals.page(t, f, limit=10, after=a)  # type: ignore[misc]
-        for filters in ({}, {"runId": "r"}, {"status": "pending"}, {"status": "denied"})
+        for filters in ({}, {"runId": "r"}, {"sessionId": "s"}, {"status": "pending"}, {"status": "denied"}, BOTH)
         for after in (None, 5)
     },
     "pending approvals": lambda t: approvals.pending(t, "r"),
+    "approvals for who comes back": lambda t: approvals.pending_or_resolved_since(t, "r", 5),
     "runs that wait for answers": lambda t: approvals.count_other_waiting_runs(t, "r"),
     "new approval": lambda t: approvals.insert(t, APPROVAL),
     "answer": lambda t: approvals.resolve(t, "a", {"status": "denied", "message": "x"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,23 @@ def test_a_plan_is_approved(client: Client, project: Path) -> None:
     assert (project / "planned.txt").exists()
 
 
+def test_a_plan_that_was_written_is_shown_to_who_approves_it(
+    client: Client, project: Path, messages_api: MessagesAPI
+) -> None:
+    run = start(client, project, "[[tool ExitPlanMode {}]]" * 2, options={"permissionMode": "plan"})
+    first = next_of(client, run)
+    assert first["input"] == {}
+    # Claude Code tells the model, and nobody else, where the plan is to be.
+    path = re.findall(r"[\w/.-]+/plans/[\w-]+\.md", json.dumps(messages_api.requests))[-1]
+    Path(path).parent.mkdir(exist_ok=True)
+    Path(path).write_text("Write it.")
+    decide(client, first, "deny")
+    second = next_of(client, run)
+    assert second["input"] == {"plan": "Write it.", "planFilePath": path}
+    decide(client, second)
+    assert client.run(run["id"])["status"] == "completed"
+
+
 def test_what_an_option_allows_is_not_asked_about(client: Client, project: Path) -> None:
     run = client.start(project, bash("touch allowed.txt"), approvals=True, options={"allowedTools": ["Bash"]})
     assert [run["status"], states(client, run)] == ["completed", []]
@@ -213,7 +231,7 @@ def test_what_nobody_answers_in_time_is_denied_and_the_model_is_told(client: Cli
 
     assert client.run(run["id"])["status"] == "completed"
     (approval,) = client.get(f"/api/runs/{run['id']}/approvals").json
-    assert [approval["status"], approval["decidedBy"]] == ["denied", None]
+    assert [approval["status"], approval["resolution"]] == ["denied", "timed_out"]
     assert results(client, run) == [approval["message"]]
     assert not (project / "late.txt").exists()
 

@@ -125,7 +125,7 @@ def _approvals(transaction: Transaction, run: Run) -> Iterator[str]:
     while found := approvals.page(transaction, {"runId": run.id}, limit=APPROVALS, after=after):
         for approval in found:
             shown = approval.to_json()
-            # They say once more what `approvalId`, the run and `status` say.
+            # They say once more what `approvalId`, the run, `status` and `resolution` say.
             for name in ("id", "sessionId", "decision"):
                 del shown[name]
             yield _text(type="approval", **shown)

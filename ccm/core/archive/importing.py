@@ -18,7 +18,7 @@ from ccm.core.archive.records import (
 from ccm.db import approvals, archive, messages, runs, sessions, transcripts
 from ccm.db.database import Database, Transaction
 from ccm.db.transcripts import TranscriptKey
-from ccm.models import ERROR, EXPIRED, FORK, PENDING, RESUME, RUNNING, Message, Run
+from ccm.models import ERROR, EXPIRED, FORK, PENDING, RESUME, RUNNING, WITHDRAWN, Message, Run
 
 BATCH_ITEMS = 1_000
 BATCH_BYTES = 8 * 2**20
@@ -272,7 +272,7 @@ class _Incoming:
             raise self._error(f"its approval {row['id']} is here already, of another run")
         if row["status"] == PENDING:
             # Its run is not going on here, and nobody waits for the answer.
-            row |= {"status": EXPIRED, "resolvedAt": row["createdAt"]}
+            row |= {"status": EXPIRED, "resolution": WITHDRAWN, "resolvedAt": row["createdAt"]}
         approvals.insert(self._transaction, row)
 
     def _take_entries(self, part: ArchivedEntries) -> None:

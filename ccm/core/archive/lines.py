@@ -18,7 +18,7 @@ from ccm.core.archive.records import (
     SourceError,
 )
 from ccm.db.transcripts import Entry
-from ccm.models import APPROVAL_STATUSES, MODES, STATUSES, storable
+from ccm.models import APPROVAL_STATUSES, MODES, PENDING, RESOLUTIONS, STATUSES, storable
 
 # No message is larger than CCM_MAX_MESSAGE_BYTES may be, and no piece of a transcript much.
 LINE_BYTES = 2**30
@@ -209,6 +209,7 @@ class _Run:
         suggestions = line.raw("suggestions")
         if not isinstance(suggestions, list) or not all(isinstance(one, dict) for one in suggestions):
             raise line.error("suggestions must be an array of objects.")
+        status = line.one_of("status", APPROVAL_STATUSES)
         changed = line.raw("updatedInput")
         texts = ("toolUseId", "title", "displayName", "description", "blockedPath", "decisionReason", "agentId")
         return ArchivedApproval(
@@ -218,7 +219,8 @@ class _Run:
                 "inputJson": line.json(line.mapping("input")),
                 "suggestionsJson": line.json(suggestions),
                 **{name: line.text_or_none(name) for name in texts},
-                "status": line.one_of("status", APPROVAL_STATUSES),
+                "status": status,
+                "resolution": None if status == PENDING else line.one_of("resolution", RESOLUTIONS),
                 "updatedInputJson": None if changed is None else line.json(line.mapping("updatedInput")),
                 "remember": int(line.flag("remember")),
                 "message": line.text_or_none("message"),

@@ -225,12 +225,15 @@ CREATE TABLE ccr_deliveries (
     status TEXT NOT NULL,
     reason TEXT,
     "attemptsJson" TEXT NOT NULL,
+    -- 1 once it has been tried: it waits behind those that have not.
+    again INTEGER NOT NULL,
     -- Of those of a run and a target that are pending only the first has it: they go out one after another.
     "nextAttemptAt" TEXT,
     UNIQUE ("eventId", target)
 );
 CREATE INDEX ccr_deliveries_by_run ON ccr_deliveries ("runId", id);
-CREATE INDEX ccr_deliveries_pending ON ccr_deliveries (host, "nextAttemptAt") WHERE status = 'pending';
+CREATE INDEX ccr_deliveries_due ON ccr_deliveries (again, "nextAttemptAt", host, id) WHERE status = 'pending';
+CREATE INDEX ccr_deliveries_pending ON ccr_deliveries (host) WHERE status = 'pending';
 
 -- 0010 deliveries (postgresql)
 CREATE TABLE ccr_deliveries (
@@ -243,8 +246,10 @@ CREATE TABLE ccr_deliveries (
     status TEXT NOT NULL,
     reason TEXT,
     "attemptsJson" TEXT NOT NULL,
+    again INTEGER NOT NULL,
     "nextAttemptAt" TEXT,
     UNIQUE ("eventId", target)
 );
 CREATE INDEX ccr_deliveries_by_run ON ccr_deliveries ("runId", id);
-CREATE INDEX ccr_deliveries_pending ON ccr_deliveries (host, "nextAttemptAt") WHERE status = 'pending';
+CREATE INDEX ccr_deliveries_due ON ccr_deliveries (again, "nextAttemptAt", host, id) WHERE status = 'pending';
+CREATE INDEX ccr_deliveries_pending ON ccr_deliveries (host) WHERE status = 'pending';

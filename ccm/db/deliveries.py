@@ -6,6 +6,8 @@ be sent side by side, and yet a run is told in order.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from ccm.db.database import Transaction
 from ccm.models import DELIVERED, DISABLED, PENDING, SERVICE_TARGET, Delivery
 
@@ -14,14 +16,16 @@ SELECT d.id, d."eventId", e.type AS "eventType", d."runId", d.target, d."webhook
     d."attemptsJson", d."nextAttemptAt"
 FROM ccr_deliveries d JOIN ccr_events e ON e.id = d."eventId"
 """
-FIRST_HOST = "SELECT MIN(host) FROM ccr_deliveries WHERE status = 'pending'"
-NEXT_HOST = FIRST_HOST + " AND host > :host"
-NEXT_ATTEMPT = """
-SELECT MIN("nextAttemptAt") FROM ccr_deliveries WHERE status = 'pending' AND host = :host AND "nextAttemptAt" > ''
-"""
 DUE = """
-SELECT id FROM ccr_deliveries WHERE status = 'pending' AND host = :host AND "nextAttemptAt" <= :now
-ORDER BY "nextAttemptAt" LIMIT :limit
+SELECT id, host FROM ccr_deliveries WHERE status = 'pending' AND again = :again AND "nextAttemptAt" <= :now{without}
+ORDER BY "nextAttemptAt", host, id LIMIT :limit
+"""
+NEXT_DUE = """
+SELECT MIN("nextAttemptAt") FROM ccr_deliveries WHERE status = 'pending' AND again = :again AND "nextAttemptAt" > :now
+"""
+BRING_BACK = """
+UPDATE ccr_deliveries SET "nextAttemptAt" = :now
+WHERE status = 'pending' AND again = :again AND "nextAttemptAt" > :latest
 """
 OF_RUN = '"runId" = :run AND target = :target'
 # The host of what goes to the service's address.
@@ -38,10 +42,12 @@ def insert(
         reason: why it is not even tried; None if it is.
     """
     first = reason is None and _first_pending(transaction, run_id, target) is None
-    row = {"runId": run_id, "target": target, "webhookId": webhook_id, "host": host, "reason": reason}
-    row |= {"status": DISABLED if reason else PENDING, "attemptsJson": "[]", "nextAttemptAt": now if first else None}
+    status = DISABLED if reason else PENDING
+    row = {"runId": run_id, "target": target, "webhookId": webhook_id, "host": host, "status": status, "reason": reason}
+    row |= {"attemptsJson": "[]", "nextAttemptAt": now if first else None}
     # There is one writer, so the newest event is the one that it has just written.
-    transaction.insert("ccr_deliveries", {"eventId": transaction.value("SELECT MAX(id) FROM ccr_events"), **row})
+    event_id = transaction.value("SELECT MAX(id) FROM ccr_events")
+    transaction.insert("ccr_deliveries", {"eventId": event_id, "again": 0, **row})
 
 
 def find(transaction: Transaction, delivery_id: int) -> Delivery | None:
@@ -62,20 +68,30 @@ def disabled(transaction: Transaction, run_id: str, target: str) -> str | None:
     return reason
 
 
-def hosts(transaction: Transaction) -> list[tuple[str, str]]:
-    """Each host that something is to be delivered to, and the time of the first attempt."""
-    found = []
-    # From one host to the next through the index: there are few hosts, and may be a great many deliveries to one.
-    host = transaction.value(FIRST_HOST)
-    while host is not None:
-        found.append((host, transaction.value(NEXT_ATTEMPT, host=host)))
-        host = transaction.value(NEXT_HOST, host=host)
-    return found
+def due(
+    transaction: Transaction, now: str, *, again: bool, without: Collection[str], limit: int
+) -> list[tuple[int, str]]:
+    """Ids and hosts of what is to be sent now, what has waited longest first.
+
+    Args:
+        again: of what has failed before; else of what has not.
+        without: hosts to leave out.
+    """
+    names = {f"host{number}": host for number, host in enumerate(without)}
+    condition = f" AND host NOT IN ({', '.join(f':{name}' for name in names)})" if names else ""
+    found = transaction.tuples(DUE.format(without=condition), now=now, again=int(again), limit=limit, **names)
+    return [(delivery_id, host) for delivery_id, host in found]
 
 
-def due(transaction: Transaction, host: str, now: str, limit: int) -> list[int]:
-    """Ids of what is to be sent to a host now, what has waited longest first."""
-    return transaction.column(DUE, host=host, now=now, limit=limit)
+def next_due(transaction: Transaction, now: str) -> str | None:
+    """When something is to be sent that is not yet; None if nothing is."""
+    times = [transaction.value(NEXT_DUE, now=now, again=again) for again in (0, 1)]
+    return min((at for at in times if at is not None), default=None)
+
+
+def bring_back(transaction: Transaction, latest: str, now: str) -> int:
+    """Have all sent now that is to be sent later than `latest`. Tells how much that was."""
+    return sum(transaction.execute(BRING_BACK, latest=latest, now=now, again=again) for again in (0, 1))
 
 
 def tried(
@@ -89,7 +105,9 @@ def tried(
 ) -> None:
     """What has become of a delivery. One that was disabled meanwhile stays so, unless it has arrived."""
     transaction.execute(
-        'UPDATE ccr_deliveries SET "attemptsJson" = :attempts WHERE id = :id', attempts=attempts_json, id=delivery_id
+        'UPDATE ccr_deliveries SET "attemptsJson" = :attempts, again = 1 WHERE id = :id',
+        attempts=attempts_json,
+        id=delivery_id,
     )
     transaction.execute(
         'UPDATE ccr_deliveries SET status = :status, reason = :reason, "nextAttemptAt" = :next WHERE id = :id'

@@ -53,6 +53,6 @@ def read(transaction: Transaction, after: int, through: int) -> list[Event]:
     return [Event(*row) for row in transaction.tuples(sql, after=after, through=through)]
 
 
-def text(transaction: Transaction, event_id: int) -> str:
-    found: str = transaction.value('SELECT "eventJson" FROM ccr_events WHERE id = :id', id=event_id)
+def text(transaction: Transaction, event_id: int) -> str | None:
+    found: str | None = transaction.value('SELECT "eventJson" FROM ccr_events WHERE id = :id', id=event_id)
     return found

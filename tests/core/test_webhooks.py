@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
+import errno
 import itertools
 import logging
+import os
 import re
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -25,10 +28,11 @@ from ccm.core.doorbell import EVENTS, Doorbell
 from ccm.core.recorder import Recorder
 from ccm.core.webhooks.courier import Addresses, Courier
 from ccm.core.webhooks.outbox import Outbox
-from ccm.core.webhooks.post import Answer
+from ccm.core.webhooks.post import Answer, NoAnswer, Post
+from ccm.core.webhooks.room import KEPT, THREADS
 from ccm.core.webhooks.sender import Sender
-from ccm.core.webhooks.verdict import SCHEDULE, judge
-from ccm.db import deliveries, runs, sessions
+from ccm.core.webhooks.verdict import SCHEDULE, Verdict, judge
+from ccm.db import deliveries, events, runs, sessions
 from ccm.db.database import Database, Transaction
 from ccm.models import Run, timestamp
 from tests.receiver import Received, Receiver, Reply, until
@@ -584,6 +588,180 @@ def test_the_log_tells_of_what_is_given_up(world: World, receiver: Receiver, cap
     levels = [r.levelno for r in caplog.records if "run.started" in r.message]
     assert levels == [logging.WARNING, logging.ERROR]
     assert "hidden" not in caplog.text
+
+
+def test_an_address_that_this_machine_cannot_use_does_not_keep_the_next_from_being_tried(
+    world: World, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel without IPv6, and a host that has it."""
+    no_socket(monkeypatch, errno.EAFNOSUPPORT, {socket.AF_INET6})
+    both = [
+        (family, socket.SOCK_STREAM, 6, "", (host, receiver.port))
+        for family, host in ((socket.AF_INET6, "::1"), (socket.AF_INET, "127.0.0.1"))
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: both)
+    world.start()
+    [delivery] = world.settled(world.run("http://both.invalid/", STARTED), "delivered")
+    assert len(delivery["attempts"]) == 1
+
+
+def test_without_a_socket_to_be_had_the_attempt_counts(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.start(schedule=AT_ONCE)
+    no_socket(monkeypatch, errno.EMFILE, {socket.AF_INET})
+    [delivery] = world.settled(world.run("http://127.0.0.1:9/", STARTED), "failed")
+    assert [a["error"] for a in delivery["attempts"]] == ["the connection failed: Too many open files"] * 4
+
+
+def no_socket(monkeypatch: pytest.MonkeyPatch, code: int, families: set[socket.AddressFamily]) -> None:
+    class Socket(socket.socket):
+        def __init__(self, family: int = -1, *args: Any, **kwargs: Any) -> None:
+            if family in families:
+                raise OSError(code, os.strerror(code))
+            super().__init__(family, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "socket", Socket)
+
+
+def test_a_fault_of_the_service_counts_as_an_attempt_and_is_logged(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def send(self: Post) -> Answer:
+        raise AttributeError("nobody thought of it")
+
+    monkeypatch.setattr(Post, "send", send)
+    world.start(schedule=AT_ONCE)
+    [delivery] = world.settled(world.run("http://127.0.0.1:9/", STARTED), "failed")
+    assert [a["error"] for a in delivery["attempts"]] == ["a fault of the service: AttributeError"] * 4
+    assert "nobody thought of it" in caplog.text
+
+
+@contextmanager
+def answering(replies: Iterable[bytes]) -> Iterator[str]:
+    """The address of a receiver that reads a little, says this, and hangs up."""
+
+    def answer() -> None:
+        connection, _ = server.accept()
+        with suppress(OSError), connection:
+            connection.recv(100)
+            for reply in replies:
+                connection.sendall(reply)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/"
+        thread.join()
+
+
+def sent(url: str, *, body: bytes = b"{}", seconds: float = 20) -> Answer:
+    return Post(url, {}, body, seconds, ssl.create_default_context()).send()
+
+
+def test_who_answers_before_all_is_read_is_heard() -> None:
+    long = b"x" * 50_000_000
+    with answering([b"HTTP/1.1 410 Gone\r\nConnection: close\r\n\r\n"]) as url:
+        assert sent(url, body=long).status == 410
+    with answering([]) as url, pytest.raises(NoAnswer, match=r"closed without an answer|connection failed"):
+        sent(url, body=long)
+
+
+def test_what_only_announces_the_answer_is_not_taken_for_it() -> None:
+    hints = b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>\r\n\r\n"
+    final = b"HTTP/1.1 503 Busy\r\nRetry-After: 7\r\n\r\n"
+    with answering([b"HTTP/1.1 100 Continue\r\n\r\n" + hints + hints + final]) as url:
+        assert sent(url) == Answer(503, "7")
+    with answering([b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\n\r\n" + final]) as url:
+        answer = sent(url)
+    assert [answer.status, judge(answer, 1, SCHEDULE).status] == [101, "pending"]
+    with answering(itertools.repeat(hints)) as url, pytest.raises(NoAnswer, match=r"no answer within 0.3 s"):
+        sent(url, seconds=0.3)
+
+
+def test_what_was_put_off_while_the_clock_was_ahead_is_sent_after_a_start(
+    world: World, receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    ahead, tomorrow = world.run(receiver.url, STARTED, COMPLETED), world.run(receiver.url, STARTED)
+
+    def put_off(transaction: Transaction) -> None:
+        sql = 'UPDATE ccr_deliveries SET "nextAttemptAt" = :at WHERE "runId" = :run AND "nextAttemptAt" IS NOT NULL'
+        transaction.execute(sql, run=ahead, at="2099-01-01T00:00:00.000Z")
+        transaction.execute(sql, run=tomorrow, at=timestamp(100_000))
+
+    world.write(put_off)
+    world.start()
+    world.settled(ahead, "delivered", "delivered")
+    assert world.statuses(tomorrow) == ["pending"]
+    assert "1 webhooks were put off while the clock was ahead" in caplog.text
+
+
+@pytest.mark.parametrize("gone", ["ccm.db.events.text", "ccm.db.runs.find"])
+def test_what_is_deleted_while_it_is_read_is_not_sent_to_anybody(
+    world: World, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    """`flask prune` beside the service, on PostgreSQL, between two statements."""
+    [delivery] = world.deliveries(world.run(receiver.url, STARTED))
+    monkeypatch.setattr(gone, lambda *_: None)
+    courier = Courier(world.recorder, world._reader, world.outbox, Addresses(receiver.url + "/service"))
+    assert courier.deliver(delivery["id"]) is None
+    assert receiver.received == []
+
+
+def test_what_is_pending_for_a_thousand_hosts_is_not_gone_through_for_each_that_is_sent(
+    world: World, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pending(transaction: Transaction) -> None:
+        for number in range(1_000):
+            events.insert(transaction, STARTED, found(transaction, run_id))
+            host, at = f"h{number}.invalid:80", timestamp(3_600)
+            deliveries.insert(transaction, run_id, f"t{number}", f"evt_{number}", host, reason=None, now=at)
+
+    run_id = world.run()
+    world.write(pending)
+    world.start()
+    statements: list[str] = []
+    tuples = Transaction.tuples
+
+    def counted(self: Transaction, sql: str, **parameters: Any) -> Any:
+        statements.append(sql)
+        return tuples(self, sql, **parameters)
+
+    monkeypatch.setattr(Transaction, "tuples", counted)
+    world.run(receiver.url, STARTED)
+    receiver.wait_for(1)
+    assert len(statements) < 100
+
+
+def test_hosts_that_give_no_answer_leave_threads_for_others(world: World, receiver: Receiver) -> None:
+    with ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(20)]
+        hosts = [f"127.0.0.1:{server.getsockname()[1]}" for server in servers]
+        world.start()
+        world.sender._silent = dict.fromkeys(hosts)
+        for host in hosts:
+            world.run(f"http://{host}/", STARTED)
+        until(lambda: len(world.sender._hosts) == THREADS - KEPT)
+        begun = time.monotonic()
+        for run_id in [world.run(receiver.url, STARTED, COMPLETED) for _ in range(10)]:
+            world.settled(run_id, "delivered", "delivered")
+        assert time.monotonic() - begun < 10
+        assert len(world.sender._hosts) == THREADS - KEPT
+        world.sender.stop(time.monotonic())
+
+
+def test_what_has_failed_before_waits_behind_what_has_not(
+    world: World, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ccm.core.webhooks.room.PER_HOST", 1)
+    first, second = world.run(receiver.url, STARTED), world.run(receiver.url, STARTED)
+    [delivery] = world.deliveries(first)
+    failed = Verdict("pending", "the receiver answered 500", pause=-60)
+    with world._reader.transaction() as transaction:
+        stored = deliveries.find(transaction, delivery["id"])
+    assert stored is not None
+    world.write(lambda transaction: world.outbox.tried(transaction, stored, [{"error": failed.error}], failed))
+    world.start()
+    receiver.wait_for(2)
+    assert told(receiver) == [(second, STARTED), (first, STARTED)]
 
 
 def judged(status: int, retry_after: str | None = None, attempts: int = 1, schedule: Sequence[float] = SCHEDULE) -> Any:

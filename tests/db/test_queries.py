@@ -120,8 +120,15 @@ QUERIES: dict[str, Callable[[Transaction], object]] = {
     "delivery": lambda t: deliveries.find(t, 1),
     "deliveries": lambda t: deliveries.page(t, "r", limit=10, after=None),
     "disabled": lambda t: deliveries.disabled(t, "r", "run"),
-    "hosts": deliveries.hosts,
-    "due": lambda t: deliveries.due(t, "h:80", timestamp(), 10),
+    **{
+        f"due {again} {without}": lambda t, a=again, w=without: deliveries.due(  # type: ignore[misc]
+            t, timestamp(), again=a, without=w, limit=10
+        )
+        for again in (False, True)
+        for without in ((), ("a:80", "b:80"))
+    },
+    "next due": lambda t: deliveries.next_due(t, timestamp()),
+    "bring back": lambda t: deliveries.bring_back(t, timestamp(), timestamp()),
     "tried": lambda t: deliveries.tried(t, 1, "[]", status="failed", reason="x", next_attempt_at=None),
     "go on": lambda t: deliveries.go_on(t, "r", "run", timestamp()),
     "disable a run": lambda t: deliveries.disable_run(t, "r", "run", "gone"),

@@ -89,8 +89,8 @@ class Courier:
         for post in posts:
             post.cut()
 
-    def deliver(self, delivery_id: int) -> bool:
-        """One attempt, and its outcome stored. False if the receiver gave no answer.
+    def deliver(self, delivery_id: int) -> bool | None:
+        """One attempt, and its outcome stored. Whether the receiver gave an answer; None if it was not asked.
 
         Raises:
             StorageDown: the delivery cannot be read; nothing was sent.
@@ -103,25 +103,28 @@ class Courier:
             if delivery is None or (delivery.next_attempt_at or "~") > timestamp():
                 return None
             run = runs.find(transaction, delivery.run_id) if delivery.target == RUN_TARGET else None
-            url = self._addresses.service if run is None else run.webhook_url
-            return delivery, events.text(transaction, delivery.event_id), url
+            text = events.text(transaction, delivery.event_id)
+            # Deleted with its run since the delivery was read, which PostgreSQL lets happen between two statements.
+            if text is None or (run is None and delivery.target == RUN_TARGET):
+                return None
+            return delivery, text, self._addresses.service if run is None else run.webhook_url
 
         if self._closed.is_set():
-            return True
+            return None
         with self._database.transaction() as transaction:
             found = query(transaction)
         if found is None:
-            return True
+            return None
         delivery, text, url = found
         refusal = self._refusal(delivery, url)
         if url is None or refusal is not None:
             self._store(delivery, delivery.attempts, Verdict(DISABLED, reason=refusal))
-            return True
+            return None
         at, begun = timestamp(), time.monotonic()
         answer = self._post(delivery, url, text.encode("ascii"))
         took = round((time.monotonic() - begun) * 1_000)
         if self._closed.is_set() and not isinstance(answer, Answer):
-            return True  # it was cut, and the receiver is not to blame
+            return None  # it was cut, and the receiver is not to blame
         verdict = judge(answer, len(delivery.attempts) + 1, self._schedule)
         code = answer.status if isinstance(answer, Answer) else None
         attempt = {"at": at, "durationMs": took, "statusCode": code, "error": verdict.error}
@@ -138,18 +141,30 @@ class Courier:
 
     def _post(self, delivery: Delivery, url: str, body: bytes) -> Answer | str:
         """The receiver's answer, or why there is none."""
+        try:
+            return self._send(delivery, url, body)
+        except NoAnswer as reason:
+            return str(reason)
+        except Exception as error:
+            # Counted as a failed attempt: what always goes wrong would be tried again without end.
+            log.exception("delivery %d cannot be sent", delivery.id)
+            return f"a fault of the service: {type(error).__name__}"
+
+    def _send(self, delivery: Delivery, url: str, body: bytes) -> Answer:
+        """
+        Raises:
+            NoAnswer: there was none.
+        """
         if not self._addresses.keys:
             self._say_unsigned()
         signed = headers(delivery.webhook_id, int(time.time()), body, self._addresses.keys)
         post = Post(url, signed, body, self._attempt_seconds, self._tls)
         with self._lock:
             if self._closed.is_set():
-                return "the service has stopped"
+                raise NoAnswer("the service has stopped")
             self._posts[delivery.id] = post
         try:
             return post.send()
-        except NoAnswer as reason:
-            return str(reason)
         finally:
             with self._lock:
                 del self._posts[delivery.id]

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ccm.core.webhooks.verdict import Verdict
+from ccm.core.webhooks.verdict import LONGEST_PAUSE, Verdict
 from ccm.db import deliveries, events
 from ccm.db.database import Transaction
 from ccm.models import (
@@ -63,7 +63,13 @@ class Outbox:
             deliveries.insert(transaction, run.id, SERVICE_TARGET, webhook_id, host, reason=self._gone, now=now)
 
     def begin(self, transaction: Transaction) -> None:
-        """At a start: what was for the service's address has none any more, if the setting is gone."""
+        """At a start: what was for the service's address has none any more, if the setting is gone.
+
+        What is to be sent later than it can be was put off while the clock was ahead: it would never be sent.
+        """
+        late = deliveries.bring_back(transaction, timestamp(LONGEST_PAUSE), timestamp())
+        if late:
+            log.warning("%d webhooks were put off while the clock was ahead, and are sent now", late)
         if not self._service:
             left = deliveries.disable_service(transaction, "CCM_WEBHOOK_URL is not set any more")
             if left:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http
 import http.client
 import socket
 import ssl
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 from ccm.webhook_urls import PORTS
@@ -53,7 +55,10 @@ class Post:
         try:
             parts = urlsplit(self._url)
             path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-            self._connection.request("POST", path, self._body, dict(self._headers))
+            self._connection.connect()
+            # Who has read enough answers and hangs up, amid the body that is still being sent: `410` or `413`.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self._connection.request("POST", path, self._body, dict(self._headers))
             with self._connection.getresponse() as response:
                 return Answer(response.status, response.getheader("Retry-After"))
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -76,7 +81,7 @@ class Post:
         if isinstance(error, ssl.SSLCertVerificationError):
             return f"its certificate cannot be trusted: {error.verify_message}"
         if isinstance(error, ssl.SSLError):
-            return f"TLS failed: {error.reason}"
+            return f"TLS failed: {error.reason or type(error).__name__}"
         if isinstance(error, http.client.RemoteDisconnected):
             return "the connection was closed without an answer"
         if isinstance(error, OSError):
@@ -84,7 +89,18 @@ class Post:
         return f"the answer is no HTTP: {type(error).__name__}"
 
 
+class _Response(http.client.HTTPResponse):
+    def begin(self) -> None:
+        """Read the head of the answer, beyond what only announces it (103, Early Hints)."""
+        super().begin()
+        while http.HTTPStatus.SWITCHING_PROTOCOLS < self.status < http.HTTPStatus.OK:
+            self.headers = None  # type: ignore[assignment]  # else it counts as read
+            super().begin()
+
+
 class _Connection(http.client.HTTPConnection):
+    response_class = _Response
+
     def __init__(self, url: str, deadline: float, tls: ssl.SSLContext) -> None:
         parts = urlsplit(url)
         super().__init__(parts.hostname or "", parts.port or PORTS[parts.scheme])
@@ -97,14 +113,12 @@ class _Connection(http.client.HTTPConnection):
     def connect(self) -> None:
         # A name that the system takes long to look up cannot be cut short, but what follows is told that time is over.
         places = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        for number, (family, kind, protocol, _, address) in enumerate(places):
+        for left, place in zip(range(len(places), 0, -1), places, strict=True):
             try:
-                self._use(socket.socket(family, kind, protocol), share=len(places) - number)
-                self.sock.connect(address)
+                self._reach(place, share=left)
                 break
             except OSError:
-                self.sock.close()
-                if number == len(places) - 1 or self.is_cut:
+                if left == 1 or self.is_cut:
                     raise
         self.sock.settimeout(self._remaining())
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -112,6 +126,17 @@ class _Connection(http.client.HTTPConnection):
             secured = self._tls.wrap_socket(self.sock, server_hostname=self.host, do_handshake_on_connect=False)
             self._use(secured)
             secured.do_handshake()
+
+    def _reach(self, place: tuple[Any, ...], share: int) -> None:
+        family, kind, protocol, _, address = place
+        # Where the kernel has no IPv6 this alone fails, and the next address may do.
+        connection = socket.socket(family, kind, protocol)
+        try:
+            self._use(connection, share)
+            connection.connect(address)
+        except OSError:
+            connection.close()
+            raise
 
     def _remaining(self) -> float:
         remaining = self._deadline - time.monotonic()

@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
 from typing import TypeVar
@@ -19,6 +18,7 @@ from typing import TypeVar
 from ccm.core.doorbell import EVENTS, Doorbell
 from ccm.core.pool import WorkerPool
 from ccm.core.webhooks.courier import Courier
+from ccm.core.webhooks.room import THREADS, Room
 from ccm.db import deliveries
 from ccm.db.database import Database, Transaction
 from ccm.errors import StorageDown, StorageError
@@ -28,11 +28,10 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Attempts at once, and of these at most to one host, and to one that has given no answer the last time: those that take
-# all the time they get leave room for the others.
-THREADS = 16
-PER_HOST = 4
-PER_SILENT_HOST = 1
+# How much of what is due is read at once. More than can be under way, which is due as well.
+PAGE = 100
+# How many hosts that gave no answer are known at most: each query names them.
+MOST_SILENT = 1_000
 # How long to sleep at most (seconds): the times of the next attempts are the clock's, which may jump.
 LONGEST_SLEEP = 60.0
 # How long threads get to end once what they send is cut (seconds). One that looks a name up may take longer.
@@ -59,8 +58,8 @@ class Sender:
         self._idle = threading.Condition(self._lock)
         # The host of each delivery that is in the hands of a thread.
         self._hosts: dict[int, str] = {}
-        # Hosts that gave no answer the last time.
-        self._silent: set[str] = set()
+        # Hosts that gave no answer the last time, the latest at the end.
+        self._silent: dict[str, None] = {}
         self._rung = threading.Event()
         self._stopping = False
         self._stopped = threading.Event()
@@ -114,23 +113,32 @@ class Sender:
 
     def _begin_due(self) -> float:
         """Hand what is due to threads. Gives the seconds until something else will be."""
-        with self._lock:
-            busy = Counter(self._hosts.values())
-        hosts = self._read(deliveries.hosts)
         now = timestamp()
-        # Who has least under way comes first.
-        for host, at in sorted(hosts, key=lambda place: (busy[place[0]], place[1])):
-            share = PER_SILENT_HOST if host in self._silent else PER_HOST
-            room = min(share - busy[host], THREADS - busy.total())
-            if at > now or room <= 0:
-                continue
-            # What is under way is due as well, until what has become of it is stored.
-            for delivery_id in self._read(partial(deliveries.due, host=host, now=now, limit=PER_HOST + busy[host])):
-                if room and self._take(delivery_id, host):
-                    busy[host] += 1
-                    room -= 1
-        later = [at for _, at in hosts if at > now]
-        return min(LONGEST_SLEEP, _seconds_until(min(later))) if later else LONGEST_SLEEP
+        with self._lock:
+            silent = list(self._silent)
+            room = Room(self._hosts.values(), set(silent))
+        # Hosts that gave no answer, and what has failed before, wait behind the others.
+        for again in (False, True):
+            self._begin(room, now, again, silent)
+        for again in (False, True):
+            if room.has_for_silent():
+                self._begin(room, now, again, ())
+        later = self._read(partial(deliveries.next_due, now=now))
+        return LONGEST_SLEEP if later is None else min(LONGEST_SLEEP, _seconds_until(later))
+
+    def _begin(self, room: Room, now: str, again: bool, without: Sequence[str]) -> None:
+        """Hand out what is due, or due again, as far as there is room, except for some hosts."""
+        is_more = True
+        while is_more and room.has_any():
+            # A host that has its share is left out by the query: all that is due for it may be in front of the others.
+            hosts = {*without, *room.full()}
+            page = self._read(partial(deliveries.due, now=now, again=again, without=hosts, limit=PAGE))
+            begun = 0
+            for delivery_id, host in page:
+                if room.has(host) and self._take(delivery_id, host):
+                    room.begin(host)
+                    begun += 1
+            is_more = begun > 0 and len(page) == PAGE
 
     def _take(self, delivery_id: int, host: str) -> bool:
         with self._lock:
@@ -149,8 +157,8 @@ class Sender:
     def _deliver(self, delivery_id: int, host: str) -> None:
         try:
             answered = self._courier.deliver(delivery_id)
-            with self._lock:
-                (self._silent.discard if answered else self._silent.add)(host)
+            if answered is not None:
+                self._remember(host, answered)
         except StorageDown as error:
             log.debug("delivery %d cannot be read: %s", delivery_id, error)
             self._stopped.wait(FAULT_PAUSE)
@@ -163,6 +171,14 @@ class Sender:
             del self._hosts[delivery_id]
             self._idle.notify_all()
         self._rung.set()
+
+    def _remember(self, host: str, answered: bool) -> None:
+        with self._lock:
+            self._silent.pop(host, None)
+            if not answered:
+                self._silent[host] = None
+            if len(self._silent) > MOST_SILENT:
+                del self._silent[next(iter(self._silent))]
 
 
 def _seconds_until(at: str) -> float:

@@ -17,6 +17,8 @@ SCHEDULE = (5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
 JITTER = 0.2
 # The most that a receiver may ask for in Retry-After (seconds).
 LONGEST_RETRY_AFTER = 86_400
+# The longest pause that there can be (seconds).
+LONGEST_PAUSE = max(LONGEST_RETRY_AFTER, max(SCHEDULE) * (1 + JITTER))
 RETRY_AFTER = (429, 503)
 GONE = 410
 

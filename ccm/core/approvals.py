@@ -167,6 +167,12 @@ class Approvals:
                     "out.",
                     field="remember",
                 )
+            if approval.pending and answer.updated_input == {} and approval.input_json != "{}":
+                raise ValidationError(
+                    "updatedInput: must not be empty, for Claude Code would then use the input that it asked about. To "
+                    "allow that, leave updatedInput out.",
+                    field="updatedInput",
+                )
             resolved = self._lifecycle.resolve(transaction, approval_id, answer, decided_by)
             # Where it is not known whether the try before was committed, what is found may be this very answer.
             won = resolved or (won and transaction.uncertain)

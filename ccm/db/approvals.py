@@ -24,8 +24,11 @@ ORDER BY seq
 """
 CHANGES = f"""
 SELECT id, "eventJson" FROM ccr_events
-WHERE "runId" = :run AND id > :after AND type IN ('{APPROVAL_REQUESTED}', '{APPROVAL_RESOLVED}') ORDER BY id
+WHERE "runId" = :run AND id > :after AND type IN ('{APPROVAL_REQUESTED}', '{APPROVAL_RESOLVED}')
+ORDER BY id LIMIT :limit
 """
+# Each may hold a whole file.
+CHANGES_AT_ONCE = 20
 
 
 def find(transaction: Transaction, approval_id: str) -> Approval | None:
@@ -41,10 +44,9 @@ def page(
     Args:
         filters: has keys of FILTERS.
     """
-    conditions = [FILTERS[name] for name in filters] + ([] if after is None else ["seq > :after"])
-    where = f"WHERE {' AND '.join(conditions)} " if conditions else ""
-    parameters = dict(filters) | {"limit": limit} | ({} if after is None else {"after": after})
-    rows = transaction.rows(f"{SELECT} {where}ORDER BY seq LIMIT :limit", **parameters)
+    where = " AND ".join([*(FILTERS[name] for name in filters), "seq > :after"])
+    beyond = {"limit": limit, "after": 0 if after is None else after}
+    rows = transaction.rows(f"{SELECT} WHERE {where} ORDER BY seq LIMIT :limit", **filters, **beyond)
     return [Approval.from_row(row) for row in rows]
 
 
@@ -66,9 +68,8 @@ def count_other_waiting_runs(transaction: Transaction, run_id: str) -> int:
 
 
 def insert(transaction: Transaction, row: Mapping[str, Any]) -> None:
-    """An approval after all that are there; only the one writer may ask. `row` has every column but `seq`."""
-    seq = transaction.value("SELECT COALESCE(MAX(seq), 0) + 1 FROM ccr_approvals")
-    transaction.insert("ccr_approvals", {**row, "seq": seq})
+    """An approval after all that are there. `row` has every column but `seq`."""
+    transaction.insert("ccr_approvals", row)
 
 
 def resolve(transaction: Transaction, approval_id: str, values: Mapping[str, Any]) -> bool:
@@ -84,7 +85,7 @@ def last_event(transaction: Transaction, run_id: str) -> int:
 
 
 def changes(transaction: Transaction, run_id: str, after: int) -> Sequence[tuple[int, dict[str, Any]]]:
-    """What was asked and answered in a run beyond one of its events: the event's id, and the approval as it was then,
-    as the API shows it."""
-    rows = transaction.tuples(CHANGES, run=run_id, after=after)
+    """The next of what was asked and answered in a run beyond one of its events: the event's id, and the approval as it
+    was then, as the API shows it."""
+    rows = transaction.tuples(CHANGES, run=run_id, after=after, limit=CHANGES_AT_ONCE)
     return [(event_id, json.loads(text)["data"]["approval"]) for event_id, text in rows]

@@ -151,10 +151,11 @@ def test_what_is_changed_is_done_as_it_was_changed(api: Client, project: Path) -
     assert told(api, approval) == {"behavior": "allow", "updatedInput": changed}
 
 
-def test_an_input_that_is_emptied_is_empty(api: Client, project: Path) -> None:
+def test_an_input_is_not_emptied_for_claude_code_would_execute_what_it_asked_about(api: Client, project: Path) -> None:
     approval = ask_one(api, project)
-    assert decide(api, approval, "allow", updatedInput={}).json["updatedInput"] == {}
-    assert told(api, approval) == {"behavior": "allow", "updatedInput": {}}
+    assert "leave updatedInput out" in refused(decide(api, approval, "allow", updatedInput={}), "updatedInput")
+    assert api.get(f"/api/approvals/{approval['id']}").json["status"] == "pending"
+    decide(api, approval, "allow")
 
 
 def test_a_denial_is_told_with_its_reason(api: Client, project: Path) -> None:

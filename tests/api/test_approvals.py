@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ccm.core.processes import end_marked
-from tests.api.conftest import NOWHERE, folder_of, new_database, refused, script
+from tests.api.conftest import NOWHERE, folder_of, new_database, refused, script, until
 from tests.client import Answer, Client
 from tests.conftest import ServeFunction
 from tests.event_source import Stream, events_of
@@ -294,6 +294,21 @@ def test_the_wait_does_not_count_as_the_runs_time(api: Client, project: Path) ->
     ended = api.run(run["id"])
     assert [ended["status"], ended["error"]] == ["completed", None]
     assert ended["durationMs"] >= 2_000
+
+
+def test_a_run_that_is_told_to_stop_takes_no_answer_any_more(api: Client, project: Path) -> None:
+    # A Claude Code that heeds no interrupt: it is there for three seconds more, and nothing may be allowed meanwhile.
+    run = api.start(project, script(ask=[BASH], ignore_interrupt=True), wait=0, approvals=True)
+    (approval,) = pending(api, run)
+    with ThreadPoolExecutor(1) as other:
+        cancelled = other.submit(api.delete, f"/api/runs/{run['id']}")
+        until(lambda: api.get(f"/api/approvals/{approval['id']}").json["status"] != "pending")
+        assert api.run(run["id"], wait=0)["status"] == "running"
+        late = decide(api, approval, "allow")
+
+    assert cancelled.result().json["status"] == "cancelled"
+    assert [late.status, late.json["approval"]["status"]] == [409, "expired"]
+    assert [message for message in api.messages(run["id"]) if message["type"] == "answered"] == []
 
 
 def test_what_a_cancelled_run_has_asked_expires(api: Client, project: Path) -> None:

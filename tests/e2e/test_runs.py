@@ -378,8 +378,11 @@ def test_every_message_is_what_the_cli_wrote(serve: ServeFunction, project: Path
     )
 
     lines = [json.loads(line) for line in written.read_text(encoding="utf-8").splitlines()]
-    expected = [
-        line for line in lines if line["type"] not in NOT_MESSAGES and line.get("subtype") != "session_state_changed"
-    ]
+    # What is said for the service alone, to tell it how far the run and its prompt are, is no part of the record.
+    states = [line for line in lines if line.get("subtype") == "session_state_changed"]
+    of_prompt = [line for line in lines if line["type"] == "command_lifecycle"]
+    expected = [line for line in lines if line["type"] not in NOT_MESSAGES and line not in states + of_prompt]
     assert client.messages(run["id"]) == expected
+    (prompt,) = [line for line in expected if line.get("isReplay")]
+    assert {line["command_uuid"] for line in of_prompt} == {prompt["uuid"]}
     assert len(expected) > 20

@@ -204,16 +204,20 @@ def test_at_the_end_of_a_turn_a_message_is_either_taken_in_and_answered_or_refus
 ) -> None:
     """Two clients talk to each run, at random moments about the ends of its turns, until it has ended between them."""
     chance = random.Random(11)
+    # How long a turn takes: as long as the messages, on this machine, come about at its end (seconds).
+    turn = 0.02
 
     def talk(run_id: str, name: str, barrier: threading.Barrier) -> tuple[list[str], list[int]]:
+        nonlocal turn
         taken: list[str] = []
         statuses: list[int] = []
         barrier.wait()
         while len(statuses) < 10 and 409 not in statuses:
             threading.Event().wait(chance.random() * 0.012)  # not to synchronise: to meet the end at any moment
-            prompt = script(assistant(f"heard {name}{len(taken)}"), seconds=chance.random() * 0.02)
+            prompt = script(assistant(f"heard {name}{len(taken)}"), seconds=chance.random() * 2 * turn)
             answer = put(client, run_id, prompt)
             statuses.append(answer.status)
+            turn = max(0.001, turn * 0.9) if answer.status == 202 else min(0.5, turn * 1.2)
             if answer.status == 202:
                 taken.append(prompt)
             else:
@@ -221,7 +225,7 @@ def test_at_the_end_of_a_turn_a_message_is_either_taken_in_and_answered_or_refus
         return taken, statuses
 
     def race(_: int) -> list[int]:
-        run = client.start(tmp_path, script(*kinds("a"), seconds=0.01), wait=0)
+        run = client.start(tmp_path, script(*kinds("a"), seconds=turn), wait=0)
         client.wait_for_message(run["id"], "a")
         barrier = threading.Barrier(2)
         with ThreadPoolExecutor(2) as clients:

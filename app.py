@@ -65,6 +65,9 @@ def main() -> int:
         except StartRefused as refusal:
             print(f"CC Manager does not start: {refusal}", file=sys.stderr)
             return refusal.exit_code
+        except Exception:
+            log.exception("CC Manager does not start, because of a fault")
+            return 1
         for sentence in access_warnings(settings):
             log.warning("%s", sentence)
         # Said when a signal is heeded already: who reads it may send one at once.

@@ -16,10 +16,12 @@ blueprint = Blueprint("health", __name__)
 def health() -> Response:
     """Whether the service can do its job."""
     trouble = service().trouble()
+    found = service().problems.sentences()
+    problems = {"problems": found} if found else {}
     if trouble is None:
-        return answer({"status": "ok"})
+        return answer({"status": "ok"} | problems)
     error = {"code": "UNHEALTHY", "message": f"The service cannot do its job: {trouble}."}
-    return answer({"status": "unavailable", "error": error}, 503, {"Retry-After": "5"})
+    return answer({"status": "unavailable", "error": error} | problems, 503, {"Retry-After": "5"})
 
 
 @blueprint.get("/")

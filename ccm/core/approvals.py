@@ -11,6 +11,7 @@ import logging
 import threading
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 from ccm.core.approval_lifecycle import ApprovalLifecycle
@@ -23,6 +24,8 @@ from ccm.models import ANSWERED, NO_WORKER, TIMED_OUT, WITHDRAWN, Answer, Approv
 
 log = logging.getLogger(__name__)
 
+# How often a run that waits looks by itself whether the wait is over (seconds).
+LOOK_INTERVAL = 1.0
 NOT_STORED = "This could not be asked, because the service could not store the question; so it is denied."
 # What an answer that comes too late is told, by the resolution that it finds.
 ALREADY = {
@@ -53,7 +56,7 @@ class Approvals:
         self._timeout = timeout
         self._lock = threading.Lock()
         # Told what became of an approval, in the writer's thread.
-        self._waiters: dict[str, Callable[[Approval], None]] = {}
+        self._waiters: dict[str, _Waiter] = {}
 
     def check_workers(self) -> None:
         """
@@ -76,11 +79,11 @@ class Approvals:
         While storage is down the question waits, as the run's messages do.
         """
         approval_id = str(uuid.uuid4())
-        resolved = asyncio.get_running_loop().create_future()
+        waiter = _Waiter()
         with self._lock:
-            self._waiters[approval_id] = partial(_tell, asyncio.get_running_loop(), resolved)
+            self._waiters[approval_id] = waiter
         try:
-            return (await self._ask(approval_id, run, question, resolved)).answer
+            return (await self._ask(approval_id, run, question, waiter)).answer
         except asyncio.CancelledError:
             # Claude Code takes its question back: the run is interrupted.
             self._withdraw(approval_id)
@@ -93,9 +96,7 @@ class Approvals:
             with self._lock:
                 del self._waiters[approval_id]
 
-    async def _ask(
-        self, approval_id: str, run: Run, question: Question, resolved: asyncio.Future[Approval]
-    ) -> Approval:
+    async def _ask(self, approval_id: str, run: Run, question: Question, waiter: _Waiter) -> Approval:
         """An approval once it is no longer pending."""
         seconds = self._timeout if run.approval_timeout_ms is None else run.approval_timeout_ms / 1000
         approval = await self._store(
@@ -107,12 +108,12 @@ class Approvals:
                 seconds=seconds,
             )
         )
-        return await self._wait(approval_id, resolved, seconds) if approval.pending else approval
+        return await self._wait(approval_id, waiter, seconds) if approval.pending else approval
 
-    async def _wait(self, approval_id: str, resolved: asyncio.Future[Approval], seconds: float) -> Approval:
+    async def _wait(self, approval_id: str, waiter: _Waiter, seconds: float) -> Approval:
         try:
             async with asyncio.timeout(seconds):
-                return await resolved
+                return await waiter.wait()
         except TimeoutError:
             # An answer may have been first all the same; then it counts.
             return await self._store(partial(self._time_out, approval_id))
@@ -123,11 +124,10 @@ class Approvals:
 
     async def _store(self, work: Callable[[Transaction], Approval]) -> Approval:
         """Have a change stored, as long as it takes. The loop goes on meanwhile: it may have to take a cancel."""
-        loop = asyncio.get_running_loop()
-        done = asyncio.Event()
         write = self._recorder.submit(work, self._follow)
-        write.future.add_done_callback(lambda _: _call(loop, done.set))
-        await done.wait()
+        stored = _Signal()
+        write.future.add_done_callback(lambda _: stored.set())
+        await stored.wait(write.future.done)
         return write.future.result()
 
     def _withdraw(self, approval_id: str) -> None:
@@ -188,9 +188,9 @@ class Approvals:
     def _follow(self, approval: Approval) -> None:
         if not approval.pending:
             with self._lock:
-                tell = self._waiters.get(approval.id)
-            if tell is not None:
-                tell(approval)
+                waiter = self._waiters.get(approval.id)
+            if waiter is not None:
+                waiter.tell(approval)
         self._doorbell.ring((approval.run_id, approval.session_id, EVENTS, APPROVALS))
 
 
@@ -198,13 +198,43 @@ def _already(approval: Approval) -> str:
     return ALREADY[str(approval.resolution)].format(at=approval.resolved_at, status=approval.status)
 
 
-def _tell(loop: asyncio.AbstractEventLoop, resolved: asyncio.Future[Approval], approval: Approval) -> None:
-    _call(loop, lambda: None if resolved.done() else resolved.set_result(approval))
+class _Signal:
+    """Wakes a run's loop from another thread. Made in that loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._event = asyncio.Event()
+
+    def set(self) -> None:
+        """Wake the loop, from any thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._event.set)
+        except RuntimeError:
+            log.debug("a run that waited has ended")
+
+    async def wait(self, condition: Callable[[], bool]) -> None:
+        """Wait for a condition whose coming true is signalled. It is looked at now and then too: a signal that a fault
+        has kept back must not leave the run waiting for ever.
+        """
+        while not condition():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_INTERVAL):
+                    await self._event.wait()
 
 
-def _call(loop: asyncio.AbstractEventLoop, action: Callable[[], None]) -> None:
-    """Have something done in a run's loop, from another thread."""
-    try:
-        loop.call_soon_threadsafe(action)
-    except RuntimeError:
-        log.debug("a run that waited has ended")
+class _Waiter:
+    """A question that waits in its run's loop for what becomes of it."""
+
+    def __init__(self) -> None:
+        self._signal = _Signal()
+        self._approval: Approval | None = None
+
+    def tell(self, approval: Approval) -> None:
+        """End the wait, from any thread."""
+        self._approval = approval
+        self._signal.set()
+
+    async def wait(self) -> Approval:
+        await self._signal.wait(lambda: self._approval is not None)
+        assert self._approval is not None  # noqa: S101  # for mypy: the condition that was waited for
+        return self._approval

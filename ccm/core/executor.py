@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ CLOSE_SECONDS = 5.0
 TERMINATE_SECONDS = 5.0
 # How long the output of a CLI that has gone may stay open.
 EXIT_SECONDS = 0.3
+# How often a CLI is killed that does not go.
+KILL_TRIES = 10
+# How often a run looks whether it is to stop, should it not have been told (seconds).
+REASON_INTERVAL = 1.0
 # How long a CLI that is otherwise done may say nothing of a message that it was sent, before it is let go all the same.
 SETTLE_SECONDS = 10.0
 # The CLI retries a refused login for three minutes; a second refusal is answer enough.
@@ -43,6 +48,11 @@ LOGIN_REFUSALS = 2
 LOGIN_ADVICE = (
     "Claude Code has no login that is accepted. Log in again: run `claude` and /login as the service's user, or set "
     "ANTHROPIC_API_KEY for the service."
+)
+
+TMPDIR_ADVICE = (
+    "The directory for the run's temporary files cannot be written: {}. Make room in TMPDIR, or set it to another "
+    "directory, and start the run again."
 )
 
 
@@ -98,22 +108,21 @@ class Execution:
         self._denial: Answer | None = None
         self._denied: Answer | None = None
         self._said = ""
-        self._closed_by_itself = False
-
-    @property
-    def closed_by_itself(self) -> bool:
-        """Whether Claude Code closed its output once it was over, with everything said that it had to say."""
-        return self._closed_by_itself
+        self._let_go = True
+        # Whether Claude Code closed its output once it was over, with everything said that it had to say.
+        self.closed_by_itself = False
+        # Whether no process of the run is left that should not be.
+        self.left_nothing = False
 
     # ---- from any thread
 
     def cancel(self) -> None:
         """Have it stop; it ends as `cancelled`, unless it is over by itself before."""
-        self._stop_for(Outcome(CANCELLED))
+        self.stop(Outcome(CANCELLED))
 
     def fail(self, code: str, message: str) -> None:
         """Have it stop; it ends as `error`."""
-        self._stop_for(Outcome(ERROR, code, message))
+        self.stop(Outcome(ERROR, code, message))
 
     def send(self, follow_up: FollowUp) -> None:
         """Put a user's message into it. Whether it takes the message in, `follow_up.taken_in` tells."""
@@ -126,7 +135,8 @@ class Execution:
                 about = "The run is just being started; send the message again in a moment."
                 follow_up.refuse(Conflict(about, code="RUN_NOT_STARTED"))
 
-    def _stop_for(self, reason: Outcome) -> None:
+    def stop(self, reason: Outcome) -> None:
+        """Have it stop; `reason` is how it ends, unless it is over by itself before. The first reason counts."""
         with self._lock:
             if self._reason is None:
                 self._reason = reason
@@ -136,13 +146,14 @@ class Execution:
     # ---- in the run's thread
 
     def perform(self) -> Outcome:
-        """Run it, in an event loop of this thread's own, and say how it ended. No process of it is left then."""
+        """Run it, in an event loop of this thread's own, and say how it ended. No process of it is left then, unless
+        `left_nothing` is False.
+        """
         started = time.monotonic()
         try:
             outcome = asyncio.run(self._perform())
         finally:
-            if self._reason is not None or not self._over.is_set():
-                end_marked(self._assignment.run_id)
+            self._end_processes()
         result = self._results[-1] if self._results else None
         return Outcome(
             status=outcome.status,
@@ -153,6 +164,17 @@ class Execution:
             duration_ms=round((time.monotonic() - started) * 1000),
         )
 
+    def _end_processes(self) -> None:
+        """End what a run has left that did not end by itself."""
+        if self._reason is None and self._over.is_set() and self._let_go:
+            self.left_nothing = True
+            return
+        try:
+            end_marked(self._assignment.run_id)
+            self.left_nothing = True
+        except Exception:
+            log.exception("run %s: its processes could not be looked for", self._assignment.run_id)
+
     async def _perform(self) -> Outcome:
         # anyio, beneath the SDK, asks several times for each message which event loop this is; told so, it need not
         # find out.
@@ -161,7 +183,7 @@ class Execution:
             self._loop = asyncio.get_running_loop()
             if self._reason is not None:
                 self._stop.set()
-        timekeeper = asyncio.create_task(self._keep_time())
+        timekeeper = asyncio.create_task(self._supervised(self._keep_time))
         try:
             return await self._run_claude()
         finally:
@@ -177,33 +199,79 @@ class Execution:
             return Outcome(ERROR, "CLI_NOT_FOUND", missing)
         if not Path(self._assignment.cwd).is_dir():
             return Outcome(ERROR, "CWD_NOT_FOUND", f"The directory {self._assignment.cwd} is not there any more.")
-        with run_directory(self._assignment.run_id) as directory:
+        with ExitStack() as stack:
             try:
-                client = Client(
-                    sdk_options(self._assignment, self._claude, self._environ, directory, self._mirror, ask=self._ask)
+                directory = stack.enter_context(run_directory(self._assignment.run_id))
+                options = sdk_options(
+                    self._assignment, self._claude, self._environ, directory, self._mirror, ask=self._ask
                 )
             except UnusableOptionsError as unusable:
                 return Outcome(ERROR, "OPTIONS_UNUSABLE", str(unusable))
-            # Never cancelled before the stream has ended: a cancelled disconnect leaks the CLI and its tools.
-            keeper = asyncio.create_task(self._see_it_end(client))
-            writer: asyncio.Task[None] | None = None
-            error: Exception | None = None
+            except OSError as error:
+                log.error("run %s: its directory cannot be written: %s", self._assignment.run_id, error)  # noqa: TRY400
+                return Outcome(ERROR, "TMPDIR_NOT_WRITABLE", TMPDIR_ADVICE.format(error.strerror))
+            raised = await self._converse(Client(options))
+            self._said = said_on_stderr(directory)
+        return self._judge(raised)
+
+    async def _converse(self, client: Client) -> BaseException | None:
+        """Start Claude Code, have it answer, and see it end. Gives what the SDK raised, if anything."""
+        # Never cancelled before the stream has ended: a cancelled disconnect leaks the CLI and its tools.
+        conversation = asyncio.create_task(self._receive(client))
+        keeper = asyncio.create_task(self._ensure_end(client))
+        await asyncio.wait((keeper,))
+        if not conversation.done():
+            # Its processes are gone, and the SDK has not noticed it.
+            conversation.cancel()
+            await asyncio.wait((conversation,), timeout=CLOSE_SECONDS)
+        await self._disconnect(client)
+        return None if conversation.cancelled() or not conversation.done() else conversation.exception()
+
+    async def _receive(self, client: Client) -> None:
+        writer: asyncio.Task[None] | None = None
+        try:
+            await client.connect()
+            self._connected.set()
+            if not self._stop.is_set():
+                writer = asyncio.create_task(self._supervised(partial(self._write, client)))
+                await client.receive_raw(self._take)
+        finally:
+            self._stream_ended.set()
+            if writer is not None:
+                writer.cancel()
+
+    async def _ensure_end(self, client: Client) -> None:
+        """See the run end, by force where anything in that fails: nobody else would end it."""
+        try:
+            await self._see_it_end(client)
+        except Exception as error:
+            self._break(error)
+            await self._kill(client)
+
+    async def _supervised(self, part: Callable[[], Awaitable[None]]) -> None:
+        """Run a part of the execution beside its main line. A fault in it stops the run, which could else never end."""
+        try:
+            await part()
+        except Exception as error:
+            self._break(error)
+
+    def _break(self, error: Exception) -> None:
+        """A part has failed: the run stops. For the run's own loop."""
+        log.error("run %s failed because of a fault", self._assignment.run_id, exc_info=error)
+        if self._reason is None:
+            self._reason = Outcome(ERROR, "EXECUTION_ERROR", f"{type(error).__name__}: {error}")
+        self._stop.set()
+
+    async def _kill(self, client: Client) -> None:
+        """The last resort. It blocks the loop, which has nothing else to do, and so needs no thread."""
+        for _ in range(KILL_TRIES):
             try:
-                await client.connect()
-                self._connected.set()
-                if not self._stop.is_set():
-                    writer = asyncio.create_task(self._write(client))
-                    await client.receive_raw(self._take)
-            except Exception as raised:
-                error = raised
-            finally:
-                self._stream_ended.set()
-                if writer is not None:
-                    writer.cancel()
-                await keeper
-                await self._disconnect(client)
-                self._said = said_on_stderr(directory)
-        return self._judge(error)
+                client.signal(signal.SIGKILL)
+                end_marked(self._assignment.run_id)
+            except Exception:
+                log.exception("run %s: Claude Code could not be killed", self._assignment.run_id)
+            if await self._ends_within(EXIT_SECONDS):
+                return
 
     async def _keep_time(self) -> None:
         """Has the run stop when its time is used up, if it has not come to an end by itself."""
@@ -217,7 +285,7 @@ class Execution:
         except Exception:
             # The run is over, and how it went is known; what is left of it is ended by its mark.
             log.exception("run %s: Claude Code could not be let go", self._assignment.run_id)
-            await asyncio.to_thread(end_marked, self._assignment.run_id)
+            self._let_go = False
 
     # ---- what it is told
 
@@ -271,6 +339,10 @@ class Execution:
         if kind == "system" and subtype == "session_state_changed":
             # Switched on for ourselves: acted on, and no part of the record.
             self._session_state = message.get("state")
+        elif kind == "system" and subtype == "mirror_error":
+            # The SDK's own word, of a fault of this service's storage. The transcript is taken from its file instead.
+            reason = message.get("error") or "no reason is given"
+            log.warning("run %s: its transcript could not be mirrored: %s", self._assignment.run_id, reason)
         elif not await self._follow_ups.heed(message):
             await self._keep(message)
         self._note(message, kind, subtype)
@@ -287,16 +359,15 @@ class Execution:
         if kind == "result":
             self._results.append(message)
             self._denied, self._denial = self._denial, None
-        elif kind == "system" and subtype == "mirror_error":
-            log.warning(
-                "run %s: its transcript could not be mirrored: %s", self._assignment.run_id, message.get("error")
-            )
         elif kind == "system" and subtype == "api_retry" and message.get("error_status") == 401:
             self._login_refusals += 1
             if self._login_refusals == LOGIN_REFUSALS:
                 self.fail("AUTHENTICATION_FAILED", LOGIN_ADVICE)
-        elif kind == "assistant" and message.get("parent_tool_use_id") is None:
-            self._api_error = message.get("error")
+        elif kind in ("assistant", "stream_event"):
+            if not message.get("error"):
+                self._login_refusals = 0  # the login was refreshed
+            if kind == "assistant" and message.get("parent_tool_use_id") is None:
+                self._api_error = message.get("error")
 
     async def _keep(self, message: dict[str, Any]) -> int:
         self._recording = True
@@ -332,9 +403,9 @@ class Execution:
         It only ever asks the CLI to end; the reader beside it goes on until the stream is closed. With a reader that
         stands still (storage is behind) an interrupt would hang, so it is left out then.
         """
-        exit_watch = asyncio.create_task(self._notice_exit(client))
+        exit_watch = asyncio.create_task(self._supervised(partial(self._notice_exit, client)))
         try:
-            await _first(self._over, self._stop, self._stream_ended, self._exited)
+            await self._reach_the_end()
             if self._stop.is_set() and not self._over.is_set():
                 self._results_before_stop = len(self._results)
             if self._results_before_stop is not None and self._connected.is_set() and not self._recording:
@@ -348,7 +419,7 @@ class Execution:
                     async with asyncio.timeout(CLOSE_SECONDS):
                         await client.end_input()
             if (self._over.is_set() or self._exited.is_set()) and await self._closes():
-                self._closed_by_itself = self._over.is_set()
+                self.closed_by_itself = self._over.is_set()
                 return
             while not self._stream_ended.is_set():
                 client.signal(signal.SIGTERM)
@@ -359,6 +430,16 @@ class Execution:
                 await self._ends_within(TERMINATE_SECONDS)
         finally:
             exit_watch.cancel()
+
+    async def _reach_the_end(self) -> None:
+        """Return when the run is over, is to be stopped, or has lost Claude Code."""
+        events = (self._over, self._stop, self._stream_ended, self._exited)
+        while not any(event.is_set() for event in events):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REASON_INTERVAL):
+                    await _first(*events)
+            if self._reason is not None:
+                self._stop.set()
 
     async def _notice_exit(self, client: Client) -> None:
         """When the CLI has gone, free its output: a tool that holds it open would hold the run open too."""
@@ -392,7 +473,7 @@ class Execution:
 
     # ---- afterwards
 
-    def _judge(self, error: Exception | None) -> Outcome:
+    def _judge(self, error: BaseException | None) -> Outcome:
         """How it ended. What the result says counts for more than how the process went."""
         if self._reason is not None and self._results_before_stop is not None:
             since = self._results[self._results_before_stop :]
@@ -410,13 +491,18 @@ class Execution:
                 return Outcome(ERROR, "APPROVAL_DENIED", told)
             code = error_code(result, self._api_error)
             said = error_text(result)
-            return Outcome(ERROR, code, f"{said} {LOGIN_ADVICE}" if code == "AUTHENTICATION_FAILED" else said)
+            return Outcome(ERROR, code, _sentences(said, LOGIN_ADVICE) if code == "AUTHENTICATION_FAILED" else said)
         if self._reason is not None:
             return self._reason
         code, message = explain(error, self._said, self._claude.max_message_bytes)
         if code == "EXECUTION_ERROR":
             log.error("run %s: %r", self._assignment.run_id, error, exc_info=error)
         return Outcome(ERROR, code, message)
+
+
+def _sentences(said: str, advice: str) -> str:
+    """Two texts as two sentences, whatever the first ends with."""
+    return f"{said} {advice}" if said.endswith((".", "!", "?")) else f"{said}. {advice}"
 
 
 def _ending() -> Conflict:

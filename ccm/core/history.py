@@ -27,6 +27,8 @@ CHUNK_MESSAGES = 500
 CHUNK_EVENTS = 100
 # How long a wait sleeps before it looks whether its client is still there (seconds).
 LOOK_SECONDS = 0.5
+# How long it relies on the bell (seconds): who was not rung for, because of a fault, must not wait for ever.
+RELY_SECONDS = 5.0
 
 
 # An approval as the API shows it.
@@ -328,10 +330,14 @@ class History:
                 # Who has left is not waited for: behind a request that its client left there may be more of it.
                 if found is not None or remaining <= 0 or self._doorbell.closed or gone():
                     return found
+                relied = time.monotonic() + RELY_SECONDS
                 while not rung.wait(min(LOOK_SECONDS, remaining)):
-                    remaining = deadline - time.monotonic()
+                    now = time.monotonic()
+                    remaining = deadline - now
                     if remaining <= 0 or gone():
                         return look()
+                    if now >= relied:
+                        break
 
 
 def _chunk(transaction: Transaction, segment: Segment, after: int, types: Sequence[str]) -> tuple[list[str], int]:

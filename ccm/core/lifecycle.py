@@ -6,6 +6,7 @@ two of them race. What is to happen then outside of the database is given back a
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import uuid
@@ -19,7 +20,7 @@ from ccm.core.lookup import find_run, find_run_of_key, find_session
 from ccm.core.webhooks.outbox import Outbox
 from ccm.db import messages, runs, sessions
 from ccm.db.database import Transaction
-from ccm.errors import Conflict, QueueFull
+from ccm.errors import Conflict, QueueFull, StorageDown
 from ccm.models import (
     CANCELLED,
     ENQUEUE,
@@ -37,6 +38,12 @@ from ccm.models import (
     Session,
     to_json_text,
 )
+
+log = logging.getLogger(__name__)
+
+UNSTORABLE = "The end of this run could not be stored as it was; the service's log says more."
+UNSTARTABLE = "The run could not be started, because of a fault; the service's log says more."
+UNRECOVERABLE = "The service ended while this run was going on, and it could not be recovered; the log says more."
 
 
 @dataclass(frozen=True)
@@ -157,8 +164,27 @@ class Lifecycle:
             effects |= self.cancel(transaction, run)
         return effects
 
+    def end_surely(self, transaction: Transaction, run: Run, values: Mapping[str, Any]) -> Effects:
+        """Store the final state of a run; without what it means for others, where that fails.
+
+        A run that stayed `running` would hold its session, its worker and whoever waits for it, for ever.
+        """
+        try:
+            with transaction.savepoint():
+                return self.end(transaction, run, values)
+        except StorageDown:
+            raise
+        except Exception:
+            log.exception("run %s: its end cannot be stored as it is", run.id)
+            return self._end_alone(transaction, run.id, "EXECUTION_ERROR", UNSTORABLE) | Effects(news=(run.session_id,))
+
+    def _end_alone(self, transaction: Transaction, run_id: str, code: str, message: str) -> Effects:
+        """End a run in error, and touch nothing else: what its row or its session holds may be the fault."""
+        runs.end_alone(transaction, run_id, code, message)
+        return Effects(news=(run_id, EVENTS))
+
     def end(self, transaction: Transaction, run: Run, values: Mapping[str, Any]) -> Effects:
-        """The final state of a run, once, and what it means for its session."""
+        """Store the final state of a run, once, and what it means for its session."""
         count = messages.last_index(transaction, run.id) + 1
         if runs.end(transaction, run, {**values, "messageCount": count}):
             head = run.id if values.get("hasTranscript") else None
@@ -179,25 +205,34 @@ class Lifecycle:
         effects = Effects()
         if transaction.uncertain:
             # A start that was decided in the try before may have been committed, and nobody has followed it.
-            effects |= Effects(starts=tuple(self._start_of(transaction, run) for run in runs.started(transaction)))
+            started_here = runs.started(transaction, self._owner)
+            effects |= Effects(starts=tuple(self._start_of(transaction, run) for run in started_here))
         while self.open:
-            started, next_id = runs.queue(transaction)
+            started, next_id = runs.queue(transaction, self._owner)
             if next_id is None or started >= self._workers:
                 break
-            run = find_run(transaction, next_id)
-            parent = self._parent(transaction, run)
-            run = runs.start(transaction, run, parent.id if parent else None, self._owner)
-            self._outbox.tell(transaction, RUN_STARTED, run)
-            if run.mode != FRESH and parent is None:
-                lost = "The run that this one was to continue left no transcript."
-                effects |= self.end(
-                    transaction,
-                    run,
-                    {"status": ERROR, "errorCode": "SESSION_NOT_RESUMABLE", "errorMessage": lost},
-                )
-                continue
-            effects |= Effects(starts=(self._start_of(transaction, run),), news=(run.id, run.session_id, EVENTS))
+            try:
+                with transaction.savepoint():
+                    effects |= self._start(transaction, next_id)
+            except StorageDown:
+                raise
+            except Exception:
+                # It would be the next in the queue again and again, and nothing behind it would ever start.
+                log.exception("run %s cannot be started", next_id)
+                effects |= self._end_alone(transaction, next_id, "EXECUTION_ERROR", UNSTARTABLE)
         return effects
+
+    def _start(self, transaction: Transaction, run_id: str) -> Effects:
+        """A waiting run leaves the queue."""
+        run = find_run(transaction, run_id)
+        parent = self._parent(transaction, run)
+        run = runs.start(transaction, run, parent.id if parent else None, self._owner)
+        self._outbox.tell(transaction, RUN_STARTED, run)
+        if run.mode != FRESH and parent is None:
+            lost = "The run that this one was to continue left no transcript."
+            values = {"status": ERROR, "errorCode": "SESSION_NOT_RESUMABLE", "errorMessage": lost}
+            return self.end(transaction, run, values)
+        return Effects(starts=(self._start_of(transaction, run),), news=(run.id, run.session_id, EVENTS))
 
     def _start_of(self, transaction: Transaction, run: Run) -> Start:
         parent = None if run.parent_run_id is None else find_run(transaction, run.parent_run_id)
@@ -212,16 +247,21 @@ class Lifecycle:
             return None if head is None else find_run(transaction, head)
         return None
 
-    def recover(self, transaction: Transaction, transcripts: Mapping[str, Mapping[str, Any]]) -> Effects:
-        """At a start: what the last service left in mid-run is reported; what had not begun may begin.
+    def left(self, transaction: Transaction) -> list[str]:
+        """The ids of the runs that an earlier service left in the middle, in the order of their acceptance."""
+        return runs.started_elsewhere(transaction, self._owner)
+
+    def recover(self, transaction: Transaction, run_id: str, transcript: Mapping[str, Any]) -> Effects:
+        """End a run that an earlier service left in the middle.
 
         Args:
-            transcripts: what is to be said of the transcript of each run that was left, by its id.
+            transcript: what is to be said of its transcript.
         """
-        effects = Effects()
-        for run in runs.started(transaction):
-            effects |= self.end(transaction, run, {**runs.interrupted(), **transcripts[run.id]})
-        return effects | self.dispatch(transaction)
+        return self.end(transaction, find_run(transaction, run_id), {**runs.interrupted(), **transcript})
+
+    def recover_alone(self, transaction: Transaction, run_id: str) -> Effects:
+        """End such a run though its row, or what belongs to it, cannot be read."""
+        return self._end_alone(transaction, run_id, "INTERRUPTED", UNRECOVERABLE)
 
 
 def not_resumable(session: Session, why: str) -> Conflict:

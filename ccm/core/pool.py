@@ -1,4 +1,4 @@
-"""The threads that runs are made in, and webhooks are sent from."""
+"""The threads that runs are carried out in, and webhooks are sent from."""
 
 from __future__ import annotations
 
@@ -6,38 +6,48 @@ import queue
 import threading
 from collections.abc import Callable
 
+from ccm.core.problems import Problems
+
 
 class WorkerPool:
-    """So many threads at the most, each started when it is first needed.
+    """A bounded number of threads, each started when it is first needed.
 
     They are daemons, unlike those of `concurrent.futures`: the interpreter joins those when it exits, before anything
     of ours could interrupt their runs, and Ctrl-C under `flask run` would wait for every agent to finish.
 
     Args:
+        problems: told of a job that raises.
         name: what the names of the threads begin with.
     """
 
-    def __init__(self, workers: int, name: str = "run") -> None:
+    def __init__(self, workers: int, problems: Problems, name: str = "run") -> None:
         self._workers = workers
+        self._problems = problems
         self._name = name
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)
-        self._threads: list[threading.Thread] = []
+        self._started = 0
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Have `job` done by a thread that is free, or the next one to be. Called by one thread only.
+        """Run `job` in an idle thread, in a new one, or in the next that becomes idle. Called by one thread only.
 
-        Args:
-            job: must not raise.
+        Raises:
+            RuntimeError: a thread is needed and the system gives none; the job is not run, now or later.
         """
+        if not self._idle.acquire(blocking=False) and self._started < self._workers:
+            # Before the job is queued: a job that its owner believes refused must not run when a thread is free again.
+            threading.Thread(target=self._work, name=f"{self._name}-{self._started}", daemon=True).start()
+            self._started += 1
         self._jobs.put(job)
-        if not self._idle.acquire(blocking=False) and len(self._threads) < self._workers:
-            thread = threading.Thread(target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
 
     def _work(self) -> None:
+        key = threading.current_thread().name
         while True:
             job = self._jobs.get()
-            job()
+            try:
+                job()
+                self._problems.clear(key)
+            except BaseException as error:
+                # Jobs handle their own faults. A thread that ended here would take its share of the pool with it.
+                self._problems.report(key, "a job of a worker thread failed", error)
             self._idle.release()

@@ -23,7 +23,10 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[2]
 # Seconds that Claude Code gets to end by itself: it has a transcript to write.
 GRACE_SECONDS = 5.0
-GOING_ON, OVER = "+", "-"
+# How long a reaper that has nothing left to do may take to end.
+STOP_SECONDS = 10.0
+# What it is told of a run: it goes on; it is over, and what it has left may stay; what it has left is to be ended.
+GOING_ON, OVER, END = "+", "-", "!"
 
 
 class Reaper:
@@ -46,15 +49,25 @@ class Reaper:
             self._runs.discard(run_id)
             self._tell(OVER + run_id)
 
+    def end(self, run_id: str) -> None:
+        """A run is over, and its processes are to be ended, for the service itself cannot."""
+        with self._lock:
+            self._tell(END + run_id)
+            self._runs.discard(run_id)
+
     def stop(self) -> None:
-        """Let it go. Idempotent; it stays as long as runs are going on."""
+        """Let it go. Idempotent; it stays as long as runs are going on.
+
+        Raises:
+            subprocess.TimeoutExpired: it does not end.
+        """
         with self._lock:
             process, self._process = self._process, None
             if process is not None and process.stdin is not None:
                 with contextlib.suppress(BrokenPipeError):
                     process.stdin.close()
                 if not self._runs:
-                    process.wait()
+                    process.wait(STOP_SECONDS)
 
     def _tell(self, line: str) -> None:
         if sys.platform != "linux":
@@ -66,7 +79,7 @@ class Reaper:
         if self._process is not None:
             log.warning("the reaper has ended; another one takes its place")
         self._process = _start()
-        self._write([GOING_ON + run_id for run_id in self._runs])
+        self._write([*(GOING_ON + run_id for run_id in self._runs), line])
 
     def _write(self, lines: list[str]) -> bool:
         stream = None if self._process is None else self._process.stdin
@@ -75,7 +88,7 @@ class Reaper:
         try:
             stream.writelines(f"{line}\n" for line in lines)
             stream.flush()
-        except BrokenPipeError:
+        except OSError:
             return False
         return True
 
@@ -100,11 +113,14 @@ def reap(lines: IO[str]) -> None:
     """The reaper's own life: listen until the input ends, then end what is left of the runs that were going on."""
     runs: set[str] = set()
     for line in lines:
-        sign, run_id = line[0], line[1:].strip()
+        sign, run_id = line[:1], line[1:].strip()
         if sign == GOING_ON:
             runs.add(run_id)
         else:
             runs.discard(run_id)
+            if sign == END:
+                with contextlib.suppress(OSError):  # nobody reads what this process says, and other runs need it
+                    end_marked(run_id)
     deadline = time.monotonic() + GRACE_SECONDS
     while runs and time.monotonic() < deadline:
         runs = {run_id for run_id in runs if marked(run_id)}

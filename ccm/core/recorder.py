@@ -23,9 +23,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 
 from ccm.core.doorbell import Doorbell
+from ccm.core.problems import Problems
 from ccm.core.write import Write
 from ccm.db import heartbeat, messages
 from ccm.db.database import Database, Transaction
@@ -46,6 +49,12 @@ OUTCOME_PATIENCE = 20.0
 # Pauses between tries while storage is down (seconds).
 FIRST_PAUSE = 0.02
 LONGEST_PAUSE = 1.0
+# How often a run that waits for room looks by itself (seconds).
+ROOM_INTERVAL = 1.0
+# The pause after a fault of the writer's own loop (seconds): one that persists must not take all of a processor.
+FAULT_PAUSE = 0.1
+# The key of such a fault.
+PROBLEM = "recorder"
 
 
 class _Stop:
@@ -60,6 +69,7 @@ class Recorder:
         doorbell: rung after each commit.
         budget: bytes of messages that may wait to be written.
         on_refused: told of a message that storage will never take, in the writer's thread.
+        problems: told of faults of the writer's own.
     """
 
     def __init__(
@@ -67,12 +77,14 @@ class Recorder:
         database: Database,
         doorbell: Doorbell,
         budget: int,
-        on_refused: Callable[[str, Exception], None],
+        on_refused: Callable[[str, BaseException], None],
+        problems: Problems | None = None,
     ) -> None:
         self._database = database
         self._doorbell = doorbell
         self._budget = budget
         self._on_refused = on_refused
+        self._problems = problems or Problems()
         self._queue: queue.Queue[Message | Write[object] | _Stop] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._lock = threading.Lock()
@@ -176,10 +188,13 @@ class Recorder:
             room = asyncio.Event()
             with self._lock:
                 self._waiting.append((asyncio.get_running_loop(), room))
-            # Between the two steps the writer may have made room and told nobody.
+            # Between the two steps the writer may have made room and told nobody. The wait is bounded for the same
+            # reason: a run that is not told would wait for ever.
             if self._put(message):
                 return
-            await room.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ROOM_INTERVAL):
+                    await room.wait()
 
     def _put(self, message: Message) -> bool:
         """Charge the budget and queue the message, under the queue's one lock. False if the budget is spent."""
@@ -201,40 +216,43 @@ class Recorder:
         for loop, room in waiting:
             try:
                 loop.call_soon_threadsafe(room.set)
-            except RuntimeError:
-                log.debug("a run that waited for room has ended")
+            except Exception as error:
+                log.debug("a run that waited for room was not told, most likely because it has ended: %s", error)
 
     # ---- the writer's thread
 
     def _run(self) -> None:
         stopping = False
         while not stopping:
-            batch, stopping = self._next_batch()
-            if batch:
-                try:
+            batch: list[Message | Write[object]] = []
+            try:
+                stopping = self._fill(batch)
+                if batch:
                     self._write_batch(batch)
-                except Exception as error:
-                    # A fault of ours: what was in hand is lost and said so, and the thread that all depend on goes on.
-                    log.exception("the recorder failed")
-                    self._give_up(batch, error)
+                self._problems.clear(PROBLEM)
+            except BaseException as error:
+                # A fault of ours. What was in hand is lost, and whoever waits for it is told. The thread must go on:
+                # no run of the service could end without it.
+                self._problems.report(PROBLEM, "what was to be stored could not be, because of a fault", error)
+                self._give_up(batch, error)
+                if self._abandoned.wait(FAULT_PAUSE):
+                    return
 
-    def _next_batch(self) -> tuple[list[Message | Write[object]], bool]:
-        """All that is waiting, up to the bounds of a transaction; and whether it is the last."""
-        batch: list[Message | Write[object]] = []
-        size = 0
+    def _fill(self, batch: list[Message | Write[object]]) -> bool:
+        """Move what is waiting into a batch, up to the bounds of a transaction. True if nothing comes after it."""
         item = self._queue.get()
+        size = 0
         # One lock for all that is there: taking them one by one costs as much as writing them.
         with self._queue.mutex:
             waiting = self._queue.queue
-            while True:
-                if isinstance(item, _Stop):
-                    return batch, True
+            while not isinstance(item, _Stop):
                 batch.append(item)
                 if isinstance(item, Message):
                     size += item.size
                 if not waiting or len(batch) >= BATCH_ITEMS or size >= BATCH_BYTES:
-                    return batch, False
+                    return False
                 item = waiting.popleft()
+        return True
 
     def _write_batch(self, batch: list[Message | Write[object]]) -> None:
         pause = FIRST_PAUSE
@@ -325,7 +343,7 @@ class Recorder:
             except StorageRejected as error:
                 self._refuse(message, error)
 
-    def _refuse(self, message: Message, error: Exception) -> None:
+    def _refuse(self, message: Message, error: BaseException) -> None:
         """Storage will never take it: its run fails, and nothing more of that run is stored."""
         log.error("run %s: storage refuses message %d: %s", message.run_id, message.index, error)
         self._broken[message.run_id] = str(error)
@@ -338,11 +356,20 @@ class Recorder:
             log.warning("storage takes writes again, after %.1f seconds", self._last_commit - self._trouble_since)
             self._trouble = None
         stored = [item for item in batch if isinstance(item, Message)]
-        self._release(sum(len(message.json) for message in stored))
+        self._guarded(lambda: self._release(sum(len(message.json) for message in stored)))
         for write in writes:
-            write.settle()
-        for keys in {(message.run_id, message.session_id) for message in stored}:
-            self._doorbell.ring(keys)
+            self._guarded(write.settle, write)
+        keys = {key for message in stored for key in (message.run_id, message.session_id)}
+        self._guarded(lambda: self._doorbell.ring(keys))
+
+    def _guarded(self, tell: Callable[[], None], write: Write[object] | None = None) -> None:
+        """Tell somebody what has been committed. A fault in it concerns nobody else who waits for the same commit."""
+        try:
+            tell()
+        except Exception as error:
+            log.exception("what was committed could not be told")
+            if write is not None:
+                write.fail(error)
 
     def _report_trouble(self, error: StorageDown, since: float) -> None:
         if self._trouble is None:
@@ -350,16 +377,16 @@ class Recorder:
             log.error("storage takes no writes, trying on: %s", error)
         self._trouble = error.summary
 
-    def _give_up(self, batch: list[Message | Write[object]], error: Exception) -> None:
-        """What could not be written is reported, not forgotten in silence."""
+    def _give_up(self, batch: list[Message | Write[object]], error: BaseException) -> None:
+        """Tell whoever waits that a batch is not stored; nothing is forgotten in silence."""
         self._trouble = None  # it is not being tried any more; the next write will tell
         lost = [item for item in batch if isinstance(item, Message)]
         log.critical("%d messages and %d writes were not stored: %s", len(lost), len(batch) - len(lost), error)
-        self._release(sum(message.size for message in lost))
+        self._guarded(lambda: self._release(sum(message.size for message in lost)))
         why = error.summary if isinstance(error, StorageError) else "the service failed; its log says more"
         refusal = Unavailable(f"Nothing was stored: {why}.", code="STORAGE_UNAVAILABLE")
         for item in batch:
             if isinstance(item, Write):
-                item.fail(refusal)
-            elif isinstance(item, Message) and item.run_id not in self._broken:
-                self._refuse(item, error)
+                self._guarded(partial(item.fail, refusal))
+            elif item.run_id not in self._broken:
+                self._guarded(partial(self._refuse, item, error))

@@ -15,9 +15,15 @@ STDERR_BYTES = 4_000
 
 @contextmanager
 def run_directory(run_id: str) -> Iterator[Path]:
-    """The directory, readable by nobody else, gone with the run."""
+    """The directory, readable by nobody else, gone with the run.
+
+    Raises:
+        OSError: it cannot be made.
+    """
     directory = Path(tempfile.mkdtemp(prefix=f"ccm-{run_id}-"))
     try:
+        # Made here, where it is told why that fails; the shell that starts Claude Code would end without a word.
+        (directory / STDERR_FILE).touch(mode=0o600)
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)

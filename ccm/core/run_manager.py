@@ -9,18 +9,20 @@ import logging
 import os
 import uuid
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from ccm.core import descriptors
 from ccm.core.lifecycle import Effects, Lifecycle, not_resumable
 from ccm.core.lineage import ForkPoint
 from ccm.core.lookup import find_run, find_session
+from ccm.core.problems import Problems
 from ccm.core.processes import end_marked
 from ccm.core.recorder import Recorder
 from ccm.core.run_directory import remove_directories
 from ccm.core.runner import Runner
 from ccm.core.transcript_files import TranscriptFiles
-from ccm.db import runs, sessions
+from ccm.db import sessions
 from ccm.db.database import Transaction
 from ccm.errors import Conflict, Unavailable
 from ccm.models import CANCELLED, RUNNING, Accepted, Run, RunRequest, Session, timestamp, to_json_text
@@ -36,9 +38,18 @@ class RunManager:
         lifecycle: takes the decisions.
         runner: carries them out.
         transcripts: those of runs, here and in the database.
+        problems: told of runs that cannot be recovered.
     """
 
-    def __init__(self, recorder: Recorder, lifecycle: Lifecycle, runner: Runner, transcripts: TranscriptFiles) -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        lifecycle: Lifecycle,
+        runner: Runner,
+        transcripts: TranscriptFiles,
+        problems: Problems,
+    ) -> None:
+        self._problems = problems
         self._recorder = recorder
         self._lifecycle = lifecycle
         self._runner = runner
@@ -137,14 +148,45 @@ class RunManager:
     # ---- the life of the service
 
     def recover(self) -> None:
-        """After a start: what the last service left in mid-run is reported, what had not begun begins."""
-        transcripts = {}
-        for run in self._recorder.write(runs.started):
-            log.warning("run %s was cut off by the end of the last service: INTERRUPTED", run.id)
-            end_marked(run.id)
-            remove_directories(run.id)
-            transcripts[run.id] = self._transcripts.keep(run)
-        self._recorder.write(lambda transaction: self._lifecycle.recover(transaction, transcripts), self._runner.follow)
+        """After a start: report what the last service left in mid-run, and begin what had not begun.
+
+        Each run is recovered by itself: one that cannot be is reported, and keeps neither the others nor the service.
+
+        Raises:
+            Unavailable: the database takes no writes.
+        """
+        for run_id in self._recorder.write(self._lifecycle.left):
+            log.warning("run %s was cut off by the end of the last service: INTERRUPTED", run_id)
+            try:
+                self._recover(run_id)
+            except Unavailable:
+                raise
+            except Exception:
+                log.exception("run %s cannot be recovered as it is", run_id)
+                self._recover_alone(run_id)
+        self._recorder.write(self._lifecycle.dispatch, self._runner.follow)
+
+    def _recover(self, run_id: str) -> None:
+        try:
+            end_marked(run_id)
+            remove_directories(run_id)
+        except Exception:
+            # What is left of it must not keep its end from being told.
+            log.exception("run %s: what it has left cannot be removed", run_id)
+        run = self._recorder.write(lambda transaction: find_run(transaction, run_id))
+        transcript = self._transcripts.keep(run)
+        self._recorder.write(
+            partial(self._lifecycle.recover, run_id=run_id, transcript=transcript), self._runner.follow
+        )
+
+    def _recover_alone(self, run_id: str) -> None:
+        try:
+            self._recorder.write(partial(self._lifecycle.recover_alone, run_id=run_id), self._runner.follow)
+        except Unavailable:
+            raise
+        except Exception as error:
+            told = "a run that the last service left in the middle cannot be recovered"
+            self._problems.report(f"run {run_id}", told, error)
 
     # ---- accepting
 

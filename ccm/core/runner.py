@@ -1,7 +1,9 @@
-"""What follows the decisions on runs: threads, executions, and whoever waits.
+"""Carries out runs whose start is decided: each has one owner, from the decision to its stored end.
 
-What this process remembers (the executions that are going on) is only ever a copy of what is stored, updated after the
-commit.
+The owner is `Runner._own`, in a thread of the pool. Whatever raises on the way (Claude Code, the file system, a fault
+of ours), the run's processes are ended, its end is stored, and with that the worker is free and whoever waits is told.
+
+What this process remembers of runs is only ever a copy of what is stored, updated after the commit.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -20,7 +23,9 @@ from ccm.core.doorbell import Doorbell
 from ccm.core.executor import Execution
 from ccm.core.follow_ups import FollowUp
 from ccm.core.lifecycle import Effects, Lifecycle, Start
+from ccm.core.ongoing_run import OngoingRun
 from ccm.core.pool import WorkerPool
+from ccm.core.problems import Problems
 from ccm.core.processes import end_marked
 from ccm.core.reaper import Reaper
 from ccm.core.recorder import Recorder
@@ -28,13 +33,23 @@ from ccm.core.transcript_files import TranscriptFiles
 from ccm.core.transcript_store import Mirror
 from ccm.db.database import Transaction
 from ccm.errors import Forbidden, StorageError
-from ccm.models import ERROR, Image, Message, Outcome, Run, storable, timestamp, to_json_text
+from ccm.models import CANCELLED, ERROR, Image, Message, Outcome, Run, storable, timestamp, to_json_text
 
 log = logging.getLogger(__name__)
 
+SHUT_DOWN = Outcome(ERROR, "INTERRUPTED", "The service was shut down while this run was going on.")
+# How often the end of the last run is looked for by a service that stops, should it not be told (seconds).
+POLL_INTERVAL = 0.5
+# Pauses between tries to store an end that was not stored because of a fault (seconds).
+FIRST_PAUSE = 0.1
+LONGEST_PAUSE = 10.0
+# How often that is tried for a run that has no thread to wait in.
+TRIES_WITHOUT_THREAD = 5
+UNSTORED = "the end of a run cannot be stored"
+
 
 class Runner:
-    """Carries out runs whose start is decided, each in a thread of the pool.
+    """Carries out runs, each in a thread of the pool.
 
     Args:
         recorder: takes every change.
@@ -43,6 +58,7 @@ class Runner:
         transcripts: those of runs, here and in the database.
         lifecycle: decides what their ends mean.
         approvals: puts their questions to clients.
+        problems: told of what cannot be handled.
         workers: runs at once.
         allow: raises `Forbidden` where a run that is about to begin is not allowed any more.
         environ: what agents inherit.
@@ -57,6 +73,7 @@ class Runner:
         lifecycle: Lifecycle,
         *,
         approvals: Approvals,
+        problems: Problems,
         workers: int,
         allow: Callable[[Run], None],
         environ: Mapping[str, str],
@@ -67,14 +84,18 @@ class Runner:
         self._transcripts = transcripts
         self._lifecycle = lifecycle
         self._approvals = approvals
+        self._problems = problems
         self._allow = allow
         self._environ = environ
-        self._pool = WorkerPool(workers)
+        self._pool = WorkerPool(workers, problems)
         self._reaper = Reaper()
         self._lock = threading.Lock()
-        self._idle = threading.Condition(self._lock)
-        self._executions: dict[str, Execution] = {}
+        self._all_ended = threading.Condition(self._lock)
+        # From the decision to start a run until its end is stored.
+        self._ongoing: dict[str, OngoingRun] = {}
         self._stopping = False
+        # Set when the service gives up: what is not stored by then is left to the next start.
+        self._given_up = threading.Event()
 
     @property
     def stopping(self) -> bool:
@@ -89,76 +110,151 @@ class Runner:
         with self._lock:
             self._stopping = True
             self._lifecycle.open = False
-            executions = list(self._executions.values())
-        for execution in executions:
-            execution.fail("INTERRUPTED", "The service was shut down while this run was going on.")
-        with self._idle:
-            ended = self._idle.wait_for(lambda: not self._executions, max(0.0, deadline - time.monotonic()))
-            left = list(self._executions)
+            ongoing = list(self._ongoing.values())
+        for run in ongoing:
+            self._guarded(partial(run.stop, SHUT_DOWN), "a run could not be interrupted")
+        with self._all_ended:
+            while self._ongoing and (remaining := deadline - time.monotonic()) > 0:
+                self._all_ended.wait(min(POLL_INTERVAL, remaining))
+            left = list(self._ongoing)
+        self._given_up.set()
         for run_id in left:
-            end_marked(run_id)
-        self._reaper.stop()
-        return ended
+            self._end_processes(run_id)
+        self._guarded(self._reaper.stop, "the reaper could not be let go")
+        return not left
 
-    def refused(self, run_id: str, error: Exception) -> None:
-        """A message of a run cannot be stored: the run ends, for its record would have a hole."""
-        execution = self._executions.get(run_id)
-        if execution is not None:
-            execution.fail("EXECUTION_ERROR", f"A message of this run cannot be stored: {error}.")
+    def refused(self, run_id: str, error: BaseException) -> None:
+        """Fail a run of which a message cannot be stored: its record would have a gap."""
+        self._stop(run_id, Outcome(ERROR, "EXECUTION_ERROR", f"A message of this run cannot be stored: {error}."))
 
     def cancel(self, run_id: str) -> None:
         """Have a run stop, if it goes on here."""
-        execution = self._executions.get(run_id)
-        if execution is not None:
-            execution.cancel()
+        self._stop(run_id, Outcome(CANCELLED))
+
+    def _stop(self, run_id: str, reason: Outcome) -> None:
+        ongoing = self._ongoing.get(run_id)
+        if ongoing is not None:
+            ongoing.stop(reason)
 
     def send(self, run_id: str, follow_up: FollowUp) -> bool:
         """Put a user's message into a run. False if it does not go on here."""
-        execution = self._executions.get(run_id)
-        if execution is not None:
-            execution.send(follow_up)
-        return execution is not None
+        ongoing = self._ongoing.get(run_id)
+        if ongoing is not None:
+            ongoing.send(follow_up)
+        return ongoing is not None
 
-    # ---- starting
+    # ---- after a commit, in the recorder's thread
 
     def follow(self, effects: Effects) -> None:
-        """Do what follows a commit; in the recorder's thread."""
+        """Do what follows a commit. Never raises: whoever waits for the commit waits for this too."""
         for start in effects.starts:
-            try:
-                self._begin(start)
-            except Exception:
-                log.exception("run %s could not be begun", start.run.id)
-                values = {"status": ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": "It could not be begun."}
-                self._recorder.submit(partial(self._lifecycle.end, run=start.run, values=values))
+            self._guarded(partial(self._begin, start), f"run {start.run.id} could not be begun")
         for run_id in effects.cancels:
-            self.cancel(run_id)
-        self._doorbell.ring(effects.news)
+            self._guarded(partial(self.cancel, run_id), f"run {run_id} could not be told to stop")
+        self._guarded(partial(self._doorbell.ring, effects.news), "whoever waits could not be told of a change")
+
+    def _guarded(self, step: Callable[[], object], told: str) -> None:
+        """Take one step of several; a fault in it must not keep the others from being taken."""
+        try:
+            step()
+        except Exception:
+            log.exception("%s", told)
 
     def _begin(self, start: Start) -> None:
+        """Hand a run to a thread of its own; end it if there is none."""
+        run = start.run
+        with self._lock:
+            if run.id in self._ongoing:
+                return
+            ongoing = self._ongoing[run.id] = OngoingRun()
+            stopping = self._stopping
+        try:
+            if stopping:
+                ongoing.stop(SHUT_DOWN)
+            self._pool.submit(partial(self._own, start, ongoing))
+        except Exception as error:
+            log.exception("run %s could not be begun", run.id)
+            self._end_without_thread(run, _failed(error), TRIES_WITHOUT_THREAD)
+
+    def _end_without_thread(self, run: Run, values: Mapping[str, Any], tries: int) -> None:
+        """Store the end of a run that has no thread. Nothing may wait here: it is the recorder's thread."""
+
+        def settled(stored: Future[Effects]) -> None:
+            error = stored.exception()
+            if error is None:
+                self._forget(run.id)
+            elif tries > 1:
+                self._end_without_thread(run, values, tries - 1)
+            else:
+                self._problems.report(f"run {run.id}", UNSTORED, error)
+                self._forget(run.id)
+
+        try:
+            self._recorder.submit(partial(self._end, run, values), self.follow).future.add_done_callback(settled)
+        except Exception as error:
+            # The recorder has stopped: the next start reports the run.
+            self._problems.report(f"run {run.id}", UNSTORED, error)
+            self._forget(run.id)
+
+    # ---- in the run's thread
+
+    def _own(self, start: Start, ongoing: OngoingRun) -> None:
+        """Take a run from its start to its stored end, whatever is raised by anything."""
+        run = start.run
+        log.info("run %s started: %s in session %s", run.id, run.mode, run.session_id)
+        transcript: dict[str, Any] = {}
+        try:
+            outcome, transcript = self._carry_out(start, ongoing)
+            values = _columns(outcome) | transcript
+        except BaseException as error:
+            log.exception("run %s failed because of a fault", run.id)
+            values = _failed(error) | transcript
+        try:
+            self._store_end(run, values)
+        finally:
+            self._forget(run.id)
+        detail = f", {values['errorCode']}: {values['errorMessage']}" if values["errorCode"] else ""
+        log.info("run %s %s after %s ms%s", run.id, values["status"], values.get("durationMs"), detail)
+
+    def _carry_out(self, start: Start, ongoing: OngoingRun) -> tuple[Outcome, dict[str, Any]]:
+        """Run Claude Code, and see that nothing of it is left. Gives what its row is to say of its transcript too."""
+        run = start.run
+        mirror = self._transcripts.mirror(run)
+        execution: Execution | None = None
+        try:
+            self._reaper.watch(run.id)
+            lost = self._forbid(run) or (None if start.parent is None else self._provide(start.parent, run))
+            if lost is None:
+                execution = self._execution(start, mirror)
+                ongoing.attach(execution)
+                outcome = execution.perform()
+            else:
+                outcome = lost
+        except BaseException as error:
+            log.exception("run %s: the executor failed", run.id)
+            outcome = Outcome(ERROR, "EXECUTION_ERROR", f"{type(error).__name__}: {error}")
+        if execution is None or execution.left_nothing:
+            self._guarded(partial(self._reaper.release, run.id), f"run {run.id}: the reaper could not be told")
+        else:
+            self._end_processes(run.id)
+        complete = execution is not None and execution.closed_by_itself
+        return outcome, self._transcripts.keep(run, mirror, complete=complete)
+
+    def _execution(self, start: Start, mirror: Mirror) -> Execution:
         run, parent = start.run, start.parent
-        if run.id in self._executions:
-            return
-        images = tuple(Image(image["mediaType"], image["data"]) for image in json.loads(start.images_json or "[]"))
         assignment = Assignment(
             run_id=run.id,
             sdk_session_id=run.sdk_session_id,
             cwd=run.cwd,
             prompt=run.prompt,
-            images=images,
+            images=tuple(Image(image["mediaType"], image["data"]) for image in json.loads(start.images_json or "[]")),
             options=run.options,
             timeout_ms=run.timeout_ms,
             resume=parent.sdk_session_id if parent else None,
             resume_at=run.fork_at_message,
         )
-        mirror = self._transcripts.mirror(run)
         ask = partial(self._approvals.ask, run) if run.approvals else None
-        execution = Execution(assignment, self._claude, self._environ, self._record(run), mirror, ask=ask)
-        with self._lock:
-            self._executions[run.id] = execution
-            stopping = self._stopping
-        if stopping:
-            execution.fail("INTERRUPTED", "The service was shut down while this run was going on.")
-        self._pool.submit(lambda: self._perform(run, parent, execution, mirror))
+        return Execution(assignment, self._claude, self._environ, self._record(run), mirror, ask=ask)
 
     def _record(self, run: Run) -> Callable[[dict[str, Any]], Any]:
         """A function that numbers the messages of a run and hands them to the recorder."""
@@ -180,37 +276,6 @@ class Runner:
 
         return record
 
-    # ---- ending
-
-    def _perform(self, run: Run, parent: Run | None, execution: Execution, mirror: Mirror) -> None:
-        """The whole of a run, in a thread of the pool that lives as long as the run's processes."""
-        log.info("run %s started: %s in session %s", run.id, run.mode, run.session_id)
-        try:
-            self._reaper.watch(run.id)
-            lost = self._forbid(run) or (None if parent is None else self._provide(parent, run))
-            outcome = lost or execution.perform()
-        except Exception as error:
-            log.exception("run %s: the executor failed", run.id)
-            outcome = Outcome(ERROR, "EXECUTION_ERROR", f"{type(error).__name__}: {error}")
-        self._reaper.release(run.id)
-        values = {
-            "status": outcome.status,
-            "errorCode": outcome.error_code,
-            "errorMessage": storable(outcome.error_message),
-            "resultType": None if outcome.result is None else storable(outcome.result.get("subtype")),
-            "resultJson": None if outcome.result is None else to_json_text(outcome.result),
-            "costUsd": outcome.cost_usd,
-            "durationMs": outcome.duration_ms,
-            **self._transcripts.keep(run, mirror, complete=execution.closed_by_itself),
-        }
-
-        if not self._store_end(run, values):
-            unsaid = "The end of this run could not be stored as it was; the service's log says more."
-            self._store_end(run, {"status": ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": unsaid})
-        self._ended(run)
-        detail = f", {outcome.error_code}: {outcome.error_message}" if outcome.error_code else ""
-        log.info("run %s %s after %s ms%s", run.id, outcome.status, outcome.duration_ms, detail)
-
     def _forbid(self, run: Run) -> Outcome | None:
         """How a run ends that the settings forbid by now: it may have waited through a restart that changed them."""
         try:
@@ -231,25 +296,61 @@ class Runner:
         message = f"The transcript of run {parent.id}, which this one was to continue, is not there: {reason}."
         return Outcome(ERROR, "SESSION_NOT_RESUMABLE", message)
 
-    def _store_end(self, run: Run, values: Mapping[str, Any]) -> bool:
-        """Wait until the end of a run is committed, as long as it takes; False if it is refused."""
-
-        def work(transaction: Transaction) -> Effects:
-            refusal = self._recorder.broken(run.id)
-            told = values
-            if refusal is not None:
-                message = f"A message of this run cannot be stored: {refusal}."
-                told = {**values, "status": ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": storable(message)}
-            return self._lifecycle.end(transaction, run, told) | self._lifecycle.dispatch(transaction)
-
+    def _end_processes(self, run_id: str) -> None:
+        """End what is left of a run. The reaper is asked where this process cannot look for it."""
         try:
-            self._recorder.submit(work, self.follow).future.result()
+            end_marked(run_id)
+            self._reaper.release(run_id)
         except Exception:
-            log.exception("run %s: its end was not stored", run.id)
-            return False
-        return True
+            log.exception("run %s: its processes could not be looked for; the reaper is to end them", run_id)
+            self._guarded(partial(self._reaper.end, run_id), f"run {run_id}: the reaper could not be told")
 
-    def _ended(self, run: Run) -> None:
-        with self._idle:
-            self._executions.pop(run.id, None)
-            self._idle.notify_all()
+    # ---- the end
+
+    def _store_end(self, run: Run, values: Mapping[str, Any]) -> None:
+        """Wait until the end of a run is committed, as long as it takes, or until the service gives up."""
+        pause = FIRST_PAUSE
+        key = f"run {run.id}"
+        while True:
+            try:
+                self._recorder.submit(partial(self._end, run, values), self.follow).future.result()
+            except Exception as error:
+                self._problems.report(key, UNSTORED, error)
+            else:
+                self._problems.clear(key)
+                return
+            if self._given_up.wait(pause):
+                log.error("run %s: its end is not stored; the next start reports it as INTERRUPTED", run.id)
+                return
+            pause = min(pause * 2, LONGEST_PAUSE)
+
+    def _end(self, run: Run, values: Mapping[str, Any], transaction: Transaction) -> Effects:
+        refusal = self._recorder.broken(run.id)
+        if refusal is not None:
+            message = f"A message of this run cannot be stored: {refusal}."
+            values = {**values, "status": ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": storable(message)}
+        return self._lifecycle.end_surely(transaction, run, values) | self._lifecycle.dispatch(transaction)
+
+    def _forget(self, run_id: str) -> None:
+        with self._all_ended:
+            self._ongoing.pop(run_id, None)
+            self._all_ended.notify_all()
+
+
+def _columns(outcome: Outcome) -> dict[str, Any]:
+    """The columns of the end of a run."""
+    return {
+        "status": outcome.status,
+        "errorCode": outcome.error_code,
+        "errorMessage": storable(outcome.error_message),
+        "resultType": None if outcome.result is None else storable(outcome.result.get("subtype")),
+        "resultJson": None if outcome.result is None else to_json_text(outcome.result),
+        "costUsd": outcome.cost_usd,
+        "durationMs": outcome.duration_ms,
+    }
+
+
+def _failed(error: BaseException) -> dict[str, Any]:
+    """The columns of the end of a run that a fault has ended."""
+    message = storable(f"{type(error).__name__}: {error}")
+    return {"status": ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": message}

@@ -243,7 +243,7 @@ def _suggestions(updates: list[PermissionUpdate]) -> tuple[dict[str, Any], ...]:
         return ()
 
 
-def explain(error: Exception | None, said: str, max_message_bytes: int) -> tuple[str, str]:
+def explain(error: BaseException | None, said: str, max_message_bytes: int) -> tuple[str, str]:
     """The code and the sentence for a run that ended without a result.
 
     Args:

@@ -6,8 +6,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 
 from ccm.core import descriptors, workdir
 from ccm.core.approval_lifecycle import ApprovalLifecycle
@@ -19,6 +19,7 @@ from ccm.core.history import History
 from ccm.core.input import Input
 from ccm.core.lifecycle import Lifecycle
 from ccm.core.policy import check_policy
+from ccm.core.problems import Problems
 from ccm.core.pulse import Pulse
 from ccm.core.recorder import Recorder
 from ccm.core.run_manager import RunManager
@@ -79,7 +80,9 @@ class Service:
         self._recorder: Recorder
         self._sender: Sender
         self._pulse: Pulse
-        self._databases: list[Database] = []
+        self.problems = Problems()
+        # What undoes the parts of a start, the last one first.
+        self._parts = ExitStack()
 
     def start(self) -> None:
         """Lock, migrate, recover, and take runs. Idempotent, from any thread.
@@ -98,6 +101,7 @@ class Service:
                 log.warning("%s", sentence)
             sqlite_file.prepare(self.settings.url)
             self._service_lock.acquire()
+            self._parts.callback(self._service_lock.release)
             try:
                 if not sqlite_file.check(self.settings.url):
                     log.warning(
@@ -106,7 +110,6 @@ class Service:
                     )
                 self._open()
             except Unavailable as error:
-                self._recorder.stop(time.monotonic())
                 self._close()
                 raise DatabaseRefused(f"The database takes no writes: {error.message}") from None
             except BaseException:
@@ -115,6 +118,7 @@ class Service:
             self._started = True
 
     def _open(self) -> None:
+        """Make the parts and start them. What raises is followed by `_close`, which stops those that were started."""
         settings = self.settings
         # A connection of its own: a migration takes as long as it takes.
         with closing(Database(settings.url, writer=True, pool_size=1)) as database:
@@ -122,15 +126,16 @@ class Service:
             for migration in migrate(database):
                 log.info("migration %s applied", migration)
         writer = Database(settings.url, writer=True, pool_size=1, answer_seconds=ANSWER_SECONDS)
-        self._databases.append(writer)
+        self._parts.callback(writer.close)
         reader = Database(settings.url, answer_seconds=ANSWER_SECONDS, watch=writer.watch)
-        self._databases.append(reader)
+        self._parts.callback(reader.close)
         self.history = History(reader, self.doorbell)
         self._recorder = Recorder(
             writer,
             self.doorbell,
             settings.message_budget_bytes,
             on_refused=self._refused,
+            problems=self.problems,
         )
         transcripts = TranscriptFiles(TranscriptStore(self._recorder, reader), self._environ)
         outbox = Outbox(service=settings.webhook_url is not None)
@@ -150,18 +155,24 @@ class Service:
             transcripts,
             lifecycle,
             approvals=self.approvals,
+            problems=self.problems,
             workers=settings.max_concurrent_runs,
             allow=self._allow,
             environ=self._environ,
         )
-        self.runs = RunManager(self._recorder, lifecycle, self._runner, transcripts)
+        self.runs = RunManager(self._recorder, lifecycle, self._runner, transcripts, self.problems)
         addresses = Addresses(settings.webhook_url, settings.webhook_allow, settings.webhook_secret)
-        self._sender = Sender(reader, self.doorbell, Courier(self._recorder, reader, outbox, addresses))
+        courier = Courier(self._recorder, reader, outbox, addresses)
+        self._sender = Sender(reader, self.doorbell, courier, self.problems)
         self.input = Input(self._recorder, self._runner, settings.max_message_bytes)
         self._recorder.start()
+        self._parts.callback(lambda: self._recorder.stop(time.monotonic()))
+        # Runs may have begun when the rest of a start fails: they are ended, and their ends stored.
+        self._parts.callback(lambda: self._runner.stop(time.monotonic() + STOP_SECONDS))
         self._pulse = Pulse(self._recorder)
         self._recorder.write(heartbeat.beat)  # a database that takes no writes is refused
         self.runs.recover()
+        self._parts.callback(lambda: self._sender.stop(time.monotonic()))
         self._sender.start()
         missing = self._claude.missing()
         if missing is not None:
@@ -175,7 +186,7 @@ class Service:
         check_policy(run.options, self.settings)
         workdir.check_roots(run.cwd, self.settings.allowed_roots)
 
-    def _refused(self, run_id: str, error: Exception) -> None:
+    def _refused(self, run_id: str, error: BaseException) -> None:
         self._runner.refused(run_id, error)
 
     def end_runs(self) -> bool:
@@ -188,13 +199,25 @@ class Service:
                 return True
             self._stopped = True
             deadline = time.monotonic() + STOP_SECONDS
-            ended = self._runner.stop(deadline)
-            self._sender.stop(time.monotonic() + SEND_SECONDS)
-            written = self._recorder.stop(max(deadline, time.monotonic() + 1))
+            ended = self._stop("runs", lambda: self._runner.stop(deadline))
+            self._stop("webhooks", lambda: self._sender.stop(time.monotonic() + SEND_SECONDS))
+            written = self._stop("recorder", lambda: self._recorder.stop(max(deadline, time.monotonic() + 1)))
             self.doorbell.close()
             if not ended:
                 log.error("runs were still going on at the end; the next start reports them as INTERRUPTED")
             return ended and written
+
+    def _stop(self, part: str, stop: Callable[[], bool | None]) -> bool:
+        """Stop one part of the service; a fault in it must not keep the others from being stopped.
+
+        False if something of it had to be given up.
+        """
+        for _ in range(2):  # each may be called again: one fault must not leave a run behind
+            try:
+                return stop() is not False
+            except Exception:
+                log.exception("the service's %s could not be stopped", part)
+        return False
 
     def close(self) -> None:
         """End the runs if that was not done, then close the database and let it go. Idempotent."""
@@ -203,10 +226,7 @@ class Service:
             self._close()
 
     def _close(self) -> None:
-        for database in self._databases:
-            database.close()
-        self._databases.clear()
-        self._service_lock.release()
+        self._parts.close()
 
     def trouble(self) -> str | None:
         """Why the service cannot do its job at present, or None."""

@@ -9,8 +9,10 @@ import logging
 import os
 import re
 import tempfile
+import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -39,6 +41,7 @@ class TranscriptFiles:
     def __init__(self, store: TranscriptStore, environ: Mapping[str, str]) -> None:
         self._store = store
         self._environ = environ
+        self._locks = _Locks()
 
     def mirror(self, run: Run) -> Mirror:
         """What copies a run's transcript while it is written."""
@@ -56,8 +59,9 @@ class TranscriptFiles:
         """
         if mirror is not None and mirror.whole and complete:
             return {"hasTranscript": 1, "transcriptStored": 1}
-        main = find_transcript(run.cwd, run.sdk_session_id, self._agent_environ(run.options))
+        main: Path | None = None
         try:
+            main = self._readable(run)
             entries = {} if main is None else _read(main, run.sdk_session_id)
             here = any(entries.values())
             if here:
@@ -74,8 +78,12 @@ class TranscriptFiles:
         """Whether a run in `cwd` with these options can continue a parent."""
         if parent.transcript_stored:
             return True  # and no project directory need be looked through
-        here = self._find(parent, cwd, options)
-        return here is not None and here.stat().st_size > 0
+        try:
+            here = self._find(parent, cwd, options)
+            return here is not None and here.stat().st_size > 0
+        except OSError as error:
+            log.warning("the transcript of run %s cannot be looked for: %s", parent.id, error)
+            return False
 
     def provide(self, parent: Run, run: Run) -> bool:
         """Make sure that Claude Code finds the transcript of a parent when `run` continues it.
@@ -87,6 +95,12 @@ class TranscriptFiles:
             OSError: it cannot be written back.
             StorageError: it cannot be read.
         """
+        # Of two forks at once the second waits until the first has the file whole: else it would set that aside, which
+        # the first one's Claude Code is about to read.
+        with self._locks.of(parent.sdk_session_id):
+            return self._provide(parent, run)
+
+    def _provide(self, parent: Run, run: Run) -> bool:
         here = self._find(parent, run.cwd, run.options)
         if here is not None and self._is_whole(here, parent):
             return True
@@ -103,6 +117,18 @@ class TranscriptFiles:
     def _agent_environ(self, options: Mapping[str, Any]) -> dict[str, str]:
         return {**self._environ, **options.get("env", {})}
 
+    def _readable(self, run: Run) -> Path | None:
+        """The main transcript that a run has left, None if this user finds or reads none."""
+        try:
+            main = find_transcript(run.cwd, run.sdk_session_id, self._agent_environ(run.options))
+            if main is not None:
+                main.open("rb").close()
+        except OSError as error:
+            # What has been mirrored is all that can be had.
+            log.warning("run %s: its transcript cannot be read: %s", run.id, error)
+            return None
+        return main
+
     def _find(self, parent: Run, cwd: str, options: Mapping[str, Any]) -> Path | None:
         """The transcript on this host."""
         environ = self._agent_environ(options)
@@ -113,14 +139,14 @@ class TranscriptFiles:
         return any(not key.subpath for key in self._store.of_session(sdk_session_id))
 
     def _is_whole(self, main: Path, run: Run) -> bool:
-        """Whether a file begins and ends as what is stored of it. Claude Code begins a file anew that was deleted while
-        it was at work, and a file may be cut when the host fails.
+        """Whether a file has every entry that is stored of it. Claude Code begins a file anew that was deleted while it
+        was at work, and a file may be cut or lose blocks when the host fails.
         """
         content = main.read_bytes()
         here = set(UUID.findall(content))  # a search in the bytes: what stands in another line as its parent is no line
         keys = [key for key in self._store.of_session(run.sdk_session_id) if not key.subpath and run.transcript_stored]
         uuids = self._store.uuids(keys[0]) if keys else []
-        return bool(content) and here.issuperset(uuid.encode() for uuid in (*uuids[:1], *uuids[-1:]))
+        return bool(content) and here.issuperset(uuid.encode() for uuid in uuids)
 
     def _write_back(self, sdk_session_id: str, main: Path) -> bool:
         """Write a session's transcripts to where Claude Code looks for them. A file that is there is not touched."""
@@ -145,6 +171,31 @@ class TranscriptFiles:
                 log.warning("SDK session %s: %r is no place for a transcript", sdk_session_id, key.subpath)
         log.info("the transcript %s was written back", main)
         return True
+
+
+class _Locks:
+    """A lock for each key that somebody has at the moment."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # With the number of those that have the lock or wait for it.
+        self._locks: dict[str, tuple[threading.Lock, int]] = {}
+
+    @contextmanager
+    def of(self, key: str) -> Iterator[None]:
+        with self._lock:
+            lock, users = self._locks.get(key, (threading.Lock(), 0))
+            self._locks[key] = lock, users + 1
+        try:
+            with lock:
+                yield
+        finally:
+            with self._lock:
+                users = self._locks[key][1] - 1
+                if users:
+                    self._locks[key] = lock, users
+                else:
+                    del self._locks[key]
 
 
 def _read(main: Path, sdk_session_id: str) -> dict[TranscriptKey, list[Entry]]:

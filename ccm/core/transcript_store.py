@@ -135,9 +135,11 @@ class TranscriptStore:
         write = self._recorder.submit(work)
         try:
             await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(write.future)), PATIENCE)
-        except TimeoutError as late:
+        except TimeoutError:
+            # The SDK tells it as the reason that it gives.
+            late = TimeoutError(f"the database has not taken it in {PATIENCE:.0f} seconds")
             write.give_up(late)
-            raise
+            raise late from None
 
 
 class Mirror:

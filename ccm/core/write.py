@@ -72,21 +72,21 @@ class Write(Generic[T]):
             self._error = error
 
     def settle(self) -> None:
-        """Its transaction is committed: say so."""
+        """Tell the result, after the commit of its transaction."""
         if self._error is not None:
-            self.future.set_exception(self._error)
+            self.fail(self._error)
             return
         try:
             if self._on_commit is not None:
                 self._on_commit(self._value)
         except Exception as error:
             log.exception("what should follow a commit failed")
-            self.future.set_exception(error)
+            self.fail(error)
         else:
             self.future.set_result(self._value)
 
     def fail(self, error: Exception) -> None:
-        """It is not written, and will not be."""
+        """Tell an error, unless the outcome is known already."""
         with self._lock:
             if not self.future.done():
                 self.future.set_exception(error)

@@ -44,7 +44,7 @@ FILTERS = {
 # How many runs have started, and the first in the queue whose session has none that has: within a session runs follow
 # one another.
 QUEUE = """
-SELECT (SELECT COUNT(*) FROM ccr_runs WHERE status = 'running' AND "startedAt" IS NOT NULL), (
+SELECT (SELECT COUNT(*) FROM ccr_runs WHERE status = 'running' AND "startedAt" IS NOT NULL AND owner = :owner), (
     SELECT w.id FROM ccr_runs w
     WHERE w.status = 'running' AND w."startedAt" IS NULL AND NOT EXISTS (
         SELECT 1 FROM ccr_runs b
@@ -139,9 +139,9 @@ def first_running(transaction: Transaction, session_id: str) -> str | None:
     return run_id
 
 
-def queue(transaction: Transaction) -> tuple[int, str | None]:
-    """How many runs have started and not ended, and the id of the next one that may start."""
-    started, next_id = transaction.tuples(QUEUE)[0]
+def queue(transaction: Transaction, owner: str) -> tuple[int, str | None]:
+    """How many runs this owner has started that have not ended, and the id of the next one that may start."""
+    started, next_id = transaction.tuples(QUEUE, owner=owner)[0]
     return started, next_id
 
 
@@ -176,10 +176,35 @@ def end(transaction: Transaction, run: Run, values: Mapping[str, Any]) -> bool:
     return bool(changed)
 
 
-def started(transaction: Transaction) -> list[Run]:
-    """Every run that has started and not ended; at a start of the service, those that its last end cut off."""
-    rows = transaction.rows(SELECT + "WHERE r.status = 'running' AND r.\"startedAt\" IS NOT NULL ORDER BY r.seq")
+def end_alone(transaction: Transaction, run_id: str, code: str, message: str) -> None:
+    """End a run in error without a look at what its row holds, or at anything else."""
+    transaction.execute(
+        'UPDATE ccr_runs SET status = \'error\', "errorCode" = :code, "errorMessage" = :message, '
+        '"messageCount" = (SELECT COALESCE(MAX(m."index") + 1, 0) FROM ccr_run_messages m WHERE m."runId" = :id), '
+        "\"endedAt\" = :now WHERE id = :id AND status = 'running'",
+        code=code,
+        message=message,
+        now=timestamp(),
+        id=run_id,
+    )
+
+
+def started(transaction: Transaction, owner: str) -> list[Run]:
+    """Every run that an owner has started and that has not ended."""
+    rows = transaction.rows(
+        SELECT + "WHERE r.status = 'running' AND r.\"startedAt\" IS NOT NULL AND r.owner = :owner ORDER BY r.seq",
+        owner=owner,
+    )
     return [Run.from_row(row) for row in rows]
+
+
+def started_elsewhere(transaction: Transaction, owner: str) -> list[str]:
+    """The ids of the runs that others have started and that have not ended: their services have died."""
+    return transaction.column(
+        "SELECT id FROM ccr_runs WHERE status = 'running' AND \"startedAt\" IS NOT NULL "
+        "AND (owner IS NULL OR owner <> :owner) ORDER BY seq",
+        owner=owner,
+    )
 
 
 def interrupted() -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from ccm.core.doorbell import EVENTS, Doorbell
 from ccm.core.pool import WorkerPool
+from ccm.core.problems import Problems
 from ccm.core.webhooks.courier import Courier
 from ccm.core.webhooks.room import THREADS, Room
 from ccm.db import deliveries
@@ -46,13 +47,17 @@ class Sender:
         database: to read from.
         doorbell: rings EVENTS when there may be something to send.
         courier: delivers.
+        problems: told of faults.
     """
 
-    def __init__(self, database: Database, doorbell: Doorbell, courier: Courier) -> None:
+    def __init__(
+        self, database: Database, doorbell: Doorbell, courier: Courier, problems: Problems | None = None
+    ) -> None:
         self._database = database
         self._doorbell = doorbell
         self._courier = courier
-        self._pool = WorkerPool(THREADS, "webhook")
+        self._problems = problems or Problems()
+        self._pool = WorkerPool(THREADS, self._problems, "webhook")
         self._thread = threading.Thread(target=self._run, name="webhooks", daemon=True)
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)

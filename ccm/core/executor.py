@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,9 @@ CLOSE_SECONDS = 5.0
 TERMINATE_SECONDS = 5.0
 # How long the output of a CLI that has gone may stay open.
 EXIT_SECONDS = 0.3
+# How long a stream that should end is waited for with nothing on its way to storage: the SDK itself may have failed.
+# Half a minute is taken where the transcript's mirror waits for storage.
+SILENT_SECONDS = 60.0
 # How often a CLI is killed that does not go.
 KILL_TRIES = 10
 # How often a run looks whether it is to stop, should it not have been told (seconds).
@@ -421,7 +424,8 @@ class Execution:
             if (self._over.is_set() or self._exited.is_set()) and await self._closes():
                 self.closed_by_itself = self._over.is_set()
                 return
-            while not self._stream_ended.is_set():
+            silence = self._silence()
+            while not self._stream_ended.is_set() and next(silence) < SILENT_SECONDS:
                 client.signal(signal.SIGTERM)
                 if await self._ends_within(TERMINATE_SECONDS):
                     return
@@ -460,10 +464,20 @@ class Execution:
 
     async def _closes(self) -> bool:
         """Whether the stream ends without force. Claude Code gets CLOSE_SECONDS for it, storage as long as it takes."""
+        silence = self._silence()
         while not await self._ends_within(CLOSE_SECONDS):
-            if self._stop.is_set() or not (self._exited.is_set() or self._recording):
+            waits = self._recording or (self._exited.is_set() and next(silence) < SILENT_SECONDS)
+            if self._stop.is_set() or not waits:
                 return False
         return True
+
+    def _silence(self) -> Iterator[float]:
+        """Give, each time it is asked, the seconds for which nothing was seen on its way to storage."""
+        since = time.monotonic()
+        while True:
+            if self._recording:
+                since = time.monotonic()
+            yield time.monotonic() - since
 
     async def _ends_within(self, seconds: float) -> bool:
         with contextlib.suppress(TimeoutError):

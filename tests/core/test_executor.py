@@ -263,6 +263,101 @@ def test_a_second_refusal_of_the_login_ends_the_run(tmp_path: Path) -> None:
     assert (outcome.status, outcome.error_code) == ("error", "AUTHENTICATION_FAILED")
 
 
+@pytest.mark.parametrize("good", [{"type": "assistant"}, {"type": "stream_event", "event": {"type": "message_start"}}])
+def test_a_login_that_was_refreshed_between_two_refusals_is_none_to_end_a_run(
+    tmp_path: Path, good: dict[str, Any]
+) -> None:
+    refusal = {"type": "system", "subtype": "api_retry", "error_status": 401}
+    outcome = Run(tmp_path, {"messages": [refusal, good, refusal, good]}).end()
+
+    assert (outcome.status, outcome.error_code) == ("completed", None)
+
+
+def test_an_answer_that_is_an_error_does_not_make_a_refused_login_good(tmp_path: Path) -> None:
+    refusal = {"type": "system", "subtype": "api_retry", "error_status": 401}
+    bad = {"type": "assistant", "error": "authentication_failed"}
+    outcome = Run(tmp_path, {"messages": [refusal, bad, refusal], "hold": True}).end()
+
+    assert (outcome.status, outcome.error_code) == ("error", "AUTHENTICATION_FAILED")
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "Not logged in \N{MIDDLE DOT} Please run /login",
+            "Not logged in \N{MIDDLE DOT} Please run /login. Claude Code has",
+        ),
+        ("Invalid API key.", "Invalid API key. Claude Code has"),
+    ],
+)
+def test_a_refused_login_is_told_in_sentences(tmp_path: Path, said: str, told: str) -> None:
+    result = {"is_error": True, "api_error_status": 401, "result": said}
+    outcome = Run(tmp_path, {"result": result}).end()
+
+    assert str(outcome.error_message).startswith(told)
+
+
+@pytest.mark.parametrize(("error", "told"), [("", "no reason is given"), ("the disk is full", "the disk is full")])
+def test_a_fault_of_the_mirror_is_told_to_the_operator_and_is_no_message_of_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: str, told: str
+) -> None:
+    said = {"type": "system", "subtype": "mirror_error", "error": error}
+    run = Run(tmp_path, {"messages": [said], "count": 1})
+    run.end()
+
+    assert [message["type"] for message in run.messages] == ["assistant", "result"]
+    assert f"could not be mirrored: {told}" in caplog.text
+
+
+# ---- parts of it that fail
+
+
+class BrokenError(Exception):
+    """No exception that any code of ours knows."""
+
+
+def broken(*_: object, **__: object) -> None:
+    raise BrokenError("broken")
+
+
+@pytest.mark.parametrize("part", ["_see_it_end", "_notice_exit", "_keep_time", "_write", "_free_output"])
+def test_a_part_that_fails_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    monkeypatch.setattr(Execution, part, broken)
+    run = Run(tmp_path, {"count": 1, "hold": True, "ignore_interrupt": True, "tool": 300}).start()
+    if part == "_free_output":
+        until(lambda: run.messages)
+        run.execution.cancel()
+    outcome = run.end()
+
+    assert (outcome.status, outcome.error_code) in (("error", "EXECUTION_ERROR"), ("cancelled", None))
+
+
+def test_a_client_that_cannot_be_let_go_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disconnect = ClaudeSDKClient.disconnect
+
+    async def disconnect_and_fail(client: ClaudeSDKClient) -> None:
+        await disconnect(client)  # or the SDK's own streams would be left open
+        raise BrokenError
+
+    monkeypatch.setattr(ClaudeSDKClient, "disconnect", disconnect_and_fail)
+    outcome = Run(tmp_path, {"count": 1, "server": 300}).end()
+
+    assert outcome.status == "completed"
+
+
+def test_a_stream_whose_end_the_sdk_does_not_tell_ends_with_the_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ccm.core.sdk._Tap.close", lambda _tap: None)
+    monkeypatch.setattr("ccm.core.executor.CLOSE_SECONDS", 0.05)
+    monkeypatch.setattr("ccm.core.executor.TERMINATE_SECONDS", 0.05)
+    monkeypatch.setattr("ccm.core.executor.SILENT_SECONDS", 0.2)
+    outcome = Run(tmp_path, {"count": 1}).end()
+
+    assert outcome.status == "completed"
+
+
 # ---- how it is stopped
 
 

@@ -6,8 +6,11 @@ import asyncio
 import json
 import os
 import stat
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +213,7 @@ FILES: dict[str, list[Any]] = {
     "whole": [*STORED, entry("uuid-3", parentUuid="uuid-2")],
     "a stump, begun anew": STORED[1:],
     "cut": STORED[:1],
+    "without what was in its middle": [STORED[0], STORED[2]],
     "empty": [],
 }
 
@@ -311,3 +315,27 @@ def test_a_stored_path_that_leads_elsewhere_is_not_written(store: TranscriptStor
 
     assert lines(host.path("/one")) == [entry("a")]
     assert list(tmp_path.rglob("*evil*")) == []
+
+
+def test_two_forks_at_once_find_one_whole_file(
+    store: TranscriptStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Host(tmp_path, store)
+    asyncio.run(store.append({**KEY, "project_key": "-one"}, STORED))
+    path = host.write("/one", *STORED[:1])
+    both = threading.Barrier(2)
+    uuids = store.uuids
+
+    def together(key: Any) -> list[str]:
+        """The second look at what the file lacks comes with the first, where nothing keeps them apart."""
+        with suppress(threading.BrokenBarrierError):
+            both.wait(1)
+        return uuids(key)
+
+    monkeypatch.setattr(store, "uuids", together)
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(host.files.provide, run(transcript_stored=1), run(id=name)) for name in ("a", "b")]
+        assert [job.result() for job in jobs] == [True, True]
+
+    assert lines(path) == STORED
+    assert len(list(path.parent.glob("*.incomplete-*"))) == 1

@@ -60,6 +60,17 @@ def test_a_full_directory_for_temporary_files_stops_nothing(
     assert client.get("/health").status == 200
 
 
+def test_a_directory_that_was_full_before_the_first_start_stops_no_start(
+    service: ServiceProcess, small_disk: SmallDisk, project: Path
+) -> None:
+    client = Client(service.url)
+    small_disk.fill()
+    for _ in range(2):
+        answer = client.post("/api/runs/start", {"cwd": str(project), "prompt": "Hello."})
+        assert [answer.status, client.get("/health").status] == [202, 200]
+        assert client.run(answer.json["id"], wait=60)["status"] != "running"
+
+
 @pytest.mark.parametrize("service", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("room", [0, 2**16, 2**20])
 @pytest.mark.parametrize("chunked", [False, True])

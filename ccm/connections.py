@@ -1,21 +1,29 @@
-"""waitress' connections, with bounds on how long a client may be slow and on how many there are.
+"""waitress' connections, with bounds on how long a client may be slow, on how many there are, and on their memory.
 
 A client that dawdles holds no thread (waitress reads in its one listening thread), but it holds a connection, and one
 that takes no answer holds a thread as well. A proxy in front is slow with nobody; these bounds are for when there is
 none.
+
+Large bodies and answers are kept in temporary files as long as there is room for such files. Agents can fill it.
 """
 
 from __future__ import annotations
 
 import logging
 import socket
+import tempfile
 import time
-from typing import Any
+from contextlib import ExitStack
+from io import BytesIO
+from typing import IO, Any
 
 from waitress.adjustments import Adjustments
+from waitress.buffers import OverflowableBuffer, ReadOnlyFileBasedBuffer
 from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser
 from waitress.server import TcpWSGIServer, UnixWSGIServer
 from waitress.task import ThreadedTaskDispatcher
+from waitress.utilities import Error
 
 from ccm.core.descriptors import SHORTAGES
 
@@ -30,9 +38,59 @@ IDLE_SECONDS = 120
 LOOK_SECONDS = 5
 # How long nobody is let in after the system had no descriptor for a new connection.
 PAUSE_SECONDS = 1.0
+# Larger pieces of an answer wait in a file for the client that takes them.
+FILE_BYTES = 2**20
 
 
-class Channel(HTTPChannel):  # type: ignore[misc]  # waitress has no type hints
+class _NoRoom(Error):  # type: ignore[misc]  # waitress has no type hints
+    code = 503
+    reason = "Service Unavailable"
+
+
+class _Body(OverflowableBuffer):  # type: ignore[misc]
+    """The body of a request, in memory or in a file. It is dropped if there is no room for the file."""
+
+    dropped = False
+
+    def append(self, data: bytes) -> None:
+        if self.dropped:
+            return
+        try:
+            super().append(data)
+        except OSError as error:
+            self.dropped = True
+            log.warning("a request is refused: its body cannot be kept in a temporary file: %s", error.strerror)
+            self.close()
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError:
+            # The file is closed all the same. Bytes that found no room are written once more then.
+            log.debug("a temporary file could not be written to its end")
+
+
+class Parser(HTTPRequestParser):  # type: ignore[misc]
+    """A request on its way. One whose body has been dropped is refused when the whole body has been received: a client
+    reads no answer while it sends."""
+
+    # Waitress logs it of each client that leaves before it is answered, and fails where a request had none.
+    path = ""
+    error: Error | None = None
+
+    def parse_header(self, header_plus: bytes) -> None:
+        super().parse_header(header_plus)
+        if self.body_rcv is not None:
+            self.body_rcv.buf = _Body(self.adj.inbuf_overflow)
+
+    def received(self, data: bytes) -> int:
+        consumed = int(super().received(data))
+        if self.completed and self.error is None and self.body_rcv is not None and self.body_rcv.buf.dropped:
+            self.error = _NoRoom("no room for temporary files")
+        return consumed
+
+
+class Channel(HTTPChannel):  # type: ignore[misc]
     """One connection, which knows since when a request is on its way."""
 
     _since = 0.0
@@ -46,6 +104,12 @@ class Channel(HTTPChannel):  # type: ignore[misc]  # waitress has no type hints
             self._since = time.monotonic()
         return taken
 
+    def write_soon(self, data: Any) -> int:
+        if len(data) >= FILE_BYTES and not isinstance(data, ReadOnlyFileBasedBuffer):
+            data = ReadOnlyFileBasedBuffer(_file_of(data))
+            data.prepare()
+        return int(super().write_soon(data))
+
     def is_too_slow(self) -> bool:
         """Whether its request is too long under way, or its answer is not being taken. Asked every LOOK_SECONDS."""
         now = time.monotonic()
@@ -58,6 +122,20 @@ class Channel(HTTPChannel):  # type: ignore[misc]  # waitress has no type hints
         if self.request is None or self.requests:
             return False
         return now - self._since > (REQUEST_SECONDS if self.request.headers_finished else HEADER_SECONDS)
+
+
+def _file_of(data: bytes) -> IO[bytes]:
+    """A piece of an answer as a file; in memory, where there is no room for a temporary one."""
+    with ExitStack() as opened:
+        try:
+            file = opened.enter_context(tempfile.TemporaryFile(buffering=0))
+            if file.write(data) == len(data):
+                file.seek(0)
+                opened.pop_all()
+                return file
+        except OSError as error:
+            log.debug("there is no room for a temporary file: %s", error.strerror)
+    return BytesIO(data)
 
 
 class _Bounds:

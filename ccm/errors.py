@@ -24,7 +24,8 @@ CommandRefused                  a command of the operator's is not done; said in
 StorageError                    what the database's driver raised, told apart at one edge
 ├── StorageDown                 not now: locked, full, unreachable; worth another try
 │   ├── DatabaseTaken           another service has the right to write
-│   └── DatabaseDamaged         what is stored cannot be relied on
+│   ├── DatabaseDamaged         what is stored cannot be relied on
+│   └── DatabaseClosed          the service is shutting down
 └── StorageRejected             never: this very statement is refused
 """
 
@@ -172,6 +173,12 @@ class DatabaseDamaged(StorageDown):
     """What is stored cannot be relied on."""
 
     summary = "the database is damaged"
+
+
+class DatabaseClosed(StorageDown):
+    """The database is closed, or being closed, and takes no more transactions."""
+
+    summary = "the service is shutting down"
 
 
 class StorageRejected(StorageError):

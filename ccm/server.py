@@ -7,6 +7,7 @@ import logging
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -15,10 +16,9 @@ from types import FrameType
 
 from flask import Flask
 from waitress import wasyncore
-from waitress.parser import HTTPRequestParser
 from waitress.task import ErrorTask, WSGITask
 
-from ccm.connections import Channel, open_server
+from ccm.connections import Channel, Parser, open_server
 from ccm.core import descriptors
 from ccm.core.service import Service
 
@@ -39,13 +39,21 @@ HUNG_UP: int = getattr(select, "POLLRDHUP", select.POLLHUP)
 # Seconds that requests in flight get when the service stops.
 DRAIN_SECONDS = 5.0
 
-CODES = {413: "BODY_TOO_LARGE", 431: "HEADERS_TOO_LARGE", 501: "NOT_IMPLEMENTED", 500: "INTERNAL_ERROR"}
+CODES = {
+    413: "BODY_TOO_LARGE",
+    431: "HEADERS_TOO_LARGE",
+    500: "INTERNAL_ERROR",
+    501: "NOT_IMPLEMENTED",
+    503: "OUT_OF_DISK",
+}
 MESSAGES = {
     413: "The body is larger than CCM_MAX_BODY_BYTES allows.",
     431: "The headers are too large.",
     500: "The service failed. Its log says more.",
     501: "This transfer coding is not supported.",
+    503: "The service has no room for temporary files and cannot take so large a body; nothing was stored. Try again.",
 }
+RETRY_AFTER = "5"
 
 
 class _JsonErrorTask(ErrorTask):  # type: ignore[misc]  # waitress has no type hints
@@ -59,6 +67,8 @@ class _JsonErrorTask(ErrorTask):  # type: ignore[misc]  # waitress has no type h
         self.status = f"{error.code} {error.reason}"
         self.response_headers.append(("Content-Type", "application/json"))
         self.response_headers.append(("X-Request-Id", uuid.uuid4().hex))
+        if error.code == 503:
+            self.response_headers.append(("Retry-After", RETRY_AFTER))
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
@@ -74,13 +84,8 @@ class _Task(WSGITask):  # type: ignore[misc]
         super().finish()
 
 
-class _Parser(HTTPRequestParser):  # type: ignore[misc]
-    # Waitress logs it of each client that leaves before it is answered, and fails where a request had none.
-    path = ""
-
-
 class _Channel(Channel):
-    parser_class = _Parser
+    parser_class = Parser
     task_class = _Task
     error_task_class = _JsonErrorTask
 
@@ -133,6 +138,7 @@ class Server:
             # Notices that a client has gone while its request is held.
             channel_request_lookahead=1,
             outbuf_high_watermark=AHEAD_BYTES,
+            outbuf_overflow=sys.maxsize,  # the channel itself puts large answers into files
             # select() dies of a descriptor over 1023, and every Claude Code takes some.
             asyncore_use_poll=True,
             ident="cc-manager",

@@ -14,7 +14,7 @@ from ccm.core.lineage import ForkPoint, Segment, find_fork_point, line, own_line
 from ccm.core.lookup import find_approval, find_run, find_run_of_key, find_session
 from ccm.db import approvals, deliveries, events, messages, runs, sessions
 from ccm.db.database import Database, Transaction
-from ccm.errors import StorageError, Unavailable, ValidationError
+from ccm.errors import DatabaseClosed, StorageError, Unavailable, ValidationError
 from ccm.models import RUNNING, Approval, Delivery, Event, IdempotencyKey, Run, Session
 
 log = logging.getLogger(__name__)
@@ -67,6 +67,9 @@ class History:
         try:
             with self._database.transaction() as transaction:
                 return query(transaction)
+        except DatabaseClosed:
+            told = "The service is shutting down; try again when it is back."
+            raise Unavailable(told, code="SHUTTING_DOWN") from None
         except StorageError as error:
             log.debug("a read failed: %s", error)
             told = f"The database cannot be read: {error.summary}. Try again."

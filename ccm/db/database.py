@@ -7,9 +7,11 @@ connection back, and nothing else in the project touches dataset.
 
 from __future__ import annotations
 
+import logging
 import re
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -19,15 +21,21 @@ import dataset
 import sqlalchemy
 from sqlalchemy import event
 
-from ccm.db import postgresql
+from ccm.db import postgresql, sqlite
 from ccm.db.faults import storage_error
+from ccm.db.permits import Permits
 from ccm.db.watch import FileWatch, OpenFiles
-from ccm.errors import DatabaseDamaged, StorageDown
+from ccm.errors import DatabaseClosed, DatabaseDamaged, StorageDown
+
+log = logging.getLogger(__name__)
 
 # How long SQLite itself waits for a lock. The recorder tries again after that, so that a cancelled write is let go.
 BUSY_TIMEOUT_MS = 1_000
-# How long a transaction waits for a free connection (seconds).
+# How long a transaction waits for a connection while none is given back by a transaction that was answered (seconds).
 CONNECTION_SECONDS = 10.0
+# How long transactions are waited for at the end, and how often those that read are interrupted meanwhile (seconds).
+CLOSE_SECONDS = 2.0
+INTERRUPT_INTERVAL = 0.05
 NAMED_PARAMETER = re.compile(r"(?<![:\w]):([A-Za-z]\w*)")
 
 
@@ -134,7 +142,9 @@ class Database:
     is one writer in a process (core/recorder.py); everyone else reads.
 
     Args:
-        answer_seconds: how long PostgreSQL may take for a statement; None for ever.
+        answer_seconds: for a service, which has to answer in time: how long the database may take for a statement.
+            SQLite's bound holds for reads; what it writes is bounded by its size. None for a command, which may take
+            its time, and room for temporary files.
         watch: what a Database of the same SQLite file knows about it, to be shared.
     """
 
@@ -152,24 +162,19 @@ class Database:
         self.watch = watch or (FileWatch(url.removeprefix("sqlite:///")) if self.is_sqlite else None)
         self._writer = writer
         self._answer_seconds = answer_seconds
+        self._permits = Permits(pool_size, CONNECTION_SECONDS)
         self._database = dataset.connect(
             url,
             ensure_schema=False,  # or a key of a row becomes a column
             engine_kwargs={
                 "pool_size": pool_size,
                 "max_overflow": 0,
-                "pool_timeout": CONNECTION_SECONDS,
+                "pool_timeout": 0,  # one connection for each permit: there is always one
                 "pool_pre_ping": not self.is_sqlite,
                 # None: the sqlite3 module begins no transaction of its own, see _begin_sqlite.
-                "connect_args": {"isolation_level": None} if self.is_sqlite else {},
+                "connect_args": {"isolation_level": None, "factory": sqlite.Connection} if self.is_sqlite else {},
             },
-            on_connect_statements=[
-                f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}",
-                "PRAGMA foreign_keys = ON",
-                "PRAGMA synchronous = FULL",
-            ]
-            if self.is_sqlite
-            else [],
+            on_connect_statements=self._pragmas() if self.is_sqlite else [],
         )
         self._engine = cast("sqlalchemy.Engine", self._database.engine)
         if self.is_sqlite:
@@ -181,11 +186,20 @@ class Database:
     def __str__(self) -> str:
         return sqlalchemy.make_url(self.url).render_as_string(hide_password=True)
 
-    def _sqlite_opened(self, connection: sqlite3.Connection, record: sqlalchemy.pool.ConnectionPoolEntry) -> None:
-        # SQLite's own LOWER knows ASCII only, and a search should find École in either case, as in PostgreSQL.
-        connection.create_function(
-            "LOWER", 1, lambda text: None if text is None else str(text).lower(), deterministic=True
-        )
+    def _pragmas(self) -> list[str]:
+        pragmas = [
+            f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}",
+            "PRAGMA foreign_keys = ON",
+            "PRAGMA synchronous = FULL",
+        ]
+        if self._answer_seconds is not None:
+            # Even a savepoint may need a temporary file, and agents can fill the directory of such files.
+            pragmas.append("PRAGMA temp_store = MEMORY")
+        return pragmas
+
+    def _sqlite_opened(self, connection: sqlite.Connection, record: sqlalchemy.pool.ConnectionPoolEntry) -> None:
+        if self._answer_seconds is not None and not self._writer:
+            connection.limit_statements(self._answer_seconds * postgresql.STATEMENT_SHARE)
         if self.watch is not None:
             try:
                 connection.execute("SELECT 1 FROM sqlite_master LIMIT 1")  # opens the write-ahead log
@@ -220,6 +234,8 @@ class Database:
         """
         database = self._database
         committing = committed = False
+        answered = True
+        self._permits.take()
         try:
             files = self._take_connection()
             database.begin()
@@ -234,14 +250,20 @@ class Database:
             told = storage_error(error)
             if told is None:
                 raise
+            answered = not isinstance(told, StorageDown)
             self._release(broken=True)
             if self.watch is not None and isinstance(told, DatabaseDamaged):
                 self.watch.damage = str(told)
+            if self._permits.closed and isinstance(told, StorageDown):
+                told = DatabaseClosed(str(told))  # interrupted, most likely
             # A COMMIT that SQLite refuses is not committed; one whose answer is lost on its way may be.
             told.may_be_committed = committed or (committing and not self.is_sqlite)
             raise told from error
         finally:
             self._release()
+            if self._permits.closed:
+                self._engine.pool.dispose()  # this connection was not there to be closed
+            self._permits.give_back(answered=answered)
 
     def _take_connection(self) -> OpenFiles:
         """Have a connection for this thread's transaction. Gives the files that it has open, if it is SQLite's.
@@ -287,4 +309,21 @@ class Database:
             return transaction.rows(sql, **parameters)
 
     def close(self) -> None:
-        self._database.close()
+        """Refuse new transactions, interrupt SQLite's reads, and close the connections. Idempotent.
+
+        A connection that another thread still uses after CLOSE_SECONDS is left to that thread: closing it under a
+        statement would crash the process.
+        """
+        self._permits.close()
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while (unfinished := self._permits.wait_for_all(INTERRUPT_INTERVAL)) and time.monotonic() < deadline:
+            self._interrupt()
+        if unfinished:
+            log.error("transactions have not ended; %d connections to the database are left open", unfinished)
+        self._engine.pool.dispose()
+
+    def _interrupt(self) -> None:
+        if self.is_sqlite and not self._writer:
+            with self._database.lock:  # none of these is closed meanwhile
+                for connection in self._database.connections.values():
+                    cast(sqlite3.Connection, connection.connection.dbapi_connection).interrupt()

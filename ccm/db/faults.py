@@ -34,6 +34,7 @@ SQLITE_SUMMARIES = {
     sqlite3.SQLITE_PERM: READ_ONLY,
     sqlite3.SQLITE_IOERR: "the disk of the database fails, or has become read-only",
     sqlite3.SQLITE_CANTOPEN: "the database file cannot be opened",
+    sqlite3.SQLITE_INTERRUPT: "the database takes too long",
 }
 
 # PostgreSQL's SQLSTATEs: a class that psycopg takes for the server's trouble, though the row is to blame (it is too

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import psycopg
@@ -221,6 +222,10 @@ def clear(url: str, deleted: bool) -> None:
 def _clear_sqlite(path: str, deleted: bool) -> None:
     with closing(sqlite3.connect(path, timeout=CLEAR_SECONDS, isolation_level=None)) as connection:
         connection.execute("PRAGMA secure_delete = ON")
+        # The new file is first written as a temporary one: where the database has its room, and neither in memory nor
+        # in TMPDIR, which may be small. A SQLite without this deprecated pragma ignores it.
+        folder = str(Path(path).absolute().parent).replace("'", "''")
+        connection.execute(f"PRAGMA temp_store_directory = '{folder}'")
         # Pages that were split long ago still have copies of rows in their unused parts; only a new file has none.
         if deleted or connection.execute("PRAGMA freelist_count").fetchone()[0]:
             connection.execute("VACUUM")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
@@ -21,6 +22,7 @@ from ccm.core.transcript_store import TranscriptStore
 from ccm.core.webhooks.outbox import Outbox
 from ccm.db import runs
 from ccm.db.database import Database
+from ccm.demo.tour import APP
 from tests.archive.conftest import of_type
 from tests.archive.history import (
     FORK,
@@ -36,7 +38,8 @@ from tests.archive.history import (
 )
 from tests.client import Client
 from tests.conftest import ServeFunction
-from tests.flask_commands import Flask, variables
+from tests.disks import SmallDisk
+from tests.flask_commands import FLASK, Flask, variables
 
 TABLES = ("ccr_sessions", "ccr_runs", "ccr_run_messages", "ccr_transcripts", "ccr_transcript_entries")
 
@@ -302,6 +305,24 @@ def test_the_bytes_are_gone_from_the_database_and_its_log(flask: Flask, lite: tu
     assert not holds_secret(url)
     assert os.stat(url.removeprefix("sqlite:///")).st_mode & 0o777 == 0o600
     assert database.rows("SELECT COUNT(*) AS n FROM ccr_runs") == [{"n": 1}]
+
+
+def test_the_file_is_written_anew_without_room_for_temporary_files(
+    environ: dict[str, str], own_home: Path, lite: tuple[Database, str], small_disk: SmallDisk
+) -> None:
+    database, url = lite
+    fill(database)
+    with database.transaction() as transaction:
+        transaction.execute("UPDATE ccr_sessions SET title = :title WHERE id = :id", title="x" * 2**24, id=OTHER)
+    small_disk.fill()
+    # A process of its own: SQLite looks at TMPDIR when it is loaded.
+    own = {"HOME": str(own_home), "TMPDIR": str(small_disk.path), **variables(url)}
+    command = [*FLASK, "prune", "--session", ROOT]
+
+    done = subprocess.run(command, env=environ | own, cwd=APP.parent, capture_output=True, text=True, check=False)
+
+    assert [done.returncode, done.stderr] == [0, ""]
+    assert not holds_secret(url)
 
 
 def test_a_reader_that_holds_the_log_is_told_of_and_the_next_prune_clears_it(

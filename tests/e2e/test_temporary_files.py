@@ -1,0 +1,103 @@
+"""A service whose directory for temporary files is full, with its database on another disk. Agents can fill it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ccm.demo.tour import ServiceProcess
+from tests.api.conftest import new_database
+from tests.client import Client
+from tests.conftest import ServeFunction, stand_in_cli
+from tests.disks import SmallDisk
+
+# waitress keeps larger bodies in a file (bytes).
+IN_MEMORY = 2**19
+# Whose errors these tests look for. Those about the run's own directory are its executor's.
+LOGGERS = ("ccm.core.recorder", "waitress")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def service(
+    request: pytest.FixtureRequest, serve: ServeFunction, small_disk: SmallDisk, home: Path, tmp_path: Path
+) -> Iterator[ServiceProcess]:
+    database = {"DATABASE_PATH": str(tmp_path / "db.sqlite")}
+    if request.param == "postgresql":
+        database = {"DATABASE_URL": new_database(request.getfixturevalue("postgresql"))}
+    started = serve(TMPDIR=small_disk.path, CCM_CLI_PATH=stand_in_cli(home), **database)
+    yield started
+    assert not [line for line in started.log if any(f"ERROR {name}" in line for name in LOGGERS)]
+
+
+def body(project: Path, size: int) -> dict[str, Any]:
+    """One of so many bytes that is refused for what it says, once it is read."""
+    return {"cwd": str(project), "prompt": "Hello.", "unknown": "x" * size}
+
+
+def test_a_full_directory_for_temporary_files_stops_nothing(
+    service: ServiceProcess, small_disk: SmallDisk, project: Path
+) -> None:
+    client = Client(service.url)
+    large = client.start(project, json.dumps({"count": 1, "pad": 20_000_000}), wait=120)
+    assert large["status"] == "completed", large
+    path = f"/api/runs/{large['id']}/messages"
+    before = client.get(path)
+    assert len(before.body) > 20_000_000
+    assert client.post("/api/runs/start", body(project, 2 * IN_MEMORY)).status == 400
+    small_disk.fill()
+
+    assert client.get("/health").status == 200
+    started = client.start(project, "Hello.", wait=0)
+    assert client.run(started["id"], wait=60)["status"] != "running"
+    assert client.get(path).body == before.body
+    assert client.get("/api/runs").status == 200
+    assert client.post("/api/runs/start", body(project, IN_MEMORY // 2)).status == 400
+    assert client.get("/health").status == 200
+
+
+def test_a_directory_that_was_full_before_the_first_start_stops_no_start(
+    service: ServiceProcess, small_disk: SmallDisk, project: Path
+) -> None:
+    client = Client(service.url)
+    small_disk.fill()
+    for _ in range(2):
+        answer = client.post("/api/runs/start", {"cwd": str(project), "prompt": "Hello."})
+        assert [answer.status, client.get("/health").status] == [202, 200]
+        assert client.run(answer.json["id"], wait=60)["status"] != "running"
+
+
+@pytest.mark.parametrize("service", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("room", [0, 2**16, 2**20])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_for_which_there_is_no_room_is_refused_in_json(
+    service: ServiceProcess, small_disk: SmallDisk, project: Path, room: int, chunked: bool
+) -> None:
+    client = Client(service.url)
+    # The first one settles which directory is used: Python would choose another one that has room.
+    assert client.post("/api/runs/start", body(project, 2 * IN_MEMORY)).status == 400
+    small_disk.fill()
+    os.truncate(small_disk.path / "filler", (small_disk.path / "filler").stat().st_size - room)
+    sent = json.dumps(body(project, 8 * IN_MEMORY)).encode()
+
+    connection = client.connection()
+    headers = {"Content-Type": "application/json"}
+    parts = (sent[at : at + 100_000] for at in range(0, len(sent), 100_000)) if chunked else sent
+    connection.request("POST", "/api/runs/start", parts, headers, encode_chunked=chunked)
+    answer = connection.getresponse()
+
+    assert answer.status == 503
+    assert answer.headers["Retry-After"]
+    assert answer.headers["Content-Type"] == "application/json"
+    error = json.loads(answer.read())["error"]
+    assert error["code"] == "OUT_OF_DISK"
+    assert str(small_disk.path) not in error["message"]
+    connection.close()
+    assert not [line for line in service.log if "Traceback" in line]
+
+    (small_disk.path / "filler").unlink()
+    assert client.post("/api/runs/start", body(project, 2 * IN_MEMORY)).status == 400

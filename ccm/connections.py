@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import logging
 import socket
+import sys
 import tempfile
 import time
 from contextlib import ExitStack
 from io import BytesIO
 from typing import IO, Any
 
+from waitress import wasyncore
 from waitress.adjustments import Adjustments
 from waitress.buffers import OverflowableBuffer, ReadOnlyFileBasedBuffer
 from waitress.channel import HTTPChannel
@@ -36,7 +38,8 @@ REQUEST_SECONDS = 600.0
 IDLE_SECONDS = 120
 # How often the connections are looked through.
 LOOK_SECONDS = 5
-# How long nobody is let in after the system had no descriptor for a new connection.
+# How long nobody is let in after a connection could not be accepted, and how soon a second fault of the loop has to
+# come to be answered with a pause.
 PAUSE_SECONDS = 1.0
 # Larger pieces of an answer wait in a file for the client that takes them.
 FILE_BYTES = 2**20
@@ -143,6 +146,8 @@ class _Bounds:
 
     _no_accept_before = 0.0
     _short = False
+    # The last fault that was logged, so that one which stays is logged once.
+    _fault = ""
     active_channels: dict[int, Channel]
 
     def maintenance(self, now: float) -> None:
@@ -172,6 +177,18 @@ class _Bounds:
             self._short = False
             log.warning("new connections are accepted again")
         return accepted
+
+    def handle_error(self) -> None:
+        """Go on after a fault with one new connection: waitress would close the listening socket."""
+        self._no_accept_before = time.monotonic() + PAUSE_SECONDS
+        fault = repr(sys.exception())
+        if fault != self._fault:
+            self._fault = fault
+            log.exception("a new connection could not be taken in")
+
+    def handle_close(self) -> None:
+        """End the loop, as the listening socket is broken. A stop closes it otherwise."""
+        raise wasyncore.ExitNow
 
 
 class _TcpServer(_Bounds, TcpWSGIServer):  # type: ignore[misc]
@@ -204,3 +221,23 @@ def open_server(app: Any, bound: socket.socket, channel: type[Channel], threads:
     )
     server.channel_class = channel
     return server
+
+
+def serve(server: Any) -> None:
+    """Run a server's loop for as long as it can listen, whatever one round of it raises."""
+    told, failed_at = "", -PAUSE_SECONDS
+    while True:
+        try:
+            server.run()
+        except wasyncore.ExitNow:
+            pass
+        except Exception as error:
+            if repr(error) != told:  # a fault that stays is logged once
+                told = repr(error)
+                log.exception("a round of the listener failed, the next one follows")
+            if time.monotonic() < failed_at + PAUSE_SECONDS:
+                time.sleep(PAUSE_SECONDS)  # else it would fail at full load
+            failed_at = time.monotonic()
+            continue
+        log.error("nobody can connect any more: the listening socket is closed")
+        return

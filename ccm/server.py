@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import select
@@ -18,7 +19,7 @@ from flask import Flask
 from waitress import wasyncore
 from waitress.task import ErrorTask, WSGITask
 
-from ccm.connections import Channel, Parser, open_server
+from ccm.connections import Channel, Parser, open_server, serve
 from ccm.core import descriptors
 from ccm.core.service import Service
 
@@ -145,9 +146,13 @@ class Server:
             clear_untrusted_proxy_headers=False,  # api/proxy.py does, and knows X-Forwarded-Prefix too
         )
         self._asked_to_stop = False
+        # Whether the listener ended by itself.
+        self._deaf = False
 
     def run(self, on_ready: Callable[[], None]) -> bool:
         """Serve until SIGTERM or SIGINT, then stop gently; a second signal ends at once. False if not all went well.
+
+        A service that nobody can connect to any more stops too, and not well: whoever supervises it starts it again.
 
         Args:
             on_ready: called once it serves and heeds signals.
@@ -159,15 +164,22 @@ class Server:
         signal.set_wakeup_fd(wakes.fileno())
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        threading.Thread(target=self._server.run, name="listener", daemon=True).start()
+        threading.Thread(target=self._listen, args=(wakes,), name="listener", daemon=True).start()
         on_ready()
         try:
             waker.recv(1)
-            return self._shut_down()
+            deaf = self._deaf
+            return self._shut_down() and not deaf
         finally:
             signal.set_wakeup_fd(-1)
             waker.close()
             wakes.close()
+
+    def _listen(self, wakes: socket.socket) -> None:
+        serve(self._server)
+        self._deaf = True
+        with contextlib.suppress(OSError):  # the service has stopped meanwhile
+            wakes.send(b"\0")
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self._asked_to_stop:

@@ -74,7 +74,8 @@ class Settings:
         "CCM_API_TOKEN_FILE",
         None,
         parse.file,
-        "A file with a token for each client, `NAME:TOKEN` a line (`flask token NAME`). Read again when it changes",
+        "A file with a token for each client, `NAME:TOKEN` a line (`flask token NAME`). Read again when it changes. "
+        "Only its owner may write it, and others may not read it: mode `0600`, or `0640`",
         "(empty)",
     )
     allowed_hosts: tuple[str, ...] = _setting(

@@ -30,6 +30,8 @@ class Tokens:
         self._file = settings.api_token_file
         self._lock = threading.Lock()
         self._read_at: tuple[int, ...] | None = None
+        # The errno for which the file cannot be read at the moment.
+        self._failure: int | None = None
         self._single = {} if settings.api_token is None else {SINGLE: settings.api_token}
         self._digests = {_digest(token): name for name, token in self._single.items()}
         self.required = bool(self._single) or self._file is not None
@@ -47,25 +49,37 @@ class Tokens:
 
     def _refresh(self, file: Path) -> None:
         with self._lock:
-            state: tuple[int, ...] = ()
             try:
                 state = _state(file)
                 if state == self._read_at:
                     return
                 tokens = read_tokens(file)
             except OSError as error:
-                if self._read_at == state:
-                    return  # said when it began: with every request it would flood the log
-                log.warning("nobody is let in, for CCM_API_TOKEN_FILE %s cannot be read: %s", file, error.strerror)
-                tokens = {}
+                self._lose(file, error)
+                return
             except BadSetting as error:
                 # A slip of the operator's pen must not lock everybody out.
                 log.warning("the tokens stay as they were: %s", error)
-                self._read_at = state
+                self._read_at, self._failure = state, None
                 return
-            self._read_at = state
-            self._digests = {_digest(token): name for name, token in self._single.items() | tokens.items()}
-            log.info("tokens of %s", ", ".join(tokens) or "nobody")
+            self._read_at, self._failure = state, None
+            self._take(tokens)
+
+    def _lose(self, file: Path, error: OSError) -> None:
+        """Let nobody in while the file cannot be read.
+
+        Each request tries again: the reason may pass without a change of the file, as a want of descriptors does.
+        """
+        self._read_at = None
+        if self._failure == error.errno:
+            return  # said when it began: with every request it would flood the log
+        self._failure = error.errno
+        log.warning("nobody is let in, for CCM_API_TOKEN_FILE %s cannot be read: %s", file, error.strerror)
+        self._take({})
+
+    def _take(self, tokens: dict[str, str]) -> None:
+        self._digests = {_digest(token): name for name, token in self._single.items() | tokens.items()}
+        log.info("tokens of %s", ", ".join(tokens) or "nobody")
 
 
 def _digest(token: str) -> bytes:

@@ -22,6 +22,12 @@ from tests.conftest import ServeFunction, stand_in_cli
 NOWHERE = "00000000-0000-4000-8000-000000000000"
 
 
+def write_tokens(file: Path, text: str, mode: int = 0o600) -> None:
+    """Write the file that CCM_API_TOKEN_FILE names, whatever the umask."""
+    file.write_text(text)
+    file.chmod(mode)
+
+
 @pytest.fixture(scope="module")
 def serve_all(environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeFunction]:
     """Starts services for all tests of a file, with the stand-in CLI; ends them and reads their logs afterwards."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import resource
 import stat
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from app import create_app
 from ccm.api.tokens import Tokens
 from ccm.settings import Settings
-from tests.api.conftest import NOWHERE, connect, folder_of, read_all
+from tests.api.conftest import NOWHERE, connect, folder_of, read_all, write_tokens
 from tests.client import Answer, Client
 from tests.conftest import ServeFunction
 from tests.test_app import FLASK, call
@@ -203,7 +204,7 @@ def test_health_needs_no_token_and_tells_nothing_else(closed_api: Client) -> Non
 
 def test_tokens_have_names_that_runs_and_logs_show(serve: ServeFunction, tmp_path: Path, home: Path) -> None:
     file = tmp_path / "tokens"
-    file.write_text(f"# clients\n\nalice:{TOKEN}-a\nbob-2:{TOKEN}-b:with-a-colon\n")
+    write_tokens(file, f"# clients\n\nalice:{TOKEN}-a\nbob-2:{TOKEN}-b:with-a-colon\n")
     service = serve(CCM_API_TOKEN_FILE=file, CCM_API_TOKEN=TOKEN)
     client = Client(service.url)
     project = folder_of(tmp_path)
@@ -220,7 +221,7 @@ def test_tokens_have_names_that_runs_and_logs_show(serve: ServeFunction, tmp_pat
 
 def test_the_file_of_tokens_is_read_again_when_it_changes(serve: ServeFunction, tmp_path: Path) -> None:
     file = tmp_path / "tokens"
-    file.write_text(f"alice:{TOKEN}-a\n")
+    write_tokens(file, f"alice:{TOKEN}-a\n")
     service = serve(CCM_API_TOKEN_FILE=file)
     client = Client(service.url)
 
@@ -228,15 +229,56 @@ def test_the_file_of_tokens_is_read_again_when_it_changes(serve: ServeFunction, 
         return client.request("GET", "/api/runs", headers=bearer(token)).status == 200
 
     assert [let_in(f"{TOKEN}-a"), let_in(f"{TOKEN}-b")] == [True, False]
-    file.write_text(f"bob:{TOKEN}-b\n")
+    write_tokens(file, f"bob:{TOKEN}-b\n")
     assert [let_in(f"{TOKEN}-a"), let_in(f"{TOKEN}-b")] == [False, True]
-    file.write_text(f"bob:{TOKEN}-b\nno token at all\n")  # a slip: all stays as it was, and the log says so
+    write_tokens(file, f"bob:{TOKEN}-b\nno token at all\n")  # a slip: all stays as it was, and the log says so
     assert [let_in(f"{TOKEN}-a"), let_in(f"{TOKEN}-b")] == [False, True]
     assert [line for line in service.log if "line 2: must be NAME:TOKEN" in line]
     file.unlink()
     assert [let_in(f"{TOKEN}-a"), let_in(f"{TOKEN}-b")] == [False, False]
-    file.write_text(f"carol:{TOKEN}-c\n")
+    write_tokens(file, f"carol:{TOKEN}-c\n")
     assert let_in(f"{TOKEN}-c")
+
+
+def test_a_file_of_tokens_that_others_can_read_by_now_locks_nobody_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "tokens"
+    write_tokens(file, f"alice:{TOKEN}-a\n")
+    tokens = Tokens(Settings(api_token_file=file))
+    assert tokens.client(f"{TOKEN}-a") == "alice"
+
+    write_tokens(file, f"bob:{TOKEN}-b\n", 0o644)
+    for _ in range(10):
+        assert [tokens.client(f"{TOKEN}-a"), tokens.client(f"{TOKEN}-b")] == ["alice", None]
+    (told,) = caplog.messages
+    assert told.startswith(f"the tokens stay as they were: CCM_API_TOKEN_FILE {file} has mode 0644")
+
+    file.chmod(0o600)
+    assert [tokens.client(f"{TOKEN}-a"), tokens.client(f"{TOKEN}-b")] == [None, "bob"]
+
+
+def test_a_file_of_tokens_that_could_not_be_read_for_a_moment_is_read_when_it_can_be(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "tokens"
+    write_tokens(file, f"alice:{TOKEN}-a\n")
+    tokens = Tokens(Settings(api_token_file=file))
+    assert tokens.client(f"{TOKEN}-a") == "alice"
+    file.touch()
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        for _ in range(10):
+            assert tokens.client(f"{TOKEN}-a") is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    assert [message for message in caplog.messages if "nobody is let in" in message] == [
+        f"nobody is let in, for CCM_API_TOKEN_FILE {file} cannot be read: Too many open files"
+    ]
+    assert tokens.client(f"{TOKEN}-a") == "alice"
 
 
 def test_a_missing_file_of_tokens_is_told_once_each_time_it_goes(
@@ -260,7 +302,7 @@ def test_a_missing_file_of_tokens_is_told_once_each_time_it_goes(
     for _ in range(2):
         assert told() == gone
         assert told() == []
-        file.write_text(f"alice:{TOKEN}-a\n")
+        write_tokens(file, f"alice:{TOKEN}-a\n")
         assert told() == ["tokens of alice"]
         file.unlink()
 

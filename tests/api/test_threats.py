@@ -19,10 +19,24 @@ import pytest
 from waitress.adjustments import Adjustments
 from waitress.channel import ClientDisconnected
 
+from ccm.access import check_access
 from ccm.core.processes import marked
 from ccm.demo.tour import APP, ServiceProcess
+from ccm.errors import BadSetting
 from ccm.server import _Channel
-from tests.api.conftest import announced, connect, folder_of, new_database, read_all, refused, script, until
+from ccm.settings import Settings
+from ccm.token_file import add_token
+from tests.api.conftest import (
+    announced,
+    connect,
+    folder_of,
+    new_database,
+    read_all,
+    refused,
+    script,
+    until,
+    write_tokens,
+)
 from tests.api.test_fuzzing import LOG_LINE
 from tests.client import Client
 from tests.conftest import ServeFunction, stand_in_cli
@@ -50,7 +64,7 @@ def test_an_agent_finds_nothing_of_the_services_own(
     serve: ServeFunction, postgresql: str, project: Path, tmp_path: Path
 ) -> None:
     tokens = tmp_path / "tokens"
-    tokens.write_text(f"alice:{TOKEN}-of-alice\n")
+    write_tokens(tokens, f"alice:{TOKEN}-of-alice\n")
     url = new_database(postgresql).replace("ccm@", f"ccm:{SECRET}@")
     service = serve(CCM_API_TOKEN=TOKEN, CCM_API_TOKEN_FILE=tokens, DATABASE_URL=url, PGPASSWORD=SECRET)
     # Its own environment, that of Claude Code around it, and the arguments of whatever runs here: into files, for
@@ -122,13 +136,59 @@ def test_a_start_that_is_refused_keeps_its_secrets(environ: dict[str, str], vari
 
 def test_a_file_of_tokens_that_is_wrong_keeps_them(environ: dict[str, str], tmp_path: Path) -> None:
     file = tmp_path / "tokens"
-    file.write_text(f"alice:{TOKEN}\nbob {SECRET}\n")
+    write_tokens(file, f"alice:{TOKEN}\nbob {SECRET}\n")
     result = call([sys.executable, "app.py"], environ, CCM_API_TOKEN_FILE=file)
 
     assert result.returncode == 2
     assert "line 2" in result.stderr
     assert SECRET not in result.stderr
     assert TOKEN not in result.stderr
+
+
+def test_a_file_of_tokens_that_is_open_to_other_users_ends_the_start(environ: dict[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "tokens of mine"
+    write_tokens(file, f"alice:{TOKEN}\n", 0o644)
+    before = file.read_bytes()
+
+    for words in ([*FLASK, "token", "bob"], [sys.executable, "app.py"]):
+        result = call(words, environ, CCM_API_TOKEN_FILE=file)
+        assert [result.returncode, result.stdout] == [2, ""]
+        assert f"CCM_API_TOKEN_FILE {file} has mode 0644" in result.stderr
+        assert f"`chmod 600 '{file}'`" in result.stderr
+        assert result.stderr.count("\n") == 1
+        assert TOKEN not in result.stderr
+    assert file.read_bytes() == before, "no new token is put where others can read it"
+
+
+@pytest.mark.parametrize("mode", [0o604, 0o602, 0o601, 0o620, 0o660, 0o777], ids=oct)
+def test_a_file_of_tokens_that_others_may_read_or_change_is_refused(tmp_path: Path, mode: int) -> None:
+    file = tmp_path / "tokens"
+    write_tokens(file, f"alice:{TOKEN}\n", mode)
+
+    with pytest.raises(BadSetting):
+        check_access(Settings(api_token_file=file))
+    with pytest.raises(BadSetting):
+        add_token(file, "bob", TOKEN)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o400, 0o640, 0o440], ids=oct)
+def test_a_file_of_tokens_may_be_readable_for_its_group(tmp_path: Path, mode: int) -> None:
+    file = tmp_path / "tokens"
+    write_tokens(file, f"alice:{TOKEN}\n", mode)
+
+    check_access(Settings(api_token_file=file))
+
+
+def test_the_file_that_a_path_leads_to_must_be_safe_not_the_link(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    write_tokens(file, f"alice:{TOKEN}\n")
+    link = tmp_path / "link"
+    link.symlink_to(file)  # a link has mode 0777 itself
+
+    check_access(Settings(api_token_file=link))
+    file.chmod(0o644)
+    with pytest.raises(BadSetting):
+        check_access(Settings(api_token_file=link))
 
 
 @pytest.fixture

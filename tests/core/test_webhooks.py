@@ -665,6 +665,79 @@ def test_who_answers_before_all_is_read_is_heard() -> None:
         sent(url, body=long)
 
 
+def no_thread_for(refused: Callable[[threading.Thread], bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads for which `refused` says so cannot be started, as where the system's limit is reached."""
+    start = threading.Thread.start
+
+    def try_to_start(thread: threading.Thread) -> None:
+        if refused(thread):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", try_to_start)
+
+
+def test_an_attempt_needs_no_thread_of_its_own(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = threading.current_thread()
+    no_thread_for(lambda _: threading.current_thread() is here, monkeypatch)
+
+    assert sent(receiver.url).status == 204
+
+
+def test_without_a_thread_to_be_had_a_webhook_is_sent_once_there_is_one(
+    world: World, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("ccm.core.webhooks.sender.FAULT_SLEEP", 0.01, raising=False)
+    refused: list[str] = []
+    is_short = threading.Event()
+    is_short.set()
+
+    def refuse(thread: threading.Thread) -> bool:
+        if is_short.is_set() and thread.name.startswith("webhook-"):
+            refused.append(thread.name)
+            return True
+        return False
+
+    no_thread_for(refuse, monkeypatch)
+    world.start()
+    first = world.run(receiver.url, STARTED, COMPLETED)
+    until(lambda: len(refused) >= 3)
+    is_short.clear()
+
+    world.settled(first, "delivered", "delivered")
+    second = world.run(receiver.url, STARTED)
+    world.settled(second, "delivered")
+    assert told(receiver) == [(first, STARTED), (first, COMPLETED), (second, STARTED)]
+    assert len([record for record in caplog.records if record.exc_info]) == 1
+    until(lambda: not world.sender._handed)
+
+
+def test_a_receiver_that_takes_a_long_body_slowly_gets_no_more_time(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate)
+    done = threading.Event()
+
+    def take_slowly() -> None:
+        with suppress(OSError), tls.wrap_socket(server.accept()[0], server_side=True) as connection:
+            while connection.recv(2**14) and not done.wait(0.02):
+                pass
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=take_slowly)
+        thread.start()
+        url = f"https://localhost:{server.getsockname()[1]}/"
+        begun = time.monotonic()
+        with pytest.raises(NoAnswer, match="no answer within 1 s"):
+            sent(url, body=b"x" * 50_000_000, seconds=1)
+        took = time.monotonic() - begun
+        done.set()
+        thread.join()
+    assert took < 20, "all of the body takes a minute"
+
+
 def test_what_only_announces_the_answer_is_not_taken_for_it() -> None:
     hints = b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>\r\n\r\n"
     final = b"HTTP/1.1 503 Busy\r\nRetry-After: 7\r\n\r\n"
@@ -739,12 +812,12 @@ def test_hosts_that_give_no_answer_leave_threads_for_others(world: World, receiv
         world.sender._silent = dict.fromkeys(hosts)
         for host in hosts:
             world.run(f"http://{host}/", STARTED)
-        until(lambda: len(world.sender._hosts) == THREADS - KEPT)
+        until(lambda: len(world.sender._handed) == THREADS - KEPT)
         begun = time.monotonic()
         for run_id in [world.run(receiver.url, STARTED, COMPLETED) for _ in range(10)]:
             world.settled(run_id, "delivered", "delivered")
         assert time.monotonic() - begun < 10
-        assert len(world.sender._hosts) == THREADS - KEPT
+        assert len(world.sender._handed) == THREADS - KEPT
         world.sender.stop(time.monotonic())
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import contextlib
 import http
 import http.client
+import io
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
 from ccm.webhook_urls import PORTS
+
+# A record of TLS has as many at the most.
+PIECE_BYTES = 2**14
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,6 @@ class Post:
         Raises:
             NoAnswer: there was none.
         """
-        # The socket's own timeouts begin anew with every byte: a receiver that drips them would never be done with.
-        timer = threading.Timer(self._seconds, self.cut)
-        timer.daemon = True
-        timer.start()
         try:
             parts = urlsplit(self._url)
             path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
@@ -64,7 +65,6 @@ class Post:
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise NoAnswer(self._told(error)) from None
         finally:
-            timer.cancel()
             self._connection.close()
 
     def cut(self) -> None:
@@ -89,7 +89,37 @@ class Post:
         return f"the answer is no HTTP: {type(error).__name__}"
 
 
+class _InTime(io.RawIOBase):
+    """What a socket receives.
+
+    Args:
+        received: as the socket gives it, whose timeout begins anew with every byte: a receiver that drips its answer
+            would never be done with.
+        limit: sets that timeout to what is left of the time. Raises TimeoutError if nothing is.
+    """
+
+    def __init__(self, received: io.RawIOBase, limit: Callable[[], None]) -> None:
+        self._received = received
+        self._limit = limit
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._limit()
+        read: int | None = self._received.readinto(buffer)
+        return read
+
+    def close(self) -> None:
+        self._received.close()
+        super().close()
+
+
 class _Response(http.client.HTTPResponse):
+    def __init__(self, limit: Callable[[], None], sock: socket.socket, method: str | None = None) -> None:
+        super().__init__(sock, method=method)
+        self.fp = io.BufferedReader(_InTime(self.fp.detach(), limit))
+
     def begin(self) -> None:
         """Read the head of the answer, beyond what only announces it (103, Early Hints)."""
         super().begin()
@@ -99,8 +129,6 @@ class _Response(http.client.HTTPResponse):
 
 
 class _Connection(http.client.HTTPConnection):
-    response_class = _Response
-
     def __init__(self, url: str, deadline: float, tls: ssl.SSLContext) -> None:
         parts = urlsplit(url)
         super().__init__(parts.hostname or "", parts.port or PORTS[parts.scheme])
@@ -109,6 +137,7 @@ class _Connection(http.client.HTTPConnection):
         self._deadline = deadline
         self._lock = threading.Lock()
         self.is_cut = False
+        self.response_class = partial(_Response, self._limit)  # type: ignore[assignment]
 
     def connect(self) -> None:
         # A name that the system takes long to look up cannot be cut short, but what follows is told that time is over.
@@ -120,7 +149,7 @@ class _Connection(http.client.HTTPConnection):
             except OSError:
                 if left == 1 or self.is_cut:
                     raise
-        self.sock.settimeout(self._remaining())
+        self._limit()
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._tls is not None:
             secured = self._tls.wrap_socket(self.sock, server_hostname=self.host, do_handshake_on_connect=False)
@@ -137,6 +166,17 @@ class _Connection(http.client.HTTPConnection):
         except OSError:
             connection.close()
             raise
+
+    def send(self, data: Any) -> None:
+        """Send bytes in pieces, because a TLS socket takes its timeout anew for each that it sends."""
+        view = memoryview(data)
+        for start in range(0, len(view), PIECE_BYTES):
+            self._limit()
+            super().send(view[start : start + PIECE_BYTES])
+
+    def _limit(self) -> None:
+        """Have the next call of the socket take no longer than the time that remains."""
+        self.sock.settimeout(self._remaining())
 
     def _remaining(self) -> float:
         remaining = self._deadline - time.monotonic()

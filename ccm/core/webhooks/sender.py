@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import TypeVar
@@ -29,6 +30,14 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+
+@dataclass(frozen=True, eq=False)
+class _Handed:
+    """A delivery that is in the hands of a thread, or is about to be; `host` is whom it is for."""
+
+    host: str
+
+
 # How much of what is due is read at once. More than can be under way, which is due as well.
 PAGE = 100
 # How many hosts that gave no answer are known at most: each query names them.
@@ -39,6 +48,8 @@ LONGEST_SLEEP = 60.0
 END_SECONDS = 1.0
 # The pause after a fault of the database (seconds).
 FAULT_PAUSE = 1.0
+# The pause after any other fault: no thread that can be started, say.
+FAULT_SLEEP = 5.0
 
 
 class Sender:
@@ -61,8 +72,8 @@ class Sender:
         self._thread = threading.Thread(target=self._run, name="webhooks", daemon=True)
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
-        # The host of each delivery that is in the hands of a thread.
-        self._hosts: dict[int, str] = {}
+        # By the delivery.
+        self._handed: dict[int, _Handed] = {}
         # Hosts that gave no answer the last time, the latest at the end.
         self._silent: dict[str, None] = {}
         self._rung = threading.Event()
@@ -95,24 +106,29 @@ class Sender:
         if self._thread.is_alive():
             self._thread.join(END_SECONDS)
         with self._idle:
-            self._idle.wait_for(lambda: not self._hosts, END_SECONDS)
+            self._idle.wait_for(lambda: not self._handed, END_SECONDS)
 
     # ---- the thread that finds what is due
 
     def _run(self) -> None:
+        told = ""
         with self._doorbell.listening(EVENTS) as self._rung:
             while not self._stopped.is_set():
                 self._rung.clear()
-                idle = not self._hosts  # asked first: what ends later may make something else due
+                idle = not self._handed  # asked first: what ends later may make something else due
                 try:
                     sleep = self._begin_due()
                 except StorageError as error:
                     log.debug("what is to be sent cannot be read: %s", error)
                     sleep = FAULT_PAUSE
-                except Exception:
-                    log.exception("webhooks are not sent at the moment")
-                    sleep = LONGEST_SLEEP
-                if self._stopping and idle and not self._hosts:
+                except Exception as error:
+                    if repr(error) != told:  # a fault that stays is logged once
+                        told = repr(error)
+                        log.exception("webhooks are not sent at the moment, the next attempt is in %g s", FAULT_SLEEP)
+                    sleep = FAULT_SLEEP
+                else:
+                    told = ""
+                if self._stopping and idle and not self._handed:
                     return
                 self._rung.wait(sleep)
 
@@ -121,7 +137,7 @@ class Sender:
         now = timestamp()
         with self._lock:
             silent = list(self._silent)
-            room = Room(self._hosts.values(), set(silent))
+            room = Room([handed.host for handed in self._handed.values()], set(silent))
         # Hosts that gave no answer, and what has failed before, wait behind the others.
         for again in (False, True):
             self._begin(room, now, again, silent)
@@ -146,12 +162,23 @@ class Sender:
             is_more = begun > 0 and len(page) == PAGE
 
     def _take(self, delivery_id: int, host: str) -> bool:
+        handed = _Handed(host)
         with self._lock:
-            if delivery_id in self._hosts or self._stopped.is_set():
+            if delivery_id in self._handed or self._stopped.is_set():
                 return False
-            self._hosts[delivery_id] = host
-        self._pool.submit(lambda: self._deliver(delivery_id, host))
+            self._handed[delivery_id] = handed
+        try:
+            self._pool.submit(lambda: self._deliver(delivery_id, handed))
+        except BaseException:  # no thread can be started: it is due still
+            self._put_back(delivery_id, handed)
+            raise
         return True
+
+    def _put_back(self, delivery_id: int, handed: _Handed) -> None:
+        with self._idle:
+            if self._handed.get(delivery_id) is handed:
+                del self._handed[delivery_id]
+            self._idle.notify_all()
 
     def _read(self, query: Callable[[Transaction], T]) -> T:
         with self._database.transaction() as transaction:
@@ -159,11 +186,15 @@ class Sender:
 
     # ---- the threads that send
 
-    def _deliver(self, delivery_id: int, host: str) -> None:
+    def _deliver(self, delivery_id: int, handed: _Handed) -> None:
+        """Deliver it, whatever that raises. Nothing is done if it was put back meanwhile: another may be at it."""
+        with self._lock:
+            if self._handed.get(delivery_id) is not handed:
+                return
         try:
             answered = self._courier.deliver(delivery_id)
             if answered is not None:
-                self._remember(host, answered)
+                self._remember(handed.host, answered)
         except StorageDown as error:
             log.debug("delivery %d cannot be read: %s", delivery_id, error)
             self._stopped.wait(FAULT_PAUSE)
@@ -172,10 +203,9 @@ class Sender:
             if not self._stopping:
                 log.exception("what has become of delivery %d is not stored", delivery_id)
             self._stopped.wait(LONGEST_SLEEP)
-        with self._idle:
-            del self._hosts[delivery_id]
-            self._idle.notify_all()
-        self._rung.set()
+        finally:
+            self._put_back(delivery_id, handed)
+            self._rung.set()
 
     def _remember(self, host: str, answered: bool) -> None:
         with self._lock:

@@ -78,6 +78,7 @@ class Probes:
         self.fired_in = ""
         self._recording = False
         self._armed: str | None = None
+        self._armed_callee: str | None = None
         self._for_ever = False
         self._last_call = time.monotonic()
         self._lock = threading.Lock()
@@ -93,7 +94,7 @@ class Probes:
         sys.meta_path.insert(0, _Finder(self))
 
     def __call__(self, number: int, callee: Any) -> Any:
-        if not self._recording and self._armed is None:
+        if not self._recording and self._armed is None and self._armed_callee is None:
             return callee
         if getattr(self._own, "hidden", False):
             return callee
@@ -102,7 +103,7 @@ class Probes:
             self._last_call = time.monotonic()
             if site.key not in self.reached and (name := boundary(callee, site.module)):
                 self.reached[site.key] = name
-        if site.key == self._armed and boundary(callee, site.module):
+        if self._is_armed(site, callee):
             with self._lock:
                 if self.fired and not self._for_ever:
                     return callee
@@ -110,6 +111,11 @@ class Probes:
                 self.fired_in = self.fired_in or threading.current_thread().name
             raise Injected(f"injected at {site}")
         return callee
+
+    def _is_armed(self, site: Site, callee: Any) -> bool:
+        if self._armed_callee is not None:
+            return f".{boundary(callee, site.module)}".endswith(f".{self._armed_callee}")
+        return site.key == self._armed and boundary(callee, site.module) is not None
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
@@ -126,6 +132,14 @@ class Probes:
 
     def arm(self, key: str, *, for_ever: bool) -> None:
         self._armed, self._for_ever = key, for_ever
+
+    def arm_callee(self, name: str, *, for_ever: bool) -> None:
+        """Arm every call of one callee.
+
+        Args:
+            name: the end of its qualified name.
+        """
+        self._armed_callee, self._for_ever = name, for_ever
 
     def disarm(self) -> None:
         self._armed, self._recording = None, False

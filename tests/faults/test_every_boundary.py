@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,14 @@ from typing import Any
 
 import pytest
 
+from ccm.core.processes import marked
+from ccm.demo.tour import ServiceProcess
+from tests.client import Client
+from tests.conftest import stand_in_cli
 from tests.faults.exempt import EXEMPTIONS
 
 ROOT = Path(__file__).parents[2]
+SERVED = Path(__file__).with_name("served.py")
 MODES = ("once", "for_ever")
 SCENARIOS = (
     *("fresh", "resume", "fork", "cancel", "crash", "answer", "cancel-asking", "follow-up", "time-limit"),
@@ -30,6 +36,10 @@ KNOWN = (
     *("ClaudeSDKClient.connect", "ClaudeSDKClient.query", "ClaudeSDKClient.disconnect", "Client.receive_raw"),
     *("sdk.find_transcript", "Database.transaction", "messages.insert_many", "runs.end", "Outbox.tell"),
 )
+
+
+# How long a service may take to end after SIGTERM (seconds).
+EXIT_SECONDS = 30
 
 
 def run_walker(*arguments: object) -> Any:
@@ -83,3 +93,32 @@ def test_exemptions_say_why() -> None:
     for exemption in EXEMPTIONS:
         assert exemption.text
         assert exemption.reason
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        ("sdk.find_transcript", "for_ever"),
+        ("Reaper.release", "once"),
+        ("ClaudeSDKClient.disconnect", "for_ever"),
+        ("subprocess.Popen.wait", "once"),
+    ],
+)
+def test_a_service_ends_well_whatever_is_raised(
+    environ: dict[str, str], home: Path, project: Path, tmp_path: Path, fault: tuple[str, str]
+) -> None:
+    own = {"DATABASE_PATH": str(tmp_path / "db.sqlite"), "CCM_CLI_PATH": str(stand_in_cli(home))}
+    through = (sys.executable, str(SERVED), *fault)
+    with ServiceProcess(environ | own, through=through) as service:
+        client = Client(service.url)
+        run = client.start(project, json.dumps({"count": 1, "hold": True, "tool": 1000}), wait=0)
+        client.wait_for_message(run["id"], "assistant")
+        service.process.terminate()
+        service.process.wait(EXIT_SECONDS)
+    log = "\n".join(service.log)
+    assert service.process.returncode == 0, log
+    assert "Injected" in log, "the fault was not raised"
+    database = sqlite3.connect(tmp_path / "db.sqlite")
+    assert database.execute("SELECT COUNT(*) FROM ccr_runs WHERE status = 'running'").fetchone() == (0,)
+    database.close()
+    assert marked(run["id"]) == []

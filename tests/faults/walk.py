@@ -28,6 +28,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,10 @@ class Faults(logging.Handler):
         self.unhandled.append(f"thread {args.thread and args.thread.name}: {args.exc_type.__name__}: {args.exc_value}")
 
     def _unraisable(self, unraisable: Any) -> None:
+        if "BaseSubprocessTransport.__del__" in repr(unraisable.object):
+            # asyncio's own: of a process whose end was not seen before its loop was closed. Its pipes are closed all
+            # the same, each when it is freed.
+            return
         self.unhandled.append(f"unraisable: {unraisable.exc_value!r} in {unraisable.object!r}")
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -108,8 +113,9 @@ def trace(stage: Stage, scenario: Scenario) -> dict[str, str]:
     _set_up(stage, scenario)
     stage.probes.record()
     scenario.trigger(stage)
-    if scenario.starts:
-        stage.probes.disarm()  # what follows a start is as in the other scenarios
+    if scenario.traced_until is not None:
+        stage.until(partial(scenario.traced_until, stage))
+        stage.probes.disarm()
     if not scenario.stops:
         stage.check_ended()
         stage.until(lambda: stage.probes.is_quiet(QUIET_SECONDS))
@@ -145,7 +151,8 @@ def inject(stage: Stage, scenario: Scenario, site: Site, mode: str) -> dict[str,
     stage.probes.disarm()
     stage.check_stored_ends()
     if stage.probes.fired:
-        stage.check_next_service()
+        # The service itself has shown that it can still complete a run, where it was there to be asked.
+        stage.check_next_service(completes=mode == FOR_EVER or scenario.stops or scenario.starts)
     gc.collect()
     for unhandled in faults.unhandled:
         stage.violate("I6", f"nobody handled: {unhandled}")

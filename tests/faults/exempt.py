@@ -1,0 +1,51 @@
+"""Calls at which a fault may do what is otherwise a violation, each with the reason why nothing else is possible."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tests.faults.probes import Site
+
+
+@dataclass(frozen=True)
+class Exemption:
+    """
+    Args:
+        module: where the call stands; with its submodules.
+        text: what is called, as it reads in the source; empty for every call of the module.
+        modes: `once`, `for_ever`.
+        invariants: those that need not hold.
+    """
+
+    module: str
+    text: str
+    modes: tuple[str, ...]
+    invariants: tuple[str, ...]
+    reason: str
+
+    def covers(self, site: Site, mode: str, invariant: str) -> bool:
+        return (
+            (site.module == self.module or site.module.startswith(self.module + "."))
+            and self.text in ("", site.text)
+            and mode in self.modes
+            and invariant in self.invariants
+        )
+
+
+EXEMPTIONS: tuple[Exemption, ...] = ()
+
+# What stores. A start to which it says no refuses, as it does where the database takes no writes.
+STORAGE = ("ccm.core.recorder", "ccm.core.write")
+
+
+def is_exempt(site: Site, mode: str, invariant: str) -> bool:
+    return any(exemption.covers(site, mode, invariant) for exemption in EXEMPTIONS)
+
+
+def may_refuse_to_start(site: Site, trace: str) -> bool:
+    """Whether a start may raise what was injected: not where it was at a single run that the last service has left.
+
+    Args:
+        trace: the functions that it went through.
+    """
+    return site.module in STORAGE or "recover" not in trace

@@ -1,0 +1,24 @@
+"""Serves as `python app.py` does, with one callee that raises: `served.py NAME MODE`; what follows is ignored."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+
+def serve() -> int:
+    from tests.faults.probes import Probes
+
+    name, mode = sys.argv[1:3]
+    probes = Probes()
+    probes.install()
+    import app
+
+    probes.arm_callee(name, for_ever=mode == "for_ever")
+    return app.main()
+
+
+if __name__ == "__main__":
+    sys.exit(serve())

@@ -1,0 +1,124 @@
+"""Every run ends, whatever is raised by anything: each call that a run's way makes beyond its module raises in turn.
+
+`python -m tests.faults report` shows the same with what the service logged, for one call or all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ccm.core.processes import marked
+from ccm.demo.tour import ServiceProcess
+from tests.client import Client
+from tests.conftest import stand_in_cli
+from tests.faults.exempt import EXEMPTIONS
+
+ROOT = Path(__file__).parents[2]
+SERVED = Path(__file__).with_name("served.py")
+MODES = ("once", "for_ever")
+SCENARIOS = (
+    *("fresh", "resume", "fork", "cancel", "crash", "answer", "cancel-asking", "follow-up", "time-limit"),
+    *("shutdown", "recovery"),
+)
+# Some that must be among what is traced, or the trace has lost its way.
+KNOWN = (
+    *("tempfile.mkdtemp", "subprocess.Popen", "threading.Thread.start", "posix.scandir", "time.monotonic"),
+    *("shutil.rmtree", "asyncio.runners.run", "pathlib.Path.is_dir", "uuid.uuid4", "json.loads"),
+    *("Recorder.append", "Recorder.submit", "Reaper.watch", "Reaper.release", "models.timestamp"),
+    *("ClaudeSDKClient.connect", "ClaudeSDKClient.query", "ClaudeSDKClient.disconnect", "Client.receive_raw"),
+    *("sdk.find_transcript", "Database.transaction", "messages.insert_many", "runs.end", "Outbox.tell"),
+)
+
+
+# How long a service may take to end after SIGTERM (seconds).
+EXIT_SECONDS = 30
+
+
+def run_walker(*arguments: object) -> Any:
+    """What the walker prints. In a process of its own: the probes must be there before the service is imported."""
+    # From nothing: the SDK passes on all that is in a service's environment.
+    environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults", *map(str, arguments)],
+        cwd=ROOT,
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="session")
+def traced(base: Path) -> dict[str, dict[str, str]]:
+    """What each scenario crosses that none before it did: by the key of the call, the name of what is called."""
+    found: dict[str, dict[str, str]] = run_walker("trace", base)
+    return found
+
+
+def test_the_trace_finds_well_known_boundaries(traced: dict[str, dict[str, str]]) -> None:
+    assert set(traced) == set(SCENARIOS)
+    names = {name for found in traced.values() for name in found.values()}
+    assert [known for known in KNOWN if not any(f".{name}".endswith(f".{known}") for name in names)] == []
+    assert all(traced.values()), "a scenario crosses nothing of its own"
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_every_run_ends_whatever_is_raised(
+    base: Path, traced: dict[str, dict[str, str]], scenario: str, mode: str
+) -> None:
+    told = run_walker("walk", base, scenario, mode)
+    findings = [f"{f['site']} in {f['thread']}: {f['invariant']}: {f['what']}" for f in told["findings"]]
+    assert findings == [], f"{len(findings)} findings:\n" + "\n".join(findings)
+    # Where threads race, a call may not be made each time.
+    assert told["fired"] >= 0.9 * len(traced[scenario]) - 1
+
+
+def test_exemptions_say_why() -> None:
+    for exemption in EXEMPTIONS:
+        assert exemption.text
+        assert exemption.reason
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        ("sdk.find_transcript", "for_ever"),
+        ("Reaper.release", "once"),
+        ("ClaudeSDKClient.disconnect", "for_ever"),
+        ("subprocess.Popen.wait", "once"),
+    ],
+)
+def test_a_service_ends_well_whatever_is_raised(
+    environ: dict[str, str], home: Path, project: Path, tmp_path: Path, fault: tuple[str, str]
+) -> None:
+    own = {"DATABASE_PATH": str(tmp_path / "db.sqlite"), "CCM_CLI_PATH": str(stand_in_cli(home))}
+    through = (sys.executable, str(SERVED), *fault)
+    with ServiceProcess(environ | own, through=through) as service:
+        client = Client(service.url)
+        run = client.start(project, json.dumps({"count": 1, "hold": True, "tool": 1000}), wait=0)
+        client.wait_for_message(run["id"], "assistant")
+        service.process.terminate()
+        service.process.wait(EXIT_SECONDS)
+    log = "\n".join(service.log)
+    assert service.process.returncode == 0, log
+    assert "Injected" in log, "the fault was not raised"
+    database = sqlite3.connect(tmp_path / "db.sqlite")
+    assert database.execute("SELECT COUNT(*) FROM ccr_runs WHERE status = 'running'").fetchone() == (0,)
+    database.close()
+    assert marked(run["id"]) == []

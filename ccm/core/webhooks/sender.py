@@ -50,6 +50,9 @@ END_SECONDS = 1.0
 FAULT_PAUSE = 1.0
 # The pause after any other fault: no thread that can be started, say.
 FAULT_SLEEP = 5.0
+# The key of such a fault, and what is told of it.
+PROBLEM = "webhooks"
+UNSENT = "webhooks are not sent at the moment"
 
 
 class Sender:
@@ -111,26 +114,35 @@ class Sender:
     # ---- the thread that finds what is due
 
     def _run(self) -> None:
-        told = ""
+        while not self._stopped.is_set():
+            try:
+                return self._listen()
+            except Exception as error:
+                self._problems.report(PROBLEM, UNSENT, error)
+                self._stopped.wait(FAULT_SLEEP)
+
+    def _listen(self) -> None:
         with self._doorbell.listening(EVENTS) as self._rung:
             while not self._stopped.is_set():
                 self._rung.clear()
                 idle = not self._handed  # asked first: what ends later may make something else due
-                try:
-                    sleep = self._begin_due()
-                except StorageError as error:
-                    log.debug("what is to be sent cannot be read: %s", error)
-                    sleep = FAULT_PAUSE
-                except Exception as error:
-                    if repr(error) != told:  # a fault that stays is logged once
-                        told = repr(error)
-                        log.exception("webhooks are not sent at the moment, the next attempt is in %g s", FAULT_SLEEP)
-                    sleep = FAULT_SLEEP
-                else:
-                    told = ""
+                sleep = self._look()
                 if self._stopping and idle and not self._handed:
                     return
                 self._rung.wait(sleep)
+
+    def _look(self) -> float:
+        """Begin what is due. Gives the seconds until something else may be."""
+        try:
+            sleep = self._begin_due()
+        except StorageError as error:
+            log.debug("what is to be sent cannot be read: %s", error)
+            return FAULT_PAUSE
+        except Exception as error:
+            self._problems.report(PROBLEM, UNSENT, error)
+            return FAULT_SLEEP
+        self._problems.clear(PROBLEM)
+        return sleep
 
     def _begin_due(self) -> float:
         """Hand what is due to threads. Gives the seconds until something else will be."""

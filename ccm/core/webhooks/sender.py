@@ -116,10 +116,12 @@ class Sender:
     def _run(self) -> None:
         while not self._stopped.is_set():
             try:
-                return self._listen()
+                self._listen()
             except Exception as error:
                 self._problems.report(PROBLEM, UNSENT, error)
                 self._stopped.wait(FAULT_SLEEP)
+            else:
+                return
 
     def _listen(self) -> None:
         with self._doorbell.listening(EVENTS) as self._rung:

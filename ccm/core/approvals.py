@@ -11,6 +11,7 @@ import logging
 import threading
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 
@@ -186,12 +187,31 @@ class Approvals:
     # ---- after a commit, in the writer's thread
 
     def _follow(self, approval: Approval) -> None:
-        if not approval.pending:
-            with self._lock:
-                waiter = self._waiters.get(approval.id)
-            if waiter is not None:
-                waiter.tell(approval)
-        self._doorbell.ring((approval.run_id, approval.session_id, EVENTS, APPROVALS))
+        try:
+            if not approval.pending:
+                self._tell(approval)
+        finally:
+            self._doorbell.ring((approval.run_id, approval.session_id, EVENTS, APPROVALS))
+
+    def _tell(self, approval: Approval) -> None:
+        with self._lock:
+            waiter = self._waiters.get(approval.id)
+        if waiter is not None:
+            waiter.tell(approval)
+
+    def catch_up(self) -> None:
+        """After a fault that has kept a commit from being followed: tell the runs that wait what is stored."""
+        with self._lock:
+            waiting = list(self._waiters)
+        if waiting:
+            read = self._recorder.submit(lambda transaction: [find_approval(transaction, key) for key in waiting])
+            read.future.add_done_callback(self._caught_up)
+
+    def _caught_up(self, read: Future[list[Approval]]) -> None:
+        if read.exception() is None:
+            for approval in read.result():
+                if not approval.pending:
+                    self._tell(approval)
 
 
 def _already(approval: Approval) -> str:

@@ -39,7 +39,7 @@ TERMINATE_SECONDS = 5.0
 EXIT_SECONDS = 0.3
 # How long a stream that should end is waited for with nothing on its way to storage: the SDK itself may have failed.
 # Half a minute is taken where the transcript's mirror waits for storage.
-SILENT_SECONDS = 60.0
+SILENT_SECONDS = 40.0
 # How often a CLI is killed that does not go.
 KILL_TRIES = 10
 # How often a run looks whether it is to stop, should it not have been told (seconds).
@@ -221,7 +221,9 @@ class Execution:
         """Start Claude Code, have it answer, and see it end. Gives what the SDK raised, if anything."""
         # Never cancelled before the stream has ended: a cancelled disconnect leaks the CLI and its tools.
         conversation = asyncio.create_task(self._receive(client))
-        keeper = asyncio.create_task(self._ensure_end(client))
+        # Said here too: a conversation that has ended without saying so itself would be waited for.
+        conversation.add_done_callback(lambda _: self._stream_ended.set())
+        keeper = asyncio.create_task(self._supervised(partial(self._ensure_end, client)))
         await asyncio.wait((keeper,))
         if not conversation.done():
             # Its processes are gone, and the SDK has not noticed it.
@@ -271,10 +273,11 @@ class Execution:
             try:
                 client.signal(signal.SIGKILL)
                 end_marked(self._assignment.run_id)
+                if await self._ends_within(EXIT_SECONDS):
+                    return
             except Exception:
                 log.exception("run %s: Claude Code could not be killed", self._assignment.run_id)
-            if await self._ends_within(EXIT_SECONDS):
-                return
+                await asyncio.sleep(EXIT_SECONDS)
 
     async def _keep_time(self) -> None:
         """Has the run stop when its time is used up, if it has not come to an end by itself."""
@@ -374,9 +377,10 @@ class Execution:
 
     async def _keep(self, message: dict[str, Any]) -> int:
         self._recording = True
-        index = await self._record(message)
-        self._recording = False
-        return index
+        try:
+            return await self._record(message)
+        finally:
+            self._recording = False
 
     async def _have_answered(self, ask: Ask, question: Question) -> Answer:
         """The answer to a question; the wait for it does not count as the run's time."""

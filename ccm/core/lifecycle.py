@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,9 +62,13 @@ class Effects:
     starts: tuple[Start, ...] = ()
     cancels: tuple[str, ...] = ()
     news: tuple[str, ...] = ()
+    # Whether it is to be decided again which waiting runs start, because a fault kept that from being decided.
+    again: bool = False
 
     def __or__(self, other: Effects) -> Effects:
-        return Effects(self.starts + other.starts, self.cancels + other.cancels, self.news + other.news)
+        return Effects(
+            self.starts + other.starts, self.cancels + other.cancels, self.news + other.news, self.again or other.again
+        )
 
 
 class Lifecycle:
@@ -176,7 +180,11 @@ class Lifecycle:
             raise
         except Exception:
             log.exception("run %s: its end cannot be stored as it is", run.id)
-            return self._end_alone(transaction, run.id, "EXECUTION_ERROR", UNSTORABLE) | Effects(news=(run.session_id,))
+            return self.end_alone(transaction, run)
+
+    def end_alone(self, transaction: Transaction, run: Run) -> Effects:
+        """End a run in error, whatever keeps its end from being stored as it is."""
+        return self._end_alone(transaction, run.id, "EXECUTION_ERROR", UNSTORABLE) | Effects(news=(run.session_id,))
 
     def _end_alone(self, transaction: Transaction, run_id: str, code: str, message: str) -> Effects:
         """End a run in error, and touch nothing else: what its row or its session holds may be the fault."""
@@ -201,9 +209,35 @@ class Lifecycle:
         return Effects() if run.ended else Effects(cancels=(run.id,))
 
     def dispatch(self, transaction: Transaction) -> Effects:
-        """Decide which waiting runs start now: the first in the queue whose session is free, while workers are."""
+        """Decide which waiting runs start now: the first in the queue whose session is free, while workers are.
+
+        What shares the transaction, the end of another run say, does not fail with it.
+        """
+        try:
+            with transaction.savepoint():
+                return self._dispatch(transaction, unfollowed=transaction.uncertain)
+        except StorageDown:
+            raise
+        except Exception:
+            log.exception("it cannot be decided which waiting runs start")
+            return Effects(again=True)
+
+    def dispatch_again(self, transaction: Transaction) -> Effects:
+        """The same after a fault: with the starts that were decided before and that nobody may have followed."""
+        return self._dispatch(transaction, unfollowed=True)
+
+    def fail_started(self, transaction: Transaction, run_ids: Collection[str], reason: str) -> Effects:
+        """End runs that were started and that nobody carries out."""
         effects = Effects()
-        if transaction.uncertain:
+        values = {"status": ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": reason}
+        for run in runs.started(transaction, self._owner):
+            if run.id in run_ids:
+                effects |= self.end_surely(transaction, run, values)
+        return effects
+
+    def _dispatch(self, transaction: Transaction, *, unfollowed: bool) -> Effects:
+        effects = Effects()
+        if unfollowed:
             # A start that was decided in the try before may have been committed, and nobody has followed it.
             started_here = runs.started(transaction, self._owner)
             effects |= Effects(starts=tuple(self._start_of(transaction, run) for run in started_here))

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from ccm.core.problems import Problems
+
+# The pause after a fault of a thread's own (seconds): one that persists must not take all of a processor.
+FAULT_PAUSE = 0.1
+
+
+class Job(NamedTuple):
+    """What a thread is to do, and what it is to do if that raises."""
+
+    work: Callable[[], None]
+    failed: Callable[[BaseException], None]
 
 
 class WorkerPool:
@@ -16,7 +28,7 @@ class WorkerPool:
     of ours could interrupt their runs, and Ctrl-C under `flask run` would wait for every agent to finish.
 
     Args:
-        problems: told of a job that raises.
+        problems: told of faults of the threads' own.
         name: what the names of the threads begin with.
     """
 
@@ -24,30 +36,41 @@ class WorkerPool:
         self._workers = workers
         self._problems = problems
         self._name = name
-        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)
         self._started = 0
 
-    def submit(self, job: Callable[[], None]) -> None:
-        """Run `job` in an idle thread, in a new one, or in the next that becomes idle. Called by one thread only.
+    def submit(self, work: Callable[[], None], failed: Callable[[BaseException], None]) -> None:
+        """Do `work` in an idle thread, in a new one, or in the next that becomes idle. Called by one thread only.
+
+        Args:
+            failed: called instead of what is left of the work, should it raise.
 
         Raises:
-            RuntimeError: a thread is needed and the system gives none; the job is not run, now or later.
+            RuntimeError: a thread is needed and the system gives none; the work is not done, now or later.
         """
         if not self._idle.acquire(blocking=False) and self._started < self._workers:
+            name = f"{self._name}-{self._started}"
             # Before the job is queued: a job that its owner believes refused must not run when a thread is free again.
-            threading.Thread(target=self._work, name=f"{self._name}-{self._started}", daemon=True).start()
+            threading.Thread(target=self._live, args=(name,), name=name, daemon=True).start()
             self._started += 1
-        self._jobs.put(job)
+        self._jobs.put(Job(work, failed))
 
-    def _work(self) -> None:
-        key = threading.current_thread().name
+    def _live(self, name: str) -> None:
+        """The life of a thread: it never ends, for its share of the pool would be lost."""
         while True:
-            job = self._jobs.get()
             try:
-                job()
-                self._problems.clear(key)
+                self._next()
+                self._problems.clear(name)
             except BaseException as error:
-                # Jobs handle their own faults. A thread that ended here would take its share of the pool with it.
-                self._problems.report(key, "a job of a worker thread failed", error)
+                self._problems.report(name, "a worker thread fails", error)
+                time.sleep(FAULT_PAUSE)
+
+    def _next(self) -> None:
+        job = self._jobs.get()
+        try:
+            job.work()
+        except BaseException as error:
+            job.failed(error)
+        finally:
             self._idle.release()

@@ -98,6 +98,7 @@ def end_marked(run_id: str, seconds: float = 5.0, holding: str | None = None) ->
     """
     deadline = time.monotonic() + seconds
     pids = marked(run_id, holding)
+    told: set[int] = set()
     while pids and time.monotonic() < deadline:
         for pid in pids:
             try:
@@ -105,7 +106,9 @@ def end_marked(run_id: str, seconds: float = 5.0, holding: str | None = None) ->
             except ProcessLookupError:
                 continue
             except PermissionError:
-                log.warning("run %s: process %d may not be ended: it is another user's", run_id, pid)
+                if pid not in told:
+                    log.warning("run %s: process %d may not be ended: it is another user's", run_id, pid)
+                told.add(pid)
         time.sleep(0.01)
         pids = marked(run_id, holding)
     if pids:

@@ -70,6 +70,10 @@ class Recorder:
         budget: bytes of messages that may wait to be written.
         on_refused: told of a message that storage will never take, in the writer's thread.
         problems: told of faults of the writer's own.
+
+    Attributes:
+        on_unfollowed: called in the writer's thread when a fault has kept a commit from being followed as it should.
+        broken: the runs of which storage has refused a message, with the reason. For the writer's own thread.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class Recorder:
         self._budget = budget
         self._on_refused = on_refused
         self._problems = problems or Problems()
+        self.on_unfollowed: Callable[[], None] = lambda: None
         self._queue: queue.Queue[Message | Write[object] | _Stop] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._lock = threading.Lock()
@@ -93,8 +98,7 @@ class Recorder:
         self._accepting = False
         self._abandoned = threading.Event()
         self._uncertain = False
-        # Runs of which storage has refused a message, with the reason.
-        self._broken: dict[str, str] = {}
+        self.broken: dict[str, str] = {}
         self._trouble: str | None = None
         self._trouble_since = 0.0
         self._last_commit = 0.0
@@ -108,10 +112,6 @@ class Recorder:
     def last_commit(self) -> float:
         """The `time.monotonic()` at which something was last stored; 0 if nothing was yet."""
         return self._last_commit
-
-    def broken(self, run_id: str) -> str | None:
-        """Why storage has refused a message of a run, or None. For the writer's own thread."""
-        return self._broken.get(run_id)
 
     @property
     def backlog_bytes(self) -> int:
@@ -324,9 +324,9 @@ class Recorder:
             log.warning("the heartbeat is refused: %s", error)
 
     def _insert(self, transaction: Transaction, batch: list[Message], one_by_one: bool) -> None:
-        if self._broken:
+        if self.broken:
             # What follows a refused message is left out, so that a run's indexes never have a gap.
-            batch = [message for message in batch if message.run_id not in self._broken]
+            batch = [message for message in batch if message.run_id not in self.broken]
         if transaction.uncertain:
             stored = {run_id: messages.last_index(transaction, run_id) for run_id in {m.run_id for m in batch}}
             batch = [message for message in batch if message.index > stored[message.run_id]]
@@ -335,7 +335,7 @@ class Recorder:
                 messages.insert_many(transaction, batch)
             return
         for message in batch:
-            if message.run_id in self._broken:
+            if message.run_id in self.broken:
                 continue
             try:
                 with transaction.savepoint():
@@ -346,30 +346,37 @@ class Recorder:
     def _refuse(self, message: Message, error: BaseException) -> None:
         """Storage will never take it: its run fails, and nothing more of that run is stored."""
         log.error("run %s: storage refuses message %d: %s", message.run_id, message.index, error)
-        self._broken[message.run_id] = str(error)
+        self.broken[message.run_id] = str(error)
         self._on_refused(message.run_id, error)
 
     def _settle(self, batch: list[Message | Write[object]], writes: list[Write[object]]) -> None:
+        """Tell of a commit. A fault in one step of it concerns nobody else who waits for the same commit."""
         self._uncertain = False
+        followed = self._guarded(self._note_commit)
+        stored = [item for item in batch if isinstance(item, Message)]
+        followed &= self._guarded(lambda: self._release(sum(len(message.json) for message in stored)))
+        for write in writes:
+            followed &= self._guarded(write.settle, write)
+        keys = {key for message in stored for key in (message.run_id, message.session_id)}
+        followed &= self._guarded(lambda: self._doorbell.ring(keys))
+        if not followed:
+            self._guarded(self.on_unfollowed)
+
+    def _note_commit(self) -> None:
         self._last_commit = time.monotonic()
         if self._trouble is not None:
             log.warning("storage takes writes again, after %.1f seconds", self._last_commit - self._trouble_since)
             self._trouble = None
-        stored = [item for item in batch if isinstance(item, Message)]
-        self._guarded(lambda: self._release(sum(len(message.json) for message in stored)))
-        for write in writes:
-            self._guarded(write.settle, write)
-        keys = {key for message in stored for key in (message.run_id, message.session_id)}
-        self._guarded(lambda: self._doorbell.ring(keys))
 
-    def _guarded(self, tell: Callable[[], None], write: Write[object] | None = None) -> None:
-        """Tell somebody what has been committed. A fault in it concerns nobody else who waits for the same commit."""
+    def _guarded(self, tell: Callable[[], object], write: Write[object] | None = None) -> bool:
+        """Take a step of several. False if it failed; then a write that it was about tells of the fault."""
         try:
-            tell()
+            return tell() is not False
         except Exception as error:
             log.exception("what was committed could not be told")
             if write is not None:
                 write.fail(error)
+            return False
 
     def _report_trouble(self, error: StorageDown, since: float) -> None:
         if self._trouble is None:
@@ -388,5 +395,5 @@ class Recorder:
         for item in batch:
             if isinstance(item, Write):
                 self._guarded(partial(item.fail, refusal))
-            elif item.run_id not in self._broken:
+            elif item.run_id not in self.broken:
                 self._guarded(partial(self._refuse, item, error))

@@ -8,12 +8,14 @@ What this process remembers of runs is only ever a copy of what is stored, updat
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -32,7 +34,7 @@ from ccm.core.recorder import Recorder
 from ccm.core.transcript_files import TranscriptFiles
 from ccm.core.transcript_store import Mirror
 from ccm.db.database import Transaction
-from ccm.errors import Forbidden, StorageError
+from ccm.errors import Forbidden, StorageError, Unavailable
 from ccm.models import CANCELLED, ERROR, Image, Message, Outcome, Run, storable, timestamp, to_json_text
 
 log = logging.getLogger(__name__)
@@ -43,9 +45,16 @@ POLL_INTERVAL = 0.5
 # Pauses between tries to store an end that was not stored because of a fault (seconds).
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 10.0
-# How often that is tried for a run that has no thread to wait in.
+# How often that is tried with all that the end says.
+TRIES_AS_IT_IS = 3
+# How often it is tried for a run that has no thread to wait in.
 TRIES_WITHOUT_THREAD = 5
+# How often in a row it is tried to follow what was committed.
+MOST_UNFOLLOWED = 3
+# The key of the fault that it cannot be.
+PROBLEM = "runner"
 UNSTORED = "the end of a run cannot be stored"
+UNFOLLOWED = "The run was started and could not be carried out, because of a fault; the service's log says more."
 
 
 class Runner:
@@ -94,6 +103,10 @@ class Runner:
         # From the decision to start a run until its end is stored.
         self._ongoing: dict[str, OngoingRun] = {}
         self._stopping = False
+        # How often in a row what was committed could not be followed.
+        self._unfollowed = 0
+        # The runs whose start was looked at again then.
+        self._decided: set[str] = set()
         # Set when the service gives up: what is not stored by then is left to the next start.
         self._given_up = threading.Event()
 
@@ -110,9 +123,12 @@ class Runner:
         with self._lock:
             self._stopping = True
             self._lifecycle.open = False
-            ongoing = list(self._ongoing.values())
-        for run in ongoing:
-            self._guarded(partial(run.stop, SHUT_DOWN), "a run could not be interrupted")
+            ongoing = dict(self._ongoing)
+        for run_id, run in ongoing.items():
+            if not self._guarded(partial(run.stop, SHUT_DOWN), f"run {run_id} could not be interrupted"):
+                self._end_processes(run_id)
+        # A start that was decided before is followed first; it is begun as one that is to stop.
+        self._guarded(partial(self._await_writer, deadline), "the recorder could not be waited for")
         with self._all_ended:
             while self._ongoing and (remaining := deadline - time.monotonic()) > 0:
                 self._all_ended.wait(min(POLL_INTERVAL, remaining))
@@ -122,6 +138,10 @@ class Runner:
             self._end_processes(run_id)
         self._guarded(self._reaper.stop, "the reaper could not be let go")
         return not left
+
+    def _await_writer(self, deadline: float) -> None:
+        with suppress(TimeoutError, Unavailable):  # it does not answer, or has been stopped
+            self._recorder.submit(lambda _: None).future.result(max(0.0, deadline - time.monotonic()))
 
     def refused(self, run_id: str, error: BaseException) -> None:
         """Fail a run of which a message cannot be stored: its record would have a gap."""
@@ -148,36 +168,75 @@ class Runner:
     def follow(self, effects: Effects) -> None:
         """Do what follows a commit. Never raises: whoever waits for the commit waits for this too."""
         for start in effects.starts:
-            self._guarded(partial(self._begin, start), f"run {start.run.id} could not be begun")
+            self._begin(start)
         for run_id in effects.cancels:
             self._guarded(partial(self.cancel, run_id), f"run {run_id} could not be told to stop")
         self._guarded(partial(self._doorbell.ring, effects.news), "whoever waits could not be told of a change")
+        if effects.again:
+            self._guarded(self.catch_up, "waiting runs could not be started")
+        else:
+            self._unfollowed = 0
+            self._problems.clear(PROBLEM)
 
-    def _guarded(self, step: Callable[[], object], told: str) -> None:
-        """Take one step of several; a fault in it must not keep the others from being taken."""
+    def _guarded(self, step: Callable[[], object], told: str) -> bool:
+        """Take one step of several; a fault in it must not keep the others from being taken. False if it failed."""
         try:
             step()
         except Exception:
             log.exception("%s", told)
+            return False
+        return True
+
+    def catch_up(self) -> None:
+        """After a fault: carry out what was decided and not followed, and decide what could not be decided.
+
+        A start that cannot be followed after all is ended: a run that nobody carries out must not stay `running`.
+        """
+        self._unfollowed += 1
+        if self._unfollowed > MOST_UNFOLLOWED:
+            self._problems.report(PROBLEM, "waiting runs cannot be started")
+            return
+        work = self._decide_again if self._unfollowed < MOST_UNFOLLOWED else self._fail_unfollowed
+        self._recorder.submit(work).future.add_done_callback(self._caught_up)
+
+    def _decide_again(self, transaction: Transaction) -> Effects:
+        effects = self._lifecycle.dispatch_again(transaction)
+        self._decided = {start.run.id for start in effects.starts}
+        return effects
+
+    def _fail_unfollowed(self, transaction: Transaction) -> Effects:
+        # Not those that the same transaction may have started a moment ago: these are yet to be followed.
+        lost = self._decided.difference(self._ongoing)
+        return self._lifecycle.fail_started(transaction, lost, UNFOLLOWED) | Effects(again=True)
+
+    def _caught_up(self, decided: Future[Effects]) -> None:
+        error = decided.exception()
+        if error is None:
+            self.follow(decided.result())
+        elif not isinstance(error, Unavailable):
+            self._guarded(self.catch_up, "waiting runs could not be started")
 
     def _begin(self, start: Start) -> None:
         """Hand a run to a thread of its own; end it if there is none."""
         run = start.run
-        with self._lock:
-            if run.id in self._ongoing:
-                return
-            ongoing = self._ongoing[run.id] = OngoingRun()
-            stopping = self._stopping
+        if run.id in self._ongoing:
+            return
         try:
+            with self._lock:
+                ongoing = self._ongoing[run.id] = OngoingRun()
+                stopping = self._stopping
             if stopping:
                 ongoing.stop(SHUT_DOWN)
-            self._pool.submit(partial(self._own, start, ongoing))
+            self._pool.submit(partial(self._own, start, ongoing), partial(self._not_owned, run))
         except Exception as error:
-            log.exception("run %s could not be begun", run.id)
-            self._end_without_thread(run, _failed(error), TRIES_WITHOUT_THREAD)
+            self._not_owned(run, error)
+
+    def _not_owned(self, run: Run, error: BaseException) -> None:
+        """End a run that could not be begun. Nothing may wait here: it may be the recorder's thread."""
+        log.error("run %s could not be begun", run.id, exc_info=error)
+        self._end_without_thread(run, _failed(error), TRIES_WITHOUT_THREAD)
 
     def _end_without_thread(self, run: Run, values: Mapping[str, Any], tries: int) -> None:
-        """Store the end of a run that has no thread. Nothing may wait here: it is the recorder's thread."""
 
         def settled(stored: Future[Effects]) -> None:
             error = stored.exception()
@@ -309,14 +368,17 @@ class Runner:
 
     def _store_end(self, run: Run, values: Mapping[str, Any]) -> None:
         """Wait until the end of a run is committed, as long as it takes, or until the service gives up."""
+        stored = threading.Event()
         pause = FIRST_PAUSE
         key = f"run {run.id}"
-        while True:
+        for attempt in itertools.count():
+            end = self._end if attempt < TRIES_AS_IT_IS else self._end_alone
             try:
-                self._recorder.submit(partial(self._end, run, values), self.follow).future.result()
+                self._recorder.submit(partial(end, run, values), partial(self._stored, stored)).future.result()
+                stored.set()
             except Exception as error:
                 self._problems.report(key, UNSTORED, error)
-            else:
+            if stored.is_set():
                 self._problems.clear(key)
                 return
             if self._given_up.wait(pause):
@@ -324,12 +386,20 @@ class Runner:
                 return
             pause = min(pause * 2, LONGEST_PAUSE)
 
+    def _stored(self, stored: threading.Event, effects: Effects) -> None:
+        stored.set()
+        self.follow(effects)
+
     def _end(self, run: Run, values: Mapping[str, Any], transaction: Transaction) -> Effects:
-        refusal = self._recorder.broken(run.id)
+        refusal = self._recorder.broken.get(run.id)
         if refusal is not None:
             message = f"A message of this run cannot be stored: {refusal}."
             values = {**values, "status": ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": storable(message)}
         return self._lifecycle.end_surely(transaction, run, values) | self._lifecycle.dispatch(transaction)
+
+    def _end_alone(self, run: Run, _values: Mapping[str, Any], transaction: Transaction) -> Effects:
+        """What is tried after `_end` has failed."""
+        return self._lifecycle.end_alone(transaction, run) | Effects(again=True)
 
     def _forget(self, run_id: str) -> None:
         with self._all_ended:

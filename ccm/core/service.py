@@ -165,6 +165,7 @@ class Service:
         courier = Courier(self._recorder, reader, outbox, addresses)
         self._sender = Sender(reader, self.doorbell, courier, self.problems)
         self.input = Input(self._recorder, self._runner, settings.max_message_bytes)
+        self._recorder.on_unfollowed = self._catch_up
         self._recorder.start()
         self._parts.callback(lambda: self._recorder.stop(time.monotonic()))
         # Runs may have begun when the rest of a start fails: they are ended, and their ends stored.
@@ -188,6 +189,13 @@ class Service:
 
     def _refused(self, run_id: str, error: BaseException) -> None:
         self._runner.refused(run_id, error)
+
+    def _catch_up(self) -> None:
+        """After a fault that has kept a commit from being followed."""
+        try:
+            self.approvals.catch_up()
+        finally:
+            self._runner.catch_up()
 
     def end_runs(self) -> bool:
         """End the runs, tell of it, then end the recorder that stores it, then the waits for them. Reads go on.

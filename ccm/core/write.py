@@ -71,19 +71,20 @@ class Write(Generic[T]):
             # It fails alone and is told to whoever asked; what shares the transaction is not its business.
             self._error = error
 
-    def settle(self) -> None:
-        """Tell the result, after the commit of its transaction."""
+    def settle(self) -> bool:
+        """Tell the result, after the commit of its transaction. False if what is to follow the commit has failed."""
         if self._error is not None:
             self.fail(self._error)
-            return
+            return True
         try:
             if self._on_commit is not None:
                 self._on_commit(self._value)
         except Exception as error:
             log.exception("what should follow a commit failed")
             self.fail(error)
-        else:
-            self.future.set_result(self._value)
+            return False
+        self.future.set_result(self._value)
+        return True
 
     def fail(self, error: Exception) -> None:
         """Tell an error, unless the outcome is known already."""

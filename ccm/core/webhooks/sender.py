@@ -182,11 +182,17 @@ class Sender:
                 return False
             self._handed[delivery_id] = handed
         try:
-            self._pool.submit(lambda: self._deliver(delivery_id, handed))
+            self._pool.submit(
+                lambda: self._deliver(delivery_id, handed), lambda error: self._not_done(delivery_id, handed, error)
+            )
         except BaseException:  # no thread can be started: it is due still
             self._put_back(delivery_id, handed)
             raise
         return True
+
+    def _not_done(self, delivery_id: int, handed: _Handed, error: BaseException) -> None:
+        log.error("delivery %d is still due, because of a fault", delivery_id, exc_info=error)
+        self._put_back(delivery_id, handed)
 
     def _put_back(self, delivery_id: int, handed: _Handed) -> None:
         with self._idle:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import sqlite3
 import sys
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -120,8 +120,12 @@ class Stage:
 
     def use(self, template: str) -> None:
         """Begin with a copy of what a service has left."""
-        source = self.base / template
-        shutil.copy(source / "db.sqlite", self.database)
+        content = (self.base / template / "db.sqlite").read_bytes()
+        self.database.write_bytes(content)
+        for run_id in self.stored_runs():
+            # Ids of its own, or the processes of another stage would carry the same mark. Their order stays.
+            content = content.replace(run_id.encode(), (run_id[:-12] + uuid.uuid4().hex[-12:]).encode())
+        self.database.write_bytes(content)
 
     def open(self) -> Service:
         """A service on the stage's database that is not started."""

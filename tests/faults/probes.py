@@ -27,6 +27,8 @@ PACKAGE = "ccm.core"
 EXCLUDED = ("ccm.core.archive", "ccm.core.webhooks")
 INCLUDED = ("ccm.core.webhooks.outbox",)
 
+# Threads that share code with runs, and are not on their way: what sends webhooks.
+OTHER_THREADS = "webhook"
 # Modules whose functions compute and do nothing else, or log.
 PURE_MODULES = frozenset(
     (
@@ -77,6 +79,7 @@ class Probes:
         self.fired = 0
         self.fired_in = ""
         self._recording = False
+        self._left_out: str | None = None
         self._armed: str | None = None
         self._armed_callee: str | None = None
         self._for_ever = False
@@ -96,11 +99,13 @@ class Probes:
     def __call__(self, number: int, callee: Any) -> Any:
         if not self._recording and self._armed is None and self._armed_callee is None:
             return callee
-        if getattr(self._own, "hidden", False):
+        if getattr(self._own, "hidden", False) or threading.current_thread().name.startswith(OTHER_THREADS):
             return callee
         site = self.sites[number]
         if self._recording:
             self._last_call = time.monotonic()
+            if self._left_out and threading.current_thread().name.startswith(self._left_out):
+                return callee
             if site.key not in self.reached and (name := boundary(callee, site.module)):
                 self.reached[site.key] = name
         if self._is_armed(site, callee):
@@ -127,8 +132,12 @@ class Probes:
         finally:
             self._own.hidden = before
 
-    def record(self) -> None:
-        self._recording = True
+    def record(self, left_out: str | None = None) -> None:
+        """
+        Args:
+            left_out: the beginning of the names of threads that are not looked at.
+        """
+        self._recording, self._left_out = True, left_out
 
     def arm(self, key: str, *, for_ever: bool) -> None:
         self._armed, self._for_ever = key, for_ever

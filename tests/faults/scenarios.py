@@ -21,7 +21,6 @@ class Scenario:
         phase: which part of a run's life meets the fault. A call that is reached in two phases is walked in both, for
             the first time that it is reached is another one; within a phase it is walked in the first scenario only.
         template: what the service finds.
-        traced_until: where its own part ends, and what follows is as in the other scenarios; all if left out.
         stops: whether the trigger ends the service itself.
         starts: whether the trigger starts it.
     """
@@ -31,7 +30,6 @@ class Scenario:
     trigger: Callable[[Stage], None]
     prepare: Callable[[Stage], None] = lambda _stage: None
     template: str = "empty"
-    traced_until: Callable[[Stage], bool] | None = None
     workers: int = 1
     stops: bool = False
     starts: bool = False
@@ -81,14 +79,6 @@ def _cancel(stage: Stage) -> None:
         if done is None and not stage.until(partial(stage.has_ended, run.id), 1.0):
             # A client that is refused each time has its run go on, and rightly so.
             stage.gave_up = True
-
-
-def _the_next_has_started(stage: Stage) -> bool:
-    return sum(run.started_at is not None for run in stage.runs()) > 1
-
-
-def _at_once(_stage: Stage) -> bool:
-    return True
 
 
 def _holding(stage: Stage) -> list[Run]:
@@ -154,13 +144,13 @@ SCENARIOS = (
     Scenario("fresh", "begin", _fresh),
     Scenario("resume", "begin", _resume, template="ended"),
     Scenario("fork", "begin", _fork, _leave_a_stump, template="ended"),
-    Scenario("cancel", "end", _cancel, _queue, traced_until=_the_next_has_started),
+    Scenario("cancel", "end", _cancel, _queue),
     Scenario("crash", "begin", _crash),
     Scenario("answer", "begin", _answer, workers=2),
     Scenario("cancel-asking", "end", _cancel, _be_asked, workers=2),
     Scenario("follow-up", "begin", _follow_up, _work_a_little),
     Scenario("time-limit", "begin", _time_out),
     Scenario("shutdown", "stop", _stop, _hold, stops=True),
-    Scenario("recovery", "start", _recover, template="killed", traced_until=_at_once, starts=True),
+    Scenario("recovery", "start", _recover, template="killed", starts=True),
 )
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}

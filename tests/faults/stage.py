@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import sqlite3
 import sys
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 # The name of the thread that writes to the database.
 WRITER_THREAD = "recorder"
+# What the names of the threads begin with in which runs are made.
+RUN_THREADS = "run"
 # Bounds of the service that are shortened, wherever in `ccm.core` they stand, so that what waits for one is quick.
 SHORTER = {
     "INTERRUPT_SECONDS": 1.0,
@@ -39,16 +41,19 @@ SHORTER = {
     "OUTCOME_PATIENCE": 3.0,
     "WRITE_TIMEOUT": 3.0,
     "OUTCOME_TIMEOUT": 3.0,
-    "STOP_SECONDS": 8.0,
-    "STOP_TIMEOUT": 8.0,
 }
 POLL_INTERVAL = 0.004
 
 
-def shorten() -> None:
+def shorten(bound: float) -> None:
+    """
+    Args:
+        bound: what counts as never; the service's own time to stop is to be shorter.
+    """
+    shorter = SHORTER | dict.fromkeys(("STOP_SECONDS", "STOP_TIMEOUT"), bound * 0.6)
     for name, module in list(sys.modules.items()):
         if name.startswith("ccm.core."):
-            for constant, seconds in SHORTER.items():
+            for constant, seconds in shorter.items():
                 if hasattr(module, constant):
                     setattr(module, constant, min(seconds, getattr(module, constant)))
 
@@ -115,8 +120,12 @@ class Stage:
 
     def use(self, template: str) -> None:
         """Begin with a copy of what a service has left."""
-        source = self.base / template
-        shutil.copy(source / "db.sqlite", self.database)
+        content = (self.base / template / "db.sqlite").read_bytes()
+        self.database.write_bytes(content)
+        for run_id in self.stored_runs():
+            # Ids of its own, or the processes of another stage would carry the same mark. Their order stays.
+            content = content.replace(run_id.encode(), (run_id[:-12] + uuid.uuid4().hex[-12:]).encode())
+        self.database.write_bytes(content)
 
     def open(self) -> Service:
         """A service on the stage's database that is not started."""

@@ -28,7 +28,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from tests.conftest import stand_in_cli
 from tests.faults.exempt import is_exempt, may_refuse_to_start
 from tests.faults.probes import Probes, Site
 from tests.faults.scenarios import BY_NAME, HOLD, SCENARIOS, Scenario
-from tests.faults.stage import Stage, shorten
+from tests.faults.stage import RUN_THREADS, Stage, shorten
 
 ONCE, FOR_EVER = "once", "for_ever"
 MODES = (ONCE, FOR_EVER)
@@ -111,11 +110,9 @@ def trace(stage: Stage, scenario: Scenario) -> dict[str, str]:
     """
     faults = Faults()
     _set_up(stage, scenario)
-    stage.probes.record()
+    # The run that waited when a service starts is then made as any other.
+    stage.probes.record(left_out=RUN_THREADS if scenario.starts else None)
     scenario.trigger(stage)
-    if scenario.traced_until is not None:
-        stage.until(partial(scenario.traced_until, stage))
-        stage.probes.disarm()
     if not scenario.stops:
         stage.check_ended()
         stage.until(lambda: stage.probes.is_quiet(QUIET_SECONDS))
@@ -367,7 +364,7 @@ def main(probes: Probes) -> None:
     arguments.add_argument("--mode", action="append", default=[])
     arguments.add_argument("--verbose", action="store_true")
     given = arguments.parse_args()
-    shorten()
+    shorten(given.bound)
     log = (lambda line: print(line, file=sys.stderr, flush=True)) if given.verbose else (lambda _line: None)
     with tempfile.TemporaryDirectory() as temporary:
         base = Path(temporary if given.command == "report" else given.rest[0])

@@ -159,7 +159,7 @@ class Service:
         self._sender = Sender(reader, self.doorbell, Courier(self._recorder, reader, outbox, addresses))
         self.input = Input(self._recorder, self._runner, settings.max_message_bytes)
         self._recorder.start()
-        self._pulse = Pulse(self._recorder)
+        self._pulse = Pulse(self._recorder, writer)
         self._recorder.write(heartbeat.beat)  # a database that takes no writes is refused
         self.runs.recover()
         self._sender.start()

@@ -170,7 +170,7 @@ class Service:
         self._parts.callback(lambda: self._recorder.stop(time.monotonic()))
         # Runs may have begun when the rest of a start fails: they are ended, and their ends stored.
         self._parts.callback(lambda: self._runner.stop(time.monotonic() + STOP_SECONDS))
-        self._pulse = Pulse(self._recorder)
+        self._pulse = Pulse(self._recorder, writer)
         self._recorder.write(heartbeat.beat)  # a database that takes no writes is refused
         self.runs.recover()
         self._parts.callback(lambda: self._sender.stop(time.monotonic()))

@@ -12,7 +12,7 @@ import re
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
@@ -36,6 +36,8 @@ CONNECTION_SECONDS = 10.0
 # How long transactions are waited for at the end, and how often those that read are interrupted meanwhile (seconds).
 CLOSE_SECONDS = 2.0
 INTERRUPT_INTERVAL = 0.05
+# How many rows go to SQLite before it is known that it answers.
+ROWS_AT_ONCE = 50
 NAMED_PARAMETER = re.compile(r"(?<![:\w]):([A-Za-z]\w*)")
 
 
@@ -52,14 +54,16 @@ class Transaction:
     statement, and on its way through it no error is gained.
     """
 
-    def __init__(self, database: dataset.Database, uncertain: bool) -> None:
+    def __init__(self, database: dataset.Database, uncertain: bool, answered: Callable[[], None]) -> None:
         # Whether an earlier try of the same work may have been committed after all.
         self.uncertain = uncertain
         self._database = database
+        self._answered = answered
         self._cursor = database.executable.connection.cursor()
 
     def _execute(self, sql: str, parameters: Mapping[str, Any]) -> None:
         self._cursor.execute(_driver_sql(sql, self._database.is_sqlite), parameters)
+        self._answered()
 
     def rows(self, sql: str, **parameters: Any) -> list[Mapping[str, Any]]:
         """What a query gives, whole: a half-read cursor would hold back SQLite's checkpoints."""
@@ -91,6 +95,7 @@ class Transaction:
     def script(self, sql: str) -> None:
         """One statement as it stands, nothing bound: a colon in a comment is no parameter."""
         self._cursor.execute(sql)
+        self._answered()
 
     def insert(self, table: str, row: Mapping[str, Any]) -> None:
         columns = ", ".join(f'"{column}"' for column in row)
@@ -100,7 +105,7 @@ class Transaction:
     def insert_many(
         self, table: str, columns: Sequence[str], rows: list[tuple[Any, ...]], *, known_ignored: bool = False
     ) -> None:
-        """The rows in one statement, on dataset's connection.
+        """The rows in a few statements, on dataset's connection.
 
         Args:
             known_ignored: leave out rows whose key is there already; else they are refused.
@@ -110,9 +115,13 @@ class Transaction:
         """
         names = ", ".join(f'"{column}"' for column in columns)
         marks = ", ".join(["?" if self._database.is_sqlite else "%s"] * len(columns))
-        if rows:
-            end = " ON CONFLICT DO NOTHING" if known_ignored else ""
-            self._database.executable.exec_driver_sql(f"INSERT INTO {table} ({names}) VALUES ({marks}){end}", rows)
+        end = " ON CONFLICT DO NOTHING" if known_ignored else ""
+        sql = f"INSERT INTO {table} ({names}) VALUES ({marks}){end}"
+        # SQLite's module lets other threads have the interpreter with each row, so that many rows may take long.
+        at_once = ROWS_AT_ONCE if self._database.is_sqlite else len(rows)
+        for first in range(0, len(rows), at_once or 1):
+            self._database.executable.exec_driver_sql(sql, rows[first : first + at_once])
+            self._answered()
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
@@ -163,6 +172,8 @@ class Database:
         self._writer = writer
         self._answer_seconds = answer_seconds
         self._permits = Permits(pool_size, CONNECTION_SECONDS)
+        # The `time.monotonic()` of the last statement that was answered.
+        self.last_answer = 0.0
         self._database = dataset.connect(
             url,
             ensure_schema=False,  # or a key of a row becomes a column
@@ -239,10 +250,12 @@ class Database:
         try:
             files = self._take_connection()
             database.begin()
-            yield Transaction(database, uncertain)
+            self._count_answer()
+            yield Transaction(database, uncertain, self._count_answer)
             committing = True
             database.commit()
             committed = True
+            self._count_answer()
             if self.watch is not None and self._writer:
                 # Committed into a file that is no longer there: not to be acknowledged.
                 self.watch.check(files)
@@ -264,6 +277,9 @@ class Database:
             if self._permits.closed:
                 self._engine.pool.dispose()  # this connection was not there to be closed
             self._permits.give_back(answered=answered)
+
+    def _count_answer(self) -> None:
+        self.last_answer = time.monotonic()
 
     def _take_connection(self) -> OpenFiles:
         """Have a connection for this thread's transaction. Gives the files that it has open, if it is SQLite's.

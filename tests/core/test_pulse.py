@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -10,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from ccm.core.doorbell import Doorbell
-from ccm.core.pulse import Pulse
+from ccm.core.pulse import FRESH_SECONDS, SILENCE, Pulse
 from ccm.core.recorder import Recorder
 from ccm.db import sqlite_file
-from ccm.db.database import Database
+from ccm.db.database import Database, Transaction
 from ccm.db.migrate import migrate
 from tests.postgresql import PostgreSQLServer
 
@@ -36,7 +37,7 @@ class Idle:
         self.database = Database(url, writer=True, pool_size=1, answer_seconds=answer_seconds)
         migrate(self.database)
         self.recorder = Recorder(self.database, Doorbell(), 2**20, lambda _run, _error: None)
-        self.pulse = Pulse(self.recorder)
+        self.pulse = Pulse(self.recorder, self.database)
         self.recorder.start()
 
     def stop(self) -> None:
@@ -91,3 +92,81 @@ def test_a_server_that_stands_still_is_noticed_by_all_who_ask(postgresql_server:
     assert max(seconds for _, seconds in told) < 4
     assert until(idle.pulse, None) < 10
     idle.stop()
+
+
+class SlowClock:
+    """The clock of an interpreter that lets a thread run only long after it wanted to."""
+
+    def monotonic(self) -> float:
+        return time.monotonic() * 10
+
+
+def blocked(idle: Idle) -> threading.Event:
+    """Has the writer wait for the event, in a transaction."""
+    begun, end = threading.Event(), threading.Event()
+
+    def work(transaction: Transaction) -> None:
+        begun.set()
+        end.wait(SOON)
+
+    idle.recorder.submit(work)
+    begun.wait(SOON)
+    return end
+
+
+def test_a_writer_that_makes_progress_has_a_database_that_answers(idle: Idle) -> None:
+    end = threading.Event()
+
+    def work(transaction: Transaction) -> None:
+        while not end.wait(0.01):
+            transaction.value("SELECT 1")
+
+    idle.recorder.submit(work)
+    until_stale(idle)
+    assert idle.pulse.trouble() is None
+    end.set()
+
+
+def until_stale(idle: Idle) -> None:
+    """Waits until the last commit proves nothing any more."""
+    while time.monotonic() - idle.recorder.last_commit < FRESH_SECONDS:
+        time.sleep(0.01)
+
+
+def test_a_writer_that_makes_none_is_noticed(idle: Idle) -> None:
+    end = blocked(idle)
+    assert until(idle.pulse, SILENCE) < 5
+    end.set()
+    until(idle.pulse, None)
+
+
+def test_a_busy_interpreter_is_no_fault_of_the_database_at_first(idle: Idle, monkeypatch: pytest.MonkeyPatch) -> None:
+    end = blocked(idle)
+    until_stale(idle)
+    monkeypatch.setattr("ccm.core.pulse.time", SlowClock())
+    assert idle.pulse.trouble() is None
+    until(idle.pulse, SILENCE)
+    end.set()
+    until(idle.pulse, None)
+
+
+def test_threads_that_keep_the_interpreter_busy_make_no_alarm(idle: Idle) -> None:
+    stop = False
+    interval = sys.getswitchinterval()
+
+    def spin() -> None:
+        while not stop:
+            pass
+
+    threads = [threading.Thread(target=spin) for _ in range(4)]
+    until_stale(idle)
+    sys.setswitchinterval(0.1)
+    try:
+        for thread in threads:
+            thread.start()
+        assert idle.pulse.trouble() is None
+    finally:
+        sys.setswitchinterval(interval)
+        stop = True
+        for thread in threads:
+            thread.join()

@@ -88,8 +88,8 @@ class Pulse:
     def _wait(self, beat: Write[None], asked: float) -> None:
         """Wait until a heartbeat is stored or the recorder tells of trouble, LONGEST_SECONDS at the most.
 
-        If it is not stored by then, it is given up, because a service that stops would wait for it. All who share it are
-        told the same.
+        If it is not stored by then, it is given up, because a service that stops would wait for it. All who share it
+        are told the same.
 
         Raises:
             TimeoutError: the database does not answer.

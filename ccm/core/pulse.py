@@ -28,6 +28,10 @@ SILENCE_SECONDS = 20.0
 SILENCE = "the database does not answer"
 
 
+class _Undecided(Exception):
+    """The interpreter is too busy to tell, or the recorder tells of trouble by itself."""
+
+
 class Pulse:
     """An idle service notices a fault of storage only if something is written.
 
@@ -62,6 +66,8 @@ class Pulse:
             return None
         try:
             self._wait(self._beating(asked), asked)
+        except _Undecided:
+            return recorder.trouble
         except TimeoutError:
             silent = recorder.last_commit < asked  # or else something was stored meanwhile
             return recorder.trouble or (SILENCE if silent else None)
@@ -80,15 +86,20 @@ class Pulse:
             return self._beat
 
     def _wait(self, beat: Write[None], asked: float) -> None:
-        """Wait until a heartbeat is stored, or until LONGEST_SECONDS have passed.
+        """Wait until a heartbeat is stored or the recorder tells of trouble, LONGEST_SECONDS at the most.
+
+        If it is not stored by then, it is given up, because a service that stops would wait for it. All who share it
+        are told the same.
 
         Raises:
-            TimeoutError: the database does not answer. Whoever shares the heartbeat gets it too.
+            TimeoutError: the database does not answer.
+            _Undecided: there is trouble of the recorder's, or it cannot be told.
         """
         patience = BEAT_SECONDS
         now = asked
         answered = self._database.last_answer
-        while patience > 0 and now - asked < LONGEST_SECONDS:
+        # While there is trouble the recorder tries on, and each try is answered by a refusal.
+        while self._recorder.trouble is None and patience > 0 and now - asked < LONGEST_SECONDS:
             if wait([beat.future], LOOK_SECONDS).done:
                 beat.future.result()
                 self._unanswered = None
@@ -99,6 +110,7 @@ class Pulse:
             elif now - before < LOOK_SECONDS + LATE_SECONDS:
                 patience -= LOOK_SECONDS
         since = max(self._unanswered or asked, answered)
-        if patience <= 0 or now - since >= SILENCE_SECONDS:
-            beat.give_up(TimeoutError())
-            raise TimeoutError
+        silent = patience <= 0 or now - since >= SILENCE_SECONDS
+        reason = TimeoutError() if silent else _Undecided()
+        beat.give_up(reason)
+        raise reason

@@ -221,8 +221,8 @@ class Execution:
         """Start Claude Code, have it answer, and see it end. Gives what the SDK raised, if anything."""
         # Never cancelled before the stream has ended: a cancelled disconnect leaks the CLI and its tools.
         conversation = asyncio.create_task(self._receive(client))
-        # Said here too: a conversation that has ended without saying so itself would be waited for.
-        conversation.add_done_callback(lambda _: self._stream_ended.set())
+        # A conversation that has ended without saying so itself would be waited for.
+        conversation.add_done_callback(self._note_end)
         keeper = asyncio.create_task(self._supervised(partial(self._ensure_end, client)))
         await asyncio.wait((keeper,))
         if not conversation.done():
@@ -231,6 +231,12 @@ class Execution:
             await asyncio.wait((conversation,), timeout=CLOSE_SECONDS)
         await self._disconnect(client)
         return None if conversation.cancelled() or not conversation.done() else conversation.exception()
+
+    def _note_end(self, _conversation: asyncio.Task[None]) -> None:
+        try:
+            self._stream_ended.set()
+        except Exception:
+            log.exception("run %s: the end of its stream could not be noted", self._assignment.run_id)
 
     async def _receive(self, client: Client) -> None:
         writer: asyncio.Task[None] | None = None

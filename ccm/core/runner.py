@@ -368,27 +368,29 @@ class Runner:
 
     def _store_end(self, run: Run, values: Mapping[str, Any]) -> None:
         """Wait until the end of a run is committed, as long as it takes, or until the service gives up."""
-        stored = threading.Event()
+        stored = False
+
+        def follow(effects: Effects) -> None:
+            # Noted first: the end is stored, whatever keeps it from being told.
+            nonlocal stored
+            stored = True
+            self.follow(effects)
+
         pause = FIRST_PAUSE
         key = f"run {run.id}"
         for attempt in itertools.count():
             end = self._end if attempt < TRIES_AS_IT_IS else self._end_alone
             try:
-                self._recorder.submit(partial(end, run, values), partial(self._stored, stored)).future.result()
-                stored.set()
+                self._recorder.submit(partial(end, run, values), follow).future.result()
             except Exception as error:
                 self._problems.report(key, UNSTORED, error)
-            if stored.is_set():
+            if stored:
                 self._problems.clear(key)
                 return
             if self._given_up.wait(pause):
                 log.error("run %s: its end is not stored; the next start reports it as INTERRUPTED", run.id)
                 return
             pause = min(pause * 2, LONGEST_PAUSE)
-
-    def _stored(self, stored: threading.Event, effects: Effects) -> None:
-        stored.set()
-        self.follow(effects)
 
     def _end(self, run: Run, values: Mapping[str, Any], transaction: Transaction) -> Effects:
         refusal = self._recorder.broken.get(run.id)

@@ -32,10 +32,38 @@ class Exemption:
         )
 
 
-EXEMPTIONS: tuple[Exemption, ...] = ()
-
 # What stores. A start to which it says no refuses, as it does where the database takes no writes.
 STORAGE = ("ccm.core.recorder", "ccm.core.write")
+UNSTORABLE = (
+    "Nothing can be stored any more, as where a database takes nothing for ever. What goes on is reported by the next "
+    "start, and until then by /health."
+)
+
+EXEMPTIONS: tuple[Exemption, ...] = (
+    *(Exemption(module, "", ("for_ever",), ("I1", "I2", "I4", "I7"), UNSTORABLE) for module in STORAGE),
+    Exemption("ccm.core.runner", "self._recorder.submit", ("for_ever",), ("I1", "I2", "I4", "I7"), UNSTORABLE),
+    Exemption(
+        "ccm.core.pool",
+        "self._jobs.get",
+        ("for_ever",),
+        ("I1", "I2", "I4", "I7"),
+        "No thread of the pool can take a run.",
+    ),
+    Exemption(
+        "ccm.core.lifecycle",
+        "runs.queue",
+        ("for_ever",),
+        ("I1",),
+        "The queue cannot be read: what waits in it goes on waiting, as where the database cannot be read.",
+    ),
+    Exemption(
+        "ccm.core.sdk",
+        "self.ended.set",
+        ("once", "for_ever"),
+        ("I6",),
+        "A task of the SDK's own calls it, and nobody asks that task how it ended.",
+    ),
+)
 
 
 def is_exempt(site: Site, mode: str, invariant: str) -> bool:

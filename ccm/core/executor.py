@@ -26,7 +26,7 @@ from ccm.core.run_clock import RunClock
 from ccm.core.run_directory import run_directory, said_on_stderr
 from ccm.core.sdk import Client, explain
 from ccm.core.transcript_store import Mirror
-from ccm.errors import Conflict, TooLarge
+from ccm.errors import Conflict, TooLarge, Unavailable
 from ccm.models import CANCELLED, COMPLETED, ERROR, Answer, Outcome, Question
 
 log = logging.getLogger(__name__)
@@ -302,6 +302,14 @@ class Execution:
     # ---- what it is told
 
     def _admit(self, follow_up: FollowUp) -> None:
+        try:
+            self._take_on(follow_up)
+        except Exception:
+            log.exception("run %s: a message could not be taken on", self._assignment.run_id)
+            told = "The message could not be taken on, because of a fault; the service's log says more. Try again."
+            follow_up.refuse(Unavailable(told, code="NOT_TAKEN_IN"))
+
+    def _take_on(self, follow_up: FollowUp) -> None:
         """Take a message on, or refuse it. It is in flight in the same step of the loop, so the run cannot end between
         the look at it and the message: one that is taken on is either taken in, or refused at the end.
         """
@@ -441,7 +449,12 @@ class Execution:
                     return
                 client.signal(signal.SIGKILL)
                 await self._free_output(client, cut_off=False)
-                await self._ends_within(TERMINATE_SECONDS)
+                if await self._ends_within(TERMINATE_SECONDS):
+                    return
+                if self._stop.is_set() and self._exited.is_set() and not self._recording:
+                    # A process without the run's mark holds the output, or the SDK has failed: who wants the run to
+                    # stop is not to wait for either.
+                    return
         finally:
             exit_watch.cancel()
 

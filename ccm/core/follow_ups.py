@@ -95,8 +95,8 @@ class FollowUps:
 
     def add(self, follow_up: FollowUp) -> None:
         """Have it written; from now on it is in flight."""
-        self._known[follow_up.uuid] = follow_up
         self._unwritten.put_nowait(follow_up)
+        self._known[follow_up.uuid] = follow_up
 
     async def next(self) -> dict[str, Any]:
         """The next message to write, in the order in which they were added."""

@@ -131,8 +131,8 @@ class Recorder:
         """
         with self._lock:
             if self._accepting:
-                self._accepting = False
                 self._queue.put(_Stop())
+                self._accepting = False
         if self._thread.is_alive():
             self._thread.join(max(0.0, deadline - time.monotonic()))
             if self._thread.is_alive():

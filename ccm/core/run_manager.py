@@ -164,7 +164,13 @@ class RunManager:
             except Exception:
                 log.exception("run %s cannot be recovered as it is", run_id)
                 self._recover_alone(run_id)
-        self._recorder.write(self._lifecycle.dispatch, self._runner.follow)
+        try:
+            self._recorder.write(self._lifecycle.dispatch, self._runner.follow)
+        except Unavailable:
+            raise
+        except Exception:
+            log.exception("waiting runs could not be started")
+            self._runner.catch_up()
 
     def _recover(self, run_id: str) -> None:
         try:

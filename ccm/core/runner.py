@@ -124,19 +124,21 @@ class Runner:
             self._stopping = True
             self._lifecycle.open = False
             ongoing = dict(self._ongoing)
-        for run_id, run in ongoing.items():
-            if not self._guarded(partial(run.stop, SHUT_DOWN), f"run {run_id} could not be interrupted"):
-                self._end_processes(run_id)
-        # A start that was decided before is followed first; it is begun as one that is to stop.
-        self._guarded(partial(self._await_writer, deadline), "the recorder could not be waited for")
-        with self._all_ended:
-            while self._ongoing and (remaining := deadline - time.monotonic()) > 0:
-                self._all_ended.wait(min(POLL_INTERVAL, remaining))
+        try:
+            for run_id, run in ongoing.items():
+                if not self._guarded(partial(run.stop, SHUT_DOWN), f"run {run_id} could not be interrupted"):
+                    self._end_processes(run_id)
+            # A start that was decided before is followed first; it is begun as one that is to stop.
+            self._guarded(partial(self._await_writer, deadline), "the recorder could not be waited for")
+            with self._all_ended:
+                while self._ongoing and (remaining := deadline - time.monotonic()) > 0:
+                    self._all_ended.wait(min(POLL_INTERVAL, remaining))
+        finally:
+            self._given_up.set()
             left = list(self._ongoing)
-        self._given_up.set()
-        for run_id in left:
-            self._end_processes(run_id)
-        self._guarded(self._reaper.stop, "the reaper could not be let go")
+            for run_id in left:
+                self._end_processes(run_id)
+            self._guarded(self._reaper.stop, "the reaper could not be let go")
         return not left
 
     def _await_writer(self, deadline: float) -> None:
@@ -176,7 +178,7 @@ class Runner:
             self._guarded(self.catch_up, "waiting runs could not be started")
         else:
             self._unfollowed = 0
-            self._problems.clear(PROBLEM)
+            self._guarded(partial(self._problems.clear, PROBLEM), "a fault that is over is still shown")
 
     def _guarded(self, step: Callable[[], object], told: str) -> bool:
         """Take one step of several; a fault in it must not keep the others from being taken. False if it failed."""

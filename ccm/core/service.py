@@ -61,6 +61,7 @@ class Service:
         self._lock = threading.Lock()
         self._started = False
         self._stopped = False
+        self._deadline: float | None = None
         self._service_lock = ServiceLock(settings.url)
         self.ceilings = Ceilings(settings.max_turns, settings.max_budget_usd, settings.run_timeout)
         self._claude = Claude(
@@ -167,13 +168,13 @@ class Service:
         self.input = Input(self._recorder, self._runner, settings.max_message_bytes)
         self._recorder.on_unfollowed = self._catch_up
         self._recorder.start()
-        self._parts.callback(lambda: self._recorder.stop(time.monotonic()))
+        self._parts.callback(self._stop, "recorder", lambda: self._recorder.stop(time.monotonic()))
         # Runs may have begun when the rest of a start fails: they are ended, and their ends stored.
-        self._parts.callback(lambda: self._runner.stop(time.monotonic() + STOP_SECONDS))
+        self._parts.callback(self._stop, "runs", lambda: self._runner.stop(time.monotonic() + STOP_SECONDS))
         self._pulse = Pulse(self._recorder, writer)
         self._recorder.write(heartbeat.beat)  # a database that takes no writes is refused
         self.runs.recover()
-        self._parts.callback(lambda: self._sender.stop(time.monotonic()))
+        self._parts.callback(self._stop, "webhooks", lambda: self._sender.stop(time.monotonic()))
         self._sender.start()
         missing = self._claude.missing()
         if missing is not None:
@@ -206,14 +207,19 @@ class Service:
             if not self._started or self._stopped:
                 return True
             self._stopped = True
-            deadline = time.monotonic() + STOP_SECONDS
-            ended = self._stop("runs", lambda: self._runner.stop(deadline))
+            ended = self._stop("runs", lambda: self._runner.stop(self._stop_by()))
             self._stop("webhooks", lambda: self._sender.stop(time.monotonic() + SEND_SECONDS))
-            written = self._stop("recorder", lambda: self._recorder.stop(max(deadline, time.monotonic() + 1)))
-            self.doorbell.close()
+            written = self._stop("recorder", lambda: self._recorder.stop(max(self._stop_by(), time.monotonic() + 1)))
+            self._stop("waits", self.doorbell.close)
             if not ended:
                 log.error("runs were still going on at the end; the next start reports them as INTERRUPTED")
             return ended and written
+
+    def _stop_by(self) -> float:
+        """The `time.monotonic()` by which runs and recorder are to be done; it counts from the first call."""
+        if self._deadline is None:
+            self._deadline = time.monotonic() + STOP_SECONDS
+        return self._deadline
 
     def _stop(self, part: str, stop: Callable[[], bool | None]) -> bool:
         """Stop one part of the service; a fault in it must not keep the others from being stopped.

@@ -276,11 +276,12 @@ class Execution:
     async def _kill(self, client: Client) -> None:
         """The last resort. It blocks the loop, which has nothing else to do, and so needs no thread."""
         for _ in range(KILL_TRIES):
+            if self._stream_ended.is_set():
+                return
             try:
                 client.signal(signal.SIGKILL)
                 end_marked(self._assignment.run_id)
-                if await self._ends_within(EXIT_SECONDS):
-                    return
+                await self._ends_within(EXIT_SECONDS)
             except Exception:
                 log.exception("run %s: Claude Code could not be killed", self._assignment.run_id)
                 await asyncio.sleep(EXIT_SECONDS)

@@ -129,7 +129,7 @@ class Runner:
                 if not self._guarded(partial(run.stop, SHUT_DOWN), f"run {run_id} could not be interrupted"):
                     self._end_processes(run_id)
             # A start that was decided before is followed first; it is begun as one that is to stop.
-            self._guarded(partial(self._await_writer, deadline), "the recorder could not be waited for")
+            self._guarded(lambda: self._await_writer(deadline), "the recorder could not be waited for")
             with self._all_ended:
                 while self._ongoing and (remaining := deadline - time.monotonic()) > 0:
                     self._all_ended.wait(min(POLL_INTERVAL, remaining))
@@ -173,12 +173,12 @@ class Runner:
             self._begin(start)
         for run_id in effects.cancels:
             self._guarded(partial(self.cancel, run_id), f"run {run_id} could not be told to stop")
-        self._guarded(partial(self._doorbell.ring, effects.news), "whoever waits could not be told of a change")
+        self._guarded(lambda: self._doorbell.ring(effects.news), "whoever waits could not be told of a change")
         if effects.again:
             self._guarded(self.catch_up, "waiting runs could not be started")
         else:
             self._unfollowed = 0
-            self._guarded(partial(self._problems.clear, PROBLEM), "a fault that is over is still shown")
+            self._guarded(lambda: self._problems.clear(PROBLEM), "a fault that is over is still shown")
 
     def _guarded(self, step: Callable[[], object], told: str) -> bool:
         """Take one step of several; a fault in it must not keep the others from being taken. False if it failed."""
@@ -295,7 +295,7 @@ class Runner:
             log.exception("run %s: the executor failed", run.id)
             outcome = Outcome(ERROR, "EXECUTION_ERROR", f"{type(error).__name__}: {error}")
         if execution is None or execution.left_nothing:
-            self._guarded(partial(self._reaper.release, run.id), f"run {run.id}: the reaper could not be told")
+            self._guarded(lambda: self._reaper.release(run.id), f"run {run.id}: the reaper could not be told")
         else:
             self._end_processes(run.id)
         complete = execution is not None and execution.closed_by_itself
@@ -364,7 +364,7 @@ class Runner:
             self._reaper.release(run_id)
         except Exception:
             log.exception("run %s: its processes could not be looked for; the reaper is to end them", run_id)
-            self._guarded(partial(self._reaper.end, run_id), f"run {run_id}: the reaper could not be told")
+            self._guarded(lambda: self._reaper.end(run_id), f"run {run_id}: the reaper could not be told")
 
     # ---- the end
 

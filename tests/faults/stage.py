@@ -100,6 +100,8 @@ class Stage:
 
     def __init__(self, base: Path, folder: Path, probes: Probes, bound: float) -> None:
         self.base, self.folder, self.probes, self.bound = base, folder, probes, bound
+        # How long the ends of runs are waited for (seconds).
+        self.patience = bound
         self.home = folder / "home"
         self.database = folder / "db.sqlite"
         self.workers = 1
@@ -215,9 +217,9 @@ class Stage:
                 waiter.ends(0.02)  # woken, it returns at once, and nothing need be asked again and again
             return all(run.ended for run in self.service.history.runs({}, limit=100, after=None))
 
-        if not self.until(have_ended):
+        if not self.until(have_ended, self.patience):
             left = [f"{run.mode} run, started {run.started_at}" for run in self.runs() if not run.ended]
-            self.violate("I1", f"still running after {self.bound:.0f} s: {'; '.join(left)}")
+            self.violate("I1", f"still running after {self.patience:.0f} s: {'; '.join(left)}")
         ended = {run.id for run in self.runs() if run.ended}
         for run_id, waiter in list(self._waiters.items()):
             if run_id in ended:

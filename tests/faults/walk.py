@@ -41,6 +41,8 @@ ONCE, FOR_EVER = "once", "for_ever"
 MODES = (ONCE, FOR_EVER)
 # How long a single thing may take that the invariants demand, and a whole injection (seconds).
 BOUND = 20.0
+# The same where a call is exempt from having to end well.
+EXEMPT_SECONDS = 2.0
 INJECTION_BOUND = 120.0
 # No probe is passed for so long once all that follows a run's end is done (seconds).
 QUIET_SECONDS = 0.06
@@ -132,6 +134,10 @@ def trace(stage: Stage, scenario: Scenario) -> dict[str, str]:
 def inject(stage: Stage, scenario: Scenario, site: Site, mode: str) -> dict[str, Any]:
     """Play a scenario with one fault, and say what was wrong: `fired`, `thread`, `violations`, `log`."""
     faults = Faults()
+    if is_exempt(site, mode, "I1"):
+        stage.patience = EXEMPT_SECONDS  # nothing is expected to happen
+    if is_exempt(site, mode, "I4"):
+        shorten(EXEMPT_SECONDS)
     _set_up(stage, scenario)
     stage.probes.arm(site.key, for_ever=mode == FOR_EVER)
     scenario.trigger(stage)

@@ -99,7 +99,7 @@ def test_exemptions_say_why() -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        ("sdk.find_transcript", "for_ever"),
+        ("shutil.rmtree", "for_ever"),
         ("Reaper.release", "once"),
         ("ClaudeSDKClient.disconnect", "for_ever"),
         ("subprocess.Popen.wait", "once"),

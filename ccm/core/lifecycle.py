@@ -173,14 +173,16 @@ class Lifecycle:
 
         A run that stayed `running` would hold its session, its worker and whoever waits for it, for ever.
         """
-        try:
-            with transaction.savepoint():
-                return self.end(transaction, run, values)
-        except StorageDown:
-            raise
-        except Exception:
-            log.exception("run %s: its end cannot be stored as it is", run.id)
-            return self.end_alone(transaction, run)
+        plain = {"status": ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": UNSTORABLE}
+        for told in (values, plain):
+            try:
+                with transaction.savepoint():
+                    return self.end(transaction, run, told)
+            except StorageDown:
+                raise
+            except Exception:
+                log.exception("run %s: its end cannot be stored as it is", run.id)
+        return self.end_alone(transaction, run)
 
     def end_alone(self, transaction: Transaction, run: Run) -> Effects:
         """End a run in error, whatever keeps its end from being stored as it is."""

@@ -209,7 +209,8 @@ class Runner:
     def _fail_unfollowed(self, transaction: Transaction) -> Effects:
         # Not those that the same transaction may have started a moment ago: these are yet to be followed.
         lost = self._decided.difference(self._ongoing)
-        return self._lifecycle.fail_started(transaction, lost, UNFOLLOWED) | Effects(again=True)
+        failed = self._lifecycle.fail_started(transaction, lost, UNFOLLOWED)
+        return failed | self._lifecycle.dispatch(transaction)
 
     def _caught_up(self, decided: Future[Effects]) -> None:
         error = decided.exception()

@@ -19,6 +19,7 @@ from ccm.core.approval_lifecycle import ApprovalLifecycle
 from ccm.core.doorbell import APPROVALS, EVENTS, Doorbell
 from ccm.core.lookup import find_approval
 from ccm.core.recorder import Recorder
+from ccm.db import approvals
 from ccm.db.database import Transaction
 from ccm.errors import ApprovalResolved, Forbidden, Unavailable, ValidationError
 from ccm.models import ANSWERED, NO_WORKER, TIMED_OUT, WITHDRAWN, Answer, Approval, Question, Run
@@ -204,14 +205,17 @@ class Approvals:
         with self._lock:
             waiting = list(self._waiters)
         if waiting:
-            read = self._recorder.submit(lambda transaction: [find_approval(transaction, key) for key in waiting])
+            read = self._recorder.submit(lambda transaction: [approvals.find(transaction, key) for key in waiting])
             read.future.add_done_callback(self._caught_up)
 
-    def _caught_up(self, read: Future[list[Approval]]) -> None:
-        if read.exception() is None:
-            for approval in read.result():
-                if not approval.pending:
-                    self._tell(approval)
+    def _caught_up(self, read: Future[list[Approval | None]]) -> None:
+        error = read.exception()
+        if error is not None:
+            log.error("the runs that wait for answers could not be told what is stored", exc_info=error)
+            return
+        for approval in read.result():
+            if approval is not None and not approval.pending:  # None: it is still to be stored
+                self._tell(approval)
 
 
 def _already(approval: Approval) -> str:

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,6 @@ TERMINATE_SECONDS = 5.0
 # How long the output of a CLI that has gone may stay open.
 EXIT_SECONDS = 0.3
 # How long a stream that should end is waited for with nothing on its way to storage: the SDK itself may have failed.
-# Half a minute is taken where the transcript's mirror waits for storage.
 SILENT_SECONDS = 40.0
 # How often a CLI is killed that does not go.
 KILL_TRIES = 10
@@ -95,6 +94,8 @@ class Execution:
         self._connected = asyncio.Event()
         self._exited = asyncio.Event()
         self._recording = False
+        # When something was last seen on its way to storage.
+        self._last_sign = time.monotonic()
         self._prompt = {**assignment.user_message(), "uuid": str(uuid.uuid4())}
         self._follow_ups = FollowUps(self._prompt, self._keep)
         self._settling: asyncio.TimerHandle | None = None
@@ -396,6 +397,7 @@ class Execution:
             return await self._record(message)
         finally:
             self._recording = False
+            self._last_sign = time.monotonic()
 
     async def _have_answered(self, ask: Ask, question: Question) -> Answer:
         """The answer to a question; the wait for it does not count as the run's time."""
@@ -443,8 +445,7 @@ class Execution:
             if (self._over.is_set() or self._exited.is_set()) and await self._closes():
                 self.closed_by_itself = self._over.is_set()
                 return
-            silence = self._silence()
-            while not self._stream_ended.is_set() and next(silence) < SILENT_SECONDS:
+            while not self._stream_ended.is_set() and self._silence() < SILENT_SECONDS:
                 client.signal(signal.SIGTERM)
                 if await self._ends_within(TERMINATE_SECONDS):
                     return
@@ -452,7 +453,7 @@ class Execution:
                 await self._free_output(client, cut_off=False)
                 if await self._ends_within(TERMINATE_SECONDS):
                     return
-                if self._stop.is_set() and self._exited.is_set() and not self._recording:
+                if self._stop.is_set() and self._exited.is_set() and self._silence() > CLOSE_SECONDS:
                     # A process without the run's mark holds the output, or the SDK has failed: who wants the run to
                     # stop is not to wait for either.
                     return
@@ -488,20 +489,22 @@ class Execution:
 
     async def _closes(self) -> bool:
         """Whether the stream ends without force. Claude Code gets CLOSE_SECONDS for it, storage as long as it takes."""
-        silence = self._silence()
         while not await self._ends_within(CLOSE_SECONDS):
-            waits = self._recording or (self._exited.is_set() and next(silence) < SILENT_SECONDS)
+            waits = self._storing or (self._exited.is_set() and self._silence() < SILENT_SECONDS)
             if self._stop.is_set() or not waits:
                 return False
         return True
 
-    def _silence(self) -> Iterator[float]:
-        """Give, each time it is asked, the seconds for which nothing was seen on its way to storage."""
-        since = time.monotonic()
-        while True:
-            if self._recording:
-                since = time.monotonic()
-            yield time.monotonic() - since
+    @property
+    def _storing(self) -> bool:
+        """Whether something that Claude Code has said is on its way to storage."""
+        return self._recording or (self._mirror is not None and self._mirror.busy)
+
+    def _silence(self) -> float:
+        """Seconds for which nothing has been on its way to storage."""
+        if self._storing:
+            self._last_sign = time.monotonic()
+        return time.monotonic() - self._last_sign
 
     async def _ends_within(self, seconds: float) -> bool:
         with contextlib.suppress(TimeoutError):

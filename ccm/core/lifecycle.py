@@ -62,12 +62,17 @@ class Effects:
     starts: tuple[Start, ...] = ()
     cancels: tuple[str, ...] = ()
     news: tuple[str, ...] = ()
-    # Whether it is to be decided again which waiting runs start, because a fault kept that from being decided.
+    # Whether it was decided which waiting runs start; and whether a fault has kept that from being decided.
+    dispatched: bool = False
     again: bool = False
 
     def __or__(self, other: Effects) -> Effects:
         return Effects(
-            self.starts + other.starts, self.cancels + other.cancels, self.news + other.news, self.again or other.again
+            self.starts + other.starts,
+            self.cancels + other.cancels,
+            self.news + other.news,
+            self.dispatched or other.dispatched,
+            self.again or other.again,
         )
 
 
@@ -238,7 +243,7 @@ class Lifecycle:
         return effects
 
     def _dispatch(self, transaction: Transaction, *, unfollowed: bool) -> Effects:
-        effects = Effects()
+        effects = Effects(dispatched=True)
         if unfollowed:
             # A start that was decided in the try before may have been committed, and nobody has followed it.
             started_here = runs.started(transaction, self._owner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -9,6 +10,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ccm.core.problems import Problems
+
+log = logging.getLogger(__name__)
 
 # The pause after a fault of a thread's own (seconds): one that persists must not take all of a processor.
 FAULT_PAUSE = 0.1
@@ -58,12 +61,18 @@ class WorkerPool:
 
     def _live(self, name: str) -> None:
         """The life of a thread: it never ends, for its share of the pool would be lost."""
+        failures = 0
         while True:
             try:
                 self._next()
+                failures = 0
                 self._problems.clear(name)
             except BaseException as error:
-                self._problems.report(name, "a worker thread fails", error)
+                failures += 1
+                if failures == 1:
+                    log.critical("a worker thread has failed, and goes on", exc_info=error)
+                else:
+                    self._problems.report(name, "a worker thread fails", error)
                 time.sleep(FAULT_PAUSE)
 
     def _next(self) -> None:

@@ -61,6 +61,10 @@ class _Stop:
     """The last item: what was put before it is written, what comes after is not."""
 
 
+class _Wake:
+    """Has the writer look what is to be called later."""
+
+
 class Recorder:
     """The writer thread and its queue.
 
@@ -90,11 +94,13 @@ class Recorder:
         self._on_refused = on_refused
         self._problems = problems or Problems()
         self.on_unfollowed: Callable[[], None] = lambda: None
-        self._queue: queue.Queue[Message | Write[object] | _Stop] = queue.Queue()
+        self._queue: queue.Queue[Message | Write[object] | _Stop | _Wake] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._lock = threading.Lock()
         self._charged = 0
-        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._waiting: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
+        # What is to be called, with the `time.monotonic()` from which on.
+        self._later: list[tuple[float, Callable[[], None]]] = []
         self._accepting = False
         self._abandoned = threading.Event()
         self._uncertain = False
@@ -184,17 +190,31 @@ class Recorder:
 
     async def append(self, message: Message) -> None:
         """Put a run's next message on the queue; waits in the caller's loop while the budget is spent."""
-        while not self._put(message):
-            room = asyncio.Event()
+        if self._put(message):
+            return
+        room = asyncio.Event()
+        waiting = asyncio.get_running_loop(), room
+        try:
+            while True:
+                room.clear()
+                with self._lock:
+                    self._waiting.add(waiting)
+                # Between the two steps the writer may have made room and told nobody. The wait is bounded for the same
+                # reason: a run that is not told would wait for ever.
+                if self._put(message):
+                    return
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(ROOM_INTERVAL):
+                        await room.wait()
+        finally:
             with self._lock:
-                self._waiting.append((asyncio.get_running_loop(), room))
-            # Between the two steps the writer may have made room and told nobody. The wait is bounded for the same
-            # reason: a run that is not told would wait for ever.
-            if self._put(message):
-                return
-            with suppress(TimeoutError):
-                async with asyncio.timeout(ROOM_INTERVAL):
-                    await room.wait()
+                self._waiting.discard(waiting)
+
+    def call_later(self, seconds: float, function: Callable[[], None]) -> None:
+        """Have a function called in the writer's thread after a while, if the recorder has not been stopped by then."""
+        with self._lock:
+            self._later.append((time.monotonic() + seconds, function))
+            self._queue.put(_Wake())
 
     def _put(self, message: Message) -> bool:
         """Charge the budget and queue the message, under the queue's one lock. False if the budget is spent."""
@@ -212,7 +232,7 @@ class Recorder:
         with self._queue.mutex:
             self._charged -= size
         with self._lock:
-            waiting, self._waiting = self._waiting, []
+            waiting, self._waiting = self._waiting, set()
         for loop, room in waiting:
             try:
                 loop.call_soon_threadsafe(room.set)
@@ -226,29 +246,53 @@ class Recorder:
         while not stopping:
             batch: list[Message | Write[object]] = []
             try:
+                self._call_due()
                 stopping = self._fill(batch)
                 if batch:
                     self._write_batch(batch)
                 self._problems.clear(PROBLEM)
             except BaseException as error:
                 # A fault of ours. What was in hand is lost, and whoever waits for it is told. The thread must go on:
-                # no run of the service could end without it.
-                self._problems.report(PROBLEM, "what was to be stored could not be, because of a fault", error)
-                self._give_up(batch, error)
+                # no run of the service could end without it. What is short may be memory, for this too.
+                with suppress(BaseException):
+                    self._problems.report(PROBLEM, "what was to be stored could not be, because of a fault", error)
+                with suppress(BaseException):
+                    self._give_up(batch, error)
                 if self._abandoned.wait(FAULT_PAUSE):
                     return
 
+    def _call_due(self) -> None:
+        """Call what is due."""
+        if not self._later:
+            return
+        now = time.monotonic()
+        with self._lock:
+            due = [function for at, function in self._later if at <= now]
+            self._later = [(at, function) for at, function in self._later if at > now]
+        for function in due:
+            self._guarded(function)
+
+    def _next(self) -> Message | Write[object] | _Stop | _Wake:
+        """What has waited longest. It may take as long as nothing is to be called."""
+        if not self._later:
+            return self._queue.get()
+        try:
+            return self._queue.get(timeout=max(0.0, min(at for at, _ in self._later) - time.monotonic()))
+        except queue.Empty:
+            return _Wake()
+
     def _fill(self, batch: list[Message | Write[object]]) -> bool:
         """Move what is waiting into a batch, up to the bounds of a transaction. True if nothing comes after it."""
-        item = self._queue.get()
+        item = self._next()
         size = 0
         # One lock for all that is there: taking them one by one costs as much as writing them.
         with self._queue.mutex:
             waiting = self._queue.queue
             while not isinstance(item, _Stop):
-                batch.append(item)
                 if isinstance(item, Message):
                     size += item.size
+                if not isinstance(item, _Wake):
+                    batch.append(item)
                 if not waiting or len(batch) >= BATCH_ITEMS or size >= BATCH_BYTES:
                     return False
                 item = waiting.popleft()
@@ -372,7 +416,7 @@ class Recorder:
         """Take a step of several. False if it failed; then a write that it was about tells of the fault."""
         try:
             return tell() is not False
-        except Exception as error:
+        except BaseException as error:
             log.exception("what was committed could not be told")
             if write is not None:
                 write.fail(error)

@@ -8,7 +8,6 @@ What this process remembers of runs is only ever a copy of what is stored, updat
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import threading
@@ -47,10 +46,10 @@ FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 10.0
 # How often that is tried with all that the end says.
 TRIES_AS_IT_IS = 3
-# How often it is tried for a run that has no thread to wait in.
-TRIES_WITHOUT_THREAD = 5
-# How often in a row it is tried to follow what was committed.
+# How often in a row what was committed is tried to be followed before starts that cannot be are ended.
 MOST_UNFOLLOWED = 3
+# How long a service that stops waits for what was decided before (seconds).
+BARRIER_SECONDS = 2.0
 # The key of the fault that it cannot be.
 PROBLEM = "runner"
 UNSTORED = "the end of a run cannot be stored"
@@ -142,8 +141,12 @@ class Runner:
         return not left
 
     def _await_writer(self, deadline: float) -> None:
-        with suppress(TimeoutError, Unavailable):  # it does not answer, or has been stopped
-            self._recorder.submit(lambda _: None).future.result(max(0.0, deadline - time.monotonic()))
+        with suppress(Unavailable):  # it has been stopped
+            write = self._recorder.submit(lambda _: None)
+            try:
+                write.future.result(max(0.0, min(BARRIER_SECONDS, deadline - time.monotonic())))
+            except TimeoutError as late:
+                write.give_up(late)  # storage is down, and nothing can have been decided
 
     def refused(self, run_id: str, error: BaseException) -> None:
         """Fail a run of which a message cannot be stored: its record would have a gap."""
@@ -176,7 +179,7 @@ class Runner:
         self._guarded(lambda: self._doorbell.ring(effects.news), "whoever waits could not be told of a change")
         if effects.again:
             self._guarded(self.catch_up, "waiting runs could not be started")
-        else:
+        elif effects.dispatched:
             self._unfollowed = 0
             self._guarded(lambda: self._problems.clear(PROBLEM), "a fault that is over is still shown")
 
@@ -192,14 +195,24 @@ class Runner:
     def catch_up(self) -> None:
         """After a fault: carry out what was decided and not followed, and decide what could not be decided.
 
-        A start that cannot be followed after all is ended: a run that nobody carries out must not stay `running`.
+        It is tried until it succeeds. A start that cannot be followed after all is ended: a run that nobody carries out
+        must not stay `running`.
         """
         self._unfollowed += 1
         if self._unfollowed > MOST_UNFOLLOWED:
             self._problems.report(PROBLEM, "waiting runs cannot be started")
-            return
-        work = self._decide_again if self._unfollowed < MOST_UNFOLLOWED else self._fail_unfollowed
-        self._recorder.submit(work).future.add_done_callback(self._caught_up)
+        pause = 0.0 if self._unfollowed == 1 else min(FIRST_PAUSE * 2 ** min(self._unfollowed, 10), LONGEST_PAUSE)
+        self._recorder.call_later(pause, self._decide)
+
+    def _decide(self) -> None:
+        work = self._fail_unfollowed if self._unfollowed >= MOST_UNFOLLOWED else self._decide_again
+        self._recorder.submit(work, self.follow).future.add_done_callback(self._decided_again)
+
+    def _decided_again(self, decided: Future[Effects]) -> None:
+        error = decided.exception()
+        if error is not None and not _has_stopped(error):
+            log.error("waiting runs could not be started", exc_info=error)
+            self._guarded(self.catch_up, "waiting runs could not be started")
 
     def _decide_again(self, transaction: Transaction) -> Effects:
         effects = self._lifecycle.dispatch_again(transaction)
@@ -210,22 +223,15 @@ class Runner:
         # Not those that the same transaction may have started a moment ago: these are yet to be followed.
         lost = self._decided.difference(self._ongoing)
         failed = self._lifecycle.fail_started(transaction, lost, UNFOLLOWED)
-        return failed | self._lifecycle.dispatch(transaction)
-
-    def _caught_up(self, decided: Future[Effects]) -> None:
-        error = decided.exception()
-        if error is None:
-            self.follow(decided.result())
-        elif not isinstance(error, Unavailable):
-            self._guarded(self.catch_up, "waiting runs could not be started")
+        return failed | self._decide_again(transaction)
 
     def _begin(self, start: Start) -> None:
         """Hand a run to a thread of its own; end it if there is none."""
         run = start.run
-        if run.id in self._ongoing:
-            return
         try:
             with self._lock:
+                if run.id in self._ongoing:
+                    return
                 ongoing = self._ongoing[run.id] = OngoingRun()
                 stopping = self._stopping
             if stopping:
@@ -235,27 +241,36 @@ class Runner:
             self._not_owned(run, error)
 
     def _not_owned(self, run: Run, error: BaseException) -> None:
-        """End a run that could not be begun. Nothing may wait here: it may be the recorder's thread."""
-        log.error("run %s could not be begun", run.id, exc_info=error)
-        self._end_without_thread(run, _failed(error), TRIES_WITHOUT_THREAD)
+        """End a run that could not be begun. Nothing may wait here: it may be the recorder's thread.
 
-    def _end_without_thread(self, run: Run, values: Mapping[str, Any], tries: int) -> None:
+        Until that is stored it counts as one that goes on: it must not be begun after all.
+        """
+        log.error("run %s could not be begun", run.id, exc_info=error)
+        self._end_without_thread(run, _failed(error), 0)
+
+    def _end_without_thread(self, run: Run, values: Mapping[str, Any], refused: int) -> None:
+        """
+        Args:
+            refused: how often it was not stored.
+        """
 
         def settled(stored: Future[Effects]) -> None:
             error = stored.exception()
             if error is None:
+                self._problems.clear(key)
                 self._forget(run.id)
-            elif tries > 1:
-                self._end_without_thread(run, values, tries - 1)
+            elif _has_stopped(error):
+                self._forget(run.id)  # the next start reports it
             else:
-                self._problems.report(f"run {run.id}", UNSTORED, error)
-                self._forget(run.id)
+                self._problems.report(key, UNSTORED, error)
+                pause = min(FIRST_PAUSE * 2 ** min(refused, 10), LONGEST_PAUSE)
+                self._recorder.call_later(pause, lambda: self._end_without_thread(run, values, refused + 1))
 
+        key = f"run {run.id}"
+        end = self._end if refused < TRIES_AS_IT_IS else self._end_alone
         try:
-            self._recorder.submit(partial(self._end, run, values), self.follow).future.add_done_callback(settled)
-        except Exception as error:
-            # The recorder has stopped: the next start reports the run.
-            self._problems.report(f"run {run.id}", UNSTORED, error)
+            self._recorder.submit(partial(end, run, values), self.follow).future.add_done_callback(settled)
+        except Unavailable:
             self._forget(run.id)
 
     # ---- in the run's thread
@@ -271,10 +286,11 @@ class Runner:
         except BaseException as error:
             log.exception("run %s failed because of a fault", run.id)
             values = _failed(error) | transcript
-        try:
-            self._store_end(run, values)
-        finally:
-            self._forget(run.id)
+        if not self._store_end(run, values):
+            # It still counts as one that goes on: it must not be begun again.
+            log.error("run %s: its end is not stored; the next start reports it as INTERRUPTED", run.id)
+            return
+        self._forget(run.id)
         detail = f", {values['errorCode']}: {values['errorMessage']}" if values["errorCode"] else ""
         log.info("run %s %s after %s ms%s", run.id, values["status"], values.get("durationMs"), detail)
 
@@ -369,8 +385,8 @@ class Runner:
 
     # ---- the end
 
-    def _store_end(self, run: Run, values: Mapping[str, Any]) -> None:
-        """Wait until the end of a run is committed, as long as it takes, or until the service gives up."""
+    def _store_end(self, run: Run, values: Mapping[str, Any]) -> bool:
+        """Wait until the end of a run is committed, as long as it takes. False if the service gives up before."""
         stored = False
 
         def follow(effects: Effects) -> None:
@@ -381,18 +397,20 @@ class Runner:
 
         pause = FIRST_PAUSE
         key = f"run {run.id}"
-        for attempt in itertools.count():
-            end = self._end if attempt < TRIES_AS_IT_IS else self._end_alone
+        refused = 0
+        while True:
+            end = self._end if refused < TRIES_AS_IT_IS else self._end_alone
             try:
                 self._recorder.submit(partial(end, run, values), follow).future.result()
             except Exception as error:
                 self._problems.report(key, UNSTORED, error)
+                # What storage or its writer does not take at the moment says nothing of this end.
+                refused += not isinstance(error, Unavailable)
             if stored:
                 self._problems.clear(key)
-                return
+                return True
             if self._given_up.wait(pause):
-                log.error("run %s: its end is not stored; the next start reports it as INTERRUPTED", run.id)
-                return
+                return False
             pause = min(pause * 2, LONGEST_PAUSE)
 
     def _end(self, run: Run, values: Mapping[str, Any], transaction: Transaction) -> Effects:
@@ -410,6 +428,11 @@ class Runner:
         with self._all_ended:
             self._ongoing.pop(run_id, None)
             self._all_ended.notify_all()
+
+
+def _has_stopped(error: BaseException) -> bool:
+    """Whether the recorder has been stopped: what is left is for the next start."""
+    return isinstance(error, Unavailable) and error.code == "SHUTTING_DOWN"
 
 
 def _columns(outcome: Outcome) -> dict[str, Any]:

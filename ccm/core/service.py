@@ -109,7 +109,9 @@ class Service:
                         "the database is too large to be checked whole in %.0f seconds; what was read of it is sound",
                         sqlite_file.CHECK_SECONDS,
                     )
-                self._open()
+                with ExitStack() as undo:
+                    self._open(undo)
+                    undo.pop_all()  # from now on `end_runs` stops what was started
             except Unavailable as error:
                 self._close()
                 raise DatabaseRefused(f"The database takes no writes: {error.message}") from None
@@ -118,8 +120,12 @@ class Service:
                 raise
             self._started = True
 
-    def _open(self) -> None:
-        """Make the parts and start them. What raises is followed by `_close`, which stops those that were started."""
+    def _open(self, undo: ExitStack) -> None:
+        """Make the parts and start them.
+
+        Args:
+            undo: gets what stops those that were started, should a later one fail.
+        """
         settings = self.settings
         # A connection of its own: a migration takes as long as it takes.
         with closing(Database(settings.url, writer=True, pool_size=1)) as database:
@@ -168,13 +174,13 @@ class Service:
         self.input = Input(self._recorder, self._runner, settings.max_message_bytes)
         self._recorder.on_unfollowed = self._catch_up
         self._recorder.start()
-        self._parts.callback(self._stop, "recorder", lambda: self._recorder.stop(time.monotonic()))
+        undo.callback(self._stop, "recorder", lambda: self._recorder.stop(time.monotonic()))
         # Runs may have begun when the rest of a start fails: they are ended, and their ends stored.
-        self._parts.callback(self._stop, "runs", lambda: self._runner.stop(time.monotonic() + STOP_SECONDS))
+        undo.callback(self._stop, "runs", lambda: self._runner.stop(time.monotonic() + STOP_SECONDS))
         self._pulse = Pulse(self._recorder, writer)
         self._recorder.write(heartbeat.beat)  # a database that takes no writes is refused
         self.runs.recover()
-        self._parts.callback(self._stop, "webhooks", lambda: self._sender.stop(time.monotonic()))
+        undo.callback(self._stop, "webhooks", lambda: self._sender.stop(time.monotonic()))
         self._sender.start()
         missing = self._claude.missing()
         if missing is not None:

@@ -155,6 +155,13 @@ class Mirror:
         self._sdk_session_id = sdk_session_id
         self._begun = False
         self._failed = False
+        # How many entries are being stored: Claude Code's output stands still meanwhile.
+        self._under_way = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is on its way to storage."""
+        return self._under_way > 0
 
     @property
     def failed(self) -> bool:
@@ -167,11 +174,14 @@ class Mirror:
         return self._begun and not self._failed
 
     async def append(self, key: Mapping[str, str], entries: Sequence[Mapping[str, Any]]) -> None:
+        self._under_way += 1
         try:
             await self._store.append(key, entries)
         except BaseException:
             self._failed = True
             raise
+        finally:
+            self._under_way -= 1
         self._begun = self._begun or (key["session_id"] == self._sdk_session_id and not key.get("subpath"))
 
     async def load(self, _key: Mapping[str, str]) -> list[dict[str, Any]] | None:

@@ -86,7 +86,7 @@ class Write(Generic[T]):
         self.future.set_result(self._value)
         return True
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """Tell an error, unless the outcome is known already."""
         with self._lock:
             if not self.future.done():

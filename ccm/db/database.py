@@ -273,10 +273,12 @@ class Database:
             told.may_be_committed = committed or (committing and not self.is_sqlite)
             raise told from error
         finally:
-            self._release()
-            if self._permits.closed:
-                self._engine.pool.dispose()  # this connection was not there to be closed
-            self._permits.give_back(answered=answered)
+            try:
+                self._release()
+                if self._permits.closed:
+                    self._engine.pool.dispose()  # this connection was not there to be closed
+            finally:
+                self._permits.give_back(answered=answered)
 
     def _count_answer(self) -> None:
         self.last_answer = time.monotonic()
@@ -317,7 +319,13 @@ class Database:
         if connection is not None:
             if broken:
                 connection.invalidate()
-            connection.close()
+            try:
+                connection.close()
+            except Exception as error:
+                # The way to the server was lost meanwhile. What the transaction has come to is known already.
+                log.debug("a connection could not be rolled back: %s", error)
+                connection.invalidate()
+                connection.close()
 
     def rows(self, sql: str, **parameters: Any) -> list[Mapping[str, Any]]:
         """What one query gives, in a transaction of its own."""

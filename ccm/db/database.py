@@ -324,8 +324,9 @@ class Database:
             except Exception as error:
                 # The way to the server was lost meanwhile. What the transaction has come to is known already.
                 log.debug("a connection could not be rolled back: %s", error)
-                connection.invalidate()
-                connection.close()
+                if not connection.closed:
+                    connection.invalidate()
+                    connection.close()
 
     def rows(self, sql: str, **parameters: Any) -> list[Mapping[str, Any]]:
         """What one query gives, in a transaction of its own."""

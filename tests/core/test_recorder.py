@@ -562,3 +562,51 @@ def test_more_readers_than_connections_only_wait_for_one_another(reader: Databas
         thread.join(SOON)
     assert sorted(done) == list(range(40))
     assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_run_that_waits_for_room_waits_once(
+    writer: Database, monkeypatch: pytest.MonkeyPatch, database_url: str
+) -> None:
+    looks = 0
+    monkeypatch.setattr("ccm.core.recorder.ROOM_INTERVAL", 0.005)
+    with Harness(writer, budget=10) as harness:
+        recorder = harness.recorder
+        put = recorder._put
+
+        def count(message: Message) -> bool:
+            nonlocal looks
+            looks += 1
+            return put(message)
+
+        monkeypatch.setattr(recorder, "_put", count)
+        other = lock(Path(database_url.removeprefix("sqlite:///")))
+        waiting = threading.Thread(target=lambda: harness.append("a", 0, 1, text="x" * 10))
+        waiting.start()
+        until(lambda: looks > 20)
+        assert len(recorder._waiting) == 1
+        other.execute("ROLLBACK")
+        other.close()
+        waiting.join(SOON)
+        assert not waiting.is_alive()
+        assert recorder._waiting == set()
+
+
+def test_what_is_to_be_called_later_is_called_in_the_writers_thread(harness: Harness) -> None:
+    called: list[str] = []
+    harness.recorder.call_later(0.01, lambda: called.append(threading.current_thread().name))
+    harness.recorder.call_later(3600, lambda: called.append("too early"))
+    until(lambda: called)
+    harness.settle()
+    assert called == ["recorder"]
+
+
+def test_a_fault_of_the_writer_itself_is_shown_and_over(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.recorder, "_attempt", fail)
+        with pytest.raises(Unavailable):
+            harness.recorder.write(lambda _: None)
+    assert harness.recorder.write(lambda _: 7) == 7

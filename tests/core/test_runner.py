@@ -213,6 +213,53 @@ def test_a_run_that_gets_no_process_ends(
     assert code_of(ended(service, start(service, project).id)) == ("completed", None)
 
 
+def test_a_run_that_gets_no_thread_is_never_run_though_its_end_is_not_stored_at_once(
+    service_for: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, project: Path
+) -> None:
+    spy, begun = tmp_path / "spy", tmp_path / "begun"
+    spy.write_text(f'#!/bin/sh\necho >> {begun}\nexec {stand_in_cli(tmp_path)} "$@"\n')
+    spy.chmod(0o755)
+    service = service_for(cli_path=spy, max_concurrent_runs=1)
+    service.start()
+    tries: list[int] = []
+
+    def refuse(*_: object) -> None:
+        tries.append(1)
+        raise MemoryError
+
+    with no_new_thread(monkeypatch, "run-"), monkeypatch.context() as patch:
+        patch.setattr(service._runner, "_end", refuse)
+        patch.setattr(service._runner, "_end_alone", refuse)
+        run = start(service, project)
+        until_true(lambda: len(tries) > 6)
+        service._runner.catch_up()
+    assert code_of(ended(service, run.id)) == ("error", "EXECUTION_ERROR")
+    assert code_of(ended(service, start(service, project).id)) == ("completed", None)
+    assert begun.read_text() == "\n"  # the second run alone
+
+
+def test_what_could_not_be_decided_is_decided_when_the_fault_is_over(
+    service_for: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, project: Path
+) -> None:
+    service = service_for(max_concurrent_runs=1)
+    service.start()
+    lifecycle = service._runner._lifecycle
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lifecycle, "_dispatch", fail)
+        run = start(service, project)
+        until_true(service.problems.sentences)
+        assert service.problems.sentences() == ["waiting runs cannot be started"]
+        assert service.history.run(run.id).waiting
+
+    # Nothing else happens that could remind anybody.
+    assert code_of(ended(service, run.id)) == ("completed", None)
+    until_true(lambda: not service.problems.sentences())
+
+
 # ---- rows that cannot be used
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from ccm.db import database as database_module
@@ -77,6 +78,21 @@ def test_a_newcomer_does_not_overtake_a_transaction_that_waits(database_url: str
     assert waiting.ended() is None
     assert served == ["the one that waited", "the newcomer"]
     database.close()
+
+
+def test_a_lost_connection_costs_no_permit(postgresql: str) -> None:
+    database = Database(f"{postgresql}/postgres", pool_size=2)
+    try:
+        for _ in range(5):
+            with pytest.raises(LookupError), database.transaction() as transaction:
+                pid = transaction.value("SELECT pg_backend_pid()")
+                with psycopg.connect(f"{postgresql}/postgres", autocommit=True) as other:
+                    other.execute("SELECT pg_terminate_backend(%s, 30000)", [pid])
+                raise LookupError("as a run that is not found")
+        with database.transaction() as transaction:
+            assert transaction.value("SELECT 1") == 1
+    finally:
+        database.close()
 
 
 def test_a_busy_database_refuses_nobody(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

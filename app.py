@@ -74,5 +74,15 @@ def main() -> int:
         return 0 if server.run(lambda: log.info("listening on %s", shown_address(bound))) else 1
 
 
+def flush_log() -> None:
+    """Write out what is left of the log. Where nobody takes it any more, Python itself would end with 120."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    flush_log()
+    sys.exit(code)

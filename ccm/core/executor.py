@@ -27,7 +27,7 @@ from ccm.core.run_directory import run_directory, said_on_stderr
 from ccm.core.sdk import Client, explain
 from ccm.core.transcript_store import Mirror
 from ccm.errors import Conflict, TooLarge, Unavailable
-from ccm.models import CANCELLED, COMPLETED, ERROR, Answer, Outcome, Question
+from ccm.models import CANCELLED, COMPLETED, ERROR, Answer, Outcome, Question, to_json_text
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,11 @@ EXIT_SECONDS = 0.3
 SILENT_SECONDS = 40.0
 # How often a CLI is killed that does not go.
 KILL_TRIES = 10
+# How often it is looked whether the CLI has been started (seconds).
+SPAWN_INTERVAL = 0.02
+# How much may be read from the output of a CLI that has gone, beside one message: a pipe holds no more. The rest is
+# somebody else's who has it open.
+PIPE_BYTES = 2**20
 # How often a run looks whether it is to stop, should it not have been told (seconds).
 REASON_INTERVAL = 1.0
 # How long a CLI that is otherwise done may say nothing of a message that it was sent, before it is let go all the same.
@@ -56,6 +61,10 @@ TMPDIR_ADVICE = (
     "The directory for the run's temporary files cannot be written: {}. Make room in TMPDIR, or set it to another "
     "directory, and start the run again."
 )
+
+
+class ForeignOutputError(Exception):
+    """What is read was not written by Claude Code."""
 
 
 class Execution:
@@ -94,6 +103,7 @@ class Execution:
         self._connected = asyncio.Event()
         self._exited = asyncio.Event()
         self._recording = False
+        self._bytes_after_exit = 0
         # When something was last seen on its way to storage.
         self._last_sign = time.monotonic()
         self._prompt = {**assignment.user_message(), "uuid": str(uuid.uuid4())}
@@ -355,6 +365,8 @@ class Execution:
     async def _take(self, message: dict[str, Any]) -> None:
         if message.get("command_uuid") == self._prompt["uuid"]:
             return  # its messages and results tell as much of the prompt
+        if self._exited.is_set():
+            self._check_writer(message)
         if self._settling is not None:
             self._settling.cancel()
         kind, subtype = message.get("type"), message.get("subtype")
@@ -375,6 +387,15 @@ class Execution:
             elif self._session_state == "idle" or kind == "result":
                 # Nothing goes on, though a message was sent: it gets a turn now, or the CLI does not know of it.
                 self._settling = asyncio.get_running_loop().call_later(SETTLE_SECONDS, self._over.set)
+
+    def _check_writer(self, message: dict[str, Any]) -> None:
+        """
+        Raises:
+            ForeignOutputError: the CLI has gone and cannot have said that much.
+        """
+        self._bytes_after_exit += len(to_json_text(message))
+        if self._bytes_after_exit > PIPE_BYTES + self._claude.max_message_bytes:
+            raise ForeignOutputError("another process goes on writing to the output of a Claude Code that has ended")
 
     def _note(self, message: dict[str, Any], kind: object, subtype: object) -> None:
         """Remember what a message tells of how the run goes."""
@@ -397,7 +418,8 @@ class Execution:
             return await self._record(message)
         finally:
             self._recording = False
-            self._last_sign = time.monotonic()
+            if not self._exited.is_set():  # or else somebody who goes on talking in its place is waited for
+                self._last_sign = time.monotonic()
 
     async def _have_answered(self, ask: Ask, question: Question) -> Answer:
         """The answer to a question; the wait for it does not count as the run's time."""
@@ -430,6 +452,10 @@ class Execution:
         exit_watch = asyncio.create_task(self._supervised(partial(self._notice_exit, client)))
         try:
             await self._reach_the_end()
+            if self._exited.is_set() and not self._connected.is_set():
+                # The SDK waits for an answer that nobody will give any more, unless it has noticed it by itself.
+                await self._ends_within(CLOSE_SECONDS)
+                return
             if self._stop.is_set() and not self._over.is_set():
                 self._results_before_stop = len(self._results)
             if self._results_before_stop is not None and self._connected.is_set() and not self._recording:
@@ -472,7 +498,8 @@ class Execution:
 
     async def _notice_exit(self, client: Client) -> None:
         """When the CLI has gone, free its output: a tool that holds it open would hold the run open too."""
-        await self._connected.wait()
+        while not (self._connected.is_set() or client.is_started):
+            await asyncio.sleep(SPAWN_INTERVAL)
         code = await client.wait_for_exit()
         self._exited.set()
         if not await self._ends_within(EXIT_SECONDS):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 # Seconds that Claude Code gets to end by itself: it has a transcript to write.
 GRACE_SECONDS = 5.0
 # How long a reaper that has nothing left to do may take to end.
-STOP_SECONDS = 10.0
+STOP_SECONDS = 5.0
 # What it is told of a run: it goes on; it is over, and what it has left may stay; what it has left is to be ended.
 GOING_ON, OVER, END = "+", "-", "!"
 
@@ -34,7 +35,7 @@ class Reaper:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._runs: set[str] = set()
 
     def watch(self, run_id: str) -> None:
@@ -56,57 +57,68 @@ class Reaper:
             self._runs.discard(run_id)
 
     def stop(self) -> None:
-        """Let it go. Idempotent; it stays as long as runs are going on.
-
-        Raises:
-            subprocess.TimeoutExpired: it does not end.
-        """
+        """Let it go. Idempotent; it stays as long as runs are going on."""
         with self._lock:
             process, self._process = self._process, None
             if process is not None and process.stdin is not None:
                 with contextlib.suppress(BrokenPipeError):
                     process.stdin.close()
                 if not self._runs:
-                    process.wait(STOP_SECONDS)
+                    _see_it_end(process, STOP_SECONDS)
 
     def _tell(self, line: str) -> None:
         if sys.platform != "linux":
             return
-        if self._process is not None and self._process.poll() is None and self._write([line]):
-            return
+        if self._process is not None and self._process.poll() is None:
+            if self._write([line]):
+                return
+            # It does not read: whoever waited for it would hold up every run.
+            _see_it_end(self._process, 0)
         if not self._runs:
             return
         if self._process is not None:
-            log.warning("the reaper has ended; another one takes its place")
+            log.warning("the reaper has ended or stands still; another one takes its place")
         self._process = _start()
         self._write([*(GOING_ON + run_id for run_id in self._runs), line])
 
     def _write(self, lines: list[str]) -> bool:
+        """Write whole lines, without waiting. False if it takes no more."""
         stream = None if self._process is None else self._process.stdin
         if stream is None:
             return False
         try:
-            stream.writelines(f"{line}\n" for line in lines)
-            stream.flush()
+            # A line is shorter than what a pipe takes or refuses as a whole.
+            return all(stream.write(text) == len(text) for text in (f"{line}\n".encode("ascii") for line in lines))
         except OSError:
             return False
-        return True
 
 
-def _start() -> subprocess.Popen[str]:
+def _see_it_end(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Wait for a reaper's end, and kill it then."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+        return
+    process.kill()
+    process.wait()
+
+
+def _start() -> subprocess.Popen[bytes]:
     # -S: it needs no packages, and is to be small. Its own session: Ctrl-C at the terminal is not for it.
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from ccm.core.reaper import reap; reap(sys.stdin)"
-    return subprocess.Popen(  # noqa: S603  # our own words only
+    process = subprocess.Popen(  # noqa: S603  # our own words only
         [sys.executable, "-I", "-S", "-c", code],
         stdin=subprocess.PIPE,
         # Who reads what the service says must not wait for the reaper's end.
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        text=True,
+        bufsize=0,
         env={},  # it needs none, and a mark in it would be its own end
         cwd="/",
         start_new_session=True,
     )
+    assert process.stdin is not None  # noqa: S101  # for mypy: it is a pipe
+    os.set_blocking(process.stdin.fileno(), False)
+    return process
 
 
 def reap(lines: IO[str]) -> None:

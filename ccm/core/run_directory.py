@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from ccm.core.regular_file import open_regular
 
 # What Claude Code says on its stderr, and how much of it is told.
 STDERR_FILE = "stderr"
@@ -39,8 +42,8 @@ def said_on_stderr(directory: Path) -> str:
     """The end of what Claude Code said there."""
     file = directory / STDERR_FILE
     try:
-        with file.open("rb") as stream:
-            stream.seek(max(0, file.stat().st_size - STDERR_BYTES))
-            return stream.read().decode("utf-8", "replace").strip()
+        with open_regular(file) as stream:
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - STDERR_BYTES))
+            return stream.read(STDERR_BYTES).decode("utf-8", "replace").strip()
     except OSError:
         return ""

@@ -136,7 +136,7 @@ class _Tap:
 
 
 class Client(ClaudeSDKClient):
-    """The SDK's client with the six things that it does not offer."""
+    """The SDK's client with the eight things that it does not offer."""
 
     async def receive_raw(self, take: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
         """Have `take` get all that the CLI says until its stream ends: the messages as they came, those of unknown
@@ -169,6 +169,15 @@ class Client(ClaudeSDKClient):
             raise CLIConnectionError("not connected")
         await self._query._send_control_request({"subtype": "interrupt", "cancel_queued": True})
 
+    async def disconnect(self) -> None:
+        """Let the CLI go, and close its pipes, also where another process holds the other end open."""
+        process = getattr(self._transport, "_process", None)
+        try:
+            await super().disconnect()
+        finally:
+            if process is not None:
+                process._process._transport.close()
+
     async def end_input(self) -> None:
         """Tell the CLI that nothing more will come; it then writes its transcript out and exits."""
         if self._transport is not None:
@@ -180,6 +189,11 @@ class Client(ClaudeSDKClient):
         if process is not None and process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(number)
+
+    @property
+    def is_started(self) -> bool:
+        """Whether the CLI's process is there, or was."""
+        return getattr(self._transport, "_process", None) is not None
 
     async def wait_for_exit(self) -> int:
         """Return when the CLI's process has gone, though a tool may still hold its output open. Gives its exit code."""

@@ -13,9 +13,11 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ccm.core.regular_file import open_regular
 from ccm.core.sdk import find_transcript, transcript_path
 from ccm.core.transcript_store import Mirror, TranscriptStore, entry
 from ccm.db.transcripts import Entry, TranscriptKey
@@ -122,7 +124,7 @@ class TranscriptFiles:
         try:
             main = find_transcript(run.cwd, run.sdk_session_id, self._agent_environ(run.options))
             if main is not None:
-                main.open("rb").close()
+                open_regular(main).close()
         except OSError as error:
             # What has been mirrored is all that can be had.
             log.warning("run %s: its transcript cannot be read: %s", run.id, error)
@@ -142,7 +144,8 @@ class TranscriptFiles:
         """Whether a file has every entry that is stored of it. Claude Code begins a file anew that was deleted while it
         was at work, and a file may be cut or lose blocks when the host fails.
         """
-        content = main.read_bytes()
+        with open_regular(main) as file:
+            content = file.read()
         here = set(UUID.findall(content))  # a search in the bytes: what stands in another line as its parent is no line
         keys = [key for key in self._store.of_session(run.sdk_session_id) if not key.subpath and run.transcript_stored]
         uuids = self._store.uuids(keys[0]) if keys else []
@@ -211,7 +214,7 @@ def _read(main: Path, sdk_session_id: str) -> dict[TranscriptKey, list[Entry]]:
 
 def _entries(file: Path) -> list[Entry]:
     entries = []
-    with file.open(encoding="utf-8", errors="replace") as lines:
+    with TextIOWrapper(open_regular(file), encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
                 value = json.loads(line)
@@ -229,7 +232,8 @@ def _metadata_file(transcript: Path) -> Path:
 def _metadata(transcript: Path) -> list[Entry]:
     file = _metadata_file(transcript)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        with open_regular(file) as stream:
+            content = json.loads(stream.read())
     except (FileNotFoundError, ValueError):
         return []  # there is none, or Claude Code was killed while it wrote it
     return [entry({**content, "type": AGENT_METADATA})]

@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import signal
+import sys
 import threading
 import time
 import uuid
@@ -311,6 +312,48 @@ def test_a_fault_of_the_mirror_is_told_to_the_operator_and_is_no_message_of_the_
 
     assert [message["type"] for message in run.messages] == ["assistant", "result"]
     assert f"could not be mirrored: {told}" in caplog.text
+
+
+def test_a_cli_that_exits_before_it_has_answered_is_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ccm.core.executor.CLOSE_SECONDS", 0.2)
+    program = tmp_path / "exits"
+    program.write_text("#!/bin/sh\nread line\nexit 0\n")
+    program.chmod(0o755)
+
+    assert tell(Run(tmp_path, "x", cli_path=program)) == ("error", "CLI_CRASHED")
+
+
+# A process without the run's mark, which goes on where Claude Code has ended.
+FLOOD = """#!/bin/sh
+(env -i setsid {python} -I -S -c '
+import json, os, sys
+while os.path.exists("/proc/" + sys.argv[1]): pass
+line = json.dumps({{"type": "assistant", "text": "x" * 50000}}) + chr(10)
+while True: print(line, end="", flush=True)
+' $$ 2>/dev/null &)
+exec {stand_in} "$@"
+"""
+
+
+def test_who_goes_on_writing_to_the_output_of_a_cli_that_has_gone_does_not_keep_the_run(tmp_path: Path) -> None:
+    program = tmp_path / "flooded"
+    program.write_text(FLOOD.format(python=sys.executable, stand_in=stand_in_cli(tmp_path)))
+    program.chmod(0o755)
+    run = Run(tmp_path, "hello", cli_path=program)
+    outcome = run.end()
+
+    assert outcome.status == "completed"
+    assert sum(len(str(message)) for message in run.messages) < 10 * 2**20
+
+
+def test_a_fifo_in_place_of_what_is_said_on_stderr_is_not_waited_for(tmp_path: Path) -> None:
+    program = tmp_path / "fifo"
+    program.write_text(
+        f'#!/bin/sh\nfile=$(readlink /proc/self/fd/2)\nrm "$file"\nmkfifo "$file"\nexec {stand_in_cli(tmp_path)} "$@"\n'
+    )
+    program.chmod(0o755)
+
+    assert tell(Run(tmp_path, "hello", cli_path=program)) == ("completed", "None")
 
 
 # ---- parts of it that fail

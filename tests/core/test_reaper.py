@@ -68,6 +68,29 @@ def test_a_reaper_that_was_killed_is_replaced(run_ids: list[str]) -> None:
         process.stdin.close()
 
 
+def test_a_reaper_that_stands_still_holds_up_nobody_and_is_replaced(run_ids: list[str]) -> None:
+    reaper = Reaper()
+    reaper.watch(run_ids[0])
+    first = reaper._process
+    assert first is not None
+    os.kill(first.pid, signal.SIGSTOP)
+    for _ in range(10_000):  # more than its pipe takes
+        reaper.release("another")
+    second = reaper._process
+    assert second is not None
+    assert second.pid != first.pid
+    assert first.returncode == -signal.SIGKILL
+    os.kill(second.pid, signal.SIGSTOP)
+    reaper.release(run_ids[0])
+
+    reaper.stop()
+
+    assert second.returncode == -signal.SIGKILL
+    for process in (first, second):
+        assert process.stdin is not None
+        process.stdin.close()
+
+
 def test_it_ends_with_the_service_where_nothing_is_left() -> None:
     reaper = Reaper()
     run_id = str(uuid.uuid4())

@@ -339,3 +339,28 @@ def test_two_forks_at_once_find_one_whole_file(
 
     assert lines(path) == STORED
     assert len(list(path.parent.glob("*.incomplete-*"))) == 1
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "directory"])
+@pytest.mark.parametrize("place", ["main", "subagent", "metadata"])
+def test_what_is_no_regular_file_is_not_read(store: TranscriptStore, tmp_path: Path, kind: str, place: str) -> None:
+    host = Host(tmp_path, store)
+    asyncio.run(store.append({**KEY, "project_key": "-one"}, STORED))
+    main = host.write("/one", *STORED)
+    agent = main.with_suffix("") / "subagents" / "agent-1.jsonl"
+    agent.parent.mkdir(parents=True)
+    agent.write_text(json.dumps(entry("s")) + "\n")
+    path = {"main": main, "subagent": agent, "metadata": agent.with_suffix(".meta.json")}[place]
+    path.unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+
+    # What has been mirrored is all that there is, where the file itself cannot be had.
+    assert host.files.keep(run())["hasTranscript"] == 1
+    if place == "main":
+        with pytest.raises(OSError, match=r"regular|directory"):
+            host.files.provide(run(transcript_stored=1), run(id="next"))

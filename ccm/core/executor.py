@@ -432,7 +432,7 @@ class Execution:
                 # The run is told to stop: nobody is to answer any more, and Claude Code is not to go on with an answer.
                 asking.cancel()
                 await self._stream_ended.wait()
-                return Answer(allow=False, message="The run is being stopped.")
+                raise asyncio.CancelledError  # as where Claude Code takes its question back: nobody reads an answer
         finally:
             asking.cancel()
             stop.cancel()

@@ -133,12 +133,16 @@ class Runner:
                 while self._ongoing and (remaining := deadline - time.monotonic()) > 0:
                     self._all_ended.wait(min(POLL_INTERVAL, remaining))
         finally:
-            self._given_up.set()
             left = list(self._ongoing)
-            for run_id in left:
-                self._end_processes(run_id)
-            self._guarded(self._reaper.stop, "the reaper could not be let go")
+            self.give_up()
         return not left
+
+    def give_up(self) -> None:
+        """End the processes of all runs that are left, and leave their ends to the next start. Idempotent."""
+        for run_id in list(self._ongoing):
+            self._end_processes(run_id)
+        self._guarded(self._reaper.stop, "the reaper could not be let go")
+        self._given_up.set()
 
     def _await_writer(self, deadline: float) -> None:
         with suppress(Unavailable):  # it has been stopped

@@ -218,6 +218,7 @@ class Service:
             written = self._stop("recorder", lambda: self._recorder.stop(max(self._stop_by(), time.monotonic() + 1)))
             self._stop("waits", self.doorbell.close)
             if not ended:
+                self._stop("processes", self._runner.give_up)
                 log.error("runs were still going on at the end; the next start reports them as INTERRUPTED")
             return ended and written
 

@@ -26,7 +26,8 @@ ROOT = Path(__file__).parents[2]
 GRACE_SECONDS = 5.0
 # How long a reaper that has nothing left to do may take to end.
 STOP_SECONDS = 5.0
-# What it is told of a run: it goes on; it is over, and what it has left may stay; what it has left is to be ended.
+# The reaper's commands, each followed by a run id: the run has started; it has ended and its remaining processes may
+# stay; it has ended and they are to be killed.
 GOING_ON, OVER, END = "+", "-", "!"
 
 

@@ -163,12 +163,18 @@ def no_new_thread(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[None]:
         yield
 
 
+def counting_cli(folder: Path) -> tuple[Path, Path]:
+    """A stand-in CLI, and the file to which each start of it adds an empty line."""
+    program, begun = folder / "spy", folder / "begun"
+    program.write_text(f'#!/bin/sh\necho >> {begun}\nexec {stand_in_cli(folder)} "$@"\n')
+    program.chmod(0o755)
+    return program, begun
+
+
 def test_a_run_that_gets_no_thread_ends_and_is_not_run_later(
     service_for: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, project: Path
 ) -> None:
-    spy, begun = tmp_path / "spy", tmp_path / "begun"
-    spy.write_text(f'#!/bin/sh\necho >> {begun}\nexec {stand_in_cli(tmp_path)} "$@"\n')
-    spy.chmod(0o755)
+    spy, begun = counting_cli(tmp_path)
     service = service_for(cli_path=spy, max_concurrent_runs=1)
     service.start()
 
@@ -216,9 +222,7 @@ def test_a_run_that_gets_no_process_ends(
 def test_a_run_that_gets_no_thread_is_never_run_though_its_end_is_not_stored_at_once(
     service_for: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, project: Path
 ) -> None:
-    spy, begun = tmp_path / "spy", tmp_path / "begun"
-    spy.write_text(f'#!/bin/sh\necho >> {begun}\nexec {stand_in_cli(tmp_path)} "$@"\n')
-    spy.chmod(0o755)
+    spy, begun = counting_cli(tmp_path)
     service = service_for(cli_path=spy, max_concurrent_runs=1)
     service.start()
     tries: list[int] = []

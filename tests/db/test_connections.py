@@ -52,7 +52,7 @@ class Thread(threading.Thread):
             self.error = error
 
     def ended(self) -> Exception | None:
-        """What it has raised, once it has ended."""
+        """Wait for the end, and return the exception that ended it, if any."""
         self.join(SOON)
         assert not self.is_alive()
         return self.error

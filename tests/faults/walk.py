@@ -60,7 +60,7 @@ class Finding:
 
 
 class Faults(logging.Handler):
-    """What nobody has handled, and what the service has logged lately."""
+    """Collects unhandled exceptions and the latest log lines of the service."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -185,7 +185,7 @@ def _look_at_the_ends(stage: Stage, mode: str) -> None:
 
 
 def make_templates(base: Path, probes: Probes) -> None:
-    """What services have left on which scenarios begin: nothing, a run that is over, runs that were cut off."""
+    """Make the databases that scenarios start from: empty, with an ended run, and with interrupted runs."""
     (base / "project").mkdir()
     stand_in_cli(base)
     for name in ("empty", "ended", "killed"):

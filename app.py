@@ -12,14 +12,15 @@ from contextlib import ExitStack
 
 from flask import Flask
 
-from ccm import api, cli
-from ccm.access import access_warnings, check_access
+from ccm import api
+from ccm.cli import commands
 from ccm.core.service import Service
 from ccm.errors import StartRefused
-from ccm.listener import listener, shown_address
 from ccm.log import configure
-from ccm.server import Server
-from ccm.settings import Settings
+from ccm.server.listener import listener, shown_address
+from ccm.server.server import Server
+from ccm.settings.access import access_warnings, check_access
+from ccm.settings.settings import Settings
 
 
 def create_app(settings: Settings | None = None) -> Flask:
@@ -36,7 +37,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.url_map.merge_slashes = False  # no redirects: they would name a Host that may be none
     service = Service(settings)
     api.register(app, service)
-    cli.register(app)
+    commands.register(app)
     atexit.register(service.close)
     return app
 

@@ -28,14 +28,14 @@ from typing import Any
 
 from claude_agent_sdk import ClaudeAgentOptions, ClaudeSDKClient, ResultMessage
 
-from ccm.core.doorbell import Doorbell
-from ccm.core.recorder import Recorder
-from ccm.core.sdk import bundled_cli
-from ccm.db import migrate, sqlite_file
-from ccm.db.database import Database
-from ccm.demo.messages_api import MessagesAPI
+from ccm.core.claude.sdk import bundled_cli
+from ccm.core.storage.notifier import Notifier
+from ccm.core.storage.writer import Writer
+from ccm.db.driver import migrate, sqlite_file
+from ccm.db.driver.database import Database
 from ccm.demo.tour import ServiceProcess, credential_free_environment
 from ccm.models import Message, timestamp
+from ccm.testing.messages_api import MessagesAPI
 from tests.client import Client
 from tests.conftest import stand_in_cli
 
@@ -247,7 +247,7 @@ class Bench:
         path = self.folder / f"{uuid.uuid4()}.sqlite"
         url = f"sqlite:///{path}"
         sqlite_file.prepare(url)
-        database = Database(url, writer=True, pool_size=1)
+        database = Database(url, writable=True, pool_size=1)
         migrate.migrate(database)
         database.close()
         result = json.dumps({"type": "result", "subtype": "success", "result": "Done.", "permission_denials": []})
@@ -311,20 +311,20 @@ class Bench:
 
     def recorded(self, rows: int) -> float:
         path = self.filled(1, 0)
-        database = Database(f"sqlite:///{path}", writer=True, pool_size=1)
+        database = Database(f"sqlite:///{path}", writable=True, pool_size=1)
         run_id = database.rows("SELECT id FROM ccr_runs")[0]["id"]
-        recorder = Recorder(database, Doorbell(), 64 * 2**20, on_refused=print)
-        recorder.start()
+        writer = Writer(database, Notifier(), 64 * 2**20, on_refused=print)
+        writer.start()
 
         async def append() -> None:
             for index in range(rows):
-                await recorder.append(Message(run_id, run_id, index, "assistant", MESSAGE, timestamp()))
+                await writer.append(Message(run_id, run_id, index, "assistant", MESSAGE, timestamp()))
 
         begun = time.perf_counter()
         asyncio.run(append())
-        recorder.write(lambda transaction: None)
+        writer.write(lambda transaction: None)
         seconds = time.perf_counter() - begun
-        recorder.stop(time.monotonic() + 10)
+        writer.stop(time.monotonic() + 10)
         database.close()
         return rows / seconds
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from ccm.db import sqlite_file
-from ccm.db.database import Database
-from ccm.db.migrate import migrate
-from ccm.demo.messages_api import MessagesAPI
+from ccm.db.driver import sqlite_file
+from ccm.db.driver.database import Database
+from ccm.db.driver.migrate import migrate
 from ccm.demo.tour import ServiceProcess, credential_free_environment
+from ccm.testing.messages_api import MessagesAPI
 from tests.client import Client
 from tests.disks import SmallDisk
 from tests.postgresql import PostgreSQLServer
@@ -59,9 +59,9 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def writer(database_url: str) -> Iterator[Database]:
+def writable(database_url: str) -> Iterator[Database]:
     """The one writer of a database with the schema in place."""
-    database = Database(database_url, writer=True, pool_size=1)
+    database = Database(database_url, writable=True, pool_size=1)
     migrate(database)
     yield database
     database.close()

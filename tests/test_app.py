@@ -19,8 +19,8 @@ import psycopg
 import pytest
 
 from app import create_app
-from ccm.db.migrate import read_migrations
-from ccm.settings import Settings
+from ccm.db.driver.migrate import read_migrations
+from ccm.settings.settings import Settings
 from tests.client import Client
 from tests.conftest import ServeFunction
 from tests.programs import free_port

@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.readme import README
 
 CCM = Path(__file__).parents[1] / "ccm"
-FILES = [CCM / "errors.py", CCM / "server.py", *(CCM / "api").rglob("*.py"), *(CCM / "core").rglob("*.py")]
+FILES = [CCM / "errors.py", CCM / "server/server.py", *(CCM / "api").rglob("*.py"), *(CCM / "core").rglob("*.py")]
 CODE = re.compile(r"[A-Z]+(_[A-Z]+)+")
 # Codes of a single word cannot be told from other words of the code's own.
 SINGLE_WORDS = {"UNAUTHORIZED", "UNHEALTHY", "INTERRUPTED", "TIMEOUT"}

@@ -10,12 +10,12 @@ from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 from werkzeug.routing import RequestRedirect
 
-from ccm.api import approvals, deliveries, events, follow_ups, health, runs, sessions
-from ccm.api.context import EXTENSION, answer, guard, service
-from ccm.api.guard import Guard
-from ccm.api.held import HeldSlots
-from ccm.api.proxy import Forwarded, check_forwarded
-from ccm.api.tokens import Tokens
+from ccm.api import approvals, deliveries, events, health, run_input, runs, sessions
+from ccm.api.http.context import EXTENSION, guard, json_response, service
+from ccm.api.http.guard import Guard
+from ccm.api.http.proxy import Forwarded, check_forwarded
+from ccm.api.http.request_limiter import RequestLimiter
+from ccm.api.http.tokens import Tokens
 from ccm.core.service import Service
 from ccm.errors import CCMError, StartRefused
 
@@ -28,7 +28,7 @@ REQUEST_ID = re.compile(r"[\w.:-]{1,100}", re.ASCII)
 def register(app: Flask, the_service: Service) -> None:
     """Give an app the API. Opens nothing and starts no thread."""
     app.extensions[EXTENSION] = the_service
-    app.extensions["ccm.held"] = HeldSlots(the_service.settings.max_held)
+    app.extensions["ccm.held"] = RequestLimiter(the_service.settings.max_held)
     app.extensions["ccm.guard"] = Guard(the_service.settings.allowed_hosts, Tokens(the_service.settings))
     app.wsgi_app = Forwarded(  # type: ignore[method-assign]
         app.wsgi_app, the_service.settings.trusted_proxy, the_service.settings.url_prefix
@@ -39,7 +39,7 @@ def register(app: Flask, the_service: Service) -> None:
     app.register_error_handler(StartRefused, _not_started)
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(Exception, _unexpected)
-    for module in (health, runs, follow_ups, sessions, approvals, events, deliveries):
+    for module in (health, runs, run_input, sessions, approvals, events, deliveries):
         app.register_blueprint(module.blueprint)
 
 
@@ -68,14 +68,14 @@ def _refuse(error: CCMError) -> Response:
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return answer(error.to_json(), error.status, headers)
+    return json_response(error.to_json(), error.status, headers)
 
 
 def _not_started(refusal: StartRefused) -> Response:
     """Under `flask run` only: the first request starts the service."""
     log.error("the service does not start: %s", refusal)
     error = {"code": "NOT_STARTED", "message": "The service does not start. Its log says why."}
-    return answer({"error": error}, 503)
+    return json_response({"error": error}, 503)
 
 
 def _http_error(error: HTTPException) -> Response:
@@ -90,10 +90,10 @@ def _http_error(error: HTTPException) -> Response:
     headers = {}
     if isinstance(error, MethodNotAllowed) and error.valid_methods:
         headers["Allow"] = ", ".join(sorted(error.valid_methods))
-    return answer({"error": {"code": code, "message": message}}, status, headers)
+    return json_response({"error": {"code": code, "message": message}}, status, headers)
 
 
 def _unexpected(error: Exception) -> Response:
     log.error("request %s: %s %s failed", g.get("request_id"), request.method, request.path, exc_info=error)
     message = f"The service failed. Its log says more about request {g.get('request_id')}."
-    return answer({"error": {"code": "INTERNAL_ERROR", "message": message}}, 500)
+    return json_response({"error": {"code": "INTERNAL_ERROR", "message": message}}, 500)

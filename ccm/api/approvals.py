@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from flask import Blueprint, Response, g, request
 
-from ccm.api.context import answer, check_query, service, wait_seconds, wait_until
-from ccm.api.paging import page
-from ccm.api.requests import ApprovalBody, read_body, refuse_idempotency_key
+from ccm.api.http.bodies import ApprovalBody, read_body, refuse_idempotency_key
+from ccm.api.http.context import check_query, json_response, service, wait_seconds, wait_until
+from ccm.api.http.pagination import page
 from ccm.api.runs import plain
-from ccm.core.doorbell import APPROVALS
+from ccm.core.storage.notifier import APPROVALS
 from ccm.errors import ValidationError
 from ccm.models import APPROVAL_STATUSES, Approval
 
@@ -19,9 +19,9 @@ blueprint = Blueprint("approvals", __name__, url_prefix="/api")
 def of_run(run_id: str) -> Response:
     """The approvals of a run, oldest first."""
     check_query("limit", "cursor")
-    history = service().history
+    queries = service().queries
     return page(
-        lambda limit, after: history.run_approvals(plain(run_id, "runId"), limit=limit, after=after),
+        lambda limit, after: queries.run_approvals(plain(run_id, "runId"), limit=limit, after=after),
         lambda approval: approval.seq,
     )
 
@@ -34,14 +34,14 @@ def approvals() -> Response:
     if filters.get("status", APPROVAL_STATUSES[0]) not in APPROVAL_STATUSES:
         raise ValidationError(f"status: must be one of {', '.join(APPROVAL_STATUSES)}.", field="status")
     seconds = wait_seconds()
-    history = service().history
+    queries = service().queries
     if "runId" in filters:
-        filters["runId"] = history.run(plain(filters["runId"], "runId")).id
+        filters["runId"] = queries.run(plain(filters["runId"], "runId")).id
     if "sessionId" in filters:
-        filters["sessionId"] = history.session(plain(filters["sessionId"], "sessionId")).id
+        filters["sessionId"] = queries.session(plain(filters["sessionId"], "sessionId")).id
 
     def read(limit: int, after: int | None) -> list[Approval]:
-        found = wait_until(APPROVALS, seconds, lambda: history.approvals(filters, limit=limit, after=after) or None)
+        found = wait_until(APPROVALS, seconds, lambda: queries.approvals(filters, limit=limit, after=after) or None)
         return found or []
 
     # Who waits can go on behind what it has seen, or it would be answered at once as long as that is pending.
@@ -52,7 +52,7 @@ def approvals() -> Response:
 def approval(approval_id: str) -> Response:
     """One approval."""
     check_query()
-    return answer(service().history.approval(plain(approval_id, "approvalId")).to_json())
+    return json_response(service().queries.approval(plain(approval_id, "approvalId")).to_json())
 
 
 @blueprint.post("/approvals/<approval_id>")
@@ -62,4 +62,4 @@ def decide(approval_id: str) -> Response:
     refuse_idempotency_key(request)
     body = read_body(request, ApprovalBody, service().settings.max_body_bytes)
     decided = service().approvals.answer(plain(approval_id, "approvalId"), body.answer(), g.client)
-    return answer(decided.to_json())
+    return json_response(decided.to_json())

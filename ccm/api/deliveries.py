@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from flask import Blueprint, Response
 
-from ccm.api.context import check_query, service
-from ccm.api.paging import page
+from ccm.api.http.context import check_query, service
+from ccm.api.http.pagination import page
 from ccm.api.runs import plain
 
 blueprint = Blueprint("deliveries", __name__, url_prefix="/api/runs")
@@ -16,5 +16,5 @@ def deliveries(run_id: str) -> Response:
     """The webhooks of a run, each with its attempts, oldest first."""
     check_query("limit", "cursor")
     run_id = plain(run_id, "runId")
-    history = service().history
-    return page(lambda limit, after: history.deliveries(run_id, limit=limit, after=after), lambda delivery: delivery.id)
+    queries = service().queries
+    return page(lambda limit, after: queries.deliveries(run_id, limit=limit, after=after), lambda delivery: delivery.id)

@@ -6,9 +6,9 @@ import re
 
 from flask import Blueprint, Response
 
-from ccm.api.context import check_query, service
-from ccm.api.places import LastRead, last_event
-from ccm.api.stream import feed
+from ccm.api.http.context import check_query, service
+from ccm.api.http.cursor import Cursor, last_event
+from ccm.api.http.sse import feed
 
 blueprint = Blueprint("events", __name__)
 
@@ -24,21 +24,21 @@ def events() -> Response:
     return feed(_last_read(last_event()))
 
 
-def _last_read(read: LastRead) -> int:
+def _last_read(read: Cursor) -> int:
     """The id of the event beyond which to begin, 0 for all.
 
     Raises:
         ValidationError: nobody can have read that.
     """
-    history = service().history
+    queries = service().queries
     if read.text is None:
         return 0
     if read.text == NOW and read.field == "after":
-        return history.last_event()
+        return queries.last_event()
     if not ID.fullmatch(read.text):
         raise read.wrong(f"must be the id of an event, 0 for all that are stored, or as ?after= also {NOW}.")
     given = int(read.text)
-    last = history.last_event_ever()
+    last = queries.last_event_ever()
     if given > last:
         raise read.wrong(f"there is no event {given} yet; " + (f"the last one was {last}." if last else "none so far."))
     return given

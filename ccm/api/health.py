@@ -7,7 +7,7 @@ import inspect
 from flask import Blueprint, Response, current_app
 
 from ccm import __version__
-from ccm.api.context import answer, check_query, service
+from ccm.api.http.context import check_query, json_response, service
 
 blueprint = Blueprint("health", __name__)
 
@@ -15,13 +15,13 @@ blueprint = Blueprint("health", __name__)
 @blueprint.get("/health")
 def health() -> Response:
     """Whether the service can do its job."""
-    trouble = service().trouble()
+    last_error = service().last_error()
     found = service().problems.sentences()
     problems = {"problems": found} if found else {}
-    if trouble is None:
-        return answer({"status": "ok"} | problems)
-    error = {"code": "UNHEALTHY", "message": f"The service cannot do its job: {trouble}."}
-    return answer({"status": "unavailable", "error": error} | problems, 503, {"Retry-After": "5"})
+    if last_error is None:
+        return json_response({"status": "ok"} | problems)
+    error = {"code": "UNHEALTHY", "message": f"The service cannot do its job: {last_error}."}
+    return json_response({"status": "unavailable", "error": error} | problems, 503, {"Retry-After": "5"})
 
 
 @blueprint.get("/")
@@ -36,4 +36,4 @@ def index() -> Response:
         methods = (rule.methods or set()) - {"HEAD", "OPTIONS"}
         endpoints.extend({"method": method, "path": path, "does": does} for method in methods)
     endpoints.sort(key=lambda endpoint: (endpoint["path"], endpoint["method"]))
-    return answer({"name": "CC Manager", "version": __version__, "endpoints": endpoints})
+    return json_response({"name": "CC Manager", "version": __version__, "endpoints": endpoints})

@@ -10,22 +10,22 @@ from typing import TypeVar
 from flask import Blueprint, Response, g, request, url_for
 from werkzeug.exceptions import MethodNotAllowed
 
-from ccm.api.context import answer, check_query, service, wait_seconds, wait_until
-from ccm.api.message_lists import Extent, message_list
-from ccm.api.paging import page
-from ccm.api.places import END, HEADER, LastRead, after, last_event
-from ccm.api.requests import ForkBody, ResumeBody, RunBody, StartBody, idempotency_key, read_body
-from ccm.api.stream import event_stream, nothing_more
-from ccm.core import workdir
-from ccm.core.policy import check_policy, check_webhook
+from ccm.api.http.bodies import ForkBody, ResumeBody, RunBody, StartBody, idempotency_key, read_body
+from ccm.api.http.context import check_query, json_response, service, wait_seconds, wait_until
+from ccm.api.http.cursor import END, HEADER, Cursor, after, last_event
+from ccm.api.http.message_lists import Extent, message_list
+from ccm.api.http.pagination import page
+from ccm.api.http.sse import event_stream, nothing_more
+from ccm.core.policy import workdir
+from ccm.core.policy.options import check_policy, check_webhook
 from ccm.errors import Conflict, Unavailable, ValidationError
 from ccm.models import CANCELLED, FORK, FRESH, MODES, RESUME, STATUSES, Accepted, Run, RunRequest
 
 blueprint = Blueprint("runs", __name__, url_prefix="/api/runs")
 
-# How long DELETE waits for a run to end: interrupt, terminate and kill have their bounds (core/executor.py), and then
-# the end is to be stored.
-CANCEL_SECONDS = 30.0
+# How long DELETE waits for a run to end: interrupt, terminate and kill have their bounds (core/claude/execution.py),
+# and then the end is to be stored.
+CANCEL_TIMEOUT = 30.0
 # They stand where a run's id stands.
 POST_ONLY = ("start", "resume", "fork")
 
@@ -49,10 +49,10 @@ def resume() -> Response:
     """Continue a session with another run."""
 
     def accept(body: ResumeBody, run_request: RunRequest) -> Accepted:
-        history = service().history
-        session = history.session(body.sessionId)
+        queries = service().queries
+        session = queries.session(body.sessionId)
         workdir.check_roots(session.cwd, service().settings.allowed_roots)
-        head = None if session.head_run_id is None else history.run(session.head_run_id)
+        head = None if session.head_run_id is None else queries.run(session.head_run_id)
         return service().runs.resume(replace(run_request, if_busy=body.ifBusy), session, head)
 
     return _begin(RESUME, ResumeBody, accept)
@@ -63,9 +63,9 @@ def fork() -> Response:
     """Branch off a session into a new one."""
 
     def accept(body: ForkBody, run_request: RunRequest) -> Accepted:
-        history = service().history
-        session = history.session(body.sessionId)
-        point = history.fork_point(session.id, body.atRunId, body.atMessage)
+        queries = service().queries
+        session = queries.session(body.sessionId)
+        point = queries.fork_point(session.id, body.atRunId, body.atMessage)
         roots = service().settings.allowed_roots
         cwd = None if body.cwd is None else workdir.resolve(body.cwd, roots)
         if cwd is None:
@@ -85,11 +85,11 @@ def runs() -> Response:
         if name in filters and filters[name] not in allowed:
             raise ValidationError(f"{name}: must be one of {', '.join(allowed)}.", field=name)
     if "sessionId" in filters:
-        filters["sessionId"] = service().history.session(plain(filters["sessionId"], "sessionId")).id
+        filters["sessionId"] = service().queries.session(plain(filters["sessionId"], "sessionId")).id
     if "cwd" in filters:
         filters["cwd"] = workdir.canonical(plain(filters["cwd"], "cwd"))
-    history = service().history
-    return page(lambda limit, after: history.runs(filters, limit=limit, after=after), lambda run: run.seq)
+    queries = service().queries
+    return page(lambda limit, after: queries.runs(filters, limit=limit, after=after), lambda run: run.seq)
 
 
 @blueprint.get("/<run_id>")
@@ -98,7 +98,7 @@ def run(run_id: str) -> Response:
     if run_id in POST_ONLY:
         raise MethodNotAllowed(["POST"])
     check_query("wait")
-    return answer(_wait_for_end(service().history.run(plain(run_id, "runId")), wait_seconds()).to_json())
+    return json_response(_wait_for_end(service().queries.run(plain(run_id, "runId")), wait_seconds()).to_json())
 
 
 @blueprint.delete("/<run_id>")
@@ -109,7 +109,7 @@ def cancel(run_id: str) -> Response:
     check_query()
     run = service().runs.cancel(plain(run_id, "runId"))
     if not run.ended:
-        run = service().history.wait(run.id, CANCEL_SECONDS, lambda: _ended(run_id), lambda: False) or run
+        run = service().queries.wait(run.id, CANCEL_TIMEOUT, lambda: _ended(run_id), lambda: False) or run
     if not run.ended:
         raise Unavailable(f"Run {run_id} was told to stop and has not ended yet; ask again.", code="STILL_ENDING")
     if run.status != CANCELLED:
@@ -117,7 +117,7 @@ def cancel(run_id: str) -> Response:
             f"Run {run.id} ended by itself before it could be cancelled: it is {run.status!r}.",
             code="RUN_ALREADY_ENDED",
         )
-    return answer(run.to_json())
+    return json_response(run.to_json())
 
 
 @blueprint.get("/<run_id>/messages")
@@ -126,10 +126,10 @@ def messages(run_id: str) -> Response:
     check_query("after", "limit", "type", "wait")
     read = after()
     index = read.index()
-    history = service().history
+    queries = service().queries
 
     def measure() -> Extent:
-        run, segment = history.run_segment(plain(run_id, "runId"), index)
+        run, segment = queries.run_segment(plain(run_id, "runId"), index)
         read.check(run, index)
         return Extent([segment], run.ended, lambda segment: str(segment.through))
 
@@ -140,14 +140,14 @@ def messages(run_id: str) -> Response:
 def stream(run_id: str) -> Response:
     """The same messages as Server-Sent Events, the stored ones first and then live; at last the run."""
     check_query("after")
-    run = service().history.run(plain(run_id, "runId"))
+    run = service().queries.run(plain(run_id, "runId"))
     read = last_event()
-    if read == LastRead(HEADER, END) and run.ended:
+    if read == Cursor(HEADER, END) and run.ended:
         return nothing_more()
     if read.text == END:
         raise read.wrong(f"{END} is for a {HEADER} after the run has ended; this one is {run.status!r}.")
     index = read.check(run, read.index())
-    return event_stream(lambda follower: follower.run(run.id, index), lambda _: "")
+    return event_stream(lambda subscription: subscription.run(run.id, index), lambda _: "")
 
 
 def plain(text: str, field: str) -> str:
@@ -173,7 +173,7 @@ def _begin(mode: str, model: type[Body], accept: Callable[[Body, RunRequest], Ac
     key = idempotency_key(request, body)
     # Before anything of the present state is looked at: a resume that is sent again must find its own run and not a
     # busy session, nor interrupt itself.
-    earlier = None if key is None else service().history.run_of_key(key)
+    earlier = None if key is None else service().queries.run_of_key(key)
     if earlier is not None:
         return _accepted(Accepted(earlier, replayed=True), seconds)
     options = body.options.given()
@@ -205,15 +205,15 @@ def _accepted(accepted: Accepted, seconds: float) -> Response:
     headers = {"Location": url_for("runs.run", run_id=run.id)}
     if accepted.replayed:
         headers["Idempotent-Replayed"] = "true"
-    return answer(run.to_json(), 200 if run.ended else 202, headers)
+    return json_response(run.to_json(), 200 if run.ended else 202, headers)
 
 
 def _ended(run_id: str) -> Run | None:
-    run = service().history.run(run_id)
+    run = service().queries.run(run_id)
     return run if run.ended else None
 
 
 def _wait_for_end(run: Run, seconds: float) -> Run:
     if run.ended or not seconds:
         return run
-    return wait_until(run.id, seconds, lambda: _ended(run.id)) or service().history.run(run.id)
+    return wait_until(run.id, seconds, lambda: _ended(run.id)) or service().queries.run(run.id)

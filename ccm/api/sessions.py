@@ -6,14 +6,14 @@ import contextlib
 
 from flask import Blueprint, Response, request
 
-from ccm.api.context import answer, check_query, service
-from ccm.api.message_lists import Extent, message_list
-from ccm.api.paging import page
-from ccm.api.places import LastRead, after, last_event
-from ccm.api.requests import SessionBody, read_body
+from ccm.api.http.bodies import SessionBody, read_body
+from ccm.api.http.context import check_query, json_response, service
+from ccm.api.http.cursor import Cursor, after, last_event
+from ccm.api.http.message_lists import Extent, message_list
+from ccm.api.http.pagination import page
+from ccm.api.http.sse import event_stream
 from ccm.api.runs import plain
-from ccm.api.stream import event_stream
-from ccm.core import workdir
+from ccm.core.policy import workdir
 from ccm.errors import NotFound, ValidationError
 from ccm.models import RUNNING, Session
 
@@ -31,9 +31,9 @@ def sessions() -> Response:
         filters["cwd"] = workdir.canonical(filters["cwd"])
     if len(filters.get("q", "")) > QUERY_CHARACTERS:
         raise ValidationError(f"q: must be at most {QUERY_CHARACTERS} characters.", field="q")
-    history = service().history
+    queries = service().queries
     return page(
-        lambda limit, after: history.sessions(filters, limit=limit, after=after),
+        lambda limit, after: queries.sessions(filters, limit=limit, after=after),
         lambda session: session.last_run_seq,
     )
 
@@ -42,7 +42,7 @@ def sessions() -> Response:
 def session(session_id: str) -> Response:
     """One session."""
     check_query()
-    return answer(service().history.session(plain(session_id, "sessionId")).to_json())
+    return json_response(service().queries.session(plain(session_id, "sessionId")).to_json())
 
 
 @blueprint.patch("/<session_id>")
@@ -51,7 +51,7 @@ def describe(session_id: str) -> Response:
     check_query()
     body = read_body(request, SessionBody, service().settings.max_body_bytes)
     given = body.model_dump(exclude_unset=True)
-    return answer(service().runs.describe_session(plain(session_id, "sessionId"), given).to_json())
+    return json_response(service().runs.describe_session(plain(session_id, "sessionId"), given).to_json())
 
 
 @blueprint.get("/<session_id>/messages")
@@ -62,11 +62,11 @@ def messages(session_id: str) -> Response:
     if kind not in ("own", "full"):
         raise ValidationError("history: must be full, or left out for the session's own runs.", field="history")
     place = after().in_session()
-    history = service().history
-    session = history.session(plain(session_id, "sessionId"))
+    queries = service().queries
+    session = queries.session(plain(session_id, "sessionId"))
 
     def measure() -> Extent:
-        current, segments = history.session_segments(session.id, place, kind == "full")
+        current, segments = queries.session_segments(session.id, place, kind == "full")
         return Extent(
             segments,
             current.status != RUNNING,
@@ -80,18 +80,18 @@ def messages(session_id: str) -> Response:
 def stream(session_id: str) -> Response:
     """The same messages as Server-Sent Events, run after run, those of later runs too."""
     check_query("after")
-    session = service().history.session(plain(session_id, "sessionId"))
+    session = service().queries.session(plain(session_id, "sessionId"))
     seq, index = _place(session, last_event())
-    return event_stream(lambda follower: follower.session(session.id, seq, index), lambda run_id: f"{run_id}:")
+    return event_stream(lambda subscription: subscription.session(session.id, seq, index), lambda run_id: f"{run_id}:")
 
 
 @blueprint.get("/<session_id>/runs")
 def runs(session_id: str) -> Response:
     """The runs of a session, oldest first."""
     check_query("limit", "cursor")
-    history = service().history
+    queries = service().queries
     return page(
-        lambda limit, after: history.session_runs(plain(session_id, "sessionId"), limit=limit, after=after),
+        lambda limit, after: queries.session_runs(plain(session_id, "sessionId"), limit=limit, after=after),
         lambda run: run.seq,
     )
 
@@ -100,14 +100,14 @@ def runs(session_id: str) -> Response:
 def forks(session_id: str) -> Response:
     """The sessions that were forked from one, latest activity first."""
     check_query("limit", "cursor")
-    history = service().history
+    queries = service().queries
     return page(
-        lambda limit, after: history.forks(plain(session_id, "sessionId"), limit=limit, after=after),
+        lambda limit, after: queries.forks(plain(session_id, "sessionId"), limit=limit, after=after),
         lambda session: session.last_run_seq,
     )
 
 
-def _place(session: Session, read: LastRead) -> tuple[int | None, int]:
+def _place(session: Session, read: Cursor) -> tuple[int | None, int]:
     """Where to go on: beyond the run with a seq (None: at the first), and there beyond an index.
 
     Raises:
@@ -119,7 +119,7 @@ def _place(session: Session, read: LastRead) -> tuple[int | None, int]:
         return None, -1
     run_id, index = place
     with contextlib.suppress(NotFound):
-        run = service().history.run(run_id)
+        run = service().queries.run(run_id)
         if run.session_id == session.id:
             if not ended:
                 return run.seq - 1, read.check(run, index)

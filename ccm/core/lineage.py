@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ccm.core.lookup import find_run, find_session
 from ccm.db import messages, runs
-from ccm.db.database import Transaction
+from ccm.db.driver.database import Transaction
 from ccm.errors import Conflict, NotFound, ValidationError
 from ccm.models import RUNNING, Run, Session
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ccm.db import approvals, runs, sessions
-from ccm.db.database import Transaction
+from ccm.db.driver.database import Transaction
 from ccm.errors import KeyReused, NotFound
 from ccm.models import Approval, IdempotencyKey, Run, Session
 

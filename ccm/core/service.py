@@ -9,43 +9,45 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 
-from ccm.core import descriptors, workdir
-from ccm.core.approval_lifecycle import ApprovalLifecycle
-from ccm.core.approvals import Approvals
-from ccm.core.assignment import Claude
-from ccm.core.ceilings import Ceilings
-from ccm.core.doorbell import Doorbell
-from ccm.core.history import History
-from ccm.core.input import Input
-from ccm.core.lifecycle import Lifecycle
-from ccm.core.policy import check_policy
+from ccm import file_limits
+from ccm.core.approvals.requests import Approvals
+from ccm.core.approvals.transitions import ApprovalTransitions
+from ccm.core.claude.run_context import CLIConfig
+from ccm.core.claude.sdk import bundled_cli
+from ccm.core.policy import workdir
+from ccm.core.policy.ceilings import Ceilings
+from ccm.core.policy.options import check_policy
 from ccm.core.problems import Problems
-from ccm.core.pulse import Pulse
-from ccm.core.recorder import Recorder
-from ccm.core.run_manager import RunManager
-from ccm.core.runner import Runner
-from ccm.core.sdk import bundled_cli
-from ccm.core.transcript_files import TranscriptFiles
-from ccm.core.transcript_store import TranscriptStore
-from ccm.core.webhooks.courier import Addresses, Courier
+from ccm.core.queries import Queries
+from ccm.core.runs.input import Input
+from ccm.core.runs.manager import RunManager
+from ccm.core.runs.runner import Runner
+from ccm.core.runs.transitions import RunTransitions
+from ccm.core.storage.health import StorageHealth
+from ccm.core.storage.notifier import Notifier
+from ccm.core.storage.writer import Writer
+from ccm.core.transcripts.files import TranscriptFiles
+from ccm.core.transcripts.store import TranscriptStore
+from ccm.core.webhooks.delivery_executor import Addresses, DeliveryExecutor
+from ccm.core.webhooks.dispatcher import Dispatcher
 from ccm.core.webhooks.outbox import Outbox
-from ccm.core.webhooks.sender import Sender
-from ccm.db import heartbeat, sqlite_file
-from ccm.db.database import Database
-from ccm.db.lock import ServiceLock
-from ccm.db.migrate import migrate
+from ccm.db import heartbeat
+from ccm.db.driver import sqlite_file
+from ccm.db.driver.database import Database
+from ccm.db.driver.lock import ServiceLock
+from ccm.db.driver.migrate import migrate
 from ccm.errors import DatabaseRefused, Unavailable
 from ccm.models import Run
-from ccm.settings import Settings, unknown_variables
+from ccm.settings.settings import Settings, unknown_variables
 
 log = logging.getLogger(__name__)
 
 # Seconds for all runs to be interrupted and for their ends to be stored.
-STOP_SECONDS = 25.0
+STOP_TIMEOUT = 25.0
 # Seconds that webhooks of these ends get; what is not sent by then is sent after the next start.
-SEND_SECONDS = 1.5
+SEND_TIMEOUT = 1.5
 # How long PostgreSQL may take for one statement. The longest of ours is the insertion of 8 MiB.
-ANSWER_SECONDS = 12.0
+ANSWER_TIMEOUT = 12.0
 
 
 class Service:
@@ -64,23 +66,23 @@ class Service:
         self._deadline: float | None = None
         self._service_lock = ServiceLock(settings.url)
         self.ceilings = Ceilings(settings.max_turns, settings.max_budget_usd, settings.run_timeout)
-        self._claude = Claude(
+        self._cli_config = CLIConfig(
             cli_path=settings.cli_path or bundled_cli(),
             permission_mode=settings.permission_mode,
             setting_sources=settings.setting_sources,
             max_message_bytes=settings.max_message_bytes,
             ceilings=self.ceilings,
-            open_files=descriptors.limit(),  # before the server raises it
+            open_files=file_limits.limit(),  # before the server raises it
         )
-        self.doorbell = Doorbell()
-        self.history: History
+        self.notifier = Notifier()
+        self.queries: Queries
         self.runs: RunManager
         self.approvals: Approvals
         self.input: Input
         self._runner: Runner
-        self._recorder: Recorder
-        self._sender: Sender
-        self._pulse: Pulse
+        self._writer: Writer
+        self._dispatcher: Dispatcher
+        self._storage_health: StorageHealth
         self.problems = Problems()
         # What undoes the parts of a start, the last one first.
         self._parts = ExitStack()
@@ -107,7 +109,7 @@ class Service:
                 if not sqlite_file.check(self.settings.url):
                     log.warning(
                         "the database is too large to be checked whole in %.0f seconds; what was read of it is sound",
-                        sqlite_file.CHECK_SECONDS,
+                        sqlite_file.CHECK_TIMEOUT,
                     )
                 with ExitStack() as undo:
                     self._open(undo)
@@ -128,61 +130,61 @@ class Service:
         """
         settings = self.settings
         # A connection of its own: a migration takes as long as it takes.
-        with closing(Database(settings.url, writer=True, pool_size=1)) as database:
+        with closing(Database(settings.url, writable=True, pool_size=1)) as database:
             log.info("database %s", database)
             for migration in migrate(database):
                 log.info("migration %s applied", migration)
-        writer = Database(settings.url, writer=True, pool_size=1, answer_seconds=ANSWER_SECONDS)
-        self._parts.callback(writer.close)
-        reader = Database(settings.url, answer_seconds=ANSWER_SECONDS, watch=writer.watch)
+        writable = Database(settings.url, writable=True, pool_size=1, answer_seconds=ANSWER_TIMEOUT)
+        self._parts.callback(writable.close)
+        reader = Database(settings.url, answer_seconds=ANSWER_TIMEOUT, watch=writable.watch)
         self._parts.callback(reader.close)
-        self.history = History(reader, self.doorbell)
-        self._recorder = Recorder(
-            writer,
-            self.doorbell,
+        self.queries = Queries(reader, self.notifier)
+        self._writer = Writer(
+            writable,
+            self.notifier,
             settings.message_budget_bytes,
             on_refused=self._refused,
             problems=self.problems,
         )
-        transcripts = TranscriptFiles(TranscriptStore(self._recorder, reader), self._environ)
+        transcripts = TranscriptFiles(TranscriptStore(self._writer, reader), self._environ)
         outbox = Outbox(service=settings.webhook_url is not None)
-        approvals = ApprovalLifecycle(outbox, settings.max_concurrent_runs)
-        lifecycle = Lifecycle(settings.max_concurrent_runs, settings.max_queued_runs, outbox, approvals)
+        approvals = ApprovalTransitions(outbox, settings.max_concurrent_runs)
+        transitions = RunTransitions(settings.max_concurrent_runs, settings.max_queued_runs, outbox, approvals)
         self.approvals = Approvals(
-            self._recorder,
-            self.doorbell,
+            self._writer,
+            self.notifier,
             approvals,
             workers=settings.max_concurrent_runs,
             timeout=settings.approval_timeout,
         )
         self._runner = Runner(
-            self._recorder,
-            self.doorbell,
-            self._claude,
+            self._writer,
+            self.notifier,
+            self._cli_config,
             transcripts,
-            lifecycle,
+            transitions,
             approvals=self.approvals,
             problems=self.problems,
             workers=settings.max_concurrent_runs,
             allow=self._allow,
             environ=self._environ,
         )
-        self.runs = RunManager(self._recorder, lifecycle, self._runner, transcripts, self.problems)
+        self.runs = RunManager(self._writer, transitions, self._runner, transcripts, self.problems)
         addresses = Addresses(settings.webhook_url, settings.webhook_allow, settings.webhook_secret)
-        courier = Courier(self._recorder, reader, outbox, addresses)
-        self._sender = Sender(reader, self.doorbell, courier, self.problems)
-        self.input = Input(self._recorder, self._runner, settings.max_message_bytes)
-        self._recorder.on_unfollowed = self._catch_up
-        self._recorder.start()
-        undo.callback(self._stop, "recorder", lambda: self._recorder.stop(time.monotonic()))
+        delivery_executor = DeliveryExecutor(self._writer, reader, outbox, addresses)
+        self._dispatcher = Dispatcher(reader, self.notifier, delivery_executor, self.problems)
+        self.input = Input(self._writer, self._runner, settings.max_message_bytes)
+        self._writer.on_unfollowed = self._catch_up
+        self._writer.start()
+        undo.callback(self._stop, "recorder", lambda: self._writer.stop(time.monotonic()))
         # Runs may have begun when the rest of a start fails: they are ended, and their ends stored.
-        undo.callback(self._stop, "runs", lambda: self._runner.stop(time.monotonic() + STOP_SECONDS))
-        self._pulse = Pulse(self._recorder, writer)
-        self._recorder.write(heartbeat.beat)  # a database that takes no writes is refused
+        undo.callback(self._stop, "runs", lambda: self._runner.stop(time.monotonic() + STOP_TIMEOUT))
+        self._storage_health = StorageHealth(self._writer, writable)
+        self._writer.write(heartbeat.beat)  # a database that takes no writes is refused
         self.runs.recover()
-        undo.callback(self._stop, "webhooks", lambda: self._sender.stop(time.monotonic()))
-        self._sender.start()
-        missing = self._claude.missing()
+        undo.callback(self._stop, "webhooks", lambda: self._dispatcher.stop(time.monotonic()))
+        self._dispatcher.start()
+        missing = self._cli_config.missing()
         if missing is not None:
             log.error("%s Runs will fail until then.", missing)
 
@@ -205,7 +207,7 @@ class Service:
             self._runner.catch_up()
 
     def end_runs(self) -> bool:
-        """End the runs, tell of it, then end the recorder that stores it, then the waits for them. Reads go on.
+        """End the runs, tell of it, then end the writer that stores it, then the waits for them. Reads go on.
 
         Idempotent. False if something had to be given up.
         """
@@ -214,18 +216,18 @@ class Service:
                 return True
             self._stopped = True
             ended = self._stop("runs", lambda: self._runner.stop(self._stop_by()))
-            self._stop("webhooks", lambda: self._sender.stop(time.monotonic() + SEND_SECONDS))
-            written = self._stop("recorder", lambda: self._recorder.stop(max(self._stop_by(), time.monotonic() + 1)))
-            self._stop("waits", self.doorbell.close)
+            self._stop("webhooks", lambda: self._dispatcher.stop(time.monotonic() + SEND_TIMEOUT))
+            written = self._stop("recorder", lambda: self._writer.stop(max(self._stop_by(), time.monotonic() + 1)))
+            self._stop("waits", self.notifier.close)
             if not ended:
                 self._stop("processes", self._runner.give_up)
                 log.error("runs were still going on at the end; the next start reports them as INTERRUPTED")
             return ended and written
 
     def _stop_by(self) -> float:
-        """The `time.monotonic()` by which runs and recorder are to be done; it counts from the first call."""
+        """The `time.monotonic()` by which runs and writer are to be done; it counts from the first call."""
         if self._deadline is None:
-            self._deadline = time.monotonic() + STOP_SECONDS
+            self._deadline = time.monotonic() + STOP_TIMEOUT
         return self._deadline
 
     def _stop(self, part: str, stop: Callable[[], bool | None]) -> bool:
@@ -249,15 +251,15 @@ class Service:
     def _close(self) -> None:
         self._parts.close()
 
-    def trouble(self) -> str | None:
+    def last_error(self) -> str | None:
         """Why the service cannot do its job at present, or None."""
         if not self._started:
             return "starting"
         if self._stopped or self._runner.stopping:
             return "shutting down"
-        storage = self._pulse.trouble()
+        storage = self._storage_health.last_error()
         if storage is not None:
             return f"storage is not writable: {storage}"
-        if self._claude.missing() is not None:
+        if self._cli_config.missing() is not None:
             return "Claude Code is missing"
         return None

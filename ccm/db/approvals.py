@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ccm.db.database import Transaction
+from ccm.db.driver.database import Transaction
 from ccm.models import APPROVAL_REQUESTED, APPROVAL_RESOLVED, Approval
 
 SELECT = """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ccm.db.database import Transaction
+from ccm.db.driver.database import Transaction
 
 # The sessions in the order of their first runs, so that each comes after the one that it was forked from.
 FIRST_RUNS = """

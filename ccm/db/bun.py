@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from ccm.db.sqlite_file import APPLICATION_ID, APPLICATION_ID_AT, HEADER_SIZE, MAGIC
+from ccm.db.driver.sqlite_file import APPLICATION_ID, APPLICATION_ID_AT, HEADER_SIZE, MAGIC
 from ccm.errors import CommandRefused
 
 RUN_COLUMNS = (

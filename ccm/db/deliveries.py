@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from ccm.db.database import Transaction
+from ccm.db.driver.database import Transaction
 from ccm.models import DELIVERED, DISABLED, PENDING, SERVICE_TARGET, Delivery
 
 SELECT = """

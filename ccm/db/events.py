@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ccm.db.database import Transaction
+from ccm.db.driver.database import Transaction
 from ccm.models import Event, Run, timestamp, to_json_text
 
 # What an event leaves out of its run: who made the run has it, and it may be long.

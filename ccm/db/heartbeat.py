@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ccm.db.database import Transaction
+from ccm.db.driver.database import Transaction
 from ccm.models import timestamp
 
 # What a start with a short prompt takes, and more: a disk on which only a few bytes are left is full.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ccm.db.database import Transaction
+from ccm.db.driver.database import Transaction
 from ccm.models import Message
 
 COLUMNS = ("runId", "index", "messageType", "createdAt", "size", "messageJson")

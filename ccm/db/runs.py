@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ccm.db.database import Transaction
+from ccm.db.driver.database import Transaction
 from ccm.models import ERROR, Row, Run, timestamp
 
 # A run that has not ended counts its messages where they are: a counter would have to be written with each batch, and

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ccm.db.database import Transaction
+from ccm.db.driver.database import Transaction
 from ccm.models import Session
 
 # What is not in the counts yet: the messages of the runs that have not ended, one or a few.

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ccm.db.database import Transaction
+from ccm.db.driver.database import Transaction
 
 # Stands for the transcript's own session id in a stored text, so that the entries that a fork copies have the text of
 # those they are copies of. JSON never holds the character itself, only its escape.

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import psycopg
 
-from ccm.db.database import Database, Transaction
-from ccm.db.faults import storage_error
+from ccm.db.driver.database import Database, Transaction
+from ccm.db.driver.errors import storage_error
 from ccm.errors import StorageDown
 
 TREE = """
@@ -48,7 +48,7 @@ ROWS = 5_000
 TEXTS = 50_000
 RUNS_AT_ONCE = 500
 # How long other programs are waited for that use the database (seconds).
-CLEAR_SECONDS = 10.0
+CLEAR_TIMEOUT = 10.0
 TABLES = (
     "ccr_deliveries",
     "ccr_approvals",
@@ -220,7 +220,7 @@ def clear(url: str, deleted: bool) -> None:
 
 
 def _clear_sqlite(path: str, deleted: bool) -> None:
-    with closing(sqlite3.connect(path, timeout=CLEAR_SECONDS, isolation_level=None)) as connection:
+    with closing(sqlite3.connect(path, timeout=CLEAR_TIMEOUT, isolation_level=None)) as connection:
         connection.execute("PRAGMA secure_delete = ON")
         # The new file is first written as a temporary one: where the database has its room, and neither in memory nor
         # in TMPDIR, which may be small. A SQLite without this deprecated pragma ignores it.

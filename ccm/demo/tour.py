@@ -17,15 +17,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ccm.demo.messages_api import MessagesAPI
 from ccm.errors import CommandRefused
+from ccm.testing.messages_api import MessagesAPI
 
 APP = Path(__file__).parents[2] / "app.py"
-START_SECONDS = 60.0
+START_TIMEOUT = 60.0
 SERVE_PORT = "3000"
 SHOWN_FIELDS = ("runId", "sessionId", "mode", "status", "parentRunId", "parentSessionId", "messageCount", "costUsd")
 
-# What the stand-in has Claude do (ccm/demo/script.py). A real model needs no such script.
+# What the stand-in has Claude do (ccm/testing/script.py). A real model needs no such script.
 WRITE_FILE = (
     'Write a haiku into haiku.txt. [[tool Write {"file_path": "%s/haiku.txt", "content": "a run becomes rows\\n'
     'every turn begins as fork\\nnothing is rewritten\\n"}]] [[text I wrote the haiku into haiku.txt.]]'
@@ -90,7 +90,7 @@ class ServiceProcess:
         Raises:
             RuntimeError: it did not start; with what it said.
         """
-        if not self._settled.wait(START_SECONDS) or not self.url:
+        if not self._settled.wait(START_TIMEOUT) or not self.url:
             self.process.kill()
             self.wait()
             raise RuntimeError("the service did not start:\n" + "\n".join(self.log))
@@ -223,7 +223,7 @@ class Tour:
         self._echo(
             "\nTo go on with a real login: log in once with Claude Code as this user (run `claude`, then /login), or\n"
             "set ANTHROPIC_API_KEY, and start the service with `python app.py`. The requests stay the same; the\n"
-            "[[directives]] in the prompts above are for the stand-in only (ccm/demo/script.py has them all)."
+            "[[directives]] in the prompts above are for the stand-in only (ccm/testing/script.py has them all)."
         )
 
     def _serve(self, service: ServiceProcess, project: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ccm.core.processes import end_marked
+from ccm.core.claude.processes import end_marked
 from tests.api.conftest import NOWHERE, folder_of, new_database, refused, script, until
 from tests.client import Answer, Client
 from tests.conftest import ServeFunction

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from ccm.api.options import SERVICE_OWNED, Agent, Options
-from ccm.api.requests import ForkBody, ImageBody, ResumeBody, SessionBody, StartBody
-from ccm.core.policy import check_policy
+from ccm.api.http.bodies import ForkBody, ImageBody, ResumeBody, SessionBody, StartBody
+from ccm.api.http.options import SERVICE_OWNED, Agent, Options
+from ccm.core.policy.options import check_policy
 from ccm.demo.tour import ServiceProcess
 from ccm.errors import Forbidden
 from ccm.models import RUN_ID
-from ccm.settings import PRIVILEGED_OPTIONS, Settings
+from ccm.settings.settings import PRIVILEGED_OPTIONS, Settings
 from tests.api.conftest import NOWHERE, announced, connect, folder_of, read_all, refused, stack_traces
 from tests.client import Client
 from tests.conftest import ServeFunction

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ccm.core.processes import marked
+from ccm.core.claude.processes import marked
 from ccm.demo.tour import ServiceProcess
 from tests.api.conftest import NOWHERE, folder_of, refused
 from tests.client import Client

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from app import create_app
-from ccm.api.tokens import Tokens
-from ccm.settings import Settings
+from ccm.api.http.tokens import Tokens
+from ccm.settings.settings import Settings
 from tests.api.conftest import NOWHERE, connect, folder_of, read_all, write_tokens
 from tests.client import Answer, Client
 from tests.conftest import ServeFunction
@@ -284,7 +284,7 @@ def test_a_file_of_tokens_that_could_not_be_read_for_a_moment_is_read_when_it_ca
 def test_a_missing_file_of_tokens_is_told_once_each_time_it_goes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, logger="ccm.api.tokens")
+    caplog.set_level(logging.INFO, logger="ccm.api.http.tokens")
     file = tmp_path / "tokens"
     tokens = Tokens(Settings(api_token_file=file))
 

@@ -17,8 +17,8 @@ import pydantic
 import pytest
 from claude_agent_sdk import AgentDefinition, ClaudeAgentOptions, ClaudeSDKClient, CLIConnectionError
 
-from ccm.api.options import ARGUMENTS_OF_OPTIONS, OWNED_ARGUMENTS, SERVICE_OWNED, Agent, Options
-from ccm.core.options import RENAMED, sdk_arguments
+from ccm.api.http.options import ARGUMENTS_OF_OPTIONS, OWNED_ARGUMENTS, SERVICE_OWNED, Agent, Options
+from ccm.core.claude.options import RENAMED, sdk_arguments
 
 # Options that are more than renamed, and where they end up. (The SDK's own `sandbox` would put the settings beside it
 # into an argument.)

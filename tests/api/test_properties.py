@@ -16,8 +16,8 @@ from claude_agent_sdk._internal.transport.subprocess_cli import SubprocessCLITra
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ccm.api.options import Options
-from ccm.core.options import sdk_arguments
+from ccm.api.http.options import Options
+from ccm.core.claude.options import sdk_arguments
 from ccm.models import to_json_text
 from tests.api.conftest import folder_of, new_database
 from tests.client import Answer, Client

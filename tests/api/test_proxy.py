@@ -10,7 +10,7 @@ import pytest
 
 from app import create_app
 from ccm.demo.tour import ServiceProcess
-from ccm.settings import Settings
+from ccm.settings.settings import Settings
 from tests.api.conftest import folder_of, refused, until
 from tests.client import Answer, Client
 from tests.conftest import ServeFunction

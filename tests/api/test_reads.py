@@ -14,18 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from tests.api.conftest import (
-    NOWHERE,
-    connect,
-    folder_of,
-    held,
-    kinds,
-    letters,
-    read_all,
-    refused,
-    script,
-    until,
-)
+from tests.api.conftest import NOWHERE, connect, folder_of, held, kinds, letters, read_all, refused, script, until
 from tests.client import Answer, Client
 from tests.conftest import ServeFunction
 

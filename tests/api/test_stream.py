@@ -14,18 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.api.conftest import (
-    NOWHERE,
-    connect,
-    folder_of,
-    held,
-    kinds,
-    letters,
-    read_all,
-    refused,
-    script,
-    until,
-)
+from tests.api.conftest import NOWHERE, connect, folder_of, held, kinds, letters, read_all, refused, script, until
 from tests.client import Client
 from tests.conftest import ServeFunction
 from tests.event_source import Event, Parser, Stream, events_of

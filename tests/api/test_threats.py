@@ -19,13 +19,13 @@ import pytest
 from waitress.adjustments import Adjustments
 from waitress.channel import ClientDisconnected
 
-from ccm.access import check_access
-from ccm.core.processes import marked
+from ccm.core.claude.processes import marked
 from ccm.demo.tour import APP, ServiceProcess
 from ccm.errors import BadSetting
-from ccm.server import _Channel
-from ccm.settings import Settings
-from ccm.token_file import add_token
+from ccm.server.server import _Channel
+from ccm.settings.access import check_access
+from ccm.settings.settings import Settings
+from ccm.settings.token_file import add_token
 from tests.api.conftest import (
     announced,
     connect,

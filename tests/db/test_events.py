@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from ccm.db import events, runs, sessions
-from ccm.db.database import Database
+from ccm.db.driver.database import Database
 from ccm.models import Run, timestamp
 
 
-def a_run(writer: Database) -> Run:
+def a_run(writable: Database) -> Run:
     now = timestamp()
     row = {"id": "r", "seq": 1, "cwd": "/", "sessionId": "s", "sdkSessionId": "s", "mode": "fresh", "status": "running"}
     row |= {"prompt": "p", "optionsJson": "{}", "imageCount": 0, "createdAt": now}
     session = {"id": "s", "cwd": "/", "metadataJson": "{}", "firstRunAt": now, "lastRunAt": now, "lastRunSeq": 1}
-    with writer.transaction() as transaction:
+    with writable.transaction() as transaction:
         sessions.insert(transaction, session)
         runs.insert(transaction, row, None)
         run = runs.find(transaction, "r")
@@ -20,16 +20,16 @@ def a_run(writer: Database) -> Run:
     return run
 
 
-def test_the_last_id_is_known_though_its_event_is_gone(writer: Database) -> None:
-    run = a_run(writer)
-    with writer.transaction() as transaction:
-        assert [events.last_id(transaction), events.last_given(transaction, writer.dialect)] == [0, 0]
+def test_the_last_id_is_known_though_its_event_is_gone(writable: Database) -> None:
+    run = a_run(writable)
+    with writable.transaction() as transaction:
+        assert [events.last_id(transaction), events.last_given(transaction, writable.dialect)] == [0, 0]
         for _ in range(3):
             events.insert(transaction, "run.created", run)
-    with writer.transaction() as transaction:
-        assert [events.last_id(transaction), events.last_given(transaction, writer.dialect)] == [3, 3]
+    with writable.transaction() as transaction:
+        assert [events.last_id(transaction), events.last_given(transaction, writable.dialect)] == [3, 3]
         transaction.execute("DELETE FROM ccr_events")
-    with writer.transaction() as transaction:
-        assert [events.last_id(transaction), events.last_given(transaction, writer.dialect)] == [0, 3]
+    with writable.transaction() as transaction:
+        assert [events.last_id(transaction), events.last_given(transaction, writable.dialect)] == [0, 3]
         events.insert(transaction, "run.created", run)
         assert events.last_id(transaction) == 4

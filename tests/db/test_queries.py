@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ccm.db import approvals, archive, deliveries, events, messages, runs, sessions, transcripts, trees
-from ccm.db.database import Database, Transaction
+from ccm.db.driver.database import Database, Transaction
 from ccm.models import Run, timestamp
 
 RUN = Run(
@@ -154,8 +154,8 @@ QUERIES: dict[str, Callable[[Transaction], object]] = {
 
 
 @pytest.fixture
-def filled(writer: Database) -> Database:
-    with writer.transaction() as transaction:
+def filled(writable: Database) -> Database:
+    with writable.transaction() as transaction:
         now = timestamp()
         sessions.insert(
             transaction,
@@ -166,7 +166,7 @@ def filled(writer: Database) -> Database:
         runs.insert(transaction, row, "[]")
         events.insert(transaction, "run.created", RUN)
         deliveries.insert(transaction, "r", "run", "evt_1", "h:80", reason=None, now=now)
-    return writer
+    return writable
 
 
 @contextmanager

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ccm.core.sdk import transcript_path
-from ccm.demo.messages_api import MessagesAPI
-from tests.archive.history import add_bun_run, make_bun
+from ccm.core.claude.sdk import transcript_path
+from ccm.testing.messages_api import MessagesAPI
 from tests.client import Client
 from tests.conftest import ServeFunction
+from tests.core.archive.history import add_bun_run, make_bun
 from tests.e2e.test_runs import prompts_sent
 from tests.flask_commands import Flask, variables
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ccm.core.processes import marked
+from ccm.core.claude.processes import marked
 from tests.client import Client
 from tests.conftest import ServeFunction
 from tests.e2e.test_endings import SLEEPING_TOOL, SLOW, commands, until

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ccm.core.processes import marked
-from ccm.demo.messages_api import MessagesAPI
+from ccm.core.claude.processes import marked
+from ccm.testing.messages_api import MessagesAPI
 from tests.client import Client
 from tests.conftest import ServeFunction
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ccm.core.processes import marked
+from ccm.core.claude.processes import marked
 from tests.client import Client
 from tests.conftest import ServeFunction
 

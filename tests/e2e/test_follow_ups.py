@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ccm.demo.messages_api import MessagesAPI
+from ccm.testing.messages_api import MessagesAPI
 from tests.api.conftest import until
 from tests.client import Answer, Client
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ccm.core.processes import marked
+from ccm.core.claude.processes import marked
 from ccm.demo.tour import ServiceProcess
 from ccm.models import timestamp
 from tests.client import Client

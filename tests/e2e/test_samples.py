@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from ccm import connections, server
-from ccm.core import recorder
 from ccm.core import service as core_service
-from ccm.core.processes import marked
-from ccm.settings import Settings, unknown_variables
+from ccm.core.claude.processes import marked
+from ccm.core.storage import writer
+from ccm.server import connections, server
+from ccm.settings.settings import Settings, unknown_variables
 from tests.api.conftest import until
 from tests.client import Client
 from tests.conftest import ServeFunction
@@ -112,10 +112,10 @@ def test_the_units_settings_are_settings(unit: str) -> None:
 def test_systemd_waits_longer_than_the_service_takes_to_stop(unit: str) -> None:
     match = re.search(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)
     assert match is not None
-    # The runs, a recorder that is given up, the requests in flight, their threads.
-    longest = core_service.STOP_SECONDS + recorder.LONGEST_PAUSE + 5 + server.DRAIN_SECONDS + 1
+    # The runs, a writer that is given up, the requests in flight, their threads.
+    longest = core_service.STOP_TIMEOUT + writer.MAX_DELAY + 5 + server.DRAIN_TIMEOUT + 1
     assert int(match[1]) > longest + 10
-    assert connections.IDLE_SECONDS > 60  # nginx keeps an idle connection so long
+    assert connections.IDLE_TIMEOUT > 60  # nginx keeps an idle connection so long
 
 
 def test_without_new_privileges_agents_run_and_end_with_the_service(serve: ServeFunction, project: Path) -> None:

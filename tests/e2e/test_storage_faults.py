@@ -87,7 +87,11 @@ class Site:
         assert len({message["uuid"] for message in said}) == count + 1
 
     def storage_log(self) -> list[str]:
-        return [line.partition("ccm.core.recorder: ")[2] for line in self.service.log if "ccm.core.recorder" in line]
+        return [
+            line.partition("ccm.core.storage.writer: ")[2]
+            for line in self.service.log
+            if "ccm.core.storage.writer" in line
+        ]
 
 
 def start_refused(environ: dict[str, str], **variables: object) -> subprocess.CompletedProcess[str]:

@@ -19,7 +19,7 @@ from tests.disks import SmallDisk
 # waitress keeps larger bodies in a file (bytes).
 IN_MEMORY = 2**19
 # Whose errors these tests look for. Those about the run's own directory are its executor's.
-LOGGERS = ("ccm.core.recorder", "waitress")
+LOGGERS = ("ccm.core.storage.writer", "waitress")
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

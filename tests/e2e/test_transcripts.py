@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-from ccm.core.processes import marked
-from ccm.core.sdk import transcript_path
+from ccm.core.claude.processes import marked
+from ccm.core.claude.sdk import transcript_path
 from ccm.core.service import Service
 from ccm.db import transcripts
-from ccm.demo.messages_api import MessagesAPI
 from ccm.errors import StorageRejected
 from ccm.models import RunRequest
-from ccm.settings import Settings
+from ccm.settings.settings import Settings
+from ccm.testing.messages_api import MessagesAPI
 from tests.client import Client
 from tests.conftest import ServeFunction, stand_in_cli
 from tests.e2e.test_endings import until
@@ -294,13 +294,13 @@ def test_a_mirror_error_fails_no_run_and_is_told(
     running.start()
     try:
         run = running.runs.start(RunRequest(mode="fresh", prompt="hello"), str(project)).run
-        ended = running.history.wait(
-            run.id, 30, lambda: next((r for r in [running.history.run(run.id)] if r.ended), None), lambda: False
+        ended = running.queries.wait(
+            run.id, 30, lambda: next((r for r in [running.queries.run(run.id)] if r.ended), None), lambda: False
         )
         assert ended is not None
         assert (ended.status, ended.transcript_stored, ended.has_transcript) == ("completed", 0, 1)
-        _, segment = running.history.run_segment(run.id, -1)
-        recorded = [json.loads(text) for texts in running.history.chunks([segment], []) for text in texts]
+        _, segment = running.queries.run_segment(run.id, -1)
+        recorded = [json.loads(text) for texts in running.queries.chunks([segment], []) for text in texts]
         assert [message for message in recorded if message.get("subtype") == "mirror_error"] == []
         assert recorded[-1]["type"] == "result"
         assert "could not be mirrored: the table is full of eels" in caplog.text

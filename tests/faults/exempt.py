@@ -33,7 +33,7 @@ class Exemption:
 
 
 # What stores. A start to which it says no refuses, as it does where the database takes no writes.
-STORAGE = ("ccm.core.recorder", "ccm.core.write")
+STORAGE = ("ccm.core.storage.writer", "ccm.core.storage.write_task")
 UNSTORABLE = (
     "Nothing can be stored any more, as where a database takes nothing for ever. What goes on is reported by the next "
     "start, and until then by /health."
@@ -41,16 +41,16 @@ UNSTORABLE = (
 
 EXEMPTIONS: tuple[Exemption, ...] = (
     *(Exemption(module, "", ("for_ever",), ("I1", "I2", "I4", "I7"), UNSTORABLE) for module in STORAGE),
-    Exemption("ccm.core.runner", "self._recorder.submit", ("for_ever",), ("I1", "I2", "I4", "I7"), UNSTORABLE),
+    Exemption("ccm.core.runs.runner", "self._writer.submit", ("for_ever",), ("I1", "I2", "I4", "I7"), UNSTORABLE),
     Exemption(
-        "ccm.core.pool",
+        "ccm.core.worker_pool",
         "self._jobs.get",
         ("for_ever",),
         ("I1", "I2", "I4", "I7"),
         "No thread of the pool can take a run.",
     ),
     Exemption(
-        "ccm.core.lifecycle",
+        "ccm.core.runs.transitions",
         "runs.queue",
         ("for_ever",),
         ("I1",),
@@ -64,11 +64,13 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         "A step of the shutdown itself always fails: the service ends with 1, and the next start reports the runs.",
     ),
     *(
-        Exemption("ccm.core.runner", text, ("for_ever",), ("I1", "I4"), "The same: it is where the runs are stopped.")
+        Exemption(
+            "ccm.core.runs.runner", text, ("for_ever",), ("I1", "I4"), "The same: it is where the runs are stopped."
+        )
         for text in ("time.monotonic", "self._all_ended.wait", "self._given_up.set")
     ),
     Exemption(
-        "ccm.core.sdk",
+        "ccm.core.claude.sdk",
         "self.ended.set",
         ("once", "for_ever"),
         ("I6",),

@@ -43,7 +43,7 @@ def _fresh(stage: Stage) -> None:
 def _resume(stage: Stage) -> None:
     with stage.probes.hidden():
         head = stage.runs()[0]
-        session = stage.service.history.session(head.session_id)
+        session = stage.service.queries.session(head.session_id)
     request = RunRequest(mode="resume", prompt="and on")
     accepted = stage.ask(lambda: stage.service.runs.resume(request, session, head), "resume")
     if accepted is not None:
@@ -59,8 +59,8 @@ def _leave_a_stump(stage: Stage) -> None:
 
 def _fork(stage: Stage) -> None:
     with stage.probes.hidden():
-        session = stage.service.history.session(stage.runs()[0].session_id)
-        point = stage.service.history.fork_point(session.id, None, None)
+        session = stage.service.queries.session(stage.runs()[0].session_id)
+        point = stage.service.queries.fork_point(session.id, None, None)
     request = RunRequest(mode="fork", prompt="another way")
     accepted = stage.ask(lambda: stage.service.runs.fork(request, session, point, None), "fork")
     if accepted is not None:
@@ -93,7 +93,7 @@ def _answer(stage: Stage) -> None:
     run = stage.start_run(ASK, approvals=True)
     if run is None:
         return
-    stage.until(lambda: _pending(stage) or stage.service.history.run(run.id).ended)
+    stage.until(lambda: _pending(stage) or stage.service.queries.run(run.id).ended)
     with stage.probes.hidden():
         pending = _pending(stage)
     for approval in pending:
@@ -103,7 +103,7 @@ def _answer(stage: Stage) -> None:
 
 
 def _pending(stage: Stage) -> list[Approval]:
-    return stage.service.history.approvals({"status": "pending"}, limit=10, after=None)
+    return stage.service.queries.approvals({"status": "pending"}, limit=10, after=None)
 
 
 def _be_asked(stage: Stage) -> None:

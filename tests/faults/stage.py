@@ -19,28 +19,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from ccm.core.processes import marked
+from ccm.core.claude.processes import marked
 from ccm.core.service import Service
 from ccm.models import Accepted, Run, RunRequest
-from ccm.settings import Settings
+from ccm.settings.settings import Settings
 from tests.faults.probes import Injected, Probes
 
 T = TypeVar("T")
 
 # The name of the thread that writes to the database.
-WRITER_THREAD = "recorder"
+WRITER_THREAD = "writer"
 # What the names of the threads begin with in which runs are made.
 RUN_THREADS = "run"
 # Bounds of the service that are shortened, wherever in `ccm.core` they stand, so that what waits for one is quick.
 SHORTER = {
-    "INTERRUPT_SECONDS": 1.0,
-    "CLOSE_SECONDS": 1.0,
-    "TERMINATE_SECONDS": 2.0,
-    "SILENT_SECONDS": 1.0,
-    "SEND_SECONDS": 0.5,
-    "RELY_SECONDS": 1.0,
-    "PATIENCE": 3.0,
-    "OUTCOME_PATIENCE": 3.0,
+    "INTERRUPT_TIMEOUT": 1.0,
+    "CLOSE_TIMEOUT": 1.0,
+    "TERMINATE_TIMEOUT": 2.0,
+    "SILENT_TIMEOUT": 1.0,
+    "SEND_TIMEOUT": 0.5,
+    "RELY_INTERVAL": 1.0,
     "WRITE_TIMEOUT": 3.0,
     "OUTCOME_TIMEOUT": 3.0,
 }
@@ -52,7 +50,7 @@ def shorten(bound: float) -> None:
     Args:
         bound: what counts as never; the service's own time to stop is to be shorter.
     """
-    shorter = SHORTER | dict.fromkeys(("STOP_SECONDS", "STOP_TIMEOUT"), bound * 0.6)
+    shorter = SHORTER | dict.fromkeys(("STOP_TIMEOUT",), bound * 0.6)
     for name, module in list(sys.modules.items()):
         if name.startswith("ccm.core."):
             for constant, seconds in shorter.items():
@@ -171,14 +169,14 @@ class Stage:
 
         def wait() -> Run | None:
             with self.probes.hidden():
-                return self.service.history.wait(run.id, 600, lambda: self._ended(run.id), lambda: self._have_left)
+                return self.service.queries.wait(run.id, 600, lambda: self._ended(run.id), lambda: self._have_left)
 
         self._waiters[run.id] = Call(wait, "waits for a run")
         self._clients.append(self._waiters[run.id])
         return run
 
     def _ended(self, run_id: str) -> Run | None:
-        run = self.service.history.run(run_id)
+        run = self.service.queries.run(run_id)
         return run if run.ended else None
 
     # ---- what the test sees
@@ -197,17 +195,17 @@ class Stage:
 
     def runs(self) -> list[Run]:
         with self.probes.hidden():
-            return self.service.history.runs({}, limit=100, after=None)
+            return self.service.queries.runs({}, limit=100, after=None)
 
     def run(self, run_id: str) -> Run:
         with self.probes.hidden():
-            return self.service.history.run(run_id)
+            return self.service.queries.run(run_id)
 
     def has_ended(self, run_id: str) -> bool:
         return self.run(run_id).ended
 
     def has_message(self, run_id: str) -> bool:
-        return self.until(lambda: self.service.history.news(run_id, -1) is not None)
+        return self.until(lambda: self.service.queries.news(run_id, -1) is not None)
 
     def check_ended(self) -> None:
         """I1: each run that is stored ends; I7: whoever waits for it is told."""
@@ -215,7 +213,7 @@ class Stage:
         def have_ended() -> bool:
             for waiter in self._waiters.values():
                 waiter.ends(0.02)  # woken, it returns at once, and nothing need be asked again and again
-            return all(run.ended for run in self.service.history.runs({}, limit=100, after=None))
+            return all(run.ended for run in self.service.queries.runs({}, limit=100, after=None))
 
         if not self.until(have_ended, self.patience):
             left = [f"{run.mode} run, started {run.started_at}" for run in self.runs() if not run.ended]
@@ -356,7 +354,7 @@ class Stage:
         except Exception as error:
             self.violate("I5", f"the next service does not start: {_short_trace(error)}")
             return
-        if not self.until(lambda: all(run.ended for run in self.service.history.runs({}, limit=100, after=None))):
+        if not self.until(lambda: all(run.ended for run in self.service.queries.runs({}, limit=100, after=None))):
             self.violate("I5", "a run is running after the start of the next service")
         elif completes:
             self._have_left = False

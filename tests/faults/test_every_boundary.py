@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from ccm.core.processes import marked
+from ccm.core.claude.processes import marked
 from ccm.demo.tour import ServiceProcess
 from tests.client import Client
 from tests.conftest import stand_in_cli
@@ -32,14 +32,14 @@ SCENARIOS = (
 KNOWN = (
     *("tempfile.mkdtemp", "subprocess.Popen", "threading.Thread.start", "posix.scandir", "time.monotonic"),
     *("shutil.rmtree", "asyncio.runners.run", "pathlib.Path.is_dir", "uuid.uuid4", "json.loads"),
-    *("Recorder.append", "Recorder.submit", "Reaper.watch", "Reaper.release", "models.timestamp"),
+    *("Writer.append", "Writer.submit", "Reaper.watch", "Reaper.release", "models.timestamp"),
     *("ClaudeSDKClient.connect", "ClaudeSDKClient.query", "ClaudeSDKClient.disconnect", "Client.receive_raw"),
     *("sdk.find_transcript", "Database.transaction", "messages.insert_many", "runs.end", "Outbox.tell"),
 )
 
 
 # How long a service may take to end after SIGTERM (seconds).
-EXIT_SECONDS = 30
+EXIT_DELAY = 30
 
 
 def run_walker(*arguments: object) -> Any:
@@ -115,7 +115,7 @@ def test_a_service_ends_well_whatever_is_raised(
         run = client.start(project, json.dumps({"count": 1, "hold": True, "tool": 1000}), wait=0)
         client.wait_for_message(run["id"], "assistant")
         service.process.terminate()
-        service.process.wait(EXIT_SECONDS)
+        service.process.wait(EXIT_DELAY)
     log = "\n".join(service.log)
     assert service.process.returncode == 0, log
     assert "Injected" in log, "the fault was not raised"

@@ -7,7 +7,7 @@ import math
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from ccm.core.results import RESULT_ERRORS
+from ccm.core.claude.outcome import RESULT_ERRORS
 from ccm.models import ERROR, MONEY_DIGITS, storable, to_json_text
 
 # A number larger than this counts milliseconds and not seconds.

@@ -11,7 +11,7 @@ from typing import Any
 
 from ccm.core.lookup import find_run, find_session
 from ccm.db import approvals, archive, messages, runs, sessions, transcripts
-from ccm.db.database import Transaction
+from ccm.db.driver.database import Transaction
 from ccm.db.transcripts import TranscriptKey
 from ccm.models import Run, Session, timestamp, to_json_text
 

@@ -16,7 +16,7 @@ from ccm.core.archive.records import (
     SourceError,
 )
 from ccm.db import approvals, archive, messages, runs, sessions, transcripts
-from ccm.db.database import Database, Transaction
+from ccm.db.driver.database import Database, Transaction
 from ccm.db.transcripts import TranscriptKey
 from ccm.models import ERROR, EXPIRED, FORK, PENDING, RESUME, RUNNING, WITHDRAWN, Message, Run
 

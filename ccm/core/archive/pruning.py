@@ -11,7 +11,7 @@ from pathlib import Path
 from ccm.core.archive.local_files import LocalFiles, count, remove
 from ccm.core.lookup import find_session
 from ccm.db import trees
-from ccm.db.database import Database, Transaction
+from ccm.db.driver.database import Database, Transaction
 from ccm.db.trees import Tree
 from ccm.errors import CommandRefused
 

@@ -1,4 +1,4 @@
-"""What is to be told, stored with the state that it tells of, and what becomes of it. For the recorder's thread."""
+"""What is to be told, stored with the state that it tells of, and what becomes of it. For the writer's thread."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ccm.core.webhooks.verdict import LONGEST_PAUSE, Verdict
+from ccm.core.webhooks.retry import MAX_DELAY, RetryDecision
 from ccm.db import deliveries, events
-from ccm.db.database import Transaction
+from ccm.db.driver.database import Transaction
 from ccm.models import (
     APPROVAL_REQUESTED,
     DISABLED,
@@ -23,7 +23,7 @@ from ccm.models import (
     timestamp,
     to_json_text,
 )
-from ccm.webhook_urls import host_of
+from ccm.settings.webhook_urls import host_of
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Outbox:
         # Why nothing goes to that address any more.
         self._gone: str | None = None
 
-    def tell(self, transaction: Transaction, type: str, run: Run, approval: Mapping[str, Any] | None = None) -> None:
+    def enqueue(self, transaction: Transaction, type: str, run: Run, approval: Mapping[str, Any] | None = None) -> None:
         """Tell of a state, in the transaction that stores it; ring EVENTS after its commit.
 
         Args:
@@ -67,7 +67,7 @@ class Outbox:
 
         What is to be sent later than it can be was put off while the clock was ahead: it would never be sent.
         """
-        late = deliveries.bring_back(transaction, timestamp(LONGEST_PAUSE), timestamp())
+        late = deliveries.bring_back(transaction, timestamp(MAX_DELAY), timestamp())
         if late:
             log.warning("%d webhooks were put off while the clock was ahead, and are sent now", late)
         if not self._service:
@@ -76,22 +76,26 @@ class Outbox:
                 log.warning("%d webhooks are given up: CCM_WEBHOOK_URL is not set any more", left)
 
     def tried(
-        self, transaction: Transaction, delivery: Delivery, attempts: Sequence[Mapping[str, Any]], verdict: Verdict
+        self,
+        transaction: Transaction,
+        delivery: Delivery,
+        attempts: Sequence[Mapping[str, Any]],
+        decision: RetryDecision,
     ) -> None:
         """Store an attempt and what follows from it; ring EVENTS after the commit."""
-        next_at = None if verdict.pause is None else timestamp(verdict.pause)
+        next_at = None if decision.pause is None else timestamp(decision.pause)
         attempts_json = to_json_text(list(attempts))
         deliveries.tried(
             transaction,
             delivery.id,
             attempts_json,
-            status=verdict.status,
-            reason=verdict.reason,
+            status=decision.status,
+            reason=decision.reason,
             next_attempt_at=next_at,
         )
-        if verdict.status == DISABLED:
-            self._disable(transaction, delivery, verdict.reason or "")
-        elif verdict.status != PENDING:
+        if decision.status == DISABLED:
+            self._disable(transaction, delivery, decision.reason or "")
+        elif decision.status != PENDING:
             deliveries.go_on(transaction, delivery.run_id, delivery.target, timestamp())
 
     def _disable(self, transaction: Transaction, delivery: Delivery, reason: str) -> None:

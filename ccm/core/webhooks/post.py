@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
-from ccm.webhook_urls import PORTS
+from ccm.settings.webhook_urls import PORTS
 
 # A record of TLS has as many at the most.
 PIECE_BYTES = 2**14
@@ -67,9 +67,9 @@ class Post:
         finally:
             self._connection.close()
 
-    def cut(self) -> None:
+    def abort(self) -> None:
         """End it now, from another thread. It may have arrived all the same."""
-        self._connection.cut()
+        self._connection.abort()
 
     def _told(self, error: Exception) -> str:
         if self._connection.is_cut or isinstance(error, TimeoutError):
@@ -192,7 +192,7 @@ class _Connection(http.client.HTTPConnection):
                 raise TimeoutError
         connection.settimeout(self._remaining() / share)
 
-    def cut(self) -> None:
+    def abort(self) -> None:
         with self._lock:
             self.is_cut = True
             if self.sock is not None:

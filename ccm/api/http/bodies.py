@@ -1,0 +1,305 @@
+"""The bodies that clients send, and how what is wrong with one is told."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+import pydantic
+from flask import Request
+from pydantic import AfterValidator, Field, JsonValue, ValidationInfo, field_validator, model_validator
+from pydantic_core import ErrorDetails, from_json
+
+from ccm.api.http.options import SERVICE_OWNED, Options, Strict, finite, no_nul, plain_json
+from ccm.errors import TooLarge, UnsupportedMediaType, ValidationError
+from ccm.models import RUN_ID, Answer, IdempotencyKey, Image
+from ccm.settings.webhook_urls import web_address
+
+PROMPT_CHARACTERS = 1_000_000
+IMAGES = 20
+IMAGE_CHARACTERS = 27_000_000
+TITLE_CHARACTERS = 500
+PATH_CHARACTERS = 4_096
+KEY_CHARACTERS = 255
+TIMEOUT_MS = 24 * 3600 * 1000
+APPROVAL_TIMEOUT_MS = 30 * TIMEOUT_MS
+# Of what the model is told with a denial.
+MESSAGE_CHARACTERS = 100_000
+# Values, names and brackets in a body. Python makes hundreds of bytes of each: of a body of small ones, gigabytes.
+BODY_PARTS = 200_000
+# A text in JSON, or the beginning of one that does not end.
+JSON_TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+# How much is told of a name that is wrong.
+NAME_CHARACTERS = 100
+UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", re.ASCII)
+SIGNATURES = {
+    "image/png": (b"\x89PNG\r\n\x1a\n",),
+    "image/jpeg": (b"\xff\xd8\xff",),
+    "image/gif": (b"GIF87a", b"GIF89a"),
+    "image/webp": (b"RIFF",),
+}
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be blank")
+    return no_nul(text)
+
+
+def _uuid(text: str) -> str:
+    if not UUID.fullmatch(text):
+        raise ValueError("must be a UUID, such as 160f5bda-edc4-4a77-aa69-dad3a26497bb")
+    return text.lower()
+
+
+def _run_id(text: str) -> str:
+    if not RUN_ID.fullmatch(text):
+        raise ValueError("must be the id of a run, such as 160f5bda-edc4-4a77-aa69-dad3a26497bb")
+    return text
+
+
+Prompt = Annotated[str, Field(max_length=PROMPT_CHARACTERS), AfterValidator(_not_blank)]
+Title = Annotated[str, Field(max_length=TITLE_CHARACTERS), AfterValidator(no_nul)]
+Metadata = Annotated[dict[str, JsonValue], AfterValidator(plain_json)]
+WebAddress = Annotated[str, AfterValidator(web_address)]
+Path = Annotated[str, Field(min_length=1, max_length=PATH_CHARACTERS), AfterValidator(no_nul)]
+# A UUID in its usual form: Claude Code would take a session's title too, and another session for it.
+Id = Annotated[str, AfterValidator(_uuid)]
+
+
+RunId = Annotated[str, AfterValidator(_run_id)]
+
+
+class ImageBody(Strict):
+    mediaType: Literal["image/png", "image/jpeg", "image/gif", "image/webp"]
+    data: Annotated[str, Field(min_length=1, max_length=IMAGE_CHARACTERS)]
+
+    @model_validator(mode="after")
+    def _is_an_image(self) -> ImageBody:
+        try:
+            data = base64.b64decode(self.data, validate=True)
+        except (binascii.Error, ValueError):
+            raise ValueError("data must be base64, without line breaks or a data: prefix") from None
+        if not data.startswith(SIGNATURES[self.mediaType]) or (
+            self.mediaType == "image/webp" and data[8:12] != b"WEBP"
+        ):
+            raise ValueError(f"data is not of the type {self.mediaType}")
+        return self
+
+
+class InputBody(Strict):
+    """What a user says."""
+
+    prompt: Prompt
+    images: Annotated[list[ImageBody], Field(max_length=IMAGES)] = Field(default_factory=list)
+
+    def pictures(self) -> tuple[Image, ...]:
+        return tuple(Image(image.mediaType, image.data) for image in self.images)
+
+
+class RunBody(InputBody):
+    """What the three bodies that start a run have in common."""
+
+    options: Options = Options()
+    timeoutMs: Annotated[int, Field(ge=1, le=TIMEOUT_MS)] | None = None
+    webhookUrl: WebAddress | None = None
+    approvals: bool = False
+    approvalTimeoutMs: Annotated[int, Field(ge=1, le=APPROVAL_TIMEOUT_MS)] | None = None
+
+    @field_validator("approvalTimeoutMs")
+    @classmethod
+    def _has_approvals(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("approvals") is False:
+            raise ValueError("is for runs with approvals; set approvals to true, or leave it out")
+        return value
+
+
+class StartBody(RunBody):
+    cwd: Path
+    title: Title | None = None
+    metadata: Metadata | None = None
+
+
+class ResumeBody(RunBody):
+    sessionId: Id
+    ifBusy: Literal["reject", "enqueue", "interrupt"] = "reject"
+
+
+class ForkBody(RunBody):
+    sessionId: Id
+    atRunId: RunId | None = None
+    atMessage: Id | None = None
+    cwd: Path | None = None
+    title: Title | None = None
+    metadata: Metadata | None = None
+
+
+class SessionBody(Strict):
+    title: Title | None = None
+    metadata: Metadata | None = None
+
+
+class ApprovalBody(Strict):
+    """The answer to an approval."""
+
+    decision: Literal["allow", "deny"]
+    updatedInput: Annotated[dict[str, JsonValue], AfterValidator(finite)] | None = None
+    remember: bool = False
+    message: Annotated[str, Field(max_length=MESSAGE_CHARACTERS), AfterValidator(_not_blank)] | None = None
+    interrupt: bool = False
+
+    @field_validator("updatedInput", "remember", "message", "interrupt")
+    @classmethod
+    def _goes_with_the_decision(cls, value: Any, info: ValidationInfo) -> Any:
+        other = "allow" if info.field_name in ("updatedInput", "remember") else "deny"
+        if value not in (None, False) and info.data.get("decision", other) != other:
+            raise ValueError(f"goes with the decision {other} only; leave it out")
+        return value
+
+    def answer(self) -> Answer:
+        return Answer(
+            allow=self.decision == "allow",
+            updated_input=self.updatedInput,
+            remember=self.remember,
+            message=self.message,
+            interrupt=self.interrupt,
+        )
+
+
+Body = TypeVar("Body", bound=Strict)
+
+
+def read_body(request: Request, model: type[Body], limit: int) -> Body:
+    """The body of a request, checked.
+
+    Args:
+        limit: the most bytes that are read.
+
+    Raises:
+        UnsupportedMediaType: it is not application/json in UTF-8, or is compressed.
+        TooLarge: it has more bytes.
+        ValidationError: it does not fit the model; names the first field that is at fault.
+    """
+    charset = request.mimetype_params.get("charset", "utf-8").lower()
+    if request.mimetype != "application/json" or charset not in ("utf-8", "utf8"):
+        raise UnsupportedMediaType("The body must be JSON in UTF-8; send it with 'Content-Type: application/json'.")
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise UnsupportedMediaType("The body must not be compressed; send it without Content-Encoding.")
+    data = request.stream.read(limit + 1)
+    if len(data) > limit:
+        raise TooLarge(f"The body has more than {limit} bytes, which CCM_MAX_BODY_BYTES sets as the limit.")
+    if _has_too_many_parts(data):
+        raise ValidationError(f"The body has more than {BODY_PARTS} names and values.")
+    try:
+        return model.model_validate_json(data)
+    except pydantic.ValidationError as error:
+        raise _told(error.errors(include_url=False, include_context=False, include_input=False), data, model) from None
+
+
+def _has_too_many_parts(data: bytes) -> bool:
+    """Whether JSON is too much to be read, found out before it is."""
+    found = at = 0
+    for text in JSON_TEXT.finditer(data):
+        found += 1 + _marks(data, at, text.start())
+        at = text.end()
+        if found > BODY_PARTS:
+            return True
+    return found + _marks(data, at, len(data)) > BODY_PARTS
+
+
+def _marks(data: bytes, start: int, end: int) -> int:
+    return sum(data.count(mark, start, end) for mark in (b",", b"[", b"{"))
+
+
+def idempotency_key(request: Request, body: RunBody) -> IdempotencyKey | None:
+    """The request's `Idempotency-Key`, None if it has none. A request is its path and its body, without the query.
+
+    Raises:
+        ValidationError: it is blank or too long.
+    """
+    text = request.headers.get("Idempotency-Key")
+    if text is None:
+        return None
+    if not text.strip() or len(text) > KEY_CHARACTERS:
+        raise ValidationError(
+            f"Idempotency-Key: must be a text of 1 to {KEY_CHARACTERS} characters, such as a UUID.",
+            field="Idempotency-Key",
+        )
+    given = json.dumps(body.model_dump(exclude_unset=True), sort_keys=True)
+    return IdempotencyKey(text, hashlib.sha256(f"{request.path}\0{given}".encode()).hexdigest())
+
+
+def refuse_idempotency_key(request: Request) -> None:
+    """For what changes something and keeps no keys: who sends one counts on it, and would do a thing twice.
+
+    Raises:
+        ValidationError: the request has an `Idempotency-Key`.
+    """
+    if "Idempotency-Key" in request.headers:
+        raise ValidationError(
+            "Idempotency-Key: only a start, a resume and a fork take one; send this request without it.",
+            field="Idempotency-Key",
+        )
+
+
+# pydantic's names for a value that is not even of the right kind.
+WRONG_TYPES = frozenset(
+    {"string_type", "list_type", "dict_type", "model_type", "model_attributes_type", "literal_error"}
+)
+
+
+def _told(errors: list[ErrorDetails], data: bytes, model: type[Strict]) -> ValidationError:
+    error = _closest(errors)
+    if error["type"] == "json_invalid":
+        return ValidationError(f"The body is no valid JSON: {error['msg'].removeprefix('Invalid JSON: ')}.")
+    path = _path(error, from_json(data))
+    if not path:
+        return ValidationError("The body must be a JSON object.")
+    field = ".".join(str(part)[:NAME_CHARACTERS] for part in path)
+    if error["type"] == "extra_forbidden":
+        return ValidationError(_unknown(field, model), field=field)
+    reason = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        reason = "is required"
+    if reason[1:2].islower():  # a sentence, and not the name of a variable
+        reason = reason[0].lower() + reason[1:]
+    return ValidationError(f"{field}: {reason}.", field=field)
+
+
+def _closest(errors: list[ErrorDetails]) -> ErrorDetails:
+    """The error that says most. Of a choice of types each that does not fit has one; the deepest came nearest."""
+    first = errors[0]
+    rivals = [error for error in errors if error["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]]
+    return max(rivals, key=lambda error: (len(error["loc"]), error["type"] not in WRONG_TYPES, error is first))
+
+
+def _path(error: ErrorDetails, value: Any) -> list[int | str]:
+    """The place in the body that pydantic means: without the names of the types that it tried on the way."""
+    path: list[int | str] = []
+    loc = error["loc"]
+    for number, part in enumerate(loc):
+        if number and str(loc[number - 1]).startswith("tagged-union["):
+            continue  # the tag, which may be the name of a field as well
+        children: Any = value if isinstance(value, dict | list) else ()
+        try:
+            value = children[part]
+        except (LookupError, TypeError):
+            if error["type"] != "missing" or number < len(loc) - 1:
+                continue
+        path.append(part)
+    return path
+
+
+def _unknown(field: str, model: type[Strict]) -> str:
+    parent, _, name = field.rpartition(".")
+    if parent == "options" and name in SERVICE_OWNED:
+        return f"{field} is not for clients: {SERVICE_OWNED[name]}."
+    known: Mapping[str, Any] = Options.model_fields if parent == "options" else model.model_fields
+    near = difflib.get_close_matches(name, known, n=1) if parent in ("", "options") else []
+    return f"{field} is not a known field" + (f"; did you mean {near[0]}?" if near else ".")

@@ -1,0 +1,1 @@
+"""Claude Code's permission requests and their answers."""

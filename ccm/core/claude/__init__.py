@@ -1,0 +1,1 @@
+"""One Claude Code process: its options, its input, its messages and its end."""

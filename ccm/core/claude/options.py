@@ -1,0 +1,141 @@
+"""From a client's options, under their TypeScript names, to the keyword arguments of the SDK's `ClaudeAgentOptions`.
+
+The options have been judged before (api/http/options.py); here they are only carried over. What may be long or secret
+goes to Claude Code in private files: an argument is readable to every user of the host, and Linux allows it 128 KiB.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+CLAUDE_CODE_PROMPT = {"type": "preset", "preset": "claude_code"}
+
+# Options that only change their name.
+RENAMED = {
+    "model": "model",
+    "fallbackModel": "fallback_model",
+    "maxTurns": "max_turns",
+    "maxBudgetUsd": "max_budget_usd",
+    "permissionMode": "permission_mode",
+    "strictMcpConfig": "strict_mcp_config",
+    "settingSources": "setting_sources",
+    "tools": "tools",
+    "allowedTools": "allowed_tools",
+    "disallowedTools": "disallowed_tools",
+    "skills": "skills",
+    "includePartialMessages": "include_partial_messages",
+    "includeHookEvents": "include_hook_events",
+    "forwardSubagentText": "forward_subagent_text",
+    "outputFormat": "output_format",
+    "effort": "effort",
+    "betas": "betas",
+    "taskBudget": "task_budget",
+    "verbatimPrompts": "verbatim_prompts",
+    "additionalDirectories": "add_dirs",
+    "plugins": "plugins",
+}
+
+
+class UnusableOptionsError(Exception):
+    """A run cannot be made with its options, as only its start shows; the message says why."""
+
+
+def private_file(directory: Path, name: str, text: str) -> str:
+    """The path of a new file in `directory` (which is its owner's alone) that holds `text`."""
+    path = directory / name
+    path.write_text(text, encoding="utf-8")
+    path.chmod(0o600)
+    return str(path)
+
+
+def sdk_arguments(
+    options: Mapping[str, Any],
+    *,
+    permission_mode: str,
+    setting_sources: tuple[str, ...],
+    directory: Path,
+    agent: Callable[..., Any],
+) -> dict[str, Any]:
+    """The keyword arguments.
+
+    Args:
+        options: a run's options as the client gave them.
+        permission_mode: where the options name none.
+        setting_sources: where the options name none. Always passed on: the SDK's `skills` would widen them silently.
+        directory: the run's own, where private files may be put.
+        agent: the SDK's `AgentDefinition`.
+    """
+    arguments: dict[str, Any] = {
+        "permission_mode": permission_mode,
+        "setting_sources": list(setting_sources),
+        "extra_args": {},
+        "env": {},
+    }
+    arguments |= {RENAMED[name]: value for name, value in options.items() if name in RENAMED}
+    arguments["extra_args"] |= options.get("extraArgs", {})
+    arguments["env"] |= options.get("env", {})
+    _system_prompt(options.get("systemPrompt"), arguments, directory)
+    if "thinking" in options:
+        thinking = dict(options["thinking"])
+        if "budgetTokens" in thinking:
+            thinking["budget_tokens"] = thinking.pop("budgetTokens")
+        arguments["thinking"] = thinking
+    if "agents" in options:
+        arguments["agents"] = {name: agent(**definition) for name, definition in options["agents"].items()}
+    _settings(options, arguments, directory)
+    if "mcpServers" in options:
+        text = json.dumps({"mcpServers": options["mcpServers"]})
+        arguments["mcp_servers"] = private_file(directory, "mcp.json", text)
+    return arguments
+
+
+def _settings(options: Mapping[str, Any], arguments: dict[str, Any], directory: Path) -> None:
+    """The sandbox is a part of the settings; the SDK would join the two in an argument."""
+    settings = options.get("settings")
+    if isinstance(settings, str) and settings.lstrip().startswith("{"):
+        settings = json.loads(settings)
+    if "sandbox" in options:
+        if isinstance(settings, str):
+            settings = _read_settings(Path(settings))
+        settings = {**(settings or {}), "sandbox": options["sandbox"]}
+    if isinstance(settings, dict):
+        settings = private_file(directory, "settings.json", json.dumps(settings))
+    if settings is not None:
+        arguments["settings"] = settings
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it holds no JSON"
+        raise UnusableOptionsError(f"options.settings: the file {file} cannot be used: {reason}.") from None
+    if not isinstance(settings, dict):
+        raise UnusableOptionsError(f"options.settings: the file {file} cannot be used: it holds no JSON object.")
+    return settings
+
+
+def _system_prompt(prompt: Any, arguments: dict[str, Any], directory: Path) -> None:
+    if isinstance(prompt, str):
+        prompt = {"type": "custom", "prompt": prompt}
+    if prompt is None:
+        # The SDK's own default is an empty prompt, and an agent without one is not Claude Code.
+        arguments["system_prompt"] = dict(CLAUDE_CODE_PROMPT)
+    elif prompt["type"] == "custom":
+        path = private_file(directory, "system-prompt.txt", prompt["prompt"])
+        arguments["system_prompt"] = {"type": "file", "path": path}
+        if "snapshot" in prompt:
+            # The SDK passes it on with a preset, or with a prompt that it makes an argument, for every user to read.
+            arguments["system_prompt"] = dict(CLAUDE_CODE_PROMPT) | {"snapshot": prompt["snapshot"]}
+            arguments["extra_args"]["system-prompt-file"] = path
+    else:
+        preset = {"excludeDynamicSections": "exclude_dynamic_sections", "snapshot": "snapshot"}
+        arguments["system_prompt"] = dict(CLAUDE_CODE_PROMPT) | {
+            preset[name]: value for name, value in prompt.items() if name in preset
+        }
+        if "append" in prompt:
+            path = private_file(directory, "append-system-prompt.txt", prompt["append"])
+            arguments["extra_args"]["append-system-prompt-file"] = path

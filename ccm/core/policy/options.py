@@ -1,0 +1,56 @@
+"""What the operator's settings allow: asked when a request comes, and again when it is carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ccm.errors import Forbidden
+from ccm.settings.settings import PERMISSION_MODES, PRIVILEGED_PERMISSION_MODES, Settings
+from ccm.settings.webhook_urls import allowed, host_of
+
+
+def check_policy(options: Mapping[str, Any], settings: Settings) -> None:
+    """
+    Raises:
+        Forbidden: OPTION_FORBIDDEN, naming the setting that would allow it.
+    """
+    for name in ("additionalDirectories", "env", "extraArgs", "mcpServers", "plugins", "sandbox", "settings"):
+        if name in options:
+            _need(settings, name, f"options.{name}", "it runs programs or widens access")
+    wider = [name for name in options.get("settingSources", []) if name not in settings.setting_sources]
+    if wider:
+        _need(settings, "settingSources", "options.settingSources", f"CCM_SETTING_SOURCES leaves out {wider[0]!r}")
+    _check_permission_mode(options.get("permissionMode"), settings, "options.permissionMode")
+    for name, agent in options.get("agents", {}).items():
+        _check_permission_mode(agent.get("permissionMode"), settings, f"options.agents.{name}.permissionMode")
+        if "mcpServers" in agent:
+            _need(settings, "mcpServers", f"options.agents.{name}.mcpServers", "it runs programs or widens access")
+
+
+def check_webhook(url: str | None, settings: Settings) -> None:
+    """
+    Raises:
+        Forbidden: WEBHOOK_FORBIDDEN, naming the setting that would allow it.
+    """
+    if url is not None and not allowed(url, settings.webhook_allow):
+        raise Forbidden(
+            f"webhookUrl: {host_of(url)} is not among the hosts that CCM_WEBHOOK_ALLOW names.",
+            code="WEBHOOK_FORBIDDEN",
+            field="webhookUrl",
+        )
+
+
+def _check_permission_mode(mode: str | None, settings: Settings, field: str) -> None:
+    if mode is not None and mode not in PERMISSION_MODES and mode != settings.permission_mode:
+        _need(settings, "permissionMode", field, f"{' and '.join(PRIVILEGED_PERMISSION_MODES)} skip the permissions")
+
+
+def _need(settings: Settings, name: str, field: str, why: str) -> None:
+    if name not in settings.privileged_options:
+        raise Forbidden(
+            f"{field} is not open to clients of this service: {why}. The operator can allow it by naming {name} in "
+            "CCM_PRIVILEGED_OPTIONS.",
+            code="OPTION_FORBIDDEN",
+            field=field,
+        )

@@ -1,0 +1,1 @@
+"""The writer thread, notifications of commits, and the health of storage."""

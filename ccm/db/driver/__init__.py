@@ -1,0 +1,1 @@
+"""Connections, transactions, migrations and the two kinds of database."""

@@ -1,0 +1,1 @@
+"""The production server: waitress, its connections and the listening socket."""

@@ -1,0 +1,1 @@
+"""The configuration: environment variables, their parsers, and the files that they name."""

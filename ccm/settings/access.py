@@ -1,0 +1,47 @@
+"""Who is let in: whether the settings have settled it, and what the operator should know of it."""
+
+from __future__ import annotations
+
+import ipaddress
+
+from ccm.errors import BadSetting
+from ccm.settings.settings import Settings
+from ccm.settings.token_file import read_tokens
+
+
+def check_access(settings: Settings) -> None:
+    """Whether it is settled who may use a service with these settings; before it listens.
+
+    Raises:
+        BadSetting: it is not.
+    """
+    if settings.api_token_file is not None:
+        try:
+            read_tokens(settings.api_token_file)
+        except OSError as error:
+            raise BadSetting(
+                f"CCM_API_TOKEN_FILE {settings.api_token_file} cannot be read: {error.strerror}."
+            ) from None
+    if settings.unix_socket is None and not settings.has_tokens and not _is_loopback(settings.host):
+        raise BadSetting(
+            f"HOST {settings.host} needs a token, for whoever reaches the service has a shell as its user: set "
+            "CCM_API_TOKEN or CCM_API_TOKEN_FILE (`flask token NAME` makes one), or leave HOST on loopback."
+        )
+
+
+def access_warnings(settings: Settings) -> list[str]:
+    """What the operator should know of who is let in, a sentence each."""
+    if settings.has_tokens:
+        return []
+    who = "every user of this host"
+    if settings.unix_socket is not None:
+        who = f"whoever may open {settings.unix_socket} (mode {settings.unix_socket_mode:04o})"
+        if not settings.unix_socket_mode & 0o066:
+            who = f"root, and this user alone by {settings.unix_socket} (mode {settings.unix_socket_mode:04o}),"
+    if settings.trusted_proxy:
+        who = f"everybody whom the proxy lets in, and {who}"
+    return [f"no token is set: {who} may use the service, and so has a shell as its user; CCM_API_TOKEN sets one"]
+
+
+def _is_loopback(address: str) -> bool:
+    return address == "localhost" or ipaddress.ip_address(address).is_loopback

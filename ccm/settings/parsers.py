@@ -1,0 +1,226 @@
+"""How the value of an environment's variable is read: one function for each kind of value.
+
+Each takes the text and gives what it means. It raises a ValueError that goes on after the variable's name and says what
+the value must be; what it has is left to the caller, who knows whether it is a secret.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import ipaddress
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from ccm.settings.token_file import TOKEN
+from ccm.settings.webhook_urls import host_pattern
+
+LOG_LEVELS = ("debug", "info", "warn", "error")
+HOST_NAME = re.compile(r"[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_-])?|\[[0-9a-f:.]+\]", re.ASCII)
+# The longest CCM_RUN_TIMEOUT (seconds): thirty days.
+LONGEST_RUN = 30 * 24 * 3600
+# Whoever comes through the Unix socket, among the addresses of CCM_TRUSTED_PROXY.
+UNIX_PEER = "unix"
+# Nothing that would need quoting in an address or a header, and no dots that a client resolves.
+URL_PREFIX = re.compile(r"(?=.{1,200}\Z)(?:/(?!\.{1,2}(?:/|\Z))[\w.~-]+)+", re.ASCII)
+# A secret as https://www.standardwebhooks.com writes it, and how many bytes it may have.
+SECRET_PREFIX = "whsec_"  # noqa: S105  # what a secret begins with
+SECRET_BYTES = (24, 64)
+# What Linux takes as the path of a socket.
+UNIX_PATH_BYTES = 107
+
+
+def integer(lowest: int, highest: int) -> Callable[[str], int]:
+    """A whole number within these bounds, both included."""
+
+    def parse(value: str) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            raise ValueError("must be a whole number") from None
+        if not lowest <= number <= highest:
+            raise ValueError(f"must be from {lowest} to {highest}")
+        return number
+
+    return parse
+
+
+def money(value: str) -> float:
+    """An amount above 0, in US dollars."""
+    try:
+        amount = float(value)
+    except ValueError:
+        amount = math.nan
+    if not (math.isfinite(amount) and amount > 0):
+        raise ValueError("must be an amount above 0, such as 2.50")
+    return amount
+
+
+def duration(value: str) -> int:
+    """Seconds, written with a unit (`90s`, `30m`, `2h`, `3d`) or without; LONGEST_RUN at the most."""
+    match = re.fullmatch(r"([0-9]{1,9})([smhd]?)", value.strip())
+    if match is None:
+        raise ValueError("must be a duration: whole seconds, or a whole number with a unit, such as 90s, 30m, 2h or 3d")
+    seconds = int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2]]
+    if not 1 <= seconds <= LONGEST_RUN:
+        raise ValueError(f"must be from 1s to {LONGEST_RUN // 86_400}d")
+    return seconds
+
+
+def one_of(*allowed: str) -> Callable[[str], str]:
+    """One of these words."""
+
+    def parse(value: str) -> str:
+        if value not in allowed:
+            raise ValueError(f"must be one of {', '.join(allowed)}")
+        return value
+
+    return parse
+
+
+def log_level(value: str) -> str:
+    """One of LOG_LEVELS, in lower case however it is written."""
+    return one_of(*LOG_LEVELS)(value.lower())
+
+
+def some_of(*allowed: str, wildcard: bool = False) -> Callable[[str], tuple[str, ...]]:
+    """Some of these words, separated by commas; none, if it is empty. `wildcard` lets `*` stand for all."""
+
+    def parse(value: str) -> tuple[str, ...]:
+        if wildcard and value.strip() == "*":
+            return allowed
+        names = tuple(name.strip() for name in value.split(",") if name.strip())
+        for name in names:
+            if name not in allowed:
+                raise ValueError(f"has {name!r}; it takes any of {', '.join(allowed)}" + (", or *" if wildcard else ""))
+        return names
+
+    return parse
+
+
+def address(value: str) -> str:
+    """An IP address in its one form, or `localhost`."""
+    try:
+        return value if value == "localhost" else str(ipaddress.ip_address(value))
+    except ValueError:
+        raise ValueError("must be an IP address or localhost") from None
+
+
+def token(value: str) -> str:
+    """A token as a header can carry it."""
+    if not TOKEN.fullmatch(value):
+        raise ValueError("must have 16 to 512 visible characters and no blanks; `flask token NAME` makes one")
+    return value
+
+
+def hosts(value: str) -> tuple[str, ...]:
+    """Names of hosts, separated by commas, in lower case."""
+    names = tuple(name.strip().lower() for name in value.split(","))
+    for name in names:
+        if not HOST_NAME.fullmatch(name):
+            raise ValueError(f"has {name!r}, which is no host's name or address (without a port, IPv6 in brackets)")
+    return names
+
+
+def peers(value: str) -> tuple[str, ...]:
+    """IP addresses in their one form, and UNIX_PEER, separated by commas."""
+    names = []
+    for name in (name.strip() for name in value.split(",")):
+        try:
+            names.append(name if name == UNIX_PEER else str(ipaddress.ip_address(name)))
+        except ValueError:
+            raise ValueError(f"has {name!r}, which is neither an IP address nor {UNIX_PEER}") from None
+    return tuple(names)
+
+
+def url_prefix(value: str) -> str:
+    """A path without a slash at its end; empty for `/`."""
+    prefix = value.rstrip("/")
+    if prefix and not URL_PREFIX.fullmatch(prefix):
+        raise ValueError("must be a path such as /agents, of letters, digits, '.', '_', '~' and '-'")
+    if prefix.split("/")[1:2] in (["api"], ["health"]):
+        raise ValueError("must not begin like the service's own paths, /api and /health")
+    return prefix
+
+
+def unix_socket(value: str) -> Path:
+    """The absolute path of a Unix socket, short enough for the system."""
+    path = file(value)
+    if len(os.fsencode(value)) > UNIX_PATH_BYTES:
+        raise ValueError(f"must have {UNIX_PATH_BYTES} bytes at most: the system takes no longer path of a socket")
+    return path
+
+
+def file_mode(value: str) -> int:
+    """Permission bits, written in octal."""
+    if not re.fullmatch(r"0?[67][0-7]{2}", value, re.ASCII):
+        raise ValueError("must be an octal mode that lets its owner in, such as 0600 or 0660")
+    return int(value, 8)
+
+
+def host_patterns(value: str) -> tuple[str, ...]:
+    """Hosts as ccm/webhook_urls.py matches them, separated by commas."""
+    return tuple(host_pattern(part) for part in value.split(","))
+
+
+def signing_secrets(value: str) -> tuple[bytes, ...]:
+    """The keys of secrets for webhooks, separated by blanks."""
+    lowest, highest = SECRET_BYTES
+    keys = []
+    for secret in value.split():
+        try:
+            key = base64.b64decode(secret.removeprefix(SECRET_PREFIX), validate=True)
+        except (binascii.Error, ValueError):
+            key = b""
+        if not secret.startswith(SECRET_PREFIX) or not lowest <= len(key) <= highest:
+            raise ValueError(
+                f"must be {SECRET_PREFIX} and {lowest} to {highest} random bytes in base64, such as "
+                f'"{SECRET_PREFIX}$(openssl rand -base64 32)"; several for a rotation, separated by blanks'
+            )
+        keys.append(key)
+    return tuple(keys)
+
+
+def database_url(value: str) -> str:
+    """The URL of a PostgreSQL database, its scheme in the form that SQLAlchemy takes."""
+    scheme, _, rest = value.partition("://")
+    if scheme not in ("postgresql", "postgres"):
+        raise ValueError("must begin with postgresql://; DATABASE_PATH names a SQLite file")
+    try:
+        urlsplit(value).port  # noqa: B018  # it looks whether it is one
+    except ValueError:
+        # Without their words, which show a part of it: that may be the password.
+        raise ValueError(
+            "must be postgresql://user:password@host:port/name, with what is special in the password written as in %40"
+        ) from None
+    return f"postgresql://{rest}"
+
+
+def directories(value: str) -> tuple[Path, ...]:
+    """Directories that exist, with links resolved, separated as in PATH."""
+    roots = []
+    for part in value.split(os.pathsep):
+        path = Path(part)
+        if not path.is_absolute() or not path.is_dir():
+            raise ValueError(f"has {part!r}, which is not the absolute path of a directory")
+        roots.append(path.resolve())
+    return tuple(roots)
+
+
+def sqlite_path(value: str) -> Path:
+    """The path of a SQLite file."""
+    if "?" in value:
+        raise ValueError("must not contain a question mark, which would begin the options of a database's URL")
+    return Path(value)
+
+
+def file(value: str) -> Path:
+    """An absolute path."""
+    path = Path(value)
+    if not path.is_absolute():
+        raise ValueError("must be an absolute path")
+    return path

@@ -1,0 +1,101 @@
+"""What the model answers, as the Messages API puts it: whole, or as the events that stream it.
+
+Events follow https://docs.anthropic.com/en/docs/build-with-claude/streaming.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from ccm.testing.script import Directive
+
+STRUCTURED_OUTPUT_TOOL = "StructuredOutput"
+
+
+class Answer:
+    """One answer of the model, as a whole and as the events that stream it."""
+
+    def __init__(self, request: dict[str, Any], step: list[Directive]) -> None:
+        self._model = request.get("model", "stand-in")
+        self._id = f"msg_{uuid.uuid4().hex[:24]}"
+        self._input_tokens = len(json.dumps(request["messages"])) // 4
+        self.pause = 0.0
+        self.stalls = step[0].name == "stall"
+        # A block is its kind, its start, and the pieces that make it up.
+        self._blocks: list[tuple[dict[str, Any], list[str]]] = [self._block(directive) for directive in step]
+
+    def _block(self, directive: Directive) -> tuple[dict[str, Any], list[str]]:
+        argument = directive.argument
+        if directive.name in ("tool", "json"):
+            if directive.name == "json":
+                name, tool_input = STRUCTURED_OUTPUT_TOOL, argument
+            else:
+                name, _, tool_input = argument.partition(" ")
+            start = {"type": "tool_use", "id": f"toolu_{uuid.uuid4().hex[:24]}", "name": name, "input": {}}
+            return start, [tool_input or "{}"]
+        return {"type": "text", "text": ""}, self._pieces(directive)
+
+    def _pieces(self, directive: Directive) -> list[str]:
+        argument = directive.argument
+        if directive.name == "chunks":
+            return [f"{number} " for number in range(int(argument))]
+        if directive.name == "slow":
+            count, _, seconds = argument.partition(" ")
+            self.pause = float(seconds or 0.1)
+            return [f"piece {number} " for number in range(int(count))]
+        if directive.name == "huge":
+            return ["x" * int(argument)]
+        if directive.name == "stall":
+            return ["And then", " nothing."]
+        return [argument or "Done."]
+
+    @property
+    def _stop_reason(self) -> str:
+        return "tool_use" if any(start["type"] == "tool_use" for start, _ in self._blocks) else "end_turn"
+
+    @property
+    def _output_tokens(self) -> int:
+        return sum(max(1, len(piece) // 4) for _, pieces in self._blocks for piece in pieces)
+
+    def whole(self) -> dict[str, Any]:
+        content = [
+            {**start, "text": "".join(pieces)}
+            if start["type"] == "text"
+            else {**start, "input": json.loads("".join(pieces))}
+            for start, pieces in self._blocks
+        ]
+        return {**self._envelope(), "content": content, "stop_reason": self._stop_reason}
+
+    def _envelope(self) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "type": "message",
+            "role": "assistant",
+            "model": self._model,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": {"input_tokens": self._input_tokens, "output_tokens": self._output_tokens},
+        }
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        yield {"type": "message_start", "message": self._envelope()}
+        for index, (start, pieces) in enumerate(self._blocks):
+            yield {"type": "content_block_start", "index": index, "content_block": start}
+            for piece in pieces:
+                delta = (
+                    {"type": "text_delta", "text": piece}
+                    if start["type"] == "text"
+                    else {"type": "input_json_delta", "partial_json": piece}
+                )
+                yield {"type": "content_block_delta", "index": index, "delta": delta}
+            yield {"type": "content_block_stop", "index": index}
+        yield {
+            "type": "message_delta",
+            "delta": {"stop_reason": self._stop_reason, "stop_sequence": None},
+            "usage": {"output_tokens": self._output_tokens},
+        }
+        yield {"type": "message_stop"}

@@ -1,0 +1,176 @@
+"""A stand-in for the Messages API, so that the real Claude Code CLI runs whole without a credential.
+
+It listens on loopback, streams the events that the real API streams, and is scripted by the prompt: script.py has the
+directives, answer.py what the model answers.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from ccm.testing.answer import Answer
+from ccm.testing.script import Directive, closing_words, current_turn, parse_script, prompt_of
+
+ERROR_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    529: "overloaded_error",
+}
+
+
+class MessagesAPI:
+    """The stand-in as a server of its own thread; a context manager.
+
+    `requests` holds the body of every `POST /v1/messages`, so that a test can see what the model was sent.
+    """
+
+    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.stopping = threading.Event()
+        self._failures: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._server = _Server((host, port), self)
+        self._thread = threading.Thread(target=self._server.serve_forever, name="messages-api", daemon=True)
+
+    @property
+    def url(self) -> str:
+        """What `ANTHROPIC_BASE_URL` is to be."""
+        host, port = self._server.server_address[:2]
+        return f"http://{host!s}:{port}"
+
+    def start(self) -> MessagesAPI:
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        self.stopping.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def __enter__(self) -> MessagesAPI:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def prompts(self, request: dict[str, Any]) -> list[str]:
+        """The user's prompts in a recorded request, the oldest first."""
+        prompts = [prompt_of(message["content"]) for message in request["messages"] if message["role"] == "user"]
+        return [prompt for prompt in prompts if prompt]
+
+    def record(self, request: dict[str, Any]) -> None:
+        with self._lock:
+            self.requests.append(request)
+
+    def count_failure(self, prompt: str) -> int:
+        """How often this prompt has been failed, this time included."""
+        with self._lock:
+            self._failures[prompt] = self._failures.get(prompt, 0) + 1
+            return self._failures[prompt]
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, address: tuple[str, int], api: MessagesAPI) -> None:
+        super().__init__(address, _Handler)
+        self.api = api
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that goes away in mid-answer is what `cancel` looks like from here: no trace for that."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Silent: the demo prints its own story."""
+
+    def do_HEAD(self) -> None:
+        self._send_json(200, {})
+
+    def do_GET(self) -> None:
+        self._send_json(404, _error(404, "the stand-in knows POST /v1/messages only"))
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
+        path = self.path.partition("?")[0]
+        if path == "/v1/messages/count_tokens":
+            self._send_json(200, {"input_tokens": len(json.dumps(body)) // 4})
+        elif path == "/v1/messages":
+            self.server.api.record(body)
+            self._answer(body)
+        else:
+            self._send_json(404, _error(404, f"the stand-in has no {path}"))
+
+    def _answer(self, body: dict[str, Any]) -> None:
+        prompt, answers = current_turn(body["messages"])
+        script = parse_script(prompt)
+        step = script[answers] if answers < len(script) else [Directive("text", closing_words(prompt, script))]
+        first = step[0]
+        if first.name == "status":
+            code, _, times = first.argument.partition(" ")
+            if not times or self.server.api.count_failure(prompt) <= int(times):
+                self._send_json(int(code), _error(int(code), f"the stand-in was told to answer {code}"))
+                return
+            remaining = script[answers + 1 :]
+            step = remaining[0] if remaining else [Directive("text", "It worked after all.")]
+        if first.name == "hang":
+            self._wait_for_client_to_leave()
+            return
+        answer = Answer(body, step)
+        if body.get("stream"):
+            self._stream(answer)
+        else:
+            self._send_json(200, answer.whole())
+
+    def _stream(self, answer: Answer) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for event in answer.events():
+            data = f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode()
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+            if answer.stalls and event["type"] == "content_block_delta":
+                self.wfile.flush()
+                self._wait_for_client_to_leave()
+                return
+            if answer.pause and event["type"] == "content_block_delta" and self.server.api.stopping.wait(answer.pause):
+                return
+        self.wfile.write(b"0\r\n\r\n")
+
+    def _wait_for_client_to_leave(self) -> None:
+        self.connection.settimeout(0.2)
+        while not self.server.api.stopping.is_set():
+            try:
+                if not self.connection.recv(1024):
+                    break
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+        self.close_connection = True
+
+    def _send_json(self, status: int, body: dict[str, Any]) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+
+def _error(status: int, message: str) -> dict[str, Any]:
+    return {"type": "error", "error": {"type": ERROR_TYPES.get(status, "api_error"), "message": message}}

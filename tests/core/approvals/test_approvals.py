@@ -1,0 +1,234 @@
+"""Asking and answering as storage fails, and what is told of it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from claude_agent_sdk import ToolPermissionContext
+
+from ccm.core.approvals.requests import Approvals
+from ccm.core.approvals.transitions import ApprovalTransitions
+from ccm.core.lookup import find_run
+from ccm.core.storage.notifier import APPROVALS, EVENTS, Notifier
+from ccm.core.storage.writer import Writer
+from ccm.core.webhooks.outbox import Outbox
+from ccm.db import runs, sessions
+from ccm.db.driver.database import Database
+from ccm.db.driver.migrate import migrate
+from ccm.errors import ApprovalResolved, NotFound
+from ccm.models import Answer, Question, timestamp
+
+SOON = 30.0
+QUESTION = Question("Bash", "toolu_1", {"command": "make"})
+
+
+class Desk:
+    """A run that asks, in a loop of its own, and whoever answers."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.notifier = Notifier()
+        self.writer = Writer(database, self.notifier, 2**20, lambda _run, _error: None)
+        transitions = ApprovalTransitions(Outbox(service=False), 8)
+        self.approvals = Approvals(self.writer, self.notifier, transitions, workers=8, timeout=60)
+        with database.transaction() as transaction:
+            now = timestamp()
+            session = {"id": "s", "cwd": "/", "metadataJson": "{}", "firstRunAt": now, "lastRunAt": now}
+            sessions.insert(transaction, session | {"lastRunSeq": 1})
+            row = {"id": "r", "seq": 1, "cwd": "/", "sessionId": "s", "sdkSessionId": "s", "mode": "fresh"}
+            row |= {"status": "running", "prompt": "", "optionsJson": "{}", "imageCount": 0, "createdAt": now}
+            runs.insert(transaction, row | {"approvals": 1}, None)
+            self.run = find_run(transaction, "r")
+        self.ticks = 0
+        self._take_back = threading.Event()
+        self._pool = ThreadPoolExecutor(1)
+        self.writer.start()
+
+    def ask(self) -> Future[Answer]:
+        return self._pool.submit(lambda: asyncio.run(self._ask()))
+
+    async def _ask(self) -> Answer:
+        asking = asyncio.create_task(self.approvals.ask(self.run, QUESTION))
+        while not asking.done():
+            await asyncio.sleep(0.01)
+            self.ticks += 1
+            if self._take_back.is_set():
+                asking.cancel()
+        return await asking
+
+    def take_back(self) -> None:
+        self._take_back.set()
+
+    def close(self) -> None:
+        self.take_back()  # or a test that fails would wait for its answer for ever
+        self.writer.stop(time.monotonic() + SOON)
+        self._pool.shutdown()
+
+
+@pytest.fixture
+def desk(writable: Database) -> Iterator[Desk]:
+    desk = Desk(writable)
+    yield desk
+    desk.close()
+
+
+def until(condition: Any) -> Any:
+    deadline = time.monotonic() + SOON
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return found
+
+
+def stored(reader: Database) -> list[tuple[str, str]]:
+    return [(row["id"], row["status"]) for row in reader.rows("SELECT id, status FROM ccr_approvals ORDER BY seq")]
+
+
+def told(reader: Database) -> list[tuple[str, str, int]]:
+    """The kinds of the events, with the approval's status and how many the run waits for."""
+    events = [json.loads(row["eventJson"]) for row in reader.rows('SELECT "eventJson" FROM ccr_events ORDER BY id')]
+    return [
+        (event["type"], event["data"]["approval"]["status"], event["data"]["run"]["pendingApprovals"])
+        for event in events
+    ]
+
+
+def test_each_change_is_told_with_the_state_that_it_tells_of(desk: Desk, reader: Database) -> None:
+    with desk.notifier.subscribe(APPROVALS) as asked:
+        waiting = desk.ask()
+        assert asked.wait(SOON)
+    ((approval_id, status),) = stored(reader)
+    assert [status, told(reader)] == ["pending", [("approval.requested", "pending", 1)]]
+
+    with ExitStack() as stack:
+        rung = [stack.enter_context(desk.notifier.subscribe(key)) for key in ("r", "s", EVENTS, APPROVALS)]
+        desk.approvals.answer(approval_id, Answer(allow=True), "alice")
+        assert all(bell.wait(SOON) for bell in rung)
+    assert waiting.result(SOON) == Answer(allow=True)
+    assert told(reader)[1:] == [("approval.resolved", "allowed", 0)]
+
+
+def test_the_first_answer_is_what_claude_code_is_told(desk: Desk, reader: Database) -> None:
+    waiting = desk.ask()
+    ((approval_id, _),) = until(lambda: stored(reader))
+    first = Answer(allow=False, message="No.", interrupt=True)
+    desk.approvals.answer(approval_id, first, None)
+
+    with pytest.raises(ApprovalResolved) as refused:
+        desk.approvals.answer(approval_id, Answer(allow=True), None)
+    assert refused.value.approval["message"] == "No."
+    assert waiting.result(SOON) == first
+    assert desk.approvals._waiters == {}
+
+
+def test_what_is_taken_back_has_expired(desk: Desk, reader: Database) -> None:
+    waiting = desk.ask()
+    until(lambda: stored(reader))
+    desk.take_back()
+
+    with pytest.raises(asyncio.CancelledError):
+        waiting.result(SOON)
+    until(lambda: [status for _, status in stored(reader)] == ["expired"])
+    assert told(reader)[-1] == ("approval.resolved", "expired", 0)
+    assert desk.approvals._waiters == {}
+
+
+def test_what_cannot_be_stored_is_denied_and_said_in_the_log(
+    desk: Desk, reader: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    with desk.database.transaction() as transaction:
+        transaction.execute("UPDATE ccr_runs SET status = 'error'")
+    answer = desk.ask().result(SOON)
+
+    assert answer.allow is False
+    assert "could not store the question" in str(answer.message)
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert [stored(reader), told(reader)] == [[], []]
+
+
+def test_nothing_is_asked_any_more_once_the_recorder_has_stopped(desk: Desk) -> None:
+    desk.writer.stop(time.monotonic() + SOON)
+    assert desk.ask().result(SOON).allow is False
+
+
+def test_the_sdk_tells_of_a_question_no_more_than_is_stored() -> None:
+    told = {field.name for field in dataclasses.fields(ToolPermissionContext)} - {"signal"}
+    assert told | {"tool_name", "input"} == {field.name for field in dataclasses.fields(Question)}
+
+
+def test_an_answer_to_nothing_is_refused(desk: Desk) -> None:
+    with pytest.raises(NotFound, match="There is no approval x"):
+        desk.approvals.answer("x", Answer(allow=True), None)
+
+
+@pytest.mark.parametrize("taken_back", [False, True])
+def test_a_locked_database_only_makes_the_question_wait(tmp_path: Path, taken_back: bool) -> None:
+    url = f"sqlite:///{tmp_path}/db.sqlite"
+    with ExitStack() as stack:
+        database = stack.enter_context(closing(Database(url, writable=True, pool_size=1)))
+        reader = stack.enter_context(closing(Database(url)))
+        migrate(database)
+        desk = stack.enter_context(closing(Desk(database)))
+        with closing(sqlite3.connect(tmp_path / "db.sqlite", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            waiting = desk.ask()
+            until(lambda: desk.writer.last_error)
+            before = desk.ticks
+            until(lambda: desk.ticks > before + 5)  # its loop goes on
+            if taken_back:
+                desk.take_back()
+                with pytest.raises(asyncio.CancelledError):
+                    waiting.result(SOON)
+            assert stored(reader) == []
+        if taken_back:
+            desk.writer.submit(lambda _: None).future.result(SOON)
+            assert [status for _, status in stored(reader)] == ["expired"]
+        else:
+            ((approval_id, _),) = until(lambda: stored(reader))
+            desk.approvals.answer(approval_id, Answer(allow=True), None)
+            assert waiting.result(SOON) == Answer(allow=True)
+
+
+def test_after_an_uncertain_commit_nothing_is_asked_twice_and_who_was_first_is_told_so(postgresql: str) -> None:
+    with psycopg.connect(f"{postgresql}/postgres", autocommit=True) as admin:
+        admin.execute("CREATE DATABASE uncertain_approvals")
+    url = f"{postgresql}/uncertain_approvals"
+    with ExitStack() as stack:
+        database = stack.enter_context(closing(Database(url, writable=True, pool_size=1)))
+        reader = stack.enter_context(closing(Database(url)))
+        migrate(database)
+        desk = stack.enter_context(closing(Desk(database)))
+        original = database._database.commit
+        lost: list[int] = []
+
+        def commit_and_lose_the_answer() -> None:
+            original()
+            if len(lost) % 2 == 0:
+                lost.append(1)
+                raise psycopg.OperationalError("the connection was lost in COMMIT")
+            lost.append(0)
+
+        database._database.commit = commit_and_lose_the_answer  # type: ignore[method-assign]
+        waiting = desk.ask()
+        ((approval_id, _),) = until(lambda: stored(reader))
+        answer = Answer(allow=True, updated_input={"command": "true"})
+        assert desk.approvals.answer(approval_id, answer, "alice").decided_by == "alice"
+        with pytest.raises(ApprovalResolved):
+            desk.approvals.answer(approval_id, answer, "bob")
+
+        assert waiting.result(SOON) == answer
+        assert sum(lost) >= 2
+        assert [status for _, status in stored(reader)] == ["allowed"]
+        assert [kind for kind, _, _ in told(reader)] == ["approval.requested", "approval.resolved"]

@@ -1,0 +1,53 @@
+"""What the tests of export, import and prune share: the commands, and a database with a history to call them on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ccm.db.driver.database import Database, Transaction
+from ccm.db.driver.migrate import migrate
+from tests.core.archive.history import fill
+from tests.flask_commands import Flask
+
+
+class LendingWriter(Database):
+    """A writer that gives the right to write back after each transaction: the commands under test take it too."""
+
+    @contextmanager
+    def transaction(self, uncertain: bool = False) -> Iterator[Transaction]:
+        with super().transaction(uncertain) as transaction:
+            yield transaction
+        engine = self._database.engine
+        assert engine is not None
+        engine.dispose()
+
+
+@pytest.fixture
+def writable(database_url: str) -> Iterator[Database]:
+    """The one writer of a database with the schema in place, except while a command is at work."""
+    database = LendingWriter(database_url, writable=True, pool_size=1)
+    migrate(database)
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def filled(writable: Database, database_url: str) -> str:
+    """The URL of a database with the history of tests/core/archive/history.py."""
+    fill(writable)
+    return database_url
+
+
+@pytest.fixture
+def flask(home: Path) -> Flask:
+    return Flask(home)
+
+
+def of_type(lines: list[dict[str, Any]], *types: str) -> list[dict[str, Any]]:
+    """Those lines of an export that are of some types."""
+    return [line for line in lines if line["type"] in types]

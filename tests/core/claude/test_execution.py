@@ -1,0 +1,732 @@
+"""One execution, with a CLI that says just what a test has it say, and the contract with the SDK's insides."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from claude_agent_sdk import ClaudeAgentOptions, ClaudeSDKClient
+from claude_agent_sdk._internal.query import Query
+from claude_agent_sdk._internal.transport.subprocess_cli import SubprocessCLITransport
+
+from ccm.core.claude.execution import Execution, _first
+from ccm.core.claude.processes import end_marked, marked
+from ccm.core.claude.run_context import CLIConfig, RunContext
+from ccm.core.policy.ceilings import Ceilings
+from ccm.core.transcripts.store import Mirror
+from ccm.models import Outcome
+from tests.conftest import stand_in_cli
+
+SOON = 30.0
+# What the stand-in says when its input is closed, with the run over.
+LATE = "said late"
+
+
+class SlowMirror(Mirror):
+    """Takes its time for what comes late."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._under_way = 0
+
+    async def append(self, _key: Mapping[str, str], entries: Sequence[Mapping[str, Any]]) -> None:
+        if LATE in str(entries):
+            self._under_way += 1
+            await asyncio.sleep(self._seconds)
+            self._under_way -= 1
+
+
+class Run:
+    """One execution in a thread of its own, with what it recorded."""
+
+    def __init__(
+        self,
+        folder: Path,
+        script: object,
+        environ: dict[str, str] | None = None,
+        mirror: Mirror | None = None,
+        timeout_ms: int | None = None,
+        **claude: Any,
+    ) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self.gate: asyncio.Event | None = None
+        # How long the record of what comes late takes.
+        self.late_seconds = 0.0
+        self.run_id = str(uuid.uuid4())
+        prompt = script if isinstance(script, str) else json.dumps(script)
+        environ = {"PATH": os.environ["PATH"], "HOME": str(folder), **(environ or {})}
+        settings: dict[str, Any] = {
+            "cli_path": stand_in_cli(folder),
+            "permission_mode": "default",
+            "setting_sources": (),
+            "max_message_bytes": 2**20,
+        }
+        context = RunContext(
+            run_id=self.run_id,
+            sdk_session_id=str(uuid.uuid4()),
+            cwd=str(folder),
+            prompt=prompt,
+            images=(),
+            options={},
+            timeout_ms=timeout_ms,
+        )
+        self.execution = Execution(context, CLIConfig(**settings | claude), environ, self._record, mirror)
+        self.outcome: Outcome | None = None
+        self._thread = threading.Thread(target=self._run)
+
+    async def _record(self, message: dict[str, Any]) -> int:
+        self.messages.append(message)
+        index = len(self.messages) - 1
+        if self.late_seconds and LATE in str(message):
+            await asyncio.sleep(self.late_seconds)
+        if self.gate is not None:
+            await self.gate.wait()
+        return index
+
+    def _run(self) -> None:
+        self.outcome = self.execution.run()
+
+    def start(self) -> Run:
+        self._thread.start()
+        return self
+
+    def end(self, left: Sequence[str] = ()) -> Outcome:
+        """
+        Args:
+            left: the commands of the processes that it is to leave behind; they are ended then.
+        """
+        if not self._thread.ident:
+            self.start()
+        self._thread.join(SOON)
+        assert self.outcome is not None, "it did not end"
+        pids = marked(self.run_id)
+        commands = [Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " ").strip() for pid in pids]
+        end_marked(self.run_id)
+        assert commands == list(left), "it left other processes behind"
+        return self.outcome
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The SDK passes on this process's own environment."""
+    for name in os.environ:
+        if name.startswith(("CLAUDE", "ANTHROPIC", "CCM_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + SOON
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def is_there(run: Run) -> bool:
+    """Whether the CLI of a run lives."""
+    for pid in marked(run.run_id):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if b"stand_in_cli" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return True
+    return False
+
+
+def tell(run: Run, **fields: Any) -> tuple[str, str]:
+    outcome = run.end()
+    return outcome.status, str(outcome.error_code)
+
+
+# ---- what is recorded
+
+
+def test_messages_of_every_kind_are_recorded_as_they_came(tmp_path: Path) -> None:
+    said: list[dict[str, Any]] = [
+        {"type": "tomorrow's type", "payload": [1, 2.5, None, {"deep": "\ud800\0\U0001f600"}]},
+        {"type": "system", "subtype": "unheard of", "big": 12345678901234567890},
+        {"no": "type at all"},
+        {"type": "assistant", "message": {"role": "assistant", "content": "not even a list"}},
+    ]
+    run = Run(tmp_path, {"messages": said})
+
+    assert run.end().status == "completed"
+    assert run.messages[:-1] == said
+    assert run.messages[-1]["type"] == "result"
+
+
+def test_what_the_cli_says_before_the_first_prompt_is_recorded_first(tmp_path: Path) -> None:
+    early = tmp_path / "early"
+    early.write_text(
+        f'#!/bin/sh\nread line\nprintf \'%s\\n\' \'{{"type": "system", "subtype": "hook_started"}}\'\n'
+        f'printf "%s\\n" "$line" | sed \'s/.*"request_id": "\\([^"]*\\)".*/'
+        '{"type": "control_response", "response": {"subtype": "success", "request_id": "\\1", "response": {}}}/\'\n'
+        f'exec {stand_in_cli(tmp_path)} "$@"\n'
+    )
+    early.chmod(0o755)
+    run = Run(tmp_path, {"count": 1}, cli_path=early)
+
+    assert run.end().status == "completed"
+    assert [message.get("subtype") or message["type"] for message in run.messages] == [
+        "hook_started",
+        "assistant",
+        "success",
+    ]
+
+
+def test_the_session_states_are_acted_on_and_not_recorded(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"count": 1})
+    run.end()
+
+    assert [message["type"] for message in run.messages] == ["assistant", "result"]
+
+
+def test_a_cli_that_tells_no_states_ends_with_its_result(tmp_path: Path) -> None:
+    assert tell(Run(tmp_path, {"states": False, "count": 1})) == ("completed", "None")
+
+
+def test_several_results_count_together_and_the_last_is_the_runs(tmp_path: Path) -> None:
+    first = {"type": "result", "is_error": False, "model_usage_since_last_result": {"m": {"costUSD": 0.5}}}
+    outcome = Run(tmp_path, {"messages": [first], "result": {"result": "The second."}}).end()
+
+    assert outcome.result is not None
+    assert outcome.result["result"] == "The second."
+    assert outcome.cost_usd == 0.75
+
+
+def test_is_error_decides_and_not_the_subtype(tmp_path: Path) -> None:
+    result = {"is_error": True, "subtype": "success", "api_error_status": 529, "result": "Overloaded."}
+    outcome = Run(tmp_path, {"result": result}).end()
+
+    assert (outcome.status, outcome.error_code, outcome.error_message) == ("error", "API_ERROR", "Overloaded.")
+
+
+# ---- how it fails
+
+
+def test_a_crash_tells_the_exit_code_and_what_was_said_on_stderr(tmp_path: Path) -> None:
+    outcome = Run(tmp_path, {"count": 1, "stderr": "out of luck", "exit": 7}).end()
+
+    assert (outcome.status, outcome.error_code) == ("error", "CLI_CRASHED")
+    assert outcome.error_message == "Claude Code ended with exit code 7.\nout of luck"
+
+
+def test_an_end_without_a_result_is_a_crash(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"count": 1, "exit": 0})
+    assert tell(run) == ("error", "CLI_CRASHED")
+    assert len(run.messages) == 1
+
+
+def test_a_killed_cli_is_a_crash_and_its_tool_is_ended(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"hold": True, "count": 1, "tool": 300}).start()
+    until(lambda: run.messages and len(marked(run.run_id)) == 2)
+    claude = next(pid for pid in marked(run.run_id) if b"stand_in_cli" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    begun = time.monotonic()
+    os.kill(claude, signal.SIGKILL)
+
+    assert tell(run) == ("error", "CLI_CRASHED")
+    assert time.monotonic() - begun < 1
+
+
+def test_a_message_over_the_limit_ends_the_run(tmp_path: Path) -> None:
+    outcome = Run(tmp_path, {"count": 1, "pad": 200_000}, max_message_bytes=100_000).end()
+
+    assert (outcome.status, outcome.error_code) == ("error", "MESSAGE_TOO_LARGE")
+    assert "CCM_MAX_MESSAGE_BYTES" in str(outcome.error_message)
+
+
+def test_a_line_that_is_no_json_ends_the_run(tmp_path: Path) -> None:
+    assert tell(Run(tmp_path, {"raw": '{"type": "assist'})) == ("error", "CLI_CRASHED")
+
+
+def test_noise_between_the_messages_is_passed_over(tmp_path: Path) -> None:
+    assert tell(Run(tmp_path, {"raw": "[SandboxDebug] hello"})) == ("completed", "None")
+
+
+def test_a_cli_that_is_not_there_or_not_a_program(tmp_path: Path) -> None:
+    assert tell(Run(tmp_path, "x", cli_path=tmp_path / "none")) == ("error", "CLI_NOT_FOUND")
+    (tmp_path / "text").write_text("no program")
+    assert tell(Run(tmp_path, "x", cli_path=tmp_path / "text")) == ("error", "CLI_NOT_FOUND")
+
+
+def test_a_second_refusal_of_the_login_ends_the_run(tmp_path: Path) -> None:
+    refusal = {"type": "system", "subtype": "api_retry", "error_status": 401}
+    outcome = Run(tmp_path, {"messages": [refusal, refusal], "hold": True}).end()
+
+    assert (outcome.status, outcome.error_code) == ("error", "AUTHENTICATION_FAILED")
+
+
+@pytest.mark.parametrize("good", [{"type": "assistant"}, {"type": "stream_event", "event": {"type": "message_start"}}])
+def test_a_login_that_was_refreshed_between_two_refusals_is_none_to_end_a_run(
+    tmp_path: Path, good: dict[str, Any]
+) -> None:
+    refusal = {"type": "system", "subtype": "api_retry", "error_status": 401}
+    outcome = Run(tmp_path, {"messages": [refusal, good, refusal, good]}).end()
+
+    assert (outcome.status, outcome.error_code) == ("completed", None)
+
+
+def test_an_answer_that_is_an_error_does_not_make_a_refused_login_good(tmp_path: Path) -> None:
+    refusal = {"type": "system", "subtype": "api_retry", "error_status": 401}
+    bad = {"type": "assistant", "error": "authentication_failed"}
+    outcome = Run(tmp_path, {"messages": [refusal, bad, refusal], "hold": True}).end()
+
+    assert (outcome.status, outcome.error_code) == ("error", "AUTHENTICATION_FAILED")
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "Not logged in \N{MIDDLE DOT} Please run /login",
+            "Not logged in \N{MIDDLE DOT} Please run /login. Claude Code has",
+        ),
+        ("Invalid API key.", "Invalid API key. Claude Code has"),
+    ],
+)
+def test_a_refused_login_is_told_in_sentences(tmp_path: Path, said: str, told: str) -> None:
+    result = {"is_error": True, "api_error_status": 401, "result": said}
+    outcome = Run(tmp_path, {"result": result}).end()
+
+    assert str(outcome.error_message).startswith(told)
+
+
+@pytest.mark.parametrize(("error", "told"), [("", "no reason is given"), ("the disk is full", "the disk is full")])
+def test_a_fault_of_the_mirror_is_told_to_the_operator_and_is_no_message_of_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: str, told: str
+) -> None:
+    said = {"type": "system", "subtype": "mirror_error", "error": error}
+    run = Run(tmp_path, {"messages": [said], "count": 1})
+    run.end()
+
+    assert [message["type"] for message in run.messages] == ["assistant", "result"]
+    assert f"could not be mirrored: {told}" in caplog.text
+
+
+def test_a_cli_that_exits_before_it_has_answered_is_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ccm.core.claude.execution.CLOSE_TIMEOUT", 0.2)
+    program = tmp_path / "exits"
+    program.write_text("#!/bin/sh\nread line\nexit 0\n")
+    program.chmod(0o755)
+
+    assert tell(Run(tmp_path, "x", cli_path=program)) == ("error", "CLI_CRASHED")
+
+
+# A process without the run's mark, which goes on where Claude Code has ended.
+FLOOD = """#!/bin/sh
+(env -i setsid {python} -I -S -c '
+import json, os, sys
+while os.path.exists("/proc/" + sys.argv[1]): pass
+line = json.dumps({{"type": "assistant", "text": "x" * 50000}}) + chr(10)
+while True: print(line, end="", flush=True)
+' $$ 2>/dev/null &)
+exec {stand_in} "$@"
+"""
+
+
+def test_who_goes_on_writing_to_the_output_of_a_cli_that_has_gone_does_not_keep_the_run(tmp_path: Path) -> None:
+    program = tmp_path / "flooded"
+    program.write_text(FLOOD.format(python=sys.executable, stand_in=stand_in_cli(tmp_path)))
+    program.chmod(0o755)
+    run = Run(tmp_path, "hello", cli_path=program)
+    outcome = run.end()
+
+    assert outcome.status == "completed"
+    assert sum(len(str(message)) for message in run.messages) < 10 * 2**20
+
+
+def test_a_fifo_in_place_of_what_is_said_on_stderr_is_not_waited_for(tmp_path: Path) -> None:
+    program = tmp_path / "fifo"
+    program.write_text(
+        f'#!/bin/sh\nfile=$(readlink /proc/self/fd/2)\nrm "$file"\nmkfifo "$file"\nexec {stand_in_cli(tmp_path)} "$@"\n'
+    )
+    program.chmod(0o755)
+
+    assert tell(Run(tmp_path, "hello", cli_path=program)) == ("completed", "None")
+
+
+# ---- parts of it that fail
+
+
+class BrokenError(Exception):
+    """No exception that any code of ours knows."""
+
+
+def broken(*_: object, **__: object) -> None:
+    raise BrokenError("broken")
+
+
+@pytest.mark.parametrize("part", ["_see_it_end", "_notice_exit", "_keep_time", "_write", "_free_output"])
+def test_a_part_that_fails_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    monkeypatch.setattr(Execution, part, broken)
+    run = Run(tmp_path, {"count": 1, "hold": True, "ignore_interrupt": True, "tool": 300}).start()
+    if part == "_free_output":
+        until(lambda: run.messages)
+        run.execution.cancel()
+    outcome = run.end()
+
+    assert (outcome.status, outcome.error_code) in (("error", "EXECUTION_ERROR"), ("cancelled", None))
+
+
+def test_a_client_that_cannot_be_let_go_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disconnect = ClaudeSDKClient.disconnect
+
+    async def disconnect_and_fail(client: ClaudeSDKClient) -> None:
+        await disconnect(client)  # or the SDK's own streams would be left open
+        raise BrokenError
+
+    monkeypatch.setattr(ClaudeSDKClient, "disconnect", disconnect_and_fail)
+    outcome = Run(tmp_path, {"count": 1, "server": 300}).end()
+
+    assert outcome.status == "completed"
+
+
+def test_a_stream_whose_end_the_sdk_does_not_tell_ends_with_the_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ccm.core.claude.sdk._Tap.close", lambda _tap: None)
+    monkeypatch.setattr("ccm.core.claude.execution.CLOSE_TIMEOUT", 0.05)
+    monkeypatch.setattr("ccm.core.claude.execution.TERMINATE_TIMEOUT", 0.05)
+    monkeypatch.setattr("ccm.core.claude.execution.SILENT_TIMEOUT", 0.2)
+    outcome = Run(tmp_path, {"count": 1}).end()
+
+    assert outcome.status == "completed"
+
+
+# ---- how it is stopped
+
+
+def test_a_cancel_before_the_start_lets_nothing_through(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"count": 1})
+    run.execution.cancel()
+
+    assert tell(run) == ("cancelled", "None")
+
+
+def test_an_interrupt_that_is_heard_ends_it_at_once(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"count": 1, "hold": True}).start()
+    until(lambda: run.messages)
+    run.execution.cancel()
+    outcome = run.end()
+
+    assert outcome.status == "cancelled"
+    assert outcome.result is not None
+    assert outcome.result["subtype"] == "error_during_execution"
+
+
+def test_a_cli_that_ignores_the_interrupt_is_terminated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ccm.core.claude.execution.INTERRUPT_TIMEOUT", 0.2)
+    run = Run(tmp_path, {"count": 1, "hold": True, "ignore_interrupt": True, "tool": 300}).start()
+    until(lambda: run.messages)
+    run.execution.cancel()
+
+    assert tell(run) == ("cancelled", "None")
+
+
+def test_a_cli_that_ignores_the_terminate_too_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ccm.core.claude.execution.INTERRUPT_TIMEOUT", 0.2)
+    monkeypatch.setattr("ccm.core.claude.execution.TERMINATE_TIMEOUT", 0.2)
+    stubborn = tmp_path / "stubborn"
+    stubborn.write_text(f'#!/bin/sh\ntrap "" TERM\nexec {stand_in_cli(tmp_path)} "$@"\n')
+    stubborn.chmod(0o755)
+    run = Run(tmp_path, {"count": 1, "hold": True, "ignore_interrupt": True}, cli_path=stubborn).start()
+    until(lambda: run.messages)
+    run.execution.cancel()
+
+    assert tell(run) == ("cancelled", "None")
+
+
+def test_a_cancel_under_back_pressure_ends_the_process_though_nothing_is_read(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"count": 1, "hold": True, "tool": 300})
+    run.gate = asyncio.Event()
+    run.start()
+    until(lambda: run.messages)
+    run.execution.cancel()
+    until(lambda: not is_there(run))
+
+    loop = run.execution._loop
+    assert loop is not None
+    loop.call_soon_threadsafe(run.gate.set)
+    assert tell(run) == ("cancelled", "None")
+
+
+def test_a_stop_for_a_reason_ends_with_that_reason(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"count": 1, "hold": True}).start()
+    until(lambda: run.messages)
+    run.execution.fail("INTERRUPTED", "The service was shut down.")
+    run.execution.cancel()
+    outcome = run.end()
+
+    assert (outcome.status, outcome.error_code, outcome.error_message) == (
+        "error",
+        "INTERRUPTED",
+        "The service was shut down.",
+    )
+
+
+# ---- what it leaves
+
+
+@pytest.mark.parametrize("slow", ["the mirror", "the record"])
+def test_what_a_run_that_ended_by_itself_left_stays_however_slow_storage_is(
+    slow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("EXIT_DELAY", "CLOSE_TIMEOUT", "TERMINATE_TIMEOUT"):
+        monkeypatch.setattr(f"ccm.core.claude.execution.{name}", 0.1)
+    seconds = 1.5
+    script = {"count": 1, "server": 300, "late": LATE}
+    if slow == "the mirror":
+        run = Run(tmp_path, script, mirror=SlowMirror(seconds))
+    else:
+        run = Run(tmp_path, script)
+        run.late_seconds = seconds
+    outcome = run.end(left=["sleep 300"])
+
+    assert outcome.status == "completed"
+    assert outcome.duration_ms is not None
+    assert outcome.duration_ms > seconds * 1000
+    assert run.execution.closed_by_itself
+
+
+def test_only_what_holds_the_output_of_an_ended_cli_open_is_ended_with_it(tmp_path: Path) -> None:
+    outcome = Run(tmp_path, {"count": 1, "tool": 301, "server": 300}).end(left=["sleep 300"])
+
+    assert outcome.status == "completed"
+    assert outcome.duration_ms is not None
+    assert outcome.duration_ms < 4_000
+
+
+def test_a_crash_ends_what_was_to_stay_too_while_storage_is_slow(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"count": 1, "server": 300, "exit": 7})
+    run.gate = asyncio.Event()
+    run.start()
+    until(lambda: run.messages and not marked(run.run_id))
+
+    loop = run.execution._loop
+    assert loop is not None
+    loop.call_soon_threadsafe(run.gate.set)
+    assert tell(run) == ("error", "CLI_CRASHED")
+
+
+# ---- how it runs out of time
+
+
+def test_a_run_over_its_time_is_interrupted_and_keeps_its_result(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"count": 1, "hold": True}, timeout_ms=3000)
+    outcome = run.end()
+
+    assert (outcome.status, outcome.error_code) == ("error", "TIMEOUT")
+    assert "longer than 3000 ms, which its request set as timeoutMs" in str(outcome.error_message)
+    assert [message["type"] for message in run.messages] == ["assistant", "result"]
+    assert outcome.result is not None
+    assert (outcome.result["subtype"], outcome.cost_usd) == ("error_during_execution", 0.25)
+    assert outcome.duration_ms is not None
+    assert outcome.duration_ms >= 2500
+
+
+@pytest.mark.parametrize("timeout_ms", [None, 60_000])
+def test_the_services_time_limit_holds_where_the_request_named_none_or_a_longer_one(
+    tmp_path: Path, timeout_ms: int | None
+) -> None:
+    run = Run(tmp_path, {"count": 1, "hold": True}, timeout_ms=timeout_ms, ceilings=Ceilings(run_timeout=1))
+    outcome = run.end()
+
+    assert (outcome.status, outcome.error_code) == ("error", "TIMEOUT")
+    assert "longer than 1 s, which CCM_RUN_TIMEOUT sets" in str(outcome.error_message)
+
+
+def test_a_run_that_is_quick_enough_does_not_notice_its_limit(tmp_path: Path) -> None:
+    assert tell(Run(tmp_path, {"count": 1}, timeout_ms=60_000)) == ("completed", "None")
+
+
+def time_runs_out_with(run: Run, *events: asyncio.Event) -> Run:
+    """Have a run's time be used up at the moment when one of its events is set."""
+    run.execution._clock.run_out = lambda: _first(*events)  # type: ignore[method-assign]
+    return run
+
+
+def test_no_time_left_at_the_start_ends_it_while_it_connects(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"count": 1, "hold": True}, timeout_ms=1)
+    until(lambda: run.execution._clock.left < 0)
+
+    assert tell(run) == ("error", "TIMEOUT")
+    assert run.messages == []
+
+
+def test_a_cli_that_never_answers_runs_out_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ccm.core.claude.execution.TERMINATE_TIMEOUT", 0.2)
+    mute = tmp_path / "mute"
+    mute.write_text('#!/bin/sh\ntrap "" TERM\nsleep 300 &\nwait\nsleep 300\n')
+    mute.chmod(0o755)
+
+    assert tell(Run(tmp_path, "x", cli_path=mute, timeout_ms=300)) == ("error", "TIMEOUT")
+
+
+def test_a_cli_that_ignores_everything_is_killed_when_its_time_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ccm.core.claude.execution.INTERRUPT_TIMEOUT", 0.2)
+    monkeypatch.setattr("ccm.core.claude.execution.TERMINATE_TIMEOUT", 0.2)
+    stubborn = tmp_path / "stubborn"
+    stubborn.write_text(f'#!/bin/sh\ntrap "" TERM\nexec {stand_in_cli(tmp_path)} "$@"\n')
+    stubborn.chmod(0o755)
+    script = {"count": 1, "hold": True, "ignore_interrupt": True, "tool": 300}
+
+    assert tell(Run(tmp_path, script, cli_path=stubborn, timeout_ms=1000)) == ("error", "TIMEOUT")
+
+
+def test_time_runs_out_under_back_pressure_too(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"count": 1, "hold": True, "tool": 300}, timeout_ms=3000)
+    run.gate = asyncio.Event()
+    run.start()
+    until(lambda: run.messages)
+    until(lambda: not is_there(run))
+
+    loop = run.execution._loop
+    assert loop is not None
+    loop.call_soon_threadsafe(run.gate.set)
+    assert tell(run) == ("error", "TIMEOUT")
+
+
+def test_a_cancel_before_the_time_is_up_counts(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"count": 1, "hold": True})
+    time_runs_out_with(run, run.execution._stop).start()
+    until(lambda: run.messages)
+    run.execution.cancel()
+
+    assert tell(run) == ("cancelled", "None")
+
+
+def test_a_cancel_after_the_time_is_up_comes_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ccm.core.claude.execution.INTERRUPT_TIMEOUT", 0.2)
+    run = Run(tmp_path, {"count": 1, "hold": True, "ignore_interrupt": True}, timeout_ms=500).start()
+    until(run.execution._stop.is_set)
+    run.execution.cancel()
+
+    assert tell(run) == ("error", "TIMEOUT")
+
+
+@pytest.mark.parametrize(
+    ("result", "end"),
+    [
+        ({}, ("completed", "None")),
+        ({"is_error": True, "subtype": "error_max_turns"}, ("error", "MAX_TURNS_REACHED")),
+    ],
+)
+def test_a_run_that_is_over_has_no_more_time_to_run_out_of(
+    tmp_path: Path, result: dict[str, object], end: tuple[str, str]
+) -> None:
+    run = Run(tmp_path, {"count": 1, "result": result})
+
+    assert tell(time_runs_out_with(run, run.execution._over)) == end
+
+
+def test_a_crash_before_the_time_is_up_is_told_as_the_crash(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"count": 1, "exit": 7})
+
+    assert tell(time_runs_out_with(run, run.execution._exited, run.execution._stream_ended)) == ("error", "CLI_CRASHED")
+
+
+# ---- what the agent's processes see
+
+
+def test_the_agent_sees_nothing_of_the_services_own_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = {"CCM_ALLOWED_ROOTS": "/", "DATABASE_URL": "postgresql://u:p@h/d", "PGPASSWORD": "p", "KEPT": "yes"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    shown = tmp_path / "shown"
+    spy = tmp_path / "spy"
+    spy.write_text(f'#!/bin/sh\nenv > {shown}\nexec {stand_in_cli(tmp_path)} "$@"\n')
+    spy.chmod(0o755)
+    run = Run(tmp_path, {"count": 1}, environ=secrets, cli_path=spy)
+    assert run.end().status == "completed"
+
+    environ = dict(line.split("=", 1) for line in shown.read_text().splitlines() if "=" in line)
+    assert environ["KEPT"] == "yes"
+    assert {name for name in environ if name.startswith(("CCM_", "PG", "DATABASE"))} == {"CCM_RUN_ID"}
+    assert environ["CCM_RUN_ID"] == run.run_id
+    assert not Path(environ["CLAUDE_CODE_TMPDIR"]).exists()
+
+
+def test_the_cli_is_in_a_session_of_its_own_and_dies_with_the_service(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"count": 1, "hold": True}).start()
+    until(lambda: run.messages)
+    (claude,) = marked(run.run_id)
+    assert os.getsid(claude) == claude
+    run.execution.cancel()
+    run.end()
+
+
+# ---- the contract with the SDK's insides
+
+
+def test_the_sdk_still_has_what_the_executor_reaches_into() -> None:
+    client = ClaudeSDKClient(ClaudeAgentOptions())
+    assert {"_query", "_transport"} <= set(vars(client))
+    query = Query(
+        transport=SubprocessCLITransport(prompt=_nothing(), options=ClaudeAgentOptions()), is_streaming_mode=True
+    )
+    assert isinstance(query._message_send, anyio.streams.memory.MemoryObjectSendStream)
+    assert isinstance(query._message_receive, anyio.streams.memory.MemoryObjectReceiveStream)
+    assert "_process" in vars(query.transport)
+    assert callable(query._send_control_request)
+    source = inspect.getsource(Query._read_messages)
+    # All that the reader does with the stream is what ccm.core.claude.sdk._Tap offers.
+    assert set(source.split("self._message_send.")[1:]) != set()
+    calls = {part.partition("(")[0] for part in source.split("self._message_send.")[1:]}
+    assert calls == {"send", "send_nowait", "close"}
+    query._message_send.close()
+    query._message_receive.close()
+
+
+async def _nothing() -> AsyncIterator[dict[str, Any]]:
+    nothing: tuple[dict[str, Any], ...] = ()
+    for message in nothing:
+        yield message
+
+
+# ---- schedules and inputs that have failed once
+
+
+def test_a_cancel_while_the_cli_never_answers_ends_its_children_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ccm.core.claude.execution.TERMINATE_TIMEOUT", 0.2)
+    mute = tmp_path / "mute"
+    mute.write_text("#!/bin/sh\nsleep 300 &\nwait\n")  # the child holds the output open
+    mute.chmod(0o755)
+    run = Run(tmp_path, "x", cli_path=mute).start()
+    until(lambda: len(marked(run.run_id)) == 2)
+    run.execution.cancel()
+
+    assert tell(run) == ("cancelled", "None")
+
+
+def test_bytes_on_stderr_that_are_no_text_do_not_hang_the_run(tmp_path: Path) -> None:
+    noisy = tmp_path / "noisy"
+    noisy.write_text(
+        f'#!/bin/sh\nprintf "\\377" >&2\nhead -c 300000 /dev/zero >&2\nexec {stand_in_cli(tmp_path)} "$@"\n'
+    )
+    noisy.chmod(0o755)
+
+    assert tell(Run(tmp_path, {"count": 1}, cli_path=noisy)) == ("completed", "None")
+
+
+@pytest.mark.parametrize("usage", [{"m": None}, {"m": {"costUSD": "free"}}, {"m": {"costUSD": 1e999}}, [1]])
+def test_an_odd_cost_does_not_spoil_a_good_result(tmp_path: Path, usage: object) -> None:
+    result = {"model_usage_since_last_result": usage, "total_cost_usd": None}
+    outcome = Run(tmp_path, {"result": result}).end()
+
+    assert outcome.status == "completed"
+    assert outcome.cost_usd in (None, 0.0)

@@ -1,0 +1,39 @@
+"""Starting Claude Code, and finding what a run has left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import uuid
+from pathlib import Path
+
+from ccm.core.claude.processes import RUN_MARK, end_marked, launch_environment, marked
+
+
+def test_marked_processes_are_found_and_ended_wherever_they_hide() -> None:
+    mine, other = str(uuid.uuid4()), str(uuid.uuid4())
+    hidden = subprocess.Popen(
+        ["sleep", "300"], env={RUN_MARK: mine, "PATH": os.environ["PATH"]}, start_new_session=True
+    )
+    spared = subprocess.Popen(["sleep", "300"], env={RUN_MARK: other, "PATH": os.environ["PATH"]})
+    try:
+        # Between fork and exec a child still shows its parent's environment.
+        while hidden.pid not in marked(mine) or spared.pid not in marked(other):
+            assert hidden.poll() is None
+        end_marked(mine)
+        assert marked(mine) == []
+        assert hidden.wait() == -9
+        assert marked(other) == [spared.pid]
+    finally:
+        for process in (hidden, spared):
+            process.kill()
+            process.wait()
+
+
+def test_what_is_hidden_from_the_agent() -> None:
+    environ = {"CCM_X": "1", "PGHOST": "h", "DATABASE_URL": "u", "PATH": "/bin", RUN_MARK: "outer", "CCM_BAD-NAME": "1"}
+    launch = launch_environment(Path("/claude"), "inner", environ, Path("/stderr"))
+
+    assert set(launch["CCM_HIDDEN"].split()) == {"CCM_X", "PGHOST", "DATABASE_URL"}
+    assert launch[RUN_MARK] == "inner"
+    assert launch["CCM_CLAUDE"] == "/claude"

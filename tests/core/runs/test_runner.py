@@ -1,0 +1,453 @@
+"""Every run ends, whatever is raised by anything: the faults that were met. tests/faults walks every boundary."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import dataset
+import psycopg
+import pytest
+
+from ccm.core.claude.reaper import Reaper
+from ccm.core.service import Service
+from ccm.core.webhooks.dispatcher import Dispatcher
+from ccm.demo.tour import ServiceProcess
+from ccm.models import Run, RunRequest
+from ccm.settings.settings import Settings
+from tests.client import Client
+from tests.conftest import ServeFunction, stand_in_cli
+from tests.disks import SmallDisk
+
+HOLD = json.dumps({"hold": True, "count": 1})
+# Root reads everything, unless it lacks these.
+WITHOUT_ROOTS_RIGHTS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
+
+
+@pytest.fixture
+def environ_in_process(tmp_path: Path) -> dict[str, str]:
+    return {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+
+
+@pytest.fixture
+def service_for(tmp_path: Path, environ_in_process: dict[str, str]) -> Iterator[Callable[..., Service]]:
+    """Makes services in this process, on one SQLite database unless a test says otherwise; closes them afterwards."""
+    services: list[Service] = []
+
+    def make(**settings: Any) -> Service:
+        own: dict[str, Any] = {"database_path": tmp_path / "r.sqlite", "cli_path": stand_in_cli(tmp_path)}
+        services.append(Service(Settings(**own | settings), environ_in_process))
+        return services[-1]
+
+    yield make
+    for service in services:
+        service.close()
+
+
+def start(service: Service, cwd: Path, prompt: str = "hello") -> Run:
+    return service.runs.start(RunRequest(mode="fresh", prompt=prompt), str(cwd)).run
+
+
+def ended(service: Service, run_id: str) -> Run:
+    """A run once it has ended; it is waited for as a client waits."""
+
+    def look() -> Run | None:
+        run = service.queries.run(run_id)
+        return run if run.ended else None
+
+    run = service.queries.wait(run_id, 60, look, lambda: False)
+    assert run is not None, "it does not end"
+    return run
+
+
+def code_of(run: Run) -> tuple[str, str | None]:
+    return run.status, run.error_code
+
+
+# ---- transcripts that cannot be read
+
+
+def check_that_service_is_well(
+    serve: ServeFunction, service: ServiceProcess, project: Path, **settings: object
+) -> None:
+    """Another run works, SIGTERM ends the service with 0, and the next start reports nothing and works."""
+    assert Client(service.url).start(project, "hello")["status"] == "completed"
+    service.process.terminate()
+    assert service.wait() == 0
+    again = serve(**settings)
+    assert Client(again.url).get("/api/runs", status="running").json == []
+    assert Client(again.url).start(project, "hello")["status"] == "completed"
+    assert stack_traces(service) + stack_traces(again) == []
+
+
+def stack_traces(service: ServiceProcess) -> list[str]:
+    """Those of the service itself; what Claude Code said at its end may hold one too."""
+    return [line for line in service.log if "Traceback" in line and "CLI_CRASHED" not in line]
+
+
+def test_a_run_whose_transcript_has_too_long_a_path_ends(serve: ServeFunction, home: Path, project: Path) -> None:
+    settings = {"CCM_CLI_PATH": stand_in_cli(home), "CCM_MAX_CONCURRENT_RUNS": 1, "CCM_PRIVILEGED_OPTIONS": "env"}
+    service = serve(**settings)
+
+    run = Client(service.url).start(project, "hello", options={"env": {"HOME": "/" + "x" * 300}})
+
+    assert run["status"] == "error"
+    check_that_service_is_well(serve, service, project, **settings)
+
+
+def test_a_run_whose_transcript_may_not_be_read_ends(
+    serve: ServeFunction, home: Path, project: Path, tmp_path: Path
+) -> None:
+    own_home = tmp_path / "home"
+    projects = own_home / ".claude" / "projects"
+    projects.mkdir(parents=True)
+    settings = {"CCM_CLI_PATH": stand_in_cli(home), "CCM_MAX_CONCURRENT_RUNS": 1, "HOME": own_home}
+    service = serve(*WITHOUT_ROOTS_RIGHTS, **settings)
+    client = Client(service.url)
+    first = client.start(project, "hello")
+    (own_home / ".claude").chmod(0)
+
+    run = client.start(project, "hello")
+    assert run["status"] == "error"
+    # What is in the database is written back, which fails here: it is told, and nothing is lost.
+    resumed = client.resume(first["sessionId"], "and on")
+    assert (resumed["status"], resumed["error"]["code"]) == ("error", "SESSION_NOT_RESUMABLE")
+
+    (own_home / ".claude").chmod(0o700)
+    service.log[:] = [line for line in service.log if "Traceback" not in line]  # of the write that failed
+    check_that_service_is_well(serve, service, project, **settings)
+
+
+def test_a_service_recovers_a_run_whose_transcript_may_not_be_read(
+    serve: ServeFunction, home: Path, project: Path, tmp_path: Path
+) -> None:
+    own_home = tmp_path / "home"
+    (own_home / ".claude" / "projects").mkdir(parents=True)
+    settings = {"CCM_CLI_PATH": stand_in_cli(home), "HOME": own_home}
+    service = serve(**settings)
+    client = Client(service.url)
+    run = client.start(project, HOLD, wait=0)
+    client.wait_for_message(run["id"], "assistant")
+    service.process.kill()
+    service.wait()
+    (own_home / ".claude").chmod(0)
+
+    again = serve(*WITHOUT_ROOTS_RIGHTS, **settings)
+
+    assert Client(again.url).run(run["id"])["error"]["code"] == "INTERRUPTED"
+    assert stack_traces(again) == []
+    (own_home / ".claude").chmod(0o700)
+
+
+# ---- threads and processes that cannot be started
+
+
+@contextmanager
+def no_new_thread(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[None]:
+    """The system gives no thread of a name meanwhile, as where a cgroup's pids.max is reached."""
+    start_thread = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith(name):
+            raise RuntimeError("can't start new thread")
+        start_thread(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        yield
+
+
+def counting_cli(folder: Path) -> tuple[Path, Path]:
+    """A stand-in CLI, and the file to which each start of it adds an empty line."""
+    program, begun = folder / "spy", folder / "begun"
+    program.write_text(f'#!/bin/sh\necho >> {begun}\nexec {stand_in_cli(folder)} "$@"\n')
+    program.chmod(0o755)
+    return program, begun
+
+
+def test_a_run_that_gets_no_thread_ends_and_is_not_run_later(
+    service_for: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, project: Path
+) -> None:
+    spy, begun = counting_cli(tmp_path)
+    service = service_for(cli_path=spy, max_concurrent_runs=1)
+    service.start()
+
+    with no_new_thread(monkeypatch, "run-"):
+        refused = ended(service, start(service, project).id)
+
+    assert code_of(refused) == ("error", "EXECUTION_ERROR")
+    assert "can't start new thread" in str(refused.error_message)
+    assert code_of(ended(service, start(service, project).id)) == ("completed", None)
+    assert begun.read_text() == "\n"  # the second run alone
+    assert service.end_runs()
+
+
+def test_the_next_run_in_the_queue_starts_when_one_gets_no_thread(
+    service_for: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, project: Path
+) -> None:
+    service = service_for(max_concurrent_runs=2)
+    service.start()
+    first = start(service, project, HOLD)
+    with no_new_thread(monkeypatch, "run-"):
+        second = start(service, project)
+        assert code_of(ended(service, second.id)) == ("error", "EXECUTION_ERROR")
+
+    assert code_of(ended(service, start(service, project).id)) == ("completed", None)
+    service.runs.cancel(first.id)
+    assert code_of(ended(service, first.id)) == ("cancelled", None)
+
+
+def test_a_run_that_gets_no_process_ends(
+    service_for: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, project: Path
+) -> None:
+    service = service_for(max_concurrent_runs=1)
+    service.start()
+
+    def refuse(_reaper: Reaper, _run_id: str) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reaper, "watch", refuse)
+        assert code_of(ended(service, start(service, project).id)) == ("error", "EXECUTION_ERROR")
+
+    assert code_of(ended(service, start(service, project).id)) == ("completed", None)
+
+
+def test_a_run_that_gets_no_thread_is_never_run_though_its_end_is_not_stored_at_once(
+    service_for: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, project: Path
+) -> None:
+    spy, begun = counting_cli(tmp_path)
+    service = service_for(cli_path=spy, max_concurrent_runs=1)
+    service.start()
+    tries: list[int] = []
+
+    def refuse(*_: object) -> None:
+        tries.append(1)
+        raise MemoryError
+
+    with no_new_thread(monkeypatch, "run-"), monkeypatch.context() as patch:
+        patch.setattr(service._runner, "_end", refuse)
+        patch.setattr(service._runner, "_end_alone", refuse)
+        run = start(service, project)
+        until_true(lambda: len(tries) > 6)
+        service._runner.catch_up()
+    assert code_of(ended(service, run.id)) == ("error", "EXECUTION_ERROR")
+    assert code_of(ended(service, start(service, project).id)) == ("completed", None)
+    assert begun.read_text() == "\n"  # the second run alone
+
+
+def test_what_could_not_be_decided_is_decided_when_the_fault_is_over(
+    service_for: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, project: Path
+) -> None:
+    service = service_for(max_concurrent_runs=1)
+    service.start()
+    transitions = service._runner._transitions
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transitions, "_dispatch", fail)
+        run = start(service, project)
+        until_true(service.problems.sentences)
+        assert service.problems.sentences() == ["waiting runs cannot be started"]
+        assert service.queries.run(run.id).waiting
+
+    # Nothing else happens that could remind anybody.
+    assert code_of(ended(service, run.id)) == ("completed", None)
+    until_true(lambda: not service.problems.sentences())
+
+
+# ---- rows that cannot be used
+
+
+def spoil(database: Path, run_id: str) -> None:
+    """Make a row unusable, as no writer of ours does."""
+    with sqlite3.connect(database) as connection:
+        connection.execute("UPDATE ccr_runs SET optionsJson = '{' WHERE id = ?", (run_id,))
+    connection.close()
+
+
+def test_one_bad_row_keeps_neither_the_service_nor_the_other_runs(
+    serve: ServeFunction, home: Path, project: Path, tmp_path: Path
+) -> None:
+    settings = {"CCM_CLI_PATH": stand_in_cli(home), "CCM_MAX_CONCURRENT_RUNS": 2}
+    service = serve(**settings)
+    client = Client(service.url)
+    started = [client.start(project, HOLD, wait=0) for _ in range(2)]
+    for run in started:
+        client.wait_for_message(run["id"], "assistant")
+    waiting = [client.start(project, "hello", wait=0) for _ in range(2)]
+    service.process.kill()
+    service.wait()
+    for run in (started[0], waiting[0]):
+        spoil(tmp_path / "db.sqlite", run["id"])
+
+    client = Client(serve(**settings).url)
+
+    assert client.run(started[1]["id"])["error"]["code"] == "INTERRUPTED"
+    assert client.run(waiting[1]["id"])["status"] == "completed"
+    with sqlite3.connect(tmp_path / "db.sqlite") as connection:
+        rows = dict(connection.execute("SELECT id, errorCode FROM ccr_runs WHERE optionsJson = '{'"))
+    connection.close()
+    assert rows == {started[0]["id"]: "INTERRUPTED", waiting[0]["id"]: "EXECUTION_ERROR"}
+
+
+def test_a_start_whose_commits_are_uncertain_recovers_and_begins_each_run_once(
+    service_for: Callable[..., Service], postgresql: str, monkeypatch: pytest.MonkeyPatch, project: Path
+) -> None:
+    from tests.api.conftest import new_database
+
+    url = new_database(postgresql)
+    first = service_for(database_url=url, max_concurrent_runs=1)
+    first.start()
+    left = start(first, project, HOLD)
+    ended_before = start(first, project)  # waits
+    first.close()
+    # As if it had been killed: the first goes on, the second waits.
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(
+            'UPDATE ccr_runs SET status = \'running\', "endedAt" = NULL, "errorCode" = NULL WHERE id = %s', [left.id]
+        )
+    commit = dataset.Database.commit
+    lost: list[int] = []
+
+    def commit_and_lose_the_answer(database: dataset.Database) -> None:
+        commit(database)
+        if threading.current_thread().name == "recorder" and len(lost) < 6 and len(lost) % 2 == 0:
+            lost.append(1)
+            raise psycopg.OperationalError("the connection was lost in COMMIT")
+        lost.append(0)
+
+    monkeypatch.setattr(dataset.Database, "commit", commit_and_lose_the_answer)
+    service = service_for(database_url=url, max_concurrent_runs=1)
+    service.start()
+
+    assert code_of(ended(service, left.id)) == ("error", "INTERRUPTED")
+    assert code_of(ended(service, ended_before.id)) == ("completed", None)
+    assert sum(lost) > 1
+
+
+# ---- a start that fails
+
+
+def test_a_start_that_fails_leaves_no_thread_and_no_lock(
+    service_for: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, project: Path
+) -> None:
+    def fail(_dispatcher: Dispatcher) -> None:
+        raise RuntimeError("can't start new thread")
+
+    service = service_for()
+    before = set(threading.enumerate())
+    with monkeypatch.context() as patch:
+        patch.setattr(Dispatcher, "start", fail)
+        for _ in range(3):  # as each request does under `flask run`
+            with pytest.raises(RuntimeError):
+                service.start()
+    assert [thread.name for thread in set(threading.enumerate()) - before] == []
+
+    service.start()
+    assert code_of(ended(service, start(service, project).id)) == ("completed", None)
+
+
+# ---- temporary files
+
+
+def test_a_run_that_finds_no_room_for_its_files_says_so(
+    serve: ServeFunction, home: Path, project: Path, small_disk: SmallDisk
+) -> None:
+    settings = {"CCM_CLI_PATH": stand_in_cli(home), "TMPDIR": small_disk.path}
+    service = serve(**settings)
+    client = Client(service.url)
+    # Python chooses its directory with the first file: one that is full by then is left out by itself.
+    assert client.start(project, "hello")["status"] == "completed"
+    small_disk.fill()
+
+    # A prompt of the service's own is put into a file.
+    run = client.start(project, "hello", options={"systemPrompt": "x" * 100_000})
+
+    assert (run["status"], run["error"]["code"]) == ("error", "TMPDIR_NOT_WRITABLE")
+    assert "No space left on device" in run["error"]["message"]
+    assert stack_traces(service) == []
+    small_disk.grow()
+    assert client.start(project, "hello", options={"systemPrompt": "x" * 100_000})["status"] == "completed"
+
+
+# ---- what nobody can handle
+
+
+def test_an_end_that_cannot_be_stored_is_shown_until_it_is(
+    service_for: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, project: Path
+) -> None:
+    service = service_for(max_concurrent_runs=1)
+    service.start()
+    submit = service._writer.submit
+    refused = threading.Event()
+
+    def refuse(work: Any, on_commit: Any = None) -> Any:
+        if threading.current_thread().name.startswith("run-"):
+            refused.set()
+            raise RuntimeError("a fault")
+        return submit(work, on_commit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service._writer, "submit", refuse)
+        run = start(service, project)
+        assert refused.wait(60)
+        until_true(service.problems.sentences)
+        assert service.problems.sentences() == ["the end of a run cannot be stored"]
+        assert not service.queries.run(run.id).ended
+
+    assert code_of(ended(service, run.id)) == ("completed", None)
+    until_true(lambda: not service.problems.sentences())
+
+
+def until_true(condition: Callable[[], object]) -> None:
+    from tests.api.conftest import until
+
+    until(condition, 60)
+
+
+def test_a_problem_is_shown_in_health(serve: ServeFunction, home: Path) -> None:
+    from app import create_app
+
+    app = create_app(Settings(database_path=home / "problems.sqlite", cli_path=stand_in_cli(home)))
+    service: Service = app.extensions["ccm"]
+    client = app.test_client()
+    try:
+        client.get("/api/runs")
+        assert client.get("/health").json == {"status": "ok"}
+        service.problems.report("somewhere", "something does not work")
+        assert client.get("/health").json == {"status": "ok", "problems": ["something does not work"]}
+        assert client.get("/health").status_code == 200
+        service.problems.clear("somewhere")
+        assert client.get("/health").json == {"status": "ok"}
+    finally:
+        service.close()
+
+
+def test_a_run_is_interrupted_though_it_was_not_told(
+    service_for: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, project: Path
+) -> None:
+    import asyncio
+
+    service = service_for()
+    service.start()
+    run = start(service, project, HOLD)
+    until_true(lambda: service.queries.run(run.id).message_count)
+    call = asyncio.BaseEventLoop.call_soon_threadsafe
+
+    def lose(loop: Any, callback: Any, *args: Any, **named: Any) -> Any:
+        if callback.__qualname__ == "Event.set":
+            return None
+        return call(loop, callback, *args, **named)
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "call_soon_threadsafe", lose)
+    service.runs.cancel(run.id)
+    assert code_of(ended(service, run.id)) == ("cancelled", None)

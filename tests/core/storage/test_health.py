@@ -1,0 +1,172 @@
+"""Whether storage takes writes, on a service that has nothing else to write."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ccm.core.storage.health import FRESH_INTERVAL, SILENCE, StorageHealth
+from ccm.core.storage.notifier import Notifier
+from ccm.core.storage.writer import Writer
+from ccm.db.driver import sqlite_file
+from ccm.db.driver.database import Database, Transaction
+from ccm.db.driver.migrate import migrate
+from tests.postgresql import PostgreSQLServer
+
+SOON = 30.0
+
+
+def until(storage_health: StorageHealth, last_error: str | None) -> float:
+    """How long it takes until the pulse says so (seconds)."""
+    begun = time.monotonic()
+    while storage_health.last_error() != last_error:
+        assert time.monotonic() - begun < SOON, f"it says {storage_health.last_error()!r}"
+        time.sleep(0.01)
+    return time.monotonic() - begun
+
+
+class Idle:
+    """A writer to which nobody gives anything."""
+
+    def __init__(self, url: str, answer_seconds: float | None = None) -> None:
+        self.database = Database(url, writable=True, pool_size=1, answer_seconds=answer_seconds)
+        migrate(self.database)
+        self.writer = Writer(self.database, Notifier(), 2**20, lambda _run, _error: None)
+        self.storage_health = StorageHealth(self.writer, self.database)
+        self.writer.start()
+
+    def stop(self) -> None:
+        self.writer.stop(time.monotonic() + SOON)
+        self.database.close()
+
+
+@pytest.fixture
+def idle(tmp_path: Path) -> Iterator[Idle]:
+    url = f"sqlite:///{tmp_path}/db.sqlite"
+    sqlite_file.prepare(url)
+    idle = Idle(url)
+    yield idle
+    idle.stop()
+
+
+def test_asked_often_it_answers_from_memory(idle: Idle) -> None:
+    assert idle.storage_health.last_error() is None
+    before = idle.writer.last_commit
+    begun = time.monotonic()
+    for _ in range(1_000):
+        assert idle.storage_health.last_error() is None
+    assert time.monotonic() - begun < 1
+    assert idle.writer.last_commit == before
+
+
+def test_a_file_that_is_gone_is_noticed_and_its_return_too(idle: Idle, tmp_path: Path) -> None:
+    assert idle.storage_health.last_error() is None
+    (tmp_path / "db.sqlite").rename(tmp_path / "away")
+    assert until(idle.storage_health, "the database file has been removed or replaced") < 5
+    (tmp_path / "away").rename(tmp_path / "db.sqlite")
+    assert until(idle.storage_health, None) < 5
+
+
+def test_a_server_that_stands_still_is_noticed_by_all_who_ask(postgresql_server: PostgreSQLServer) -> None:
+    idle = Idle(postgresql_server.new_database(), answer_seconds=5.0)
+    assert idle.storage_health.last_error() is None
+    told: list[tuple[str | None, float]] = []
+
+    def ask() -> None:
+        begun = time.monotonic()
+        told.append((idle.storage_health.last_error(), time.monotonic() - begun))
+
+    with postgresql_server.standing_still():
+        until(idle.storage_health, "the database does not answer")
+        threads = [threading.Thread(target=ask) for _ in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(SOON)
+    assert {what for what, _ in told} == {"the database does not answer"}
+    assert max(seconds for _, seconds in told) < 4
+    assert until(idle.storage_health, None) < 10
+    idle.stop()
+
+
+class SlowClock:
+    """The clock of an interpreter that lets a thread run only long after it wanted to."""
+
+    def monotonic(self) -> float:
+        return time.monotonic() * 10
+
+
+def blocked(idle: Idle) -> threading.Event:
+    """Has the writer wait for the event, in a transaction."""
+    begun, end = threading.Event(), threading.Event()
+
+    def work(transaction: Transaction) -> None:
+        begun.set()
+        end.wait(SOON)
+
+    idle.writer.submit(work)
+    begun.wait(SOON)
+    return end
+
+
+def test_a_writer_that_makes_progress_has_a_database_that_answers(idle: Idle) -> None:
+    end = threading.Event()
+
+    def work(transaction: Transaction) -> None:
+        while not end.wait(0.01):
+            transaction.value("SELECT 1")
+
+    idle.writer.submit(work)
+    until_stale(idle)
+    assert idle.storage_health.last_error() is None
+    end.set()
+
+
+def until_stale(idle: Idle) -> None:
+    """Waits until the last commit proves nothing any more."""
+    while time.monotonic() - idle.writer.last_commit < FRESH_INTERVAL:
+        time.sleep(0.01)
+
+
+def test_a_writer_that_makes_none_is_noticed(idle: Idle) -> None:
+    end = blocked(idle)
+    assert until(idle.storage_health, SILENCE) < 5
+    end.set()
+    until(idle.storage_health, None)
+
+
+def test_a_busy_interpreter_is_no_fault_of_the_database_at_first(idle: Idle, monkeypatch: pytest.MonkeyPatch) -> None:
+    end = blocked(idle)
+    until_stale(idle)
+    monkeypatch.setattr("ccm.core.storage.health.time", SlowClock())
+    assert idle.storage_health.last_error() is None
+    until(idle.storage_health, SILENCE)
+    end.set()
+    until(idle.storage_health, None)
+
+
+def test_threads_that_keep_the_interpreter_busy_make_no_alarm(idle: Idle) -> None:
+    stop = False
+    interval = sys.getswitchinterval()
+
+    def spin() -> None:
+        while not stop:
+            pass
+
+    threads = [threading.Thread(target=spin) for _ in range(4)]
+    until_stale(idle)
+    sys.setswitchinterval(0.1)
+    try:
+        for thread in threads:
+            thread.start()
+        assert idle.storage_health.last_error() is None
+    finally:
+        sys.setswitchinterval(interval)
+        stop = True
+        for thread in threads:
+            thread.join()

@@ -1,0 +1,610 @@
+"""The single writer, on real databases, its faults included."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from ccm.core.storage.notifier import Notifier
+from ccm.core.storage.write_task import WriteTask
+from ccm.core.storage.writer import Writer
+from ccm.db import messages, runs, sessions
+from ccm.db.driver.database import Database, Transaction
+from ccm.db.driver.migrate import migrate
+from ccm.errors import NotFound, StorageDown, StorageRejected, Unavailable
+from ccm.models import Message, timestamp
+from tests.disks import SmallDisk
+from tests.postgresql import PostgreSQLServer
+
+SOON = 30.0
+
+
+class Harness:
+    """A writer with two runs, `a` and `b`, that it may record messages of."""
+
+    def __init__(self, database: Database, budget: int = 2**20) -> None:
+        self.refused: list[tuple[str, str]] = []
+        self.notifier = Notifier()
+        self.database = database
+        with database.transaction() as transaction:
+            for seq, name in enumerate("ab", start=1):
+                now = timestamp()
+                session = {"id": name, "cwd": "/", "metadataJson": "{}", "firstRunAt": now, "lastRunAt": now}
+                sessions.insert(transaction, session | {"lastRunSeq": seq})
+                row = {"id": name, "seq": seq, "cwd": "/", "sessionId": name, "sdkSessionId": name, "mode": "fresh"}
+                row |= {"status": "running", "prompt": "", "optionsJson": "{}", "imageCount": 0, "createdAt": now}
+                runs.insert(transaction, row, None)
+        self.writer = Writer(database, self.notifier, budget, lambda run, error: self.refused.append((run, str(error))))
+
+    def __enter__(self) -> Harness:
+        self.writer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.writer.stop(time.monotonic() + SOON)
+
+    def append(self, run_id: str, *indexes: int, text: str = "{}") -> None:
+        async def put() -> None:
+            for index in indexes:
+                await self.writer.append(Message(run_id, run_id, index, "assistant", text, timestamp()))
+
+        asyncio.run(put())
+
+    def settle(self) -> None:
+        """Everything put before is committed."""
+        self.writer.submit(lambda _: None).future.result(SOON)
+
+
+@pytest.fixture
+def harness(writable: Database) -> Iterator[Harness]:
+    with Harness(writable) as harness:
+        yield harness
+
+
+def indexes(reader: Database, run_id: str) -> list[int]:
+    with reader.transaction() as transaction:
+        return messages.indexes(transaction, run_id, -1, 10**9, types=[], limit=10**6)
+
+
+def lock(path: Path) -> sqlite3.Connection:
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    return other
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + SOON
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+# ---- the normal way
+
+
+def test_messages_are_stored_in_order_and_then_rung(harness: Harness, reader: Database) -> None:
+    with harness.notifier.subscribe("a") as rung:
+        harness.append("a", *range(500))
+        assert rung.wait(SOON)
+    harness.settle()
+
+    assert indexes(reader, "a") == list(range(500))
+
+
+def test_a_ring_means_committed(harness: Harness, reader: Database) -> None:
+    for index in range(50):
+        with harness.notifier.subscribe("a") as rung:
+            harness.append("a", index)
+            assert rung.wait(SOON)
+        assert indexes(reader, "a") == list(range(index + 1))
+
+
+def test_a_write_gives_its_result_once_it_is_committed(harness: Harness, reader: Database) -> None:
+    followed: list[tuple[str, int]] = []
+
+    def work(transaction: Transaction) -> str:
+        transaction.execute("UPDATE ccr_runs SET prompt = 'written' WHERE id = 'a'")
+        return "done"
+
+    def follow(result: str) -> None:
+        followed.append((result, len(reader.rows("SELECT id FROM ccr_runs WHERE prompt = 'written'"))))
+
+    assert harness.writer.write(work, follow) == "done"
+    assert followed == [("done", 1)]
+
+
+def test_writes_and_messages_keep_their_order(harness: Harness) -> None:
+    seen: list[int] = []
+
+    def count(transaction: Transaction) -> None:
+        seen.append(messages.last_index(transaction, "a") + 1)
+
+    pending = []
+    for index in range(100):
+        harness.append("a", index)
+        pending.append(harness.writer.submit(count))
+    for write in pending:
+        write.future.result(SOON)
+
+    assert seen == list(range(1, 101))
+
+
+def test_a_write_that_raises_undoes_itself_alone(harness: Harness, reader: Database) -> None:
+    def refuse(transaction: Transaction) -> None:
+        transaction.execute("UPDATE ccr_runs SET prompt = 'half done' WHERE id = 'b'")
+        raise NotFound("no such thing")
+
+    harness.append("a", 0)
+    with pytest.raises(NotFound):
+        harness.writer.write(refuse)
+    with pytest.raises(StorageRejected):
+        harness.writer.write(lambda transaction: transaction.execute("INSERT INTO nowhere VALUES (1)"))
+    harness.append("a", 1)
+    harness.settle()
+
+    assert indexes(reader, "a") == [0, 1]
+    assert reader.rows("SELECT id FROM ccr_runs WHERE prompt = 'half done'") == []
+
+
+def test_under_load_batches_form(harness: Harness, reader: Database) -> None:
+    held = threading.Event()
+    blocking = harness.writer.submit(lambda _: held.wait(SOON))
+    commits: list[int] = []
+    original = harness.database.transaction
+
+    def counted(uncertain: bool = False) -> object:
+        commits.append(1)
+        return original(uncertain)
+
+    until(lambda: blocking._begun)
+    harness.database.transaction = counted  # type: ignore[method-assign, assignment]
+    harness.append("a", *range(1000))
+    held.set()
+    harness.settle()
+
+    assert indexes(reader, "a") == list(range(1000))
+    assert len(commits) <= 2
+
+
+# ---- back-pressure
+
+
+def test_a_spent_budget_makes_the_run_wait_and_no_loop_stand_still(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/db.sqlite"
+    database, reader = Database(url, writable=True, pool_size=1), Database(url)
+    migrate(database)
+    with Harness(database, budget=10_000) as harness:
+        other = lock(tmp_path / "db.sqlite")
+        ticks = 0
+
+        async def run() -> tuple[int, int]:
+            nonlocal ticks
+            done = 0
+
+            async def produce() -> None:
+                nonlocal done
+                for index in range(100):
+                    await harness.writer.append(Message("a", "a", index, "assistant", "x" * 1_000, timestamp()))
+                    done += 1
+
+            producer = asyncio.create_task(produce())
+            while not harness.writer._waiting:
+                ticks += 1
+                await asyncio.sleep(0)
+            before = done
+            assert harness.writer.backlog_bytes <= 10_000
+            for _ in range(100):  # the loop is alive while the run waits
+                await asyncio.sleep(0)
+            other.execute("ROLLBACK")
+            await producer
+            return before, done
+
+        before, done = asyncio.run(run())
+        harness.settle()
+        assert (before, done) == (10, 100)
+        assert indexes(reader, "a") == list(range(100))
+        assert harness.writer.backlog_bytes == 0
+        other.close()
+    database.close()
+    reader.close()
+
+
+def test_a_message_larger_than_the_budget_gets_through(writable: Database, reader: Database) -> None:
+    with Harness(writable, budget=100) as harness:
+        harness.append("a", 0, 1, 2, text="x" * 1_000)
+        harness.settle()
+        assert indexes(reader, "a") == [0, 1, 2]
+
+
+# ---- faults
+
+
+def test_a_locked_database_loses_nothing(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/db.sqlite"
+    database, reader = Database(url, writable=True, pool_size=1), Database(url)
+    migrate(database)
+    with Harness(database) as harness:
+        other = lock(tmp_path / "db.sqlite")
+        harness.append("a", *range(100))
+        pending = harness.writer.submit(lambda transaction: messages.last_index(transaction, "a"))
+        until(lambda: harness.writer.last_error)
+        assert "locked" in str(harness.writer.last_error)
+        other.execute("ROLLBACK")
+        other.close()
+
+        assert pending.future.result(SOON) == 99
+        until(lambda: harness.writer.last_error is None)
+        assert indexes(reader, "a") == list(range(100))
+    database.close()
+    reader.close()
+
+
+def test_who_gives_up_waiting_has_provably_stored_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ccm.core.storage.writer.PATIENCE", 0.1)
+    url = f"sqlite:///{tmp_path}/db.sqlite"
+    database, reader = Database(url, writable=True, pool_size=1), Database(url)
+    migrate(database)
+    with Harness(database) as harness:
+        other = lock(tmp_path / "db.sqlite")
+        with pytest.raises(Unavailable) as refusal:
+            harness.writer.write(lambda transaction: transaction.execute("UPDATE ccr_runs SET prompt = 'late'"))
+        assert refusal.value.code == "STORAGE_UNAVAILABLE"
+        other.execute("ROLLBACK")
+        other.close()
+        harness.settle()
+        assert reader.rows("SELECT id FROM ccr_runs WHERE prompt = 'late'") == []
+    database.close()
+    reader.close()
+
+
+def test_who_gives_up_a_write_in_hand_is_told_as_soon_as_it_has_come_to_nothing(
+    harness: Harness, reader: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ccm.core.storage.writer.PATIENCE", 0.1)
+    given_up = threading.Event()
+    tries: list[int] = []
+
+    def work(transaction: Transaction) -> None:
+        tries.append(1)
+        transaction.execute("UPDATE ccr_runs SET prompt = 'late' WHERE id = 'a'")
+        given_up.wait(SOON)
+        raise StorageDown("the disk is full just now")
+
+    give_up = WriteTask.give_up
+
+    def tell(write: WriteTask[None], reason: Exception) -> None:
+        give_up(write, reason)
+        given_up.set()
+
+    monkeypatch.setattr(WriteTask, "give_up", tell)
+    begun = time.monotonic()
+    with pytest.raises(Unavailable) as refusal:
+        harness.writer.write(work)
+    assert refusal.value.code == "STORAGE_UNAVAILABLE"
+    assert time.monotonic() - begun < 5
+    harness.settle()
+    assert tries == [1]
+    assert reader.rows("SELECT id FROM ccr_runs WHERE prompt = 'late'") == []
+
+
+def test_a_poison_message_fails_its_own_run_only(harness: Harness, reader: Database) -> None:
+    held = threading.Event()
+    blocking = harness.writer.submit(lambda _: held.wait(SOON))
+    until(lambda: blocking._begun)
+    # One batch: `b` sends index 1 twice, which storage can never take.
+    harness.append("a", 0, 1)
+    harness.append("b", 0, 1, 1, 2, 3)
+    harness.append("a", 2, 3)
+    held.set()
+    harness.settle()
+    harness.append("b", 4)
+    harness.append("a", 4)
+    harness.settle()
+
+    assert indexes(reader, "a") == [0, 1, 2, 3, 4]
+    assert indexes(reader, "b") == [0, 1]
+    assert [run for run, _ in harness.refused] == ["b"]
+    assert harness.writer.backlog_bytes == 0
+
+
+def test_a_message_of_an_unknown_run_is_reported(harness: Harness) -> None:
+    harness.append("nobody", 0)
+    harness.settle()
+
+    assert [run for run, _ in harness.refused] == ["nobody"]
+
+
+def test_after_an_uncertain_commit_nothing_is_stored_twice(postgresql: str) -> None:
+    url = f"{postgresql}/postgres"
+    with psycopg.connect(url, autocommit=True) as admin:
+        admin.execute("CREATE DATABASE uncertain")
+    database = Database(f"{postgresql}/uncertain", writable=True, pool_size=1)
+    reader = Database(f"{postgresql}/uncertain")
+    migrate(database)
+    with Harness(database) as harness:
+        original = database._database.commit
+        broken: list[int] = []
+
+        def commit_and_lose_the_answer() -> None:
+            original()
+            if len(broken) < 3:
+                broken.append(1)
+                raise psycopg.OperationalError("the connection was lost in COMMIT")
+
+        database._database.commit = commit_and_lose_the_answer  # type: ignore[method-assign]
+        harness.append("a", *range(20))
+        harness.settle()
+        assert broken
+        assert indexes(reader, "a") == list(range(20))
+        assert harness.refused == []
+    database.close()
+    reader.close()
+
+
+def test_postgresql_that_drops_its_connections_loses_nothing(postgresql: str) -> None:
+    with psycopg.connect(f"{postgresql}/postgres", autocommit=True) as admin:
+        admin.execute("CREATE DATABASE dropped")
+        database = Database(f"{postgresql}/dropped", writable=True, pool_size=1)
+        reader = Database(f"{postgresql}/dropped")
+        migrate(database)
+        with Harness(database) as harness:
+            for index in range(40):
+                harness.append("a", index)
+                if index % 5 == 0:
+                    admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'dropped'")
+            harness.settle()
+            assert indexes(reader, "a") == list(range(40))
+        database.close()
+        reader.close()
+
+
+def test_what_may_be_stored_is_never_called_not_stored(postgresql: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ccm.core.storage.writer.PATIENCE", 0.1)
+    monkeypatch.setattr("ccm.core.storage.writer.OUTCOME_TIMEOUT", 0.1)
+    with psycopg.connect(f"{postgresql}/postgres", autocommit=True) as admin:
+        admin.execute("CREATE DATABASE unknown_outcome")
+    database = Database(f"{postgresql}/unknown_outcome", writable=True, pool_size=1)
+    reader = Database(f"{postgresql}/unknown_outcome")
+    migrate(database)
+    with Harness(database) as harness:
+        commit, connect = database._database.commit, database._take_connection
+        mended = threading.Event()
+
+        def commit_and_lose_the_server() -> None:
+            commit()
+            database._database.commit = commit  # type: ignore[method-assign]
+            database._take_connection = no_server  # type: ignore[method-assign]
+            raise psycopg.OperationalError("the connection was lost in COMMIT")
+
+        def no_server() -> Any:
+            if not mended.is_set():
+                raise StorageDown("it is being restarted")
+            return connect()
+
+        def work(transaction: Transaction) -> None:
+            transaction.execute("UPDATE ccr_runs SET prompt = 'stored' WHERE id = 'a'")
+
+        database._database.commit = commit_and_lose_the_server  # type: ignore[method-assign]
+        followed: list[None] = []
+        with pytest.raises(Unavailable) as refusal:
+            harness.writer.write(work, followed.append)
+        assert refusal.value.code == "OUTCOME_UNKNOWN"
+        assert "Idempotency-Key" in refusal.value.message
+        assert reader.rows("SELECT id FROM ccr_runs WHERE prompt = 'stored'")
+
+        mended.set()
+        harness.settle()
+        assert followed == [None]  # what follows a commit followed, though nobody waited for it any more
+    database.close()
+    reader.close()
+
+
+def test_a_commit_that_a_server_swallows_is_answered_in_a_bounded_time(
+    postgresql_server: PostgreSQLServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ccm.core.storage.writer.PATIENCE", 0.1)
+    monkeypatch.setattr("ccm.core.storage.writer.OUTCOME_TIMEOUT", 0.1)
+    url = postgresql_server.new_database()
+    database, reader = Database(url, writable=True, pool_size=1), Database(url)
+    migrate(database)
+    with Harness(database) as harness, ExitStack() as stack:
+
+        def work(transaction: Transaction) -> None:
+            transaction.execute("UPDATE ccr_runs SET prompt = 'stored' WHERE id = 'a'")
+            stack.enter_context(postgresql_server.standing_still())
+
+        begun = time.monotonic()
+        with pytest.raises(Unavailable) as refusal:
+            harness.writer.write(work)
+        assert refusal.value.code == "OUTCOME_UNKNOWN"
+        assert time.monotonic() - begun < 5
+        stack.close()
+        harness.settle()
+        assert reader.rows("SELECT id FROM ccr_runs WHERE prompt = 'stored'")
+    database.close()
+    reader.close()
+
+
+def test_a_full_disk_is_not_forgotten_when_nobody_waits_any_more(
+    small_disk: SmallDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ccm.core.storage.writer.PATIENCE", 0.1)
+    url = f"sqlite:///{small_disk.path}/db.sqlite"
+    database, reader = Database(url, writable=True, pool_size=1), Database(url)
+    migrate(database)
+    with Harness(database, budget=2**24) as harness:
+
+        def work(transaction: Transaction) -> None:
+            transaction.execute("UPDATE ccr_runs SET prompt = :text WHERE id = 'a'", text="x" * 2**14)
+
+        small_disk.fill()
+        with pytest.raises(Unavailable, match="the disk of the database is full"):
+            while True:  # the log has some room of its own
+                harness.writer.write(work)
+        tries: list[float] = []
+        original = database.transaction
+
+        def counted(uncertain: bool = False) -> Any:
+            tries.append(time.monotonic())
+            return original(uncertain)
+
+        database.transaction = counted  # type: ignore[method-assign]
+        until(lambda: len(tries) >= 3)  # with nothing left to write
+        assert harness.writer.last_error == "the disk of the database is full"
+        assert reader.rows("SELECT id FROM ccr_runs ORDER BY id") == [{"id": "a"}, {"id": "b"}]
+
+        small_disk.grow()
+        until(lambda: harness.writer.last_error is None)
+        harness.writer.write(work)
+    database.close()
+    reader.close()
+
+
+# ---- the end
+
+
+def test_stop_waits_for_nothing_that_nobody_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ccm.core.storage.writer.PATIENCE", 0.1)
+    database = Database(f"sqlite:///{tmp_path}/db.sqlite", writable=True, pool_size=1)
+    migrate(database)
+    harness = Harness(database)
+    harness.writer.start()
+    other = lock(tmp_path / "db.sqlite")
+    with pytest.raises(Unavailable):
+        harness.writer.write(lambda _: None)
+
+    begun = time.monotonic()
+    assert harness.writer.stop(begun + SOON)
+    assert time.monotonic() - begun < 5
+    other.close()
+    database.close()
+
+
+def test_stop_writes_what_is_queued_and_then_takes_nothing(writable: Database, reader: Database) -> None:
+    harness = Harness(writable)
+    harness.writer.start()
+    harness.append("a", *range(100))
+
+    assert harness.writer.stop(time.monotonic() + SOON)
+    assert harness.writer.stop(time.monotonic() + SOON)
+    assert indexes(reader, "a") == list(range(100))
+    with pytest.raises(Unavailable) as refusal:
+        harness.writer.write(lambda _: None)
+    assert refusal.value.code == "SHUTTING_DOWN"
+
+
+def test_stop_gives_up_at_its_deadline_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    database = Database(f"sqlite:///{tmp_path}/db.sqlite", writable=True, pool_size=1)
+    migrate(database)
+    harness = Harness(database)
+    harness.writer.start()
+    other = lock(tmp_path / "db.sqlite")
+    harness.append("a", 0, 1)
+    pending = harness.writer.submit(lambda _: None)
+
+    assert not harness.writer.stop(time.monotonic())
+    with pytest.raises(Unavailable):
+        pending.future.result(SOON)
+    assert "were not stored" in caplog.text
+    other.close()
+    database.close()
+
+
+# ---- schedules that have failed once
+
+
+def test_a_value_that_cannot_be_bound_fails_its_own_run_only(harness: Harness, reader: Database) -> None:
+    held = threading.Event()
+    blocking = harness.writer.submit(lambda _: held.wait(SOON))
+    until(lambda: blocking._begun)
+    harness.append("a", 0, 1)
+
+    async def put() -> None:
+        await harness.writer.append(Message("b", "b", 0, "\ud800", "{}", timestamp()))
+
+    asyncio.run(put())
+    harness.append("a", 2)
+    held.set()
+    harness.settle()
+
+    assert indexes(reader, "a") == [0, 1, 2]
+    assert indexes(reader, "b") == []
+    assert [run for run, _ in harness.refused] == ["b"]
+
+
+def test_more_readers_than_connections_only_wait_for_one_another(reader: Database, writable: Database) -> None:
+    barrier = threading.Barrier(40)
+    done: list[int] = []
+
+    def read(number: int) -> None:
+        barrier.wait(SOON)
+        with reader.transaction() as transaction:
+            transaction.value("SELECT 1")
+            threading.Event().wait(0.02)  # a read that takes its time
+            done.append(number)
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(40)]
+    begun = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SOON)
+    assert sorted(done) == list(range(40))
+    assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_run_that_waits_for_room_waits_once(
+    writable: Database, monkeypatch: pytest.MonkeyPatch, database_url: str
+) -> None:
+    looks = 0
+    monkeypatch.setattr("ccm.core.storage.writer.ROOM_INTERVAL", 0.005)
+    with Harness(writable, budget=10) as harness:
+        writer = harness.writer
+        put = writer._put
+
+        def count(message: Message) -> bool:
+            nonlocal looks
+            looks += 1
+            return put(message)
+
+        monkeypatch.setattr(writer, "_put", count)
+        other = lock(Path(database_url.removeprefix("sqlite:///")))
+        waiting = threading.Thread(target=lambda: harness.append("a", 0, 1, text="x" * 10))
+        waiting.start()
+        until(lambda: looks > 20)
+        assert len(writer._waiting) == 1
+        other.execute("ROLLBACK")
+        other.close()
+        waiting.join(SOON)
+        assert not waiting.is_alive()
+        assert writer._waiting == set()
+
+
+def test_what_is_to_be_called_later_is_called_in_the_writers_thread(harness: Harness) -> None:
+    called: list[str] = []
+    harness.writer.call_later(0.01, lambda: called.append(threading.current_thread().name))
+    harness.writer.call_later(3600, lambda: called.append("too early"))
+    until(lambda: called)
+    harness.settle()
+    assert called == ["recorder"]
+
+
+def test_a_fault_of_the_writer_itself_is_shown_and_over(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.writer, "_attempt", fail)
+        with pytest.raises(Unavailable):
+            harness.writer.write(lambda _: None)
+    assert harness.writer.write(lambda _: 7) == 7

@@ -1,0 +1,204 @@
+"""Following: silence is told; it ends with its reader, or with the service once all that is stored has been told."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from ccm.core.queries import Queries
+from ccm.core.storage.notifier import Notifier
+from ccm.core.streams import Event, Messages, Subscription
+from ccm.db import messages, runs, sessions
+from ccm.db.driver.database import Database
+from ccm.errors import StorageDown
+from ccm.models import Message, Run
+
+NOW = "2026-11-22T09:40:11.310Z"
+
+
+class Storage:
+    """What a writer would store, said in short."""
+
+    def __init__(self, writable: Database, notifier: Notifier) -> None:
+        self._writable = writable
+        self._notifier = notifier
+        self._seq = 0
+
+    def run(self) -> str:
+        """A further run of session S that goes on."""
+        self._seq += 1
+        run_id = f"run-{self._seq}"
+        with self._writable.transaction() as transaction:
+            if self._seq == 1:
+                row = {"id": "S", "cwd": "/", "metadataJson": "{}", "firstRunAt": NOW, "lastRunAt": NOW}
+                sessions.insert(transaction, {**row, "lastRunSeq": 1})
+            row = {"id": run_id, "sessionId": "S", "sdkSessionId": run_id, "mode": "fresh", "status": "running"}
+            more = {"cwd": "/", "prompt": "p", "optionsJson": "{}", "imageCount": 0, "createdAt": NOW}
+            runs.insert(transaction, {**row, **more, "seq": self._seq, "startedAt": NOW}, None)
+        self._notifier.notify([run_id, "S"])
+        return run_id
+
+    def say(self, run_id: str, *indexes: int, size: int = 0) -> None:
+        with self._writable.transaction() as transaction:
+            rows = [Message(run_id, "S", index, "a", json.dumps([index, "x" * size]), NOW) for index in indexes]
+            messages.insert_many(transaction, rows)
+        self._notifier.notify([run_id, "S"])
+
+    def end(self, run_id: str) -> None:
+        with self._writable.transaction() as transaction:
+            run = runs.find(transaction, run_id)
+            assert run is not None
+            runs.end(transaction, run, {"status": "completed", "messageCount": run.message_count})
+        self._notifier.notify([run_id, "S"])
+
+
+@pytest.fixture
+def notifier() -> Notifier:
+    return Notifier()
+
+
+@pytest.fixture
+def storage(writable: Database, notifier: Notifier) -> Storage:
+    return Storage(writable, notifier)
+
+
+@pytest.fixture
+def queries(storage: Storage, reader: Database, notifier: Notifier) -> Queries:
+    return Queries(reader, notifier)
+
+
+def shown(event: Event) -> object:
+    """The indexes of messages, the id of an ended run, None for silence."""
+    if isinstance(event, Messages):
+        assert [json.loads(text)[0] for _, text in event.numbered] == [index for index, _ in event.numbered]
+        return [index for index, _ in event.numbered]
+    return event.id if isinstance(event, Run) else None
+
+
+def rest(events: Iterator[Event]) -> list[object]:
+    """What comes until the end, silence left out; fails if there is none."""
+    found = [shown(event) for event in itertools.islice(events, 20)]
+    assert len(found) < 20, "it does not end"
+    return [event for event in found if event is not None]
+
+
+def never() -> bool:
+    return False
+
+
+def after(seconds: float, action: Callable[[], None]) -> None:
+    threading.Timer(seconds, action).start()
+
+
+def test_silence_is_told_until_there_is_news(queries: Queries, storage: Storage) -> None:
+    run_id = storage.run()
+    events = map(shown, Subscription(queries, never, silence=0.01).run(run_id, -1))
+
+    assert [next(events) for _ in range(3)] == [None] * 3
+    storage.say(run_id, 0, 1)
+    assert next(event for event in events if event is not None) == [0, 1]
+    storage.end(run_id)
+    assert next(event for event in events if event is not None) == run_id
+    assert list(events) == []
+
+
+def test_news_is_told_when_it_is_rung_for(queries: Queries, storage: Storage) -> None:
+    run_id = storage.run()
+    events = map(shown, Subscription(queries, never, silence=60).run(run_id, -1))
+    after(0.05, lambda: storage.say(run_id, 0))
+    assert next(events) == [0]
+    after(0.05, lambda: storage.end(run_id))
+    assert next(events) == run_id
+
+
+def test_a_long_run_comes_in_pieces(queries: Queries, storage: Storage) -> None:
+    run_id = storage.run()
+    storage.say(run_id, *range(20), size=100_000)
+    storage.say(run_id, 20, size=1_000_000)
+    storage.end(run_id)
+    pieces = list(map(shown, Subscription(queries, never).run(run_id, 4)))
+
+    assert pieces[-1] == run_id
+    assert [index for piece in pieces[:-1] for index in piece] == list(range(5, 21))  # type: ignore[attr-defined]
+    assert len(pieces) > 8
+
+
+def test_a_reader_that_has_left_ends_it(queries: Queries, storage: Storage, notifier: Notifier) -> None:
+    run_id = storage.run()
+    assert rest(Subscription(queries, lambda: True, silence=0.01).run(run_id, -1)) == []
+    assert rest(Subscription(queries, lambda: True, silence=0.01).session("S", 0, -1)) == []
+    assert notifier._listeners == {}
+
+
+def test_one_that_is_closed_in_the_middle_leaves_nothing_behind(queries: Queries, storage: Storage) -> None:
+    run_id = storage.run()
+    events: Iterator[Event] = Subscription(queries, never, silence=0.01).run(run_id, -1)
+    next(events)
+    events.close()  # type: ignore[attr-defined]
+    assert queries._notifier._listeners == {}
+
+
+def test_when_the_service_stops_all_that_is_stored_is_told(
+    queries: Queries, storage: Storage, notifier: Notifier
+) -> None:
+    first, second, third = storage.run(), storage.run(), storage.run()
+    storage.say(first, 0)
+    storage.end(first)
+
+    def stop() -> None:
+        storage.say(second, 0, 1)
+        storage.end(second)
+        notifier.close()
+
+    session = Subscription(queries, never, silence=60).session("S", 0, -1)
+    assert [shown(next(session)), shown(next(session))] == [[0], first]
+    after(0.05, stop)
+    assert rest(session) == [[0, 1], second]
+    assert rest(Subscription(queries, never, silence=60).run(third, -1)) == []
+
+
+def test_a_session_goes_on_with_runs_to_come(queries: Queries, storage: Storage) -> None:
+    first = storage.run()
+    storage.end(first)
+    events = map(shown, Subscription(queries, never, silence=60).session("S", 0, -1))
+    assert next(events) == first
+
+    def go_on() -> None:
+        storage.say(storage.run(), 0)
+
+    after(0.05, go_on)
+    assert next(events) == [0]
+
+
+def test_a_database_that_is_away_for_a_while_is_outlasted(
+    queries: Queries, storage: Storage, reader: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = storage.run()
+    storage.say(run_id, 0)
+    events = map(shown, Subscription(queries, never).run(run_id, -1))
+    transaction = reader.transaction
+
+    def away(uncertain: bool = False) -> object:
+        raise StorageDown("away")
+
+    monkeypatch.setattr("ccm.core.streams.POLL_INTERVAL", 0.01)
+    monkeypatch.setattr(reader, "transaction", away)
+    assert [next(events), next(events)] == [None, None]
+    monkeypatch.setattr(reader, "transaction", transaction)
+    assert next(events) == [0]
+
+
+def test_the_end_of_a_run_is_told_though_messages_of_it_are_gone(
+    storage: Storage, queries: Queries, writable: Database
+) -> None:
+    run_id = storage.run()
+    storage.say(run_id, 0, 1, 2)
+    storage.end(run_id)
+    with writable.transaction() as transaction:
+        transaction.execute("DELETE FROM ccr_run_messages")
+
+    assert [shown(event) for event in Subscription(queries, never).run(run_id, -1)] == [run_id]

@@ -1,0 +1,366 @@
+"""Transcripts in the database: the SDK's own conformance suite, and what it does not ask for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from claude_agent_sdk.testing import run_session_store_conformance
+
+from ccm.core.claude.sdk import transcript_path
+from ccm.core.storage.notifier import Notifier
+from ccm.core.storage.writer import Writer
+from ccm.core.transcripts.files import TranscriptFiles
+from ccm.core.transcripts.store import Mirror, TranscriptStore
+from ccm.db import transcripts
+from ccm.db.driver.database import Database, Transaction
+from ccm.errors import StorageRejected
+from ccm.models import Run
+from tests.db.test_queries import RUN
+
+SESSION = "11111111-1111-4111-8111-111111111111"
+FORK = "22222222-2222-4222-8222-222222222222"
+KEY = {"project_key": "-p", "session_id": SESSION}
+
+
+@pytest.fixture
+def writer(writable: Database) -> Iterator[Writer]:
+    writer = Writer(writable, Notifier(), 2**20, lambda run, error: None)
+    writer.start()
+    yield writer
+    writer.stop(time.monotonic() + 30)
+
+
+@pytest.fixture
+def store(writer: Writer, reader: Database) -> TranscriptStore:
+    return TranscriptStore(writer, reader)
+
+
+def count(reader: Database, what: str) -> int:
+    with reader.transaction() as transaction:
+        return int(transaction.value(f"SELECT {what}"))
+
+
+def entry(uuid: str, session: str = SESSION, **fields: object) -> dict[str, Any]:
+    return {"type": "assistant", "uuid": uuid, "sessionId": session, **fields}
+
+
+def test_the_sdks_conformance_suite_passes(store: TranscriptStore, writer: Writer) -> None:
+    made: list[int] = []
+
+    def empty() -> Any:
+        def clear(transaction: Transaction) -> None:
+            for table in ("ccr_transcript_entries", "ccr_transcripts", "ccr_transcript_texts"):
+                transaction.execute(f"DELETE FROM {table}")
+
+        writer.write(clear)
+        made.append(1)
+        return store
+
+    asyncio.run(run_session_store_conformance(empty))
+    assert len(made) == 15  # one to look at, and one for each of its contracts: none was skipped
+
+
+def test_an_entry_is_not_stored_twice_by_its_uuid(store: TranscriptStore) -> None:
+    async def twice() -> Any:
+        await store.append(KEY, [entry("a"), entry("b"), entry("b")])
+        await store.append(KEY, [entry("b"), entry("c"), {"type": "mode"}, {"type": "mode"}])
+        return await store.load(KEY)
+
+    assert asyncio.run(twice()) == [entry("a"), entry("b"), entry("c"), {"type": "mode"}, {"type": "mode"}]
+
+
+def test_whatever_is_in_an_entry_comes_back(store: TranscriptStore) -> None:
+    odd: list[dict[str, Any]] = [
+        {"type": "x", "uuid": "\0 \ud800", "text": "NUL \0, lone \ud800, mark \x01, emoji 😀", "n": [1.5, None, {}]},
+        {"type": "x", "uuid": 7, SESSION: SESSION + SESSION},
+    ]
+    asyncio.run(store.append(KEY, odd))
+
+    assert asyncio.run(store.load(KEY)) == odd
+
+
+def test_more_entries_than_are_looked_up_at_once(store: TranscriptStore) -> None:
+    many = [entry(f"{number}") for number in range(2_500)]
+    asyncio.run(store.append(KEY, many))
+    asyncio.run(store.append(KEY, [*many, entry("last")]))
+
+    assert asyncio.run(store.load(KEY)) == [*many, entry("last")]
+
+
+def test_what_a_fork_copies_is_stored_once(store: TranscriptStore, reader: Database) -> None:
+    queries = [entry(f"{number}", text="x" * 10_000 + str(number)) for number in range(20)]
+    asyncio.run(store.append(KEY, queries))
+    before = count(reader, "SUM(LENGTH(text)) FROM ccr_transcript_texts")
+    copy = [{**line, "sessionId": FORK} for line in queries]
+    asyncio.run(store.append({**KEY, "session_id": FORK}, [*copy, entry("new", FORK)]))
+
+    assert count(reader, "SUM(LENGTH(text)) FROM ccr_transcript_texts") - before < 200
+    assert asyncio.run(store.load({**KEY, "session_id": FORK})) == [*copy, entry("new", FORK)]
+    assert asyncio.run(store.load(KEY)) == queries
+
+
+def test_an_append_whose_commit_was_uncertain_is_there_once(
+    store: TranscriptStore, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each write is done twice, as after a COMMIT whose answer was lost: with and without its first try's effect."""
+    submit = writer.submit
+    first = [entry("a"), {"type": "mode"}, entry("b")]
+    second = [{"type": "mode"}, entry("b"), {"type": "mode"}, entry("c")]
+
+    def twice(work: Any) -> Any:
+        return submit(lambda transaction: [work(transaction), work(transaction)])
+
+    monkeypatch.setattr(writer, "submit", twice)
+
+    async def both() -> Any:
+        await asyncio.gather(store.append(KEY, first), store.append(KEY, second))
+        return await store.load(KEY)
+
+    assert asyncio.run(both()) == [*first, {"type": "mode"}, {"type": "mode"}, entry("c")]
+
+
+def test_what_a_run_gets_stores_and_never_loads(store: TranscriptStore) -> None:
+    mirror = Mirror(store, SESSION)
+    asyncio.run(mirror.append({**KEY, "subpath": "subagents/agent-1"}, [entry("s")]))
+    with_a_subagents_only = mirror.whole
+    asyncio.run(mirror.append(KEY, [entry("a")]))
+
+    assert [with_a_subagents_only, mirror.whole] == [False, True]
+    assert asyncio.run(store.load(KEY)) == [entry("a")]
+    assert asyncio.run(mirror.load(KEY)) is None
+
+
+def test_a_refused_entry_makes_a_mirror_not_whole(store: TranscriptStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise StorageRejected("no")
+
+    mirror = Mirror(store, SESSION)
+    asyncio.run(mirror.append(KEY, [entry("a")]))
+    monkeypatch.setattr(transcripts, "append", refuse)
+    with pytest.raises(StorageRejected):
+        asyncio.run(mirror.append(KEY, [entry("b")]))
+
+    assert not mirror.whole
+
+
+# ---- the files
+
+
+class Host:
+    """A host with a HOME of its own, and Claude Code's files of one run in it."""
+
+    def __init__(self, folder: Path, store: TranscriptStore) -> None:
+        self.home = folder
+        self.files = TranscriptFiles(store, {"HOME": str(folder)})
+
+    def path(self, cwd: str) -> Path:
+        return self.home / ".claude" / "projects" / cwd.replace("/", "-") / f"{SESSION}.jsonl"
+
+    def write(self, cwd: str, *lines: object) -> Path:
+        path = self.path(cwd)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        return path
+
+
+def run(**fields: Any) -> Run:
+    values = {**vars(RUN), "sdk_session_id": SESSION, "cwd": "/one", "options_json": "{}", **fields}
+    return Run(**values)
+
+
+def lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_files_that_the_mirror_lacks_are_taken_over_and_written_back(store: TranscriptStore, tmp_path: Path) -> None:
+    here, there = Host(tmp_path / "here", store), Host(tmp_path / "there", store)
+    asyncio.run(store.append({**KEY, "project_key": "-one"}, [entry("b")]))  # all that had come before it was killed
+    main = here.write("/one", entry("a"), {"type": "cost-state"}, entry("b"), {"type": "api-request-blob"}, entry("c"))
+    with main.open("a") as file:
+        file.write('{"type": "torn')
+    agent = main.with_suffix("") / "subagents" / "agent-1.jsonl"
+    agent.parent.mkdir(parents=True)
+    agent.write_text(json.dumps(entry("s")) + "\n")
+    agent.with_suffix(".meta.json").write_text('{"agentType": "general"}')
+
+    assert here.files.keep(run()) == {"hasTranscript": 1, "transcriptStored": 1}
+
+    parent = run(transcript_stored=1)
+    assert there.files.can_provide(parent, "/two", {})
+    assert there.files.provide(parent, run(cwd="/two", id="next"))
+    back = there.path("/two")
+    assert lines(back) == [entry("a"), entry("b"), entry("c")]
+    copy = back.with_suffix("") / "subagents" / "agent-1.jsonl"
+    assert lines(copy) == [entry("s")]
+    assert json.loads(copy.with_suffix(".meta.json").read_text()) == {"agentType": "general"}
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (back, copy, copy.with_suffix(".meta.json"))} == {0o600}
+    assert sorted(os.listdir(back.parent)) == [SESSION, f"{SESSION}.jsonl"]
+
+
+STORED = [entry(f"uuid-{n}", parentUuid=f"uuid-{n - 1}" if n else None) for n in range(3)]
+FILES: dict[str, list[Any]] = {
+    "whole": [*STORED, entry("uuid-3", parentUuid="uuid-2")],
+    "a stump, begun anew": STORED[1:],
+    "cut": STORED[:1],
+    "without what was in its middle": [STORED[0], STORED[2]],
+    "empty": [],
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_what_is_stored_is_never_replaced_by_less(store: TranscriptStore, tmp_path: Path, kind: str) -> None:
+    host = Host(tmp_path, store)
+    asyncio.run(store.append({**KEY, "project_key": "-one"}, STORED))
+    host.write("/one", *FILES[kind])
+
+    assert host.files.keep(run()) == {"hasTranscript": 1, "transcriptStored": 1}
+
+    expected = FILES["whole"] if kind == "whole" else STORED
+    assert asyncio.run(store.load({**KEY, "project_key": "-one"})) == expected
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_that_lacks_what_is_stored_is_moved_aside(store: TranscriptStore, tmp_path: Path, kind: str) -> None:
+    host = Host(tmp_path, store)
+    asyncio.run(store.append({**KEY, "project_key": "-one"}, STORED))
+    path = host.write("/one", *FILES[kind])
+    before = path.read_bytes()
+
+    assert host.files.provide(run(transcript_stored=1), run(id="next"))
+
+    aside = list(path.parent.glob("*.incomplete-*"))
+    assert lines(path) == (FILES["whole"] if kind == "whole" else STORED)
+    assert [file.read_bytes() for file in aside] == ([] if kind == "whole" else [before])
+
+
+def test_what_was_mirrored_is_all_there_is_where_the_file_is_gone(store: TranscriptStore, tmp_path: Path) -> None:
+    host = Host(tmp_path, store)
+    asyncio.run(store.append({**KEY, "project_key": "-one"}, STORED))
+
+    assert host.files.keep(run()) == {"hasTranscript": 1, "transcriptStored": 1}
+    failed = Mirror(store, SESSION)
+    with pytest.raises(KeyError):
+        asyncio.run(failed.append({"session_id": SESSION}, STORED))
+    assert host.files.keep(run(), failed) == {"hasTranscript": 0, "transcriptStored": 0}
+
+
+def test_a_transcript_is_found_wherever_claude_code_has_put_it(store: TranscriptStore, tmp_path: Path) -> None:
+    host = Host(tmp_path, store)
+    host.write("/a-key-of-its-own", entry("a"))
+
+    assert host.files.can_provide(run(), "/one", {})
+    assert host.files.keep(run()) == {"hasTranscript": 1, "transcriptStored": 1}
+
+
+def test_the_project_of_a_directory_is_named_as_claude_code_names_it() -> None:
+    names = {"/a/é😀b": "-a----b", "/a/e\u0301": "-a-e-", "/a.b c": "-a-b-c"}
+    for cwd, name in names.items():
+        assert transcript_path(cwd, SESSION, {"HOME": "/h"}).parent.name == name.replace("é", "-")
+
+
+def test_a_file_that_is_there_is_never_touched(store: TranscriptStore, tmp_path: Path) -> None:
+    host = Host(tmp_path, store)
+    asyncio.run(store.append({**KEY, "project_key": "-one"}, [entry("stored")]))
+    path = host.write("/one", entry("stored"), entry("local"))
+    before = path.read_bytes(), path.stat().st_mtime_ns
+
+    assert host.files.provide(run(transcript_stored=1), run(cwd="/two", id="next"))
+
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+    assert not host.path("/two").exists()
+
+
+def test_what_is_stored_whole_is_not_looked_for_on_this_host(
+    store: TranscriptStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Host(tmp_path, store)
+    looked: list[str] = []
+    monkeypatch.setattr("ccm.core.transcripts.files.find_transcript", lambda cwd, *_: looked.append(cwd))
+
+    assert host.files.can_provide(run(transcript_stored=1), "/one", {})
+    assert looked == []
+    assert not host.files.can_provide(run(), "/one", {})
+    assert looked != []
+
+
+def test_what_is_stored_in_part_only_is_not_provided(store: TranscriptStore, tmp_path: Path) -> None:
+    host = Host(tmp_path, store)
+    asyncio.run(store.append({**KEY, "project_key": "-one"}, [entry("a")]))
+    parent = run(transcript_stored=0)
+
+    assert not host.files.can_provide(parent, "/one", {})
+    assert not host.files.provide(parent, run(id="next"))
+    assert not host.path("/one").exists()
+
+
+def test_a_stored_path_that_leads_elsewhere_is_not_written(store: TranscriptStore, tmp_path: Path) -> None:
+    host = Host(tmp_path / "home", store)
+    key = {**KEY, "project_key": "-one"}
+    asyncio.run(store.append(key, [entry("a")]))
+    for subpath in ("../../../../../evil", "/tmp/evil", "a/../../../evil", "evil\\..\\evil", "evil\nevil"):
+        asyncio.run(store.append({**key, "subpath": subpath}, [entry("s")]))
+
+    assert host.files.provide(run(transcript_stored=1), run(id="next"))
+
+    assert lines(host.path("/one")) == [entry("a")]
+    assert list(tmp_path.rglob("*evil*")) == []
+
+
+def test_two_forks_at_once_find_one_whole_file(
+    store: TranscriptStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Host(tmp_path, store)
+    asyncio.run(store.append({**KEY, "project_key": "-one"}, STORED))
+    path = host.write("/one", *STORED[:1])
+    both = threading.Barrier(2)
+    uuids = store.uuids
+
+    def together(key: Any) -> list[str]:
+        """The second look at what the file lacks comes with the first, where nothing keeps them apart."""
+        with suppress(threading.BrokenBarrierError):
+            both.wait(1)
+        return uuids(key)
+
+    monkeypatch.setattr(store, "uuids", together)
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(host.files.provide, run(transcript_stored=1), run(id=name)) for name in ("a", "b")]
+        assert [job.result() for job in jobs] == [True, True]
+
+    assert lines(path) == STORED
+    assert len(list(path.parent.glob("*.incomplete-*"))) == 1
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "directory"])
+@pytest.mark.parametrize("place", ["main", "subagent", "metadata"])
+def test_what_is_no_regular_file_is_not_read(store: TranscriptStore, tmp_path: Path, kind: str, place: str) -> None:
+    host = Host(tmp_path, store)
+    asyncio.run(store.append({**KEY, "project_key": "-one"}, STORED))
+    main = host.write("/one", *STORED)
+    agent = main.with_suffix("") / "subagents" / "agent-1.jsonl"
+    agent.parent.mkdir(parents=True)
+    agent.write_text(json.dumps(entry("s")) + "\n")
+    path = {"main": main, "subagent": agent, "metadata": agent.with_suffix(".meta.json")}[place]
+    path.unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+
+    # What has been mirrored is all that there is, where the file itself cannot be had.
+    assert host.files.keep(run())["hasTranscript"] == 1
+    if place == "main":
+        with pytest.raises(OSError, match=r"regular|directory"):
+            host.files.provide(run(transcript_stored=1), run(id="next"))

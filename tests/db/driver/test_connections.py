@@ -1,0 +1,217 @@
+"""Connections of a pool: who gets one, how long a statement may take, and what closing does to transactions."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from ccm.db.driver import database as database_module
+from ccm.db.driver import sqlite_file
+from ccm.db.driver.database import Database
+from ccm.db.driver.permits import Permits
+from ccm.errors import DatabaseClosed, StorageDown
+
+SOON = 30.0
+# Counts for hours.
+ENDLESS = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT COUNT(*) FROM n"
+A_MILLION = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000000) SELECT COUNT(*) FROM n"
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + SOON
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.01)
+
+
+def sqlite_url(folder: Path) -> str:
+    url = f"sqlite:///{folder}/db.sqlite"
+    sqlite_file.prepare(url)
+    return url
+
+
+class Thread(threading.Thread):
+    """Does something, and keeps what it raised."""
+
+    def __init__(self, action: Callable[[], object]) -> None:
+        super().__init__(daemon=True)
+        self._action = action
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._action()
+        except Exception as error:
+            self.error = error
+
+    def ended(self) -> Exception | None:
+        """Wait for the end, and return the exception that ended it, if any."""
+        self.join(SOON)
+        assert not self.is_alive()
+        return self.error
+
+
+# ---- who gets a connection
+
+
+def test_a_newcomer_does_not_overtake_a_transaction_that_waits(database_url: str) -> None:
+    database = Database(database_url, pool_size=1)
+    served: list[str] = []
+
+    def wait() -> None:
+        with database.transaction():
+            served.append("the one that waited")
+
+    with database.transaction():
+        waiting = Thread(wait)
+        until(lambda: database._permits.waiting)
+    with database.transaction():
+        served.append("the newcomer")
+
+    assert waiting.ended() is None
+    assert served == ["the one that waited", "the newcomer"]
+    database.close()
+
+
+def test_a_lost_connection_costs_no_permit(postgresql: str) -> None:
+    database = Database(f"{postgresql}/postgres", pool_size=2)
+    try:
+        for _ in range(5):
+            with pytest.raises(LookupError), database.transaction() as transaction:
+                pid = transaction.value("SELECT pg_backend_pid()")
+                with psycopg.connect(f"{postgresql}/postgres", autocommit=True) as other:
+                    other.execute("SELECT pg_terminate_backend(%s, 30000)", [pid])
+                raise LookupError("as a run that is not found")
+        with database.transaction() as transaction:
+            assert transaction.value("SELECT 1") == 1
+    finally:
+        database.close()
+
+
+def test_a_busy_database_refuses_nobody(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database_module, "CONNECTION_TIMEOUT", 2.0)
+    database = Database(database_url, pool_size=1)
+
+    def work() -> None:
+        with database.transaction() as transaction:
+            transaction.value("SELECT 1")
+            time.sleep(0.5)  # the last one of six waits for more than two seconds
+
+    threads = [Thread(work) for _ in range(6)]
+    assert [thread.ended() for thread in threads] == [None] * 6
+    database.close()
+
+
+def test_a_database_that_answers_nobody_is_told_to_those_who_wait() -> None:
+    permits = Permits(1, 0.5)
+    permits.take()
+    first, second = Thread(permits.take), Thread(permits.take)
+    until(lambda: permits.waiting == 2)
+
+    permits.give_back(answered=False)  # one of them has it now
+
+    until(lambda: not (first.is_alive() or second.is_alive()))
+    refusal = first.error or second.error
+    assert isinstance(refusal, StorageDown)
+    assert refusal.summary == "all connections to the database are in use"
+    assert None in (first.error, second.error)
+
+
+# ---- how long a statement may take
+
+
+def test_a_read_that_takes_too_long_is_interrupted(tmp_path: Path) -> None:
+    database = Database(sqlite_url(tmp_path), answer_seconds=0.5)
+    with pytest.raises(StorageDown) as fault:
+        database.rows(ENDLESS)
+
+    assert fault.value.summary == "the database takes too long"
+    assert type(fault.value) is StorageDown  # neither damaged nor closed
+    assert database.watch is not None
+    assert database.watch.damage is None
+    with database.transaction() as transaction:
+        for _ in range(5):
+            assert transaction.value("SELECT 1") == 1
+            time.sleep(0.1)  # each statement has its own time
+        assert transaction.value(A_MILLION.replace("1000000", "1000")) == 1000
+    database.close()
+
+
+@pytest.mark.parametrize("service", [False, True])
+def test_the_writer_and_a_command_take_their_time(tmp_path: Path, service: bool) -> None:
+    database = Database(sqlite_url(tmp_path), writable=service, answer_seconds=0.001 if service else None)
+    assert database.rows(A_MILLION) == [{"COUNT(*)": 1_000_000}]
+    database.close()
+
+
+# ---- closing
+
+
+def test_reads_that_go_on_are_interrupted_when_the_database_is_closed(tmp_path: Path) -> None:
+    database = Database(sqlite_url(tmp_path))
+    begun = threading.Barrier(5)
+
+    def read() -> None:
+        with database.transaction() as transaction:
+            begun.wait(SOON)
+            transaction.value(ENDLESS)
+
+    threads = [Thread(read) for _ in range(4)]
+    begun.wait(SOON)
+    database.close()
+
+    for thread in threads:
+        assert isinstance(thread.ended(), DatabaseClosed)
+    with pytest.raises(DatabaseClosed):
+        database.rows("SELECT 1")
+    database.close()
+
+
+def test_who_waits_for_a_connection_is_refused_when_the_database_is_closed(tmp_path: Path) -> None:
+    database = Database(sqlite_url(tmp_path), pool_size=1)
+    begun = threading.Event()
+
+    def read() -> None:
+        with database.transaction() as transaction:
+            begun.set()
+            transaction.value(ENDLESS)
+
+    thread = Thread(read)
+    begun.wait(SOON)
+    waiting = Thread(lambda: database.rows("SELECT 1"))
+    until(lambda: database._permits.waiting)
+    database.close()
+    assert isinstance(thread.ended(), DatabaseClosed)
+    assert isinstance(waiting.ended(), DatabaseClosed)
+
+
+def test_a_connection_in_use_is_not_closed(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(database_module, "CLOSE_TIMEOUT", 0.2)
+    database = Database(database_url)
+    begun, closed = threading.Event(), threading.Event()
+    read: list[object] = []
+
+    def work() -> None:
+        with database.transaction() as transaction:
+            begun.set()
+            closed.wait(SOON)
+            read.append(transaction.value("SELECT 1"))
+
+    thread = Thread(work)
+    begun.wait(SOON)
+    with caplog.at_level(logging.ERROR):
+        database.close()
+    closed.set()
+
+    assert thread.ended() is None
+    assert read == [1]
+    assert caplog.messages == ["transactions have not ended; 1 connections to the database are left open"]

@@ -1,0 +1,163 @@
+"""Transactions on both databases: what is kept, what is undone, and what the drivers' errors become."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from ccm.db.driver.database import Database, Transaction
+from ccm.errors import StorageDown, StorageRejected
+from ccm.models import to_json_text
+
+
+def session(transaction: Transaction, name: str) -> None:
+    transaction.insert(
+        "ccr_sessions",
+        {
+            "id": name,
+            "cwd": "/",
+            "metadataJson": "{}",
+            "runCount": 0,
+            "messageCount": 0,
+            "costUsd": 0,
+            "firstRunAt": "",
+            "lastRunAt": "",
+            "lastRunSeq": 0,
+        },
+    )
+
+
+def names(database: Database) -> list[str]:
+    return [row["id"] for row in database.rows("SELECT id FROM ccr_sessions ORDER BY id")]
+
+
+def test_a_transaction_is_kept_whole_or_not_at_all(writable: Database, reader: Database) -> None:
+    with writable.transaction() as transaction:
+        session(transaction, "a")
+        session(transaction, "b")
+    with pytest.raises(RuntimeError), writable.transaction() as transaction:
+        session(transaction, "c")
+        raise RuntimeError
+
+    assert names(reader) == ["a", "b"]
+
+
+def test_a_savepoint_undoes_only_itself(writable: Database, reader: Database) -> None:
+    with writable.transaction() as transaction:
+        session(transaction, "a")
+        with pytest.raises(StorageRejected), transaction.savepoint():
+            session(transaction, "b")
+            session(transaction, "a")
+        with pytest.raises(KeyError), transaction.savepoint():
+            session(transaction, "c")
+            raise KeyError
+        with transaction.savepoint():
+            session(transaction, "d")
+
+    assert names(reader) == ["a", "d"]
+
+
+def test_camel_case_columns_and_named_parameters(writable: Database) -> None:
+    with writable.transaction() as transaction:
+        session(transaction, "50% :off")
+        row = transaction.row(
+            'SELECT id, "lastRunSeq" AS "lastRunSeq" FROM ccr_sessions WHERE id LIKE :q', q="50\\% :o%"
+        )
+        row = row or transaction.row("SELECT id FROM ccr_sessions WHERE id LIKE '50%' AND id = :name", name="50% :off")
+
+    assert row is not None
+    assert row["id"] == "50% :off"
+
+
+def test_nul_and_lone_surrogates_come_back(writable: Database) -> None:
+    text = to_json_text({"text": "\0 \ud800 \U0001f600"})
+    with writable.transaction() as transaction:
+        session(transaction, "a")
+        transaction.execute('UPDATE ccr_sessions SET "metadataJson" = :text', text=text)
+        assert transaction.value('SELECT "metadataJson" FROM ccr_sessions') == text
+
+
+def test_a_wrong_statement_is_rejected_and_leaves_no_connection_behind(writable: Database) -> None:
+    for _ in range(3):  # the pool has one connection: a lost one would be missed
+        with pytest.raises(StorageRejected), writable.transaction() as transaction:
+            transaction.execute("SELECT nothing FROM nowhere")
+    with writable.transaction() as transaction:
+        session(transaction, "a")
+    assert names(writable) == ["a"]
+
+
+def test_a_connection_is_given_back_by_threads_that_die(reader: Database, writable: Database) -> None:
+    def read() -> None:
+        reader.rows("SELECT 1 AS one")
+
+    for _ in range(50):
+        thread = threading.Thread(target=read)
+        thread.start()
+        thread.join()
+    assert reader.rows("SELECT 1 AS one") == [{"one": 1}]
+
+
+def test_a_locked_database_is_down_and_then_up_again(tmp_path: Path) -> None:
+    path = tmp_path / "db.sqlite"
+    database = Database(f"sqlite:///{path}", writable=True, pool_size=1)
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+
+    with pytest.raises(StorageDown, match="locked"), database.transaction():
+        pass
+
+    other.execute("ROLLBACK")
+    other.close()
+    with database.transaction() as transaction:
+        transaction.execute("CREATE TABLE t (id)")
+    database.close()
+
+
+def test_a_deferred_failure_of_commit_does_not_poison_the_thread(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/db.sqlite", writable=True, pool_size=1)
+    with database.transaction() as transaction:
+        transaction.execute("CREATE TABLE a (id INTEGER PRIMARY KEY)")
+        transaction.execute("CREATE TABLE b (a INTEGER REFERENCES a (id) DEFERRABLE INITIALLY DEFERRED)")
+
+    with pytest.raises(StorageRejected, match="FOREIGN KEY"), database.transaction() as transaction:
+        transaction.execute("INSERT INTO b VALUES (1)")
+
+    with database.transaction() as transaction:
+        assert transaction.value("SELECT COUNT(*) FROM b") == 0
+        transaction.execute("INSERT INTO a VALUES (1)")
+        transaction.execute("INSERT INTO b VALUES (1)")
+    database.close()
+
+
+def test_a_lost_connection_to_postgresql_is_down_and_then_up_again(postgresql: str) -> None:
+    database = Database(f"{postgresql}/postgres", writable=True, pool_size=1)
+    with database.transaction() as transaction:
+        pid = transaction.value("SELECT pg_backend_pid()")
+    with pytest.raises(StorageDown), database.transaction() as transaction:
+        with psycopg.connect(f"{postgresql}/postgres", autocommit=True) as other:
+            other.execute("SELECT pg_terminate_backend(%s)", [pid])
+        transaction.value("SELECT 1")
+
+    with database.transaction() as transaction:
+        assert transaction.value("SELECT 1") == 1
+    database.close()
+
+
+def test_a_database_out_of_reach_is_down() -> None:
+    database = Database("postgresql://u@127.0.0.1:1/db")
+    with pytest.raises(StorageDown):
+        database.rows("SELECT 1")
+    database.close()
+
+
+def test_sqlite_is_as_durable_as_promised(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/db.sqlite")
+    with database.transaction() as transaction:
+        assert transaction.value("PRAGMA journal_mode") == "wal"
+        assert transaction.value("PRAGMA synchronous") == 2
+        assert transaction.value("PRAGMA foreign_keys") == 1
+    database.close()

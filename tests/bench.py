@@ -287,7 +287,7 @@ class Bench:
             ours.append(self.recorded(rows))
         print(
             f"messages into the database (WAL, synchronous=FULL, 1.5 KB): executemany {median(raw):,.0f} rows/s, "
-            f"recorder {median(ours):,.0f} rows/s: {median(ours) / median(raw):.2f}"
+            f"writer {median(ours):,.0f} rows/s: {median(ours) / median(raw):.2f}"
         )
 
     def raw_writes(self, rows: int, batch: int = 1_000) -> float:

@@ -1,4 +1,4 @@
-"""The house: which part may import what, held by reading the imports."""
+"""The layout of ccm/: which part may import which, held by reading the imports."""
 
 from __future__ import annotations
 
@@ -8,30 +8,61 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = sorted((ROOT / "ccm").rglob("*.py"))
-SHARED = {
-    *("ccm", "ccm.access", "ccm.settings", "ccm.setting_values", "ccm.errors", "ccm.models", "ccm.token_file"),
-    "ccm.webhook_urls",
+CCM = ROOT / "ccm"
+MODULES = sorted(CCM.rglob("*.py"))
+# What every part may import. These import one another and none of the floors.
+SHARED = {"errors", "file_limits", "models", "settings"}
+# The floors and what stands beside them: each may import itself, SHARED, and what is named here.
+# `cli` and app.py put the parts together, so they may import anything.
+FLOORS = {
+    "api": {"core"},
+    "core": {"db"},
+    "db": set(),
+    "server": {"core"},
+    "testing": set(),
+    "demo": {"testing"},
+    "log": set(),
+    **{name: set() for name in SHARED},
 }
-MAY_IMPORT = {
-    "api": {"api", "core", "db"},
-    "core": {"core", "db"},
-    "db": {"db"},
-    "demo": {"demo"},
-    "shared": set(),
+# The folders and files within core/, from the top down: each may import itself and those that its entry names.
+CORE = {
+    "service": {"*"},
+    "runs": {
+        "approvals",
+        "transcripts",
+        "claude",
+        "policy",
+        "webhooks",
+        "storage",
+        "lineage",
+        "worker_pool",
+        "problems",
+    },
+    "archive": {"claude"},
+    "approvals": {"webhooks", "storage"},
+    "transcripts": {"claude", "storage"},
+    "claude": {"policy"},
+    "policy": set(),
+    "webhooks": {"storage", "worker_pool", "problems"},
+    "streams": {"queries", "storage"},
+    "queries": {"lineage", "storage"},
+    "lineage": set(),
+    "storage": {"problems"},
+    "worker_pool": {"problems"},
+    "problems": set(),
 }
-# Who alone may know a package.
+# The only places that may import a package.
 OWNERS = {
-    "flask": {"api", "cli/commands.py", "server/server.py"},
+    "flask": {"api", "cli", "server/server.py"},
     "werkzeug": {"api"},
-    "waitress": {"server/server.py", "server/connections.py"},
+    "waitress": {"server"},
     "claude_agent_sdk": {"core/claude/sdk.py"},
     "dataset": {"db/driver/database.py"},
     "sqlalchemy": {"db/driver/database.py", "db/driver/errors.py"},
-    "psycopg": {"db"},
+    "psycopg": {"db/driver"},
     "sqlite3": {"db"},
     "pydantic": {"api"},
-    "click": {"cli/commands.py", "cli/archive.py"},
+    "click": {"cli"},
 }
 
 
@@ -47,41 +78,67 @@ def imports(module: Path) -> set[str]:
     return names
 
 
-def floor(module: Path) -> str:
-    parts = module.relative_to(ROOT / "ccm").parts
-    if len(parts) > 1:
-        return parts[0]
-    return (
-        "top"
-        if module.name in ("cli/commands.py", "cli/archive.py", "server/server.py", "server/connections.py", "log.py")
-        else "shared"
-    )
+def parts(module: Path) -> tuple[str, ...]:
+    """The place of a module below ccm/, without the suffix."""
+    return module.relative_to(CCM).with_suffix("").parts
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def relative(module: Path) -> str:
+    return str(module.relative_to(CCM))
+
+
+@pytest.mark.parametrize("module", MODULES, ids=relative)
 def test_imports_only_go_down(module: Path) -> None:
-    allowed = MAY_IMPORT.get(floor(module))
-    if allowed is None:
-        return  # cli/commands.py, cli/archive.py and server/server.py put the parts together
+    floor = parts(module)[0]
+    if floor in ("cli", "__init__"):
+        return
+    allowed = {floor, *FLOORS[floor], *SHARED, "__version__"}
+    if floor == "api":
+        allowed.add("db")
     for name in imports(module):
-        if name.startswith("ccm.") and not any(
-            name == shared or name.startswith(shared + ".") for shared in SHARED - {"ccm"}
-        ):
-            assert name.split(".")[1] in allowed | {"__version__"}, f"{module} imports {name}"
+        if name.startswith("ccm."):
+            assert name.split(".")[1] in allowed, f"{relative(module)} imports {name}"
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("module", [module for module in MODULES if parts(module)[0] == "core"], ids=relative)
+def test_the_folders_of_core_import_one_way(module: Path) -> None:
+    folder = parts(module)[1]
+    if folder == "__init__":
+        return
+    allowed = CORE[folder]
+    for name in imports(module):
+        if name.startswith("ccm.core.") and "*" not in allowed:
+            assert name.split(".")[2] in {folder, *allowed}, f"{relative(module)} imports {name}"
+
+
+def test_the_order_of_core_has_no_cycle() -> None:
+    order: list[str] = []
+    rest = {folder: allowed - {"*"} for folder, allowed in CORE.items()}
+    while rest:
+        free = [folder for folder, allowed in rest.items() if allowed <= set(order)]
+        assert free, f"a cycle among {sorted(rest)}"
+        order += free
+        for folder in free:
+            del rest[folder]
+
+
+def test_every_part_of_the_layout_exists() -> None:
+    assert {parts(module)[0] for module in MODULES} == {*FLOORS, "cli", "__init__"}
+    assert {parts(module)[1] for module in MODULES if parts(module)[0] == "core"} == {*CORE, "__init__"}
+
+
+@pytest.mark.parametrize("module", MODULES, ids=relative)
 def test_packages_have_one_owner(module: Path) -> None:
-    place = module.relative_to(ROOT / "ccm")
+    place = relative(module)
     for name in imports(module):
         owners = OWNERS.get(name.partition(".")[0])
         if owners is not None:
-            assert str(place) in owners or place.parts[0] in owners, f"{place} imports {name}"
+            assert any(place == owner or place.startswith(f"{owner}/") for owner in owners), f"{place} imports {name}"
 
 
 def test_dataset_is_never_used_as_a_context_manager() -> None:
     # `with db:` leaves the thread's connection broken when COMMIT fails.
-    source = (ROOT / "ccm" / "db" / "database.py").read_text(encoding="utf-8")
+    source = (CCM / "db" / "driver" / "database.py").read_text(encoding="utf-8")
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.With):
             for item in node.items:
@@ -89,10 +146,6 @@ def test_dataset_is_never_used_as_a_context_manager() -> None:
 
 
 def test_only_settings_and_the_entry_points_read_the_environment() -> None:
-    readers = {
-        str(module.relative_to(ROOT / "ccm"))
-        for module in MODULES
-        if "os.environ" in module.read_text(encoding="utf-8")
-    }
+    readers = {relative(module) for module in MODULES if "os.environ" in module.read_text(encoding="utf-8")}
     # The service takes what agents inherit; the demo takes PATH.
     assert readers == {"cli/commands.py", "cli/archive.py", "core/service.py", "demo/tour.py"}

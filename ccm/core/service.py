@@ -176,7 +176,7 @@ class Service:
         self.input = Input(self._writer, self._runner, settings.max_message_bytes)
         self._writer.on_unfollowed = self._catch_up
         self._writer.start()
-        undo.callback(self._stop, "recorder", lambda: self._writer.stop(time.monotonic()))
+        undo.callback(self._stop, "writer", lambda: self._writer.stop(time.monotonic()))
         # Runs may have begun when the rest of a start fails: they are ended, and their ends stored.
         undo.callback(self._stop, "runs", lambda: self._runner.stop(time.monotonic() + STOP_TIMEOUT))
         self._storage_health = StorageHealth(self._writer, writable)
@@ -217,7 +217,7 @@ class Service:
             self._stopped = True
             ended = self._stop("runs", lambda: self._runner.stop(self._stop_by()))
             self._stop("webhooks", lambda: self._dispatcher.stop(time.monotonic() + SEND_TIMEOUT))
-            written = self._stop("recorder", lambda: self._writer.stop(max(self._stop_by(), time.monotonic() + 1)))
+            written = self._stop("writer", lambda: self._writer.stop(max(self._stop_by(), time.monotonic() + 1)))
             self._stop("waits", self.notifier.close)
             if not ended:
                 self._stop("processes", self._runner.give_up)

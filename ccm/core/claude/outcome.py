@@ -1,4 +1,4 @@
-"""What the results of a run say: why it failed, and what it cost."""
+"""How a run ended, read from its messages: whether it failed, why, and what it cost."""
 
 from __future__ import annotations
 
@@ -6,13 +6,104 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ccm.models import MONEY_DIGITS
+from ccm.models import COMPLETED, ERROR, MONEY_DIGITS, Answer, Outcome
 
 RESULT_ERRORS = {
     "error_max_turns": "MAX_TURNS_REACHED",
     "error_max_budget_usd": "MAX_BUDGET_REACHED",
     "error_max_structured_output_retries": "STRUCTURED_OUTPUT_FAILED",
 }
+# Claude Code retries a refused login for three minutes. Two refusals in a row are enough to know.
+LOGIN_REFUSALS = 2
+LOGIN_ADVICE = (
+    "Claude Code has no login that is accepted. Log in again: run `claude` and /login as the service's user, or set "
+    "ANTHROPIC_API_KEY for the service."
+)
+
+
+class Progress:
+    """The facts about a run that its messages have told so far. For the run's own event loop."""
+
+    def __init__(self) -> None:
+        self.results: list[dict[str, Any]] = []
+        # The number of results when the run was told to stop; None before that.
+        self._results_before_stop: int | None = None
+        # The last state that Claude Code has reported; None if it reports none, as older versions do.
+        self._session_state: str | None = None
+        self._login_refusals = 0
+        # The API error that the last assistant message of the main thread reports.
+        self._api_error: str | None = None
+        # The answer that interrupts the current turn, and the one that ended the last turn.
+        self._denial: Answer | None = None
+        self._denied: Answer | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether Claude Code has given a result and is not working."""
+        return bool(self.results) and self._session_state in (None, "idle")
+
+    @property
+    def reports_idle(self) -> bool:
+        return self._session_state == "idle"
+
+    @property
+    def login_refused(self) -> bool:
+        """Whether the login was refused as often as it takes to give up."""
+        return self._login_refusals >= LOGIN_REFUSALS
+
+    def note(self, message: Mapping[str, Any]) -> None:
+        """Remember the facts that a message tells."""
+        kind, subtype = message.get("type"), message.get("subtype")
+        if kind == "result":
+            self.results.append(dict(message))
+            self._denied, self._denial = self._denial, None
+        elif kind == "system" and subtype == "session_state_changed":
+            self._session_state = message.get("state")
+        elif kind == "system" and subtype == "api_retry" and message.get("error_status") == 401:
+            self._login_refusals += 1
+        elif kind in ("assistant", "stream_event"):
+            if not message.get("error"):
+                self._login_refusals = 0  # the login was refreshed
+            if kind == "assistant" and message.get("parent_tool_use_id") is None:
+                self._api_error = message.get("error")
+
+    def note_stop(self) -> None:
+        """Remember where the run was when it was told to stop."""
+        self._results_before_stop = len(self.results)
+
+    def note_denial(self, answer: Answer) -> None:
+        """Remember the answer to an approval that interrupts the turn."""
+        self._denial = answer
+
+    def outcome(self, reason: Outcome | None, *, over: bool, unanswered: bool) -> Outcome | None:
+        """How the run ended, or None if its messages do not say. A result counts for more than how the process went.
+
+        Args:
+            reason: why the run was told to stop, if it was.
+            over: Claude Code has done all that it was asked to do.
+            unanswered: a message was taken in whose turn has not ended well.
+        """
+        if reason is not None and self._results_before_stop is not None:
+            since = self.results[self._results_before_stop :]
+            # A turn that ended well all the same was the last one, unless a message was still to be answered.
+            if not since or unanswered or any(result.get("is_error") for result in since):
+                return reason
+        if not (over and self.results):
+            return reason
+        result = self.results[-1]
+        if not result.get("is_error"):
+            return Outcome(COMPLETED)
+        if reason is not None:
+            return reason
+        if self._denied is not None:
+            return Outcome(ERROR, "APPROVAL_DENIED", f"An approval was denied with interrupt: {self._denied.message}")
+        code, text = error_code(result, self._api_error), error_text(result)
+        return Outcome(ERROR, code, _sentences(text, LOGIN_ADVICE) if code == "AUTHENTICATION_FAILED" else text)
+
+
+def _sentences(text: str, advice: str) -> str:
+    """Join two texts as two sentences, whatever the first one ends with."""
+    return f"{text} {advice}" if text.endswith((".", "!", "?")) else f"{text}. {advice}"
 
 
 def cost(results: Sequence[Mapping[str, Any]], *, fresh: bool) -> float | None:

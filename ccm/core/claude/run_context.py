@@ -6,17 +6,24 @@ import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ccm.core.claude.options import sdk_arguments
 from ccm.core.claude.processes import LAUNCH_SCRIPT, launch_environment
 from ccm.core.claude.run_directory import STDERR_FILE
 from ccm.core.claude.sdk import AgentDefinition, ClaudeAgentOptions, permission_callback
 from ccm.core.policy.ceilings import Ceilings
-from ccm.core.transcripts.store import Mirror
 from ccm.models import Answer, Image, Question
 
 Ask = Callable[[Question], Awaitable[Answer]]
+
+
+class Mirror(Protocol):
+    """The SDK's session store for one run (core/transcripts/store.py). It takes the transcript as it grows."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether entries are on their way to storage."""
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ class Runner:
                 if not self._guarded(partial(run.stop, SHUT_DOWN), f"run {run_id} could not be interrupted"):
                     self._end_processes(run_id)
             # A start that was decided before is followed first; it is begun as one that is to stop.
-            self._guarded(lambda: self._await_writer(deadline), "the recorder could not be waited for")
+            self._guarded(lambda: self._await_writer(deadline), "the writer could not be waited for")
             with self._all_ended:
                 while self._ongoing and (remaining := deadline - time.monotonic()) > 0:
                     self._all_ended.wait(min(POLL_INTERVAL, remaining))
@@ -339,7 +339,7 @@ class Runner:
         return Execution(context, self._cli_config, self._environ, self._record(run), mirror, ask=ask)
 
     def _record(self, run: Run) -> Callable[[dict[str, Any]], Any]:
-        """A function that numbers the messages of a run and hands them to the recorder."""
+        """A function that numbers the messages of a run and hands them to the writer."""
         index = 0
 
         async def record(raw: dict[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""One control write on its way through the recorder."""
+"""One control write on its way through the writer."""
 
 from __future__ import annotations
 

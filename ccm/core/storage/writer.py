@@ -54,7 +54,7 @@ ROOM_INTERVAL = 1.0
 # The pause after a fault of the writer's own loop (seconds): one that persists must not take all of a processor.
 FAULT_DELAY = 0.1
 # The key of such a fault.
-PROBLEM = "recorder"
+PROBLEM = "writer"
 
 
 class _Stop:

@@ -22,9 +22,11 @@ from claude_agent_sdk import ClaudeAgentOptions, ClaudeSDKClient
 from claude_agent_sdk._internal.query import Query
 from claude_agent_sdk._internal.transport.subprocess_cli import SubprocessCLITransport
 
-from ccm.core.claude.execution import Execution, _first
+from ccm.core.claude.execution import Execution
 from ccm.core.claude.processes import end_marked, marked
 from ccm.core.claude.run_context import CLIConfig, RunContext
+from ccm.core.claude.run_events import first
+from ccm.core.claude.termination import Termination
 from ccm.core.policy.ceilings import Ceilings
 from ccm.core.transcripts.store import Mirror
 from ccm.models import Outcome
@@ -166,7 +168,7 @@ def test_messages_of_every_kind_are_recorded_as_they_came(tmp_path: Path) -> Non
     assert run.messages[-1]["type"] == "result"
 
 
-def test_what_the_cli_says_before_the_first_prompt_is_recorded_first(tmp_path: Path) -> None:
+def test_what_the_cli_says_before_the_first_prompt_is_recordedfirst(tmp_path: Path) -> None:
     early = tmp_path / "early"
     early.write_text(
         f'#!/bin/sh\nread line\nprintf \'%s\\n\' \'{{"type": "system", "subtype": "hook_started"}}\'\n'
@@ -315,7 +317,7 @@ def test_a_fault_of_the_mirror_is_told_to_the_operator_and_is_no_message_of_the_
 
 
 def test_a_cli_that_exits_before_it_has_answered_is_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ccm.core.claude.execution.CLOSE_TIMEOUT", 0.2)
+    monkeypatch.setattr("ccm.core.claude.termination.CLOSE_TIMEOUT", 0.2)
     program = tmp_path / "exits"
     program.write_text("#!/bin/sh\nread line\nexit 0\n")
     program.chmod(0o755)
@@ -367,9 +369,17 @@ def broken(*_: object, **__: object) -> None:
     raise BrokenError("broken")
 
 
-@pytest.mark.parametrize("part", ["_see_it_end", "_notice_exit", "_keep_time", "_write", "_free_output"])
-def test_a_part_that_fails_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
-    monkeypatch.setattr(Execution, part, broken)
+@pytest.mark.parametrize(
+    ("owner", "part"),
+    [
+        *((Termination, part) for part in ("run", "watch_exit", "_free_output")),
+        *((Execution, part) for part in ("_keep_time", "_write")),
+    ],
+)
+def test_a_task_that_fails_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: type[object], part: str
+) -> None:
+    monkeypatch.setattr(owner, part, broken)
     run = Run(tmp_path, {"count": 1, "hold": True, "ignore_interrupt": True, "tool": 300}).start()
     if part == "_free_output":
         until(lambda: run.messages)
@@ -396,9 +406,9 @@ def test_a_stream_whose_end_the_sdk_does_not_tell_ends_with_the_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ccm.core.claude.sdk._Tap.close", lambda _tap: None)
-    monkeypatch.setattr("ccm.core.claude.execution.CLOSE_TIMEOUT", 0.05)
-    monkeypatch.setattr("ccm.core.claude.execution.TERMINATE_TIMEOUT", 0.05)
-    monkeypatch.setattr("ccm.core.claude.execution.SILENT_TIMEOUT", 0.2)
+    monkeypatch.setattr("ccm.core.claude.termination.CLOSE_TIMEOUT", 0.05)
+    monkeypatch.setattr("ccm.core.claude.termination.TERMINATE_TIMEOUT", 0.05)
+    monkeypatch.setattr("ccm.core.claude.termination.SILENT_TIMEOUT", 0.2)
     outcome = Run(tmp_path, {"count": 1}).end()
 
     assert outcome.status == "completed"
@@ -426,7 +436,7 @@ def test_an_interrupt_that_is_heard_ends_it_at_once(tmp_path: Path) -> None:
 
 
 def test_a_cli_that_ignores_the_interrupt_is_terminated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ccm.core.claude.execution.INTERRUPT_TIMEOUT", 0.2)
+    monkeypatch.setattr("ccm.core.claude.termination.INTERRUPT_TIMEOUT", 0.2)
     run = Run(tmp_path, {"count": 1, "hold": True, "ignore_interrupt": True, "tool": 300}).start()
     until(lambda: run.messages)
     run.execution.cancel()
@@ -435,8 +445,8 @@ def test_a_cli_that_ignores_the_interrupt_is_terminated(tmp_path: Path, monkeypa
 
 
 def test_a_cli_that_ignores_the_terminate_too_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ccm.core.claude.execution.INTERRUPT_TIMEOUT", 0.2)
-    monkeypatch.setattr("ccm.core.claude.execution.TERMINATE_TIMEOUT", 0.2)
+    monkeypatch.setattr("ccm.core.claude.termination.INTERRUPT_TIMEOUT", 0.2)
+    monkeypatch.setattr("ccm.core.claude.termination.TERMINATE_TIMEOUT", 0.2)
     stubborn = tmp_path / "stubborn"
     stubborn.write_text(f'#!/bin/sh\ntrap "" TERM\nexec {stand_in_cli(tmp_path)} "$@"\n')
     stubborn.chmod(0o755)
@@ -483,7 +493,7 @@ def test_what_a_run_that_ended_by_itself_left_stays_however_slow_storage_is(
     slow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("EXIT_DELAY", "CLOSE_TIMEOUT", "TERMINATE_TIMEOUT"):
-        monkeypatch.setattr(f"ccm.core.claude.execution.{name}", 0.1)
+        monkeypatch.setattr(f"ccm.core.claude.termination.{name}", 0.1)
     seconds = 1.5
     script = {"count": 1, "server": 300, "late": LATE}
     if slow == "the mirror":
@@ -552,7 +562,7 @@ def test_a_run_that_is_quick_enough_does_not_notice_its_limit(tmp_path: Path) ->
 
 def time_runs_out_with(run: Run, *events: asyncio.Event) -> Run:
     """Have a run's time be used up at the moment when one of its events is set."""
-    run.execution._clock.run_out = lambda: _first(*events)  # type: ignore[method-assign]
+    run.execution._clock.run_out = lambda: first(*events)  # type: ignore[method-assign]
     return run
 
 
@@ -565,7 +575,7 @@ def test_no_time_left_at_the_start_ends_it_while_it_connects(tmp_path: Path) -> 
 
 
 def test_a_cli_that_never_answers_runs_out_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ccm.core.claude.execution.TERMINATE_TIMEOUT", 0.2)
+    monkeypatch.setattr("ccm.core.claude.termination.TERMINATE_TIMEOUT", 0.2)
     mute = tmp_path / "mute"
     mute.write_text('#!/bin/sh\ntrap "" TERM\nsleep 300 &\nwait\nsleep 300\n')
     mute.chmod(0o755)
@@ -576,8 +586,8 @@ def test_a_cli_that_never_answers_runs_out_of_time(tmp_path: Path, monkeypatch: 
 def test_a_cli_that_ignores_everything_is_killed_when_its_time_is_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ccm.core.claude.execution.INTERRUPT_TIMEOUT", 0.2)
-    monkeypatch.setattr("ccm.core.claude.execution.TERMINATE_TIMEOUT", 0.2)
+    monkeypatch.setattr("ccm.core.claude.termination.INTERRUPT_TIMEOUT", 0.2)
+    monkeypatch.setattr("ccm.core.claude.termination.TERMINATE_TIMEOUT", 0.2)
     stubborn = tmp_path / "stubborn"
     stubborn.write_text(f'#!/bin/sh\ntrap "" TERM\nexec {stand_in_cli(tmp_path)} "$@"\n')
     stubborn.chmod(0o755)
@@ -601,7 +611,7 @@ def test_time_runs_out_under_back_pressure_too(tmp_path: Path) -> None:
 
 def test_a_cancel_before_the_time_is_up_counts(tmp_path: Path) -> None:
     run = Run(tmp_path, {"count": 1, "hold": True})
-    time_runs_out_with(run, run.execution._stop).start()
+    time_runs_out_with(run, run.execution._events.stop).start()
     until(lambda: run.messages)
     run.execution.cancel()
 
@@ -609,9 +619,9 @@ def test_a_cancel_before_the_time_is_up_counts(tmp_path: Path) -> None:
 
 
 def test_a_cancel_after_the_time_is_up_comes_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ccm.core.claude.execution.INTERRUPT_TIMEOUT", 0.2)
+    monkeypatch.setattr("ccm.core.claude.termination.INTERRUPT_TIMEOUT", 0.2)
     run = Run(tmp_path, {"count": 1, "hold": True, "ignore_interrupt": True}, timeout_ms=500).start()
-    until(run.execution._stop.is_set)
+    until(run.execution._events.stop.is_set)
     run.execution.cancel()
 
     assert tell(run) == ("error", "TIMEOUT")
@@ -629,13 +639,16 @@ def test_a_run_that_is_over_has_no_more_time_to_run_out_of(
 ) -> None:
     run = Run(tmp_path, {"count": 1, "result": result})
 
-    assert tell(time_runs_out_with(run, run.execution._over)) == end
+    assert tell(time_runs_out_with(run, run.execution._events.over)) == end
 
 
 def test_a_crash_before_the_time_is_up_is_told_as_the_crash(tmp_path: Path) -> None:
     run = Run(tmp_path, {"count": 1, "exit": 7})
 
-    assert tell(time_runs_out_with(run, run.execution._exited, run.execution._stream_ended)) == ("error", "CLI_CRASHED")
+    assert tell(time_runs_out_with(run, run.execution._events.exited, run.execution._events.stream_ended)) == (
+        "error",
+        "CLI_CRASHED",
+    )
 
 
 # ---- what the agent's processes see
@@ -702,7 +715,7 @@ async def _nothing() -> AsyncIterator[dict[str, Any]]:
 def test_a_cancel_while_the_cli_never_answers_ends_its_children_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ccm.core.claude.execution.TERMINATE_TIMEOUT", 0.2)
+    monkeypatch.setattr("ccm.core.claude.termination.TERMINATE_TIMEOUT", 0.2)
     mute = tmp_path / "mute"
     mute.write_text("#!/bin/sh\nsleep 300 &\nwait\n")  # the child holds the output open
     mute.chmod(0o755)

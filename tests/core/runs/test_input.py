@@ -84,8 +84,9 @@ def test_what_comes_during_a_turn_is_answered_after_it(tmp_path: Path) -> None:
 def test_the_turn_of_a_message_may_take_as_long_as_any(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, states: bool
 ) -> None:
-    for name in ("SETTLE_TIMEOUT", "CLOSE_TIMEOUT", "TERMINATE_TIMEOUT"):
-        monkeypatch.setattr(f"ccm.core.claude.execution.{name}", 0.1)
+    monkeypatch.setattr("ccm.core.claude.execution.SETTLE_TIMEOUT", 0.1)
+    monkeypatch.setattr("ccm.core.claude.termination.CLOSE_TIMEOUT", 0.1)
+    monkeypatch.setattr("ccm.core.claude.termination.TERMINATE_TIMEOUT", 0.1)
     run = begun(tmp_path, {"seconds": 0.3, "states": states})
     index(send(run, {"seconds": 1.5, "count": 2}))
 
@@ -166,7 +167,7 @@ def test_one_that_says_nothing_at_all_of_a_message_does_not_hold_up_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, states: bool
 ) -> None:
     monkeypatch.setattr("ccm.core.claude.execution.SETTLE_TIMEOUT", 0.3)
-    monkeypatch.setattr("ccm.core.claude.execution.CLOSE_TIMEOUT", 0.3)
+    monkeypatch.setattr("ccm.core.claude.termination.CLOSE_TIMEOUT", 0.3)
     run = begun(tmp_path, {"deaf": True, "states": states, "seconds": 0.3})
     follow_up = send(run, "Do you hear me?")
 
@@ -179,7 +180,7 @@ def test_a_message_that_is_not_read_neither_blocks_the_loop_nor_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ccm.core.claude.execution.SETTLE_TIMEOUT", 0.3)
-    monkeypatch.setattr("ccm.core.claude.execution.CLOSE_TIMEOUT", 0.3)
+    monkeypatch.setattr("ccm.core.claude.termination.CLOSE_TIMEOUT", 0.3)
     run = begun(tmp_path, {"deaf": True, "seconds": 0.3})
     follow_ups = [send(run, "x" * 300_000) for _ in range(3)]  # more than any pipe holds
 
@@ -188,7 +189,7 @@ def test_a_message_that_is_not_read_neither_blocks_the_loop_nor_the_end(
 
 
 def test_a_cancel_ends_a_run_whose_input_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ccm.core.claude.execution.INTERRUPT_TIMEOUT", 0.3)
+    monkeypatch.setattr("ccm.core.claude.termination.INTERRUPT_TIMEOUT", 0.3)
     run = begun(tmp_path, {"deaf": True, "seconds": LONG})
     follow_up = send(run, "x" * 1_000_000)
     run.execution.cancel()
@@ -239,7 +240,7 @@ def test_a_run_that_is_over_takes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_told_to_stop_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ccm.core.claude.execution.INTERRUPT_TIMEOUT", 0.3)
+    monkeypatch.setattr("ccm.core.claude.termination.INTERRUPT_TIMEOUT", 0.3)
     run = begun(tmp_path, {"hold": True, "ignore_interrupt": True})
     run.execution.cancel()
     follow_up = send(run, "wait")

@@ -320,7 +320,7 @@ def test_a_start_whose_commits_are_uncertain_recovers_and_begins_each_run_once(
 
     def commit_and_lose_the_answer(database: dataset.Database) -> None:
         commit(database)
-        if threading.current_thread().name == "recorder" and len(lost) < 6 and len(lost) % 2 == 0:
+        if threading.current_thread().name == "writer" and len(lost) < 6 and len(lost) % 2 == 0:
             lost.append(1)
             raise psycopg.OperationalError("the connection was lost in COMMIT")
         lost.append(0)

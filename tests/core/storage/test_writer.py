@@ -596,7 +596,7 @@ def test_what_is_to_be_called_later_is_called_in_the_writers_thread(harness: Har
     harness.writer.call_later(3600, lambda: called.append("too early"))
     until(lambda: called)
     harness.settle()
-    assert called == ["recorder"]
+    assert called == ["writer"]
 
 
 def test_a_fault_of_the_writer_itself_is_shown_and_over(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:

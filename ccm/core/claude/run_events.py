@@ -1,0 +1,48 @@
+"""The events in the life of one Claude Code process, as the tasks of its run share them."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+
+@dataclass
+class RunEvents:
+    """Set in the run's own event loop only.
+
+    Attributes:
+        connected: Claude Code has answered the SDK's first request.
+        stop: the run is to end early.
+        over: Claude Code has done all that it was asked to do.
+        exited: its process has exited.
+        stream_ended: nothing more will be read from it.
+    """
+
+    connected: asyncio.Event = field(default_factory=asyncio.Event)
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+    exited: asyncio.Event = field(default_factory=asyncio.Event)
+    stream_ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def ending(self) -> bool:
+        """Whether the run takes no more messages."""
+        return any(event.is_set() for event in (self.over, self.stop, self.exited, self.stream_ended))
+
+    async def stream_ends_within(self, seconds: float) -> bool:
+        """Wait for the end of the stream. Returns False if `seconds` passed first."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.stream_ended.wait()
+        return self.stream_ended.is_set()
+
+
+async def first(*events: asyncio.Event) -> None:
+    """Wait until one of the events is set."""
+    tasks = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()

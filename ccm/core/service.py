@@ -12,8 +12,8 @@ from contextlib import ExitStack, closing
 from ccm import file_limits
 from ccm.core.approvals.requests import Approvals
 from ccm.core.approvals.transitions import ApprovalTransitions
+from ccm.core.claude.locations import bundled_cli
 from ccm.core.claude.run_context import CLIConfig
-from ccm.core.claude.sdk import bundled_cli
 from ccm.core.policy import workdir
 from ccm.core.policy.ceilings import Ceilings
 from ccm.core.policy.options import check_policy
@@ -115,10 +115,10 @@ class Service:
                     self._open(undo)
                     undo.pop_all()  # from now on `end_runs` stops what was started
             except Unavailable as error:
-                self._close()
+                self._parts.close()
                 raise DatabaseRefused(f"The database takes no writes: {error.message}") from None
             except BaseException:
-                self._close()
+                self._parts.close()
                 raise
             self._started = True
 
@@ -176,7 +176,7 @@ class Service:
         self.input = Input(self._writer, self._runner, settings.max_message_bytes)
         self._writer.on_unfollowed = self._catch_up
         self._writer.start()
-        undo.callback(self._stop, "recorder", lambda: self._writer.stop(time.monotonic()))
+        undo.callback(self._stop, "writer", lambda: self._writer.stop(time.monotonic()))
         # Runs may have begun when the rest of a start fails: they are ended, and their ends stored.
         undo.callback(self._stop, "runs", lambda: self._runner.stop(time.monotonic() + STOP_TIMEOUT))
         self._storage_health = StorageHealth(self._writer, writable)
@@ -188,12 +188,27 @@ class Service:
         if missing is not None:
             log.error("%s Runs will fail until then.", missing)
 
+    @staticmethod
+    def import_sdk() -> None:
+        """Import what carries out runs, with the SDK beneath it. Else the first run does, and takes a second longer.
+
+        Raises:
+            ImportError: the SDK is not installed as it should be; no run can be carried out.
+        """
+        try:
+            import ccm.core.claude.execution  # noqa: F401, PLC0415
+        except OSError as error:
+            # A lack of descriptors, say: it passes, and ends no service.
+            log.warning("the Claude Agent SDK cannot be read at present, the first run imports it: %s", error)
+        else:
+            log.debug("the Claude Agent SDK is imported")
+
     def _allow(self, run: Run) -> None:
         """
         Raises:
             Forbidden: the settings do not allow this run.
         """
-        check_policy(run.options, self.settings)
+        check_policy(run.options.value, self.settings)
         workdir.check_roots(run.cwd, self.settings.allowed_roots)
 
     def _refused(self, run_id: str, error: BaseException) -> None:
@@ -217,7 +232,7 @@ class Service:
             self._stopped = True
             ended = self._stop("runs", lambda: self._runner.stop(self._stop_by()))
             self._stop("webhooks", lambda: self._dispatcher.stop(time.monotonic() + SEND_TIMEOUT))
-            written = self._stop("recorder", lambda: self._writer.stop(max(self._stop_by(), time.monotonic() + 1)))
+            written = self._stop("writer", lambda: self._writer.stop(max(self._stop_by(), time.monotonic() + 1)))
             self._stop("waits", self.notifier.close)
             if not ended:
                 self._stop("processes", self._runner.give_up)
@@ -246,10 +261,7 @@ class Service:
         """End the runs if that was not done, then close the database and let it go. Idempotent."""
         self.end_runs()
         with self._lock:
-            self._close()
-
-    def _close(self) -> None:
-        self._parts.close()
+            self._parts.close()
 
     def last_error(self) -> str | None:
         """Why the service cannot do its job at present, or None."""

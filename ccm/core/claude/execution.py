@@ -17,17 +17,18 @@ from typing import Any
 
 import sniffio
 
-from ccm.core.claude.input_queue import REPLAY_BYTES, FollowUp, InputQueue
-from ccm.core.claude.options import UnusableOptionsError
-from ccm.core.claude.outcome import cost, error_code, error_text
+from ccm.core.claude.input_queue import REPLAY_BYTES, FollowUp, InputQueue, being_started
+from ccm.core.claude.options import UnusableOptionsError, sdk_options
+from ccm.core.claude.outcome import Outcome, cost, error_code, error_text
 from ccm.core.claude.processes import end_marked
 from ccm.core.claude.run_clock import RunClock
-from ccm.core.claude.run_context import Ask, CLIConfig, RunContext, sdk_options
+from ccm.core.claude.run_context import Ask, CLIConfig, RunContext
 from ccm.core.claude.run_directory import run_directory, said_on_stderr
 from ccm.core.claude.sdk import Client, explain
 from ccm.core.transcripts.store import Mirror
-from ccm.errors import Conflict, TooLarge, Unavailable
-from ccm.models import CANCELLED, COMPLETED, ERROR, Answer, Outcome, Question, to_json_text
+from ccm.errors import NotTakenIn, RunEnding, TooLarge
+from ccm.json_text import to_json_text
+from ccm.models import Answer, Question, RunStatus
 
 log = logging.getLogger(__name__)
 
@@ -132,11 +133,11 @@ class Execution:
 
     def cancel(self) -> None:
         """Have it stop; it ends as `cancelled`, unless it is over by itself before."""
-        self.stop(Outcome(CANCELLED))
+        self.stop(Outcome(RunStatus.CANCELLED))
 
     def fail(self, code: str, message: str) -> None:
         """Have it stop; it ends as `error`."""
-        self.stop(Outcome(ERROR, code, message))
+        self.stop(Outcome(RunStatus.ERROR, code, message))
 
     def send(self, follow_up: FollowUp) -> None:
         """Put a user's message into it. Whether it takes the message in, `follow_up.taken_in` tells."""
@@ -146,8 +147,7 @@ class Execution:
             elif self._over.is_set() or self._stream_ended.is_set():
                 follow_up.refuse(_ending())
             else:
-                about = "The run is just being started; send the message again in a moment."
-                follow_up.refuse(Conflict(about, code="RUN_NOT_STARTED"))
+                follow_up.refuse(being_started())
 
     def stop(self, reason: Outcome) -> None:
         """Have it stop; `reason` is how it ends, unless it is over by itself before. The first reason counts."""
@@ -210,9 +210,11 @@ class Execution:
     async def _run_claude(self) -> Outcome:
         missing = self._cli_config.missing()
         if missing is not None:
-            return Outcome(ERROR, "CLI_NOT_FOUND", missing)
+            return Outcome(RunStatus.ERROR, "CLI_NOT_FOUND", missing)
         if not Path(self._context.cwd).is_dir():
-            return Outcome(ERROR, "CWD_NOT_FOUND", f"The directory {self._context.cwd} is not there any more.")
+            return Outcome(
+                RunStatus.ERROR, "CWD_NOT_FOUND", f"The directory {self._context.cwd} is not there any more."
+            )
         with ExitStack() as stack:
             try:
                 directory = stack.enter_context(run_directory(self._context.run_id))
@@ -220,10 +222,10 @@ class Execution:
                     self._context, self._cli_config, self._environ, directory, self._mirror, ask=self._ask
                 )
             except UnusableOptionsError as unusable:
-                return Outcome(ERROR, "OPTIONS_UNUSABLE", str(unusable))
+                return Outcome(RunStatus.ERROR, "OPTIONS_UNUSABLE", str(unusable))
             except OSError as error:
                 log.error("run %s: its directory cannot be written: %s", self._context.run_id, error)  # noqa: TRY400
-                return Outcome(ERROR, "TMPDIR_NOT_WRITABLE", TMPDIR_ADVICE.format(error.strerror))
+                return Outcome(RunStatus.ERROR, "TMPDIR_NOT_WRITABLE", TMPDIR_ADVICE.format(error.strerror))
             raised = await self._converse(Client(options))
             self._said = said_on_stderr(directory)
         return self._judge(raised)
@@ -281,7 +283,7 @@ class Execution:
         """A part has failed: the run stops. For the run's own loop."""
         log.error("run %s failed because of a fault", self._context.run_id, exc_info=error)
         if self._reason is None:
-            self._reason = Outcome(ERROR, "EXECUTION_ERROR", f"{type(error).__name__}: {error}")
+            self._reason = Outcome(RunStatus.ERROR, "EXECUTION_ERROR", f"{type(error).__name__}: {error}")
         self._stop.set()
 
     async def _kill(self, client: Client) -> None:
@@ -319,7 +321,7 @@ class Execution:
         except Exception:
             log.exception("run %s: a message could not be taken on", self._context.run_id)
             told = "The message could not be taken on, because of a fault; the service's log says more. Try again."
-            follow_up.refuse(Unavailable(told, code="NOT_TAKEN_IN"))
+            follow_up.refuse(NotTakenIn(told))
 
     def _take_on(self, follow_up: FollowUp) -> None:
         """Take a message on, or refuse it. It is in flight in the same step of the loop, so the run cannot end between
@@ -551,21 +553,23 @@ class Execution:
         if self._over.is_set() and self._results:
             result = self._results[-1]
             if not result.get("is_error"):
-                return Outcome(COMPLETED)
+                return Outcome(RunStatus.COMPLETED)
             if self._reason is not None:
                 return self._reason
             if self._denied is not None:
                 told = f"An approval was denied with interrupt: {self._denied.message}"
-                return Outcome(ERROR, "APPROVAL_DENIED", told)
+                return Outcome(RunStatus.ERROR, "APPROVAL_DENIED", told)
             code = error_code(result, self._api_error)
             said = error_text(result)
-            return Outcome(ERROR, code, _sentences(said, LOGIN_ADVICE) if code == "AUTHENTICATION_FAILED" else said)
+            return Outcome(
+                RunStatus.ERROR, code, _sentences(said, LOGIN_ADVICE) if code == "AUTHENTICATION_FAILED" else said
+            )
         if self._reason is not None:
             return self._reason
         code, message = explain(error, self._said, self._cli_config.max_message_bytes)
         if code == "EXECUTION_ERROR":
             log.error("run %s: %r", self._context.run_id, error, exc_info=error)
-        return Outcome(ERROR, code, message)
+        return Outcome(RunStatus.ERROR, code, message)
 
 
 def _sentences(said: str, advice: str) -> str:
@@ -573,8 +577,8 @@ def _sentences(said: str, advice: str) -> str:
     return f"{said} {advice}" if said.endswith((".", "!", "?")) else f"{said}. {advice}"
 
 
-def _ending() -> Conflict:
-    return Conflict("The run is ending and takes no more messages. Resume its session instead.", code="RUN_ENDING")
+def _ending() -> RunEnding:
+    return RunEnding("The run is ending and takes no more messages. Resume its session instead.")
 
 
 async def _awaited(answer: Awaitable[Answer]) -> Answer:

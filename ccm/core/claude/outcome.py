@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from ccm.models import MONEY_DIGITS
+from ccm.models import RunStatus
+from ccm.models.fields import MONEY_DIGITS
 
 RESULT_ERRORS = {
     "error_max_turns": "MAX_TURNS_REACHED",
     "error_max_budget_usd": "MAX_BUDGET_REACHED",
     "error_max_structured_output_retries": "STRUCTURED_OUTPUT_FAILED",
 }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    status: RunStatus
+    error_code: str | None = None
+    error_message: str | None = None
+    result: Mapping[str, Any] | None = None
+    cost_usd: float | None = None
+    duration_ms: int | None = None
 
 
 def cost(results: Sequence[Mapping[str, Any]], *, fresh: bool) -> float | None:

@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from flask import Flask
 
 from ccm import api
-from ccm.cli import commands
 from ccm.core.service import Service
 from ccm.errors import StartRefused
 from ccm.log import configure
@@ -24,11 +23,19 @@ from ccm.settings.settings import Settings
 
 
 def create_app(settings: Settings | None = None) -> Flask:
-    """The app over one service. Opens nothing and starts no thread: the first request does, or `main`.
+    """The app over one service, with its commands. Opens nothing and starts no thread: the first request does.
 
     Args:
         settings: those of the environment if left out.
     """
+    from ccm.cli import commands  # noqa: PLC0415  # `python app.py` needs neither the commands nor what they import
+
+    app = _make_app(settings)
+    commands.register(app)
+    return app
+
+
+def _make_app(settings: Settings | None) -> Flask:
     if settings is None:
         settings = _settings()
         configure(settings.log_level)
@@ -37,7 +44,6 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.url_map.merge_slashes = False  # no redirects: they would name a Host that may be none
     service = Service(settings)
     api.register(app, service)
-    commands.register(app)
     atexit.register(service.close)
     return app
 
@@ -53,7 +59,7 @@ def _settings() -> Settings:
 
 def main() -> int:
     """Serve with waitress until SIGTERM or SIGINT. The exit code: 2 for a bad setting, 3 for a refused database."""
-    app = create_app()
+    app = _make_app(None)
     service: Service = app.extensions["ccm"]
     settings = service.settings
     log = logging.getLogger("ccm")
@@ -71,8 +77,18 @@ def main() -> int:
             return 1
         for sentence in access_warnings(settings):
             log.warning("%s", sentence)
-        # Said when a signal is heeded already: who reads it may send one at once.
-        return 0 if server.run(lambda: log.info("listening on %s", shown_address(bound))) else 1
+
+        def on_ready() -> None:
+            # Said when a signal is heeded already: who reads it may send one at once.
+            log.info("listening on %s", shown_address(bound))
+            # Only now: it takes longer than the rest of a start, and requests are answered meanwhile.
+            service.import_sdk()
+
+        try:
+            return 0 if server.run(on_ready) else 1
+        except ImportError:
+            log.exception("the Claude Agent SDK cannot be imported, so the service stops: reinstall claude-agent-sdk")
+            return 1
 
 
 def flush_log() -> None:

@@ -1,19 +1,14 @@
-"""Every error that a client or an operator can be told, in one tree.
+"""Every error that a client or an operator can be told, in one tree. A client's has one class for each code.
 
-CCMError                        an answer to a client: code, HTTP status, the field at fault
-├── ValidationError             400 VALIDATION_ERROR
-├── Unauthorized                401 UNAUTHORIZED
-├── Forbidden                   403 OPTION_FORBIDDEN, CWD_FORBIDDEN, TIMEOUT_FORBIDDEN, APPROVALS_FORBIDDEN,
-│                                   WEBHOOK_FORBIDDEN, HOST_FORBIDDEN, ORIGIN_FORBIDDEN
-├── NotFound                    404 RUN_NOT_FOUND, SESSION_NOT_FOUND, APPROVAL_NOT_FOUND
-├── Conflict                    409 SESSION_BUSY, SESSION_NOT_RESUMABLE, RUN_ALREADY_ENDED, RUN_ENDING, RUN_NOT_STARTED
-│   └── ApprovalResolved        409 APPROVAL_ALREADY_RESOLVED, with the approval as it is
-├── TooLarge                    413 BODY_TOO_LARGE
-├── UnsupportedMediaType        415 UNSUPPORTED_MEDIA_TYPE
-├── KeyReused                   422 IDEMPOTENCY_KEY_REUSED
-├── QueueFull                   429 QUEUE_FULL
-└── Unavailable                 503 SHUTTING_DOWN, STORAGE_UNAVAILABLE, OUTCOME_UNKNOWN, STILL_ENDING, SLOTS_TAKEN,
-                                OUT_OF_DESCRIPTORS
+CCMError                        an answer to a client: message, code, HTTP status, the field at fault
+├── ValidationError, Unauthorized, TooLarge, UnsupportedMediaType, KeyReused, QueueFull
+├── Forbidden                   403: OptionForbidden, CwdForbidden, TimeoutForbidden, ApprovalsForbidden,
+│                                    WebhookForbidden, HostForbidden, OriginForbidden
+├── NotFound                    404: RunNotFound, SessionNotFound, ApprovalNotFound
+├── Conflict                    409: SessionBusy, SessionNotResumable, RunAlreadyEnded, RunEnding, RunNotStarted,
+│                                    ApprovalResolved
+└── Unavailable                 503, worth another try: ShuttingDown, StorageUnavailable, NotTakenIn, OutcomeUnknown,
+                                     StillEnding, SlotsTaken, OutOfDescriptors
 
 StartRefused                    the service does not start; said to the operator in one sentence
 ├── BadSetting                  exit code 2
@@ -32,22 +27,24 @@ StorageError                    what the database's driver raised, told apart at
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 
 class CCMError(Exception):
-    """An answer to a client. `message` says what is wrong and what to do about it."""
+    """An answer to a client. `message` says what is wrong and what to do about it; only classes with a code are raised.
 
-    status = 500
-    code = "INTERNAL_ERROR"
-    retry_after: int | None = None
+    Attributes:
+        retry_after: after how many seconds another try makes sense, None if it makes none.
+    """
 
-    def __init__(self, message: str, *, code: str | None = None, field: str | None = None) -> None:
+    status: ClassVar[int]
+    code: ClassVar[str]
+    retry_after: ClassVar[int | None] = None
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.field = field
-        if code is not None:
-            self.code = code
 
     def to_json(self) -> dict[str, Any]:
         error = {"code": self.code, "message": self.message}
@@ -68,21 +65,78 @@ class Unauthorized(CCMError):
 
 class Forbidden(CCMError):
     status = 403
-    code = "FORBIDDEN"
+
+
+class OptionForbidden(Forbidden):
+    code = "OPTION_FORBIDDEN"
+
+
+class CwdForbidden(Forbidden):
+    code = "CWD_FORBIDDEN"
+
+
+class TimeoutForbidden(Forbidden):
+    code = "TIMEOUT_FORBIDDEN"
+
+
+class ApprovalsForbidden(Forbidden):
+    code = "APPROVALS_FORBIDDEN"
+
+
+class WebhookForbidden(Forbidden):
+    code = "WEBHOOK_FORBIDDEN"
+
+
+class HostForbidden(Forbidden):
+    code = "HOST_FORBIDDEN"
+
+
+class OriginForbidden(Forbidden):
+    code = "ORIGIN_FORBIDDEN"
 
 
 class NotFound(CCMError):
     status = 404
-    code = "NOT_FOUND"
+
+
+class RunNotFound(NotFound):
+    code = "RUN_NOT_FOUND"
+
+
+class SessionNotFound(NotFound):
+    code = "SESSION_NOT_FOUND"
+
+
+class ApprovalNotFound(NotFound):
+    code = "APPROVAL_NOT_FOUND"
 
 
 class Conflict(CCMError):
     status = 409
-    code = "CONFLICT"
+
+
+class SessionBusy(Conflict):
+    code = "SESSION_BUSY"
+
+
+class SessionNotResumable(Conflict):
+    code = "SESSION_NOT_RESUMABLE"
+
+
+class RunAlreadyEnded(Conflict):
+    code = "RUN_ALREADY_ENDED"
+
+
+class RunEnding(Conflict):
+    code = "RUN_ENDING"
+
+
+class RunNotStarted(Conflict):
+    code = "RUN_NOT_STARTED"
 
 
 class ApprovalResolved(Conflict):
-    """Somebody else was first, or nobody was in time. `approval` is what became of it, as the API shows it."""
+    """Another answer, or the time limit, came first. `approval` is its present state, as the API shows it."""
 
     code = "APPROVAL_ALREADY_RESOLVED"
 
@@ -117,8 +171,38 @@ class QueueFull(CCMError):
 
 class Unavailable(CCMError):
     status = 503
-    code = "UNAVAILABLE"
     retry_after = 5
+
+
+class ShuttingDown(Unavailable):
+    code = "SHUTTING_DOWN"
+
+    def __init__(self) -> None:
+        super().__init__("The service is shutting down; try again when it is back.")
+
+
+class StorageUnavailable(Unavailable):
+    code = "STORAGE_UNAVAILABLE"
+
+
+class NotTakenIn(Unavailable):
+    code = "NOT_TAKEN_IN"
+
+
+class OutcomeUnknown(Unavailable):
+    code = "OUTCOME_UNKNOWN"
+
+
+class StillEnding(Unavailable):
+    code = "STILL_ENDING"
+
+
+class SlotsTaken(Unavailable):
+    code = "SLOTS_TAKEN"
+
+
+class OutOfDescriptors(Unavailable):
+    code = "OUT_OF_DESCRIPTORS"
 
 
 class StartRefused(Exception):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import resource
-from contextlib import ExitStack
 
-from ccm.errors import BadSetting, Unavailable
+from ccm.errors import BadSetting, OutOfDescriptors
 
 # The listening socket, logs, lock files, the database's connections (20 readers, each with up to 3 files), webhooks on
 # their way (16) and what libraries open for a moment.
@@ -59,17 +58,15 @@ def connections_that_fit(files: int, runs: int) -> int:
 def check_spare() -> None:
     """
     Raises:
-        Unavailable: OUT_OF_DESCRIPTORS, not enough are left to start a run with.
+        OutOfDescriptors: not enough are left to start a run with.
     """
-    with ExitStack() as taken:
-        try:
-            for _ in range(PER_RUN):
-                taken.callback(os.close, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-        except OSError as error:
-            if error.errno not in SHORTAGES:
-                raise
-            raise Unavailable(
-                "The service has too many files open to start a run, and nothing was stored. Try again later; "
-                "a higher limit (ulimit -n, LimitNOFILE in systemd) mends it.",
-                code="OUT_OF_DESCRIPTORS",
-            ) from None
+    most = limit()
+    try:
+        is_short = most is not None and len(os.listdir("/dev/fd")) + PER_RUN > most
+    except OSError as error:
+        is_short = error.errno in SHORTAGES  # else they cannot be counted here, and the run itself will tell
+    if is_short:
+        raise OutOfDescriptors(
+            "The service has too many files open to start a run, and nothing was stored. Try again later; "
+            "a higher limit (ulimit -n, LimitNOFILE in systemd) mends it."
+        )

@@ -28,14 +28,15 @@ from typing import Any
 
 from claude_agent_sdk import ClaudeAgentOptions, ClaudeSDKClient, ResultMessage
 
-from ccm.core.claude.sdk import bundled_cli
+from ccm.core.claude.locations import bundled_cli
 from ccm.core.storage.notifier import Notifier
 from ccm.core.storage.writer import Writer
 from ccm.db.driver import migrate, sqlite_file
 from ccm.db.driver.database import Database
 from ccm.demo.tour import ServiceProcess, credential_free_environment
-from ccm.models import Message, timestamp
+from ccm.models import Message
 from ccm.testing.messages_api import MessagesAPI
+from ccm.timestamps import timestamp
 from tests.client import Client
 from tests.conftest import stand_in_cli
 

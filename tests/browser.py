@@ -31,7 +31,7 @@ class Browser:
 
     Args:
         driver: the address of its WebDriver.
-        resolver_rules: what names lead to; none leads anywhere that is not named here.
+        resolver_rules: Chromium's rules for the addresses of names; a name without a rule has no address.
     """
 
     def __init__(self, driver: str, resolver_rules: str) -> None:
@@ -52,7 +52,7 @@ class Browser:
         self._call("POST", f"{self._session}/url", {"url": url})
 
     def run(self, script: str, *arguments: Any) -> Any:
-        """What a script in the page hands to its last argument."""
+        """Run a script in the page and return the value that it passes to its last argument."""
         return self._call("POST", f"{self._session}/execute/async", {"script": script, "args": arguments})
 
     def close(self) -> None:
@@ -61,7 +61,7 @@ class Browser:
 
 @contextmanager
 def chromium(folder: Path, resolver_rules: str = "MAP * ~NOTFOUND, EXCLUDE 127.0.0.1") -> Iterator[Browser]:
-    """A Chromium that keeps its files in a folder."""
+    """Start a Chromium that keeps its files in a folder."""
     program = shutil.which("chromedriver")
     if program is None:
         if os.environ.get("CI"):

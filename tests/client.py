@@ -39,6 +39,16 @@ class Answer:
         return f"{parts.path}?{parts.query}"
 
 
+def prepared(body: Any, headers: Mapping[str, str] | None) -> tuple[bytes | None, dict[str, str]]:
+    """A body as bytes, and the headers with its media type; anything but bytes is sent as JSON."""
+    sent = dict(headers or {})
+    if body is not None and not isinstance(body, bytes):
+        body = json.dumps(body).encode()
+    if body is not None:
+        sent.setdefault("Content-Type", "application/json")
+    return body, sent
+
+
 class UnixConnection(http.client.HTTPConnection):
     """HTTP over a Unix socket, as `curl --unix-socket` does it."""
 
@@ -64,7 +74,7 @@ class Client:
         parts = urlsplit(url)
         self.host, self.port = parts.hostname or "", parts.port or 0
 
-    def connection(self, timeout: float = 60) -> http.client.HTTPConnection:
+    def connection(self, timeout: float = 150) -> http.client.HTTPConnection:
         """A new connection, for whoever needs more of it than one answer."""
         if self.url.startswith("unix:"):
             return UnixConnection(self.url.removeprefix("unix:"), timeout)
@@ -76,16 +86,12 @@ class Client:
         path: str,
         body: Any = None,
         headers: Mapping[str, str] | None = None,
-        timeout: float = 60,
+        timeout: float = 150,
     ) -> Answer:
         connection = self.connection(timeout)
-        sent = dict(headers or {})
-        if body is not None and not isinstance(body, bytes):
-            body = json.dumps(body).encode()
-        if body is not None:
-            sent.setdefault("Content-Type", "application/json")
+        data, sent = prepared(body, headers)
         try:
-            connection.request(method, path, body, sent)
+            connection.request(method, path, data, sent)
             response = connection.getresponse()
             return Answer(response.status, dict(response.getheaders()), response.read())
         finally:

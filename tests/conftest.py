@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
 import sys
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-import psycopg
 import pytest
 
 from ccm.db.driver import sqlite_file
@@ -18,9 +18,49 @@ from ccm.demo.tour import ServiceProcess, credential_free_environment
 from ccm.testing.messages_api import MessagesAPI
 from tests.client import Client
 from tests.disks import SmallDisk
-from tests.postgresql import PostgreSQLServer
+from tests.postgresql import PostgreSQLServer, drop_database, new_database
+from tests.programs import program as find_program
 
 STAND_IN_CLI = Path(__file__).with_name("stand_in_cli.py")
+
+# What a test needs besides Python is told by the fixtures that it uses: the marker of each.
+MARKERS = {
+    "postgresql": "postgresql",
+    "postgresql_server": "postgresql",
+    "browser": "browser",
+    "small_disk": "root",
+    "program": "program",
+}
+EXTRA = {*MARKERS.values(), "many_rounds", "slow"}
+
+
+def pytest_configure() -> None:
+    """Give the processes that the tests start the default for SIGINT, which a shell's background job ignores."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A handler, and not SIG_DFL: what has a handler is reset to its default in every program that is executed.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with what it needs, before pytest selects by markers, so that no test can forget to say it."""
+    for item in items:
+        needs = {MARKERS[name] for name in getattr(item, "fixturenames", ()) if name in MARKERS}
+        if "postgresql" in _kinds(item):
+            needs.add("postgresql")
+        for name in needs:
+            item.add_marker(name)
+        if any(item.get_closest_marker(name) for name in EXTRA):
+            item.add_marker("extra")
+
+
+def _kinds(item: pytest.Item) -> list[object]:
+    """The parameters of a test that may name a kind of database: each, or the first of it where it is a tuple.
+
+    A fixture that is there for each kind asks for a server only where its parameter says so.
+    """
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return [value[0] if isinstance(value, tuple) and value else value for value in parameters]
 
 
 @pytest.fixture(scope="session")
@@ -44,25 +84,56 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
         yield disk
 
 
+ProgramFunction = Callable[[str, str], str]
+
+
+@pytest.fixture(scope="session")
+def program() -> ProgramFunction:
+    """Finds a program of the system by its name and Debian's package, as `tests.programs.program`."""
+    return find_program
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite file with the schema, to be copied."""
+    path = tmp_path_factory.mktemp("template") / "db.sqlite"
+    sqlite_file.prepare(f"sqlite:///{path}")
+    database = Database(f"sqlite:///{path}", writable=True, pool_size=1)
+    migrate(database)
+    database.close()
+    return path
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A new, empty database, once on each kind of server."""
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A new database with the schema, once on each kind of server: a copy, for a migration takes far longer."""
     if request.param == "sqlite":
-        url = f"sqlite:///{tmp_path}/db.sqlite"
+        path = tmp_path / "db.sqlite"
+        shutil.copy(request.getfixturevalue("sqlite_template"), path)
+        yield f"sqlite:///{path}"
+    else:
+        url = new_database(request.getfixturevalue("postgresql"))
+        yield url
+        drop_database(url)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A new database without the schema, for tests of the migrations."""
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path}/empty.sqlite"
         sqlite_file.prepare(url)
-        return url
-    server: str = request.getfixturevalue("postgresql")
-    name = f"test_{uuid.uuid4().hex}"
-    with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    return f"{server}/{name}"
+        yield url
+    else:
+        url = new_database(request.getfixturevalue("postgresql"), empty=True)
+        yield url
+        drop_database(url)
 
 
 @pytest.fixture
 def writable(database_url: str) -> Iterator[Database]:
     """The one writer of a database with the schema in place."""
     database = Database(database_url, writable=True, pool_size=1)
-    migrate(database)
     yield database
     database.close()
 

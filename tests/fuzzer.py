@@ -1,4 +1,4 @@
-"""Requests that no client would make, and some that one would, as bytes. The same seed makes the same ones."""
+"""Requests as bytes: some that no client would make, and some that one would. The same seed makes the same requests."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TEXTS = [
     "nan",
     "true",
 ]
-# Not longer waits: they are granted.
+# No longer waits, because the service grants them.
 WAITS = ["0", "0.01", "-1", "nan", "inf", "1e999", "x", "", "0x1", "\0"]
 HEADERS = [
     ("Authorization", ["Bearer x", "Basic !!!", "Bearer " + "x" * 9_000, "\xff"]),
@@ -68,7 +68,7 @@ HEADERS = [
     ("A_b", ["\x7f", "\x80"]),
     ("A-B", ["\x00"]),
 ]
-# Those that are refused or say where a request or a connection ends.
+# Headers that are refused, or that decide where a request or a connection ends.
 UNSOUND = {
     "Connection",
     "Content-Length",
@@ -105,11 +105,11 @@ GARBAGE = [
 
 @dataclass(frozen=True)
 class Conversation:
-    """What one connection sends.
+    """The requests of one connection.
 
     Args:
-        requests: one after another.
-        whole: whether each one is whole and the last one ends the connection, so that the service has to close it.
+        requests: in the order in which they are sent.
+        whole: each request is whole and the last one asks to end the connection, so the service has to close it.
     """
 
     requests: list[bytes]
@@ -117,10 +117,11 @@ class Conversation:
 
 
 class Fuzzer:
-    """
+    """Makes conversations at random.
+
     Args:
-        bodies: for each path a body that is right.
-        paths: those that know what they read.
+        bodies: for each path a valid body.
+        paths: those of reads, and some that do not exist.
     """
 
     def __init__(self, seed: str, bodies: dict[str, dict[str, Any]], paths: list[str]) -> None:
@@ -147,7 +148,7 @@ class Fuzzer:
         return self._mutated(request) if self._chance(0.3) else request
 
     def _mutated(self, data: bytes) -> bytes:
-        """With some bytes changed, removed, doubled or put in."""
+        """Change, remove, double or insert some bytes."""
         changed = data
         for _ in range(self._random.choice([1, 1, 3, 20])):
             at = self._random.randrange(len(changed) + 1)
@@ -163,7 +164,7 @@ class Fuzzer:
         return changed
 
     def _api_request(self, *, sound: bool, close: bool = False) -> bytes:
-        """One of the service's own; a sound one ends where its head says."""
+        """Make a request to one of the service's own paths; a sound one ends where its head says."""
         method, path, body = "POST", self._random.choice(list(self._bodies)), b""
         if "sessions" in path:
             method = "PATCH"

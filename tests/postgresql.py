@@ -17,7 +17,17 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from ccm.db.driver.database import Database
+from ccm.db.driver.migrate import migrate
+
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+# A database of 300 files is created and deleted in memory within milliseconds, and on a disk within a second.
+MEMORY = Path("/dev/shm")
+MEMORY_NEEDED = 2 * 2**30
+# No test depends on what survives a crash of the machine, and a crash of the server loses nothing of this.
+TUNING = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+# Has the schema, and no connection: each test gets a clone of it.
+TEMPLATE = "ccm_template"
 
 
 def free_port() -> int:
@@ -38,7 +48,7 @@ class PostgreSQLServer:
             pytest.skip("PostgreSQL's initdb is not installed; Debian's package postgresql has it")
         self._programs = Path(found).resolve().parent
         # Not below pytest's own directories, which are closed to others: PostgreSQL refuses to run as root.
-        self._folder = Path(tempfile.mkdtemp(prefix="ccm-postgresql-"))
+        self._folder = Path(tempfile.mkdtemp(prefix="ccm-postgresql-", dir=_folder_for_databases()))
         self._user = "nobody" if os.geteuid() == 0 else None
         if self._user is not None:
             shutil.chown(self._folder, self._user)
@@ -54,6 +64,10 @@ class PostgreSQLServer:
     def __enter__(self) -> PostgreSQLServer:
         self._call("initdb", "-A", "trust", "-U", "ccm", "-E", "UTF8", "--no-sync")
         self.start()
+        self.execute(f"CREATE DATABASE {TEMPLATE}")
+        database = Database(f"{self.url}/{TEMPLATE}", writable=True, pool_size=1)
+        migrate(database)
+        database.close()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -64,7 +78,7 @@ class PostgreSQLServer:
     def start(self) -> None:
         options = (
             f"-p {self._port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self._folder} "
-            "-c max_connections=200"
+            "-c max_connections=200 " + " ".join(f"-c {name}={value}" for name, value in TUNING.items())
         )
         self._call("pg_ctl", "-w", "-l", str(self._folder / "log"), "-o", options, "start")
 
@@ -73,16 +87,12 @@ class PostgreSQLServer:
         self._call("pg_ctl", "-m", mode, "-w", "stop")
 
     def new_database(self) -> str:
-        """The URL of a new, empty database."""
-        name = f"test_{uuid.uuid4().hex}"
-        self.execute(f"CREATE DATABASE {name}")
-        return f"{self.url}/{name}"
+        """Create a database with the schema and return its URL."""
+        return new_database(self.url)
 
     def execute(self, sql: str) -> list[tuple[object, ...]]:
-        """What a statement gives, as a superuser."""
-        with psycopg.connect(f"{self.url}/postgres", autocommit=True) as connection:
-            cursor = connection.execute(sql.encode())
-            return cursor.fetchall() if cursor.description else []
+        """Execute a statement as a superuser and return its rows."""
+        return execute(self.url, sql)
 
     def configure(self, **settings: str) -> None:
         """Change the server's settings; they hold for every connection when this returns."""
@@ -108,6 +118,42 @@ class PostgreSQLServer:
         finally:
             for pid in stopped:
                 os.kill(pid, signal.SIGCONT)
+
+
+def execute(server: str, sql: str) -> list[tuple[object, ...]]:
+    """Execute a statement as a superuser and return its rows.
+
+    Args:
+        server: the URL of a server, without a database.
+    """
+    with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
+        cursor = connection.execute(sql.encode())
+        return cursor.fetchall() if cursor.description else []
+
+
+def new_database(server: str, *, empty: bool = False) -> str:
+    """Create a database on a server and return its URL.
+
+    Args:
+        server: the URL of a server of this file, without a database.
+        empty: leave out the schema.
+    """
+    name = f"test_{uuid.uuid4().hex}"
+    execute(server, f"CREATE DATABASE {name} TEMPLATE {'template1' if empty else TEMPLATE}")
+    return f"{server}/{name}"
+
+
+def drop_database(url: str) -> None:
+    """Delete a database together with the connections to it."""
+    server, _, name = url.rpartition("/")
+    execute(server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def _folder_for_databases() -> Path | None:
+    """The folder for the files of a server; None is the default one for temporary files."""
+    if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > MEMORY_NEEDED:
+        return MEMORY
+    return None
 
 
 def _children(pid: int) -> list[int]:

@@ -143,7 +143,7 @@ def test_ctrl_c_under_flask_run_interrupts_the_runs(environ: dict[str, str], tmp
     run = client.start(project, "[[slow 3000 0.02]]", wait=0)
     client.wait_for_message(run["id"], "system")
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
 
     with sqlite3.connect(path) as database:
         ended = database.execute('SELECT status, "errorCode" FROM ccr_runs').fetchall()

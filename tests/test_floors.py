@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 CCM = ROOT / "ccm"
 MODULES = sorted(CCM.rglob("*.py"))
 # What every part may import. These import one another and none of the floors.
-SHARED = {"errors", "file_limits", "models", "settings"}
+SHARED = {"errors", "file_limits", "json_text", "models", "settings", "timestamps"}
 # The floors and what stands beside them: each may import itself, SHARED, and what is named here.
 # `cli` and app.py put the parts together, so they may import anything.
 FLOORS = {
@@ -57,11 +57,12 @@ OWNERS = {
     "werkzeug": {"api"},
     "waitress": {"server"},
     "claude_agent_sdk": {"core/claude/sdk.py"},
-    "dataset": {"db/driver/database.py"},
-    "sqlalchemy": {"db/driver/database.py", "db/driver/errors.py"},
-    "psycopg": {"db/driver"},
-    "sqlite3": {"db"},
-    "pydantic": {"api"},
+    "dataset": {"db/driver/connection_pool.py"},
+    "sqlalchemy": {"db/driver/connection_pool.py", "db/driver/errors.py"},
+    "psycopg": {"db/driver", "db/trees.py"},
+    # core/archive/bun reads another program's database, which `db` knows nothing of.
+    "sqlite3": {"db", "core/archive/bun"},
+    "pydantic": {"api", "models", "core/runs/input.py"},
     "click": {"cli"},
 }
 
@@ -136,13 +137,19 @@ def test_packages_have_one_owner(module: Path) -> None:
             assert any(place == owner or place.startswith(f"{owner}/") for owner in owners), f"{place} imports {name}"
 
 
+def test_only_the_choice_of_a_source_knows_the_import_from_bun() -> None:
+    package = "ccm.core.archive.bun"
+    importers = {relative(module) for module in MODULES if any(name.startswith(package) for name in imports(module))}
+    assert {place for place in importers if not place.startswith("core/archive/bun/")} == {"core/archive/sources.py"}
+
+
 def test_dataset_is_never_used_as_a_context_manager() -> None:
     # `with db:` leaves the thread's connection broken when COMMIT fails.
-    source = (CCM / "db" / "driver" / "database.py").read_text(encoding="utf-8")
+    source = (CCM / "db" / "driver" / "connection_pool.py").read_text(encoding="utf-8")
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.With):
             for item in node.items:
-                assert ast.unparse(item.context_expr) not in ("database", "self._database", "db")
+                assert ast.unparse(item.context_expr) not in ("dataset", "self._dataset", "db")
 
 
 def test_only_settings_and_the_entry_points_read_the_environment() -> None:

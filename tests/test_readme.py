@@ -6,6 +6,7 @@ import ast
 import re
 from pathlib import Path
 
+from ccm.errors import CCMError
 from tests.readme import README
 
 CCM = Path(__file__).parents[1] / "ccm"
@@ -16,7 +17,19 @@ SINGLE_WORDS = {"UNAUTHORIZED", "UNHEALTHY", "INTERRUPTED", "TIMEOUT"}
 # Names of variables and of WSGI's keys.
 OTHER_NAMES = ("CCM_", "CLAUDE_", "DATABASE_", "HTTP_", "PATH_INFO", "REMOTE_ADDR", "SCRIPT_NAME")
 # Werkzeug's own names, which the API takes over.
-NOT_OURS = {"METHOD_NOT_ALLOWED"}
+NOT_OURS = {"METHOD_NOT_ALLOWED", "NOT_FOUND"}
+# Answers that no exception of ccm/errors.py stands behind: of the HTTP server, of Flask, of `/health` and the like.
+WITHOUT_CLASS = {
+    (400, "BAD_REQUEST"),
+    (404, "NOT_FOUND"),
+    (405, "METHOD_NOT_ALLOWED"),
+    (431, "HEADERS_TOO_LARGE"),
+    (500, "INTERNAL_ERROR"),
+    (501, "NOT_IMPLEMENTED"),
+    (503, "NOT_STARTED"),
+    (503, "OUT_OF_DISK"),
+    (503, "UNHEALTHY"),
+}
 
 
 def texts() -> set[str]:
@@ -34,6 +47,12 @@ def errors() -> list[str]:
     return re.findall(r"^\| \d{3} \| `(\w+)` \|", section("Errors"), re.M)
 
 
+def classes(base: type[CCMError] = CCMError) -> list[type[CCMError]]:
+    """The classes that are raised: those that have no subclasses."""
+    subclasses = base.__subclasses__()
+    return [found for subclass in subclasses for found in classes(subclass)] if subclasses else [base]
+
+
 def reasons() -> list[str]:
     return re.findall(r"^\| `(\w+)` \|", section("Why a run failed"), re.M)
 
@@ -42,6 +61,14 @@ def test_the_readme_has_every_code() -> None:
     codes = {text for text in texts() if CODE.fullmatch(text) and not text.startswith(OTHER_NAMES)}
 
     assert (codes | SINGLE_WORDS) - {*errors(), *reasons()} == set()
+
+
+def test_each_error_code_has_one_class_and_the_readme_has_its_status() -> None:
+    table = re.findall(r"^\| (\d{3}) \| `(\w+)` \|", section("Errors"), re.M)
+
+    assert all("code" in vars(error) for error in classes())
+    assert len({error.code for error in classes()}) == len(classes())
+    assert {(error.status, error.code) for error in classes()} | WITHOUT_CLASS == {(int(s), code) for s, code in table}
 
 
 def test_the_readme_has_no_error_that_is_never_given() -> None:

@@ -6,8 +6,10 @@ import re
 
 from flask import Blueprint, Response
 
-from ccm.api.http.context import check_query, service
+from ccm.api.http.context import service
 from ccm.api.http.cursor import Cursor, last_event
+from ccm.api.http.query import StreamQuery
+from ccm.api.http.route import EVENT_STREAM, route
 from ccm.api.http.sse import feed
 
 blueprint = Blueprint("events", __name__)
@@ -17,11 +19,10 @@ NOW = "now"
 ID = re.compile(r"\d{1,16}", re.ASCII)
 
 
-@blueprint.get("/api/events")
-def events() -> Response:
+@route(blueprint, "GET", "/api/events", query=StreamQuery, returns=EVENT_STREAM)
+def events(query: StreamQuery) -> Response:
     """What happens to all runs and approvals as Server-Sent Events: what is stored, and then live."""
-    check_query("after")
-    return feed(_last_read(last_event()))
+    return feed(_last_read(last_event(query.after)))
 
 
 def _last_read(read: Cursor) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from flask import Blueprint, Response, current_app
 
 from ccm import __version__
-from ccm.api.http.context import check_query, json_response, service
+from ccm.api.http.context import json_response, service
+from ccm.api.http.route import route
 
 blueprint = Blueprint("health", __name__)
 
@@ -24,10 +26,9 @@ def health() -> Response:
     return json_response({"status": "unavailable", "error": error} | problems, 503, {"Retry-After": "5"})
 
 
-@blueprint.get("/")
+@route(blueprint, "GET", "/", returns=dict[str, Any])
 def index() -> Response:
     """What this is: name, version, endpoints."""
-    check_query()
     endpoints: list[dict[str, str]] = []
     for rule in current_app.url_map.iter_rules():
         view = current_app.view_functions[rule.endpoint]

@@ -4,105 +4,94 @@ from __future__ import annotations
 
 import contextlib
 
-from flask import Blueprint, Response, request
+from flask import Blueprint, Response
 
-from ccm.api.http.bodies import SessionBody, read_body
-from ccm.api.http.context import check_query, json_response, service
+from ccm.api.http.bodies import SessionBody
+from ccm.api.http.context import json_response, service
 from ccm.api.http.cursor import Cursor, after, last_event
 from ccm.api.http.message_lists import Extent, message_list
 from ccm.api.http.pagination import page
+from ccm.api.http.query import PageQuery, SessionMessagesQuery, SessionsQuery, StreamQuery
+from ccm.api.http.route import EVENT_STREAM, Messages, route
 from ccm.api.http.sse import event_stream
-from ccm.api.runs import plain
 from ccm.core.policy import workdir
-from ccm.errors import NotFound, ValidationError
-from ccm.models import RUNNING, Session
+from ccm.errors import NotFound
+from ccm.models import Run, Session, SessionStatus
 
 blueprint = Blueprint("sessions", __name__, url_prefix="/api/sessions")
 
-QUERY_CHARACTERS = 1_000
 
-
-@blueprint.get("")
-def sessions() -> Response:
+@route(blueprint, "GET", "", query=SessionsQuery, returns=list[Session])
+def sessions(query: SessionsQuery) -> Response:
     """The sessions, latest activity first; filters cwd, q (in titles and prompts)."""
-    check_query("cwd", "q", "limit", "cursor")
-    filters = {name: plain(request.args[name], name) for name in ("cwd", "q") if name in request.args}
+    filters = query.given("cwd", "q")
     if "cwd" in filters:
         filters["cwd"] = workdir.canonical(filters["cwd"])
-    if len(filters.get("q", "")) > QUERY_CHARACTERS:
-        raise ValidationError(f"q: must be at most {QUERY_CHARACTERS} characters.", field="q")
     queries = service().queries
     return page(
+        query,
         lambda limit, after: queries.sessions(filters, limit=limit, after=after),
         lambda session: session.last_run_seq,
     )
 
 
-@blueprint.get("/<session_id>")
+@route(blueprint, "GET", "/<session_id>", returns=Session)
 def session(session_id: str) -> Response:
     """One session."""
-    check_query()
-    return json_response(service().queries.session(plain(session_id, "sessionId")).to_json())
+    return json_response(service().queries.session(session_id).to_json())
 
 
-@blueprint.patch("/<session_id>")
-def describe(session_id: str) -> Response:
+@route(blueprint, "PATCH", "/<session_id>", body=SessionBody, returns=Session)
+def describe(session_id: str, body: SessionBody) -> Response:
     """Change a session's title and metadata."""
-    check_query()
-    body = read_body(request, SessionBody, service().settings.max_body_bytes)
     given = body.model_dump(exclude_unset=True)
-    return json_response(service().runs.describe_session(plain(session_id, "sessionId"), given).to_json())
+    return json_response(service().runs.describe_session(session_id, given).to_json())
 
 
-@blueprint.get("/<session_id>/messages")
-def messages(session_id: str) -> Response:
+@route(blueprint, "GET", "/<session_id>/messages", query=SessionMessagesQuery, returns=Messages)
+def messages(session_id: str, query: SessionMessagesQuery) -> Response:
     """The SDK messages of a session's runs, in order; history=full puts what it continued in front."""
-    check_query("after", "limit", "type", "wait", "history")
-    kind = request.args.get("history", "own")
-    if kind not in ("own", "full"):
-        raise ValidationError("history: must be full, or left out for the session's own runs.", field="history")
-    place = after().in_session()
+    place = after(query.after).in_session()
     queries = service().queries
-    session = queries.session(plain(session_id, "sessionId"))
+    session = queries.session(session_id)
 
     def measure() -> Extent:
-        current, segments = queries.session_segments(session.id, place, kind == "full")
+        current, segments = queries.session_segments(session.id, place, query.queries == "full")
         return Extent(
             segments,
-            current.status != RUNNING,
+            current.status != SessionStatus.RUNNING,
             lambda segment: f"{segment.run_id}:{segment.through}",
         )
 
-    return message_list(session.id, measure)
+    return message_list(query, session.id, measure)
 
 
-@blueprint.get("/<session_id>/stream")
-def stream(session_id: str) -> Response:
+@route(blueprint, "GET", "/<session_id>/stream", query=StreamQuery, returns=EVENT_STREAM)
+def stream(session_id: str, query: StreamQuery) -> Response:
     """The same messages as Server-Sent Events, run after run, those of later runs too."""
-    check_query("after")
-    session = service().queries.session(plain(session_id, "sessionId"))
-    seq, index = _place(session, last_event())
+    session = service().queries.session(session_id)
+    seq, index = _place(session, last_event(query.after))
     return event_stream(lambda subscription: subscription.session(session.id, seq, index), lambda run_id: f"{run_id}:")
 
 
-@blueprint.get("/<session_id>/runs")
-def runs(session_id: str) -> Response:
+@route(blueprint, "GET", "/<session_id>/runs", query=PageQuery, returns=list[Run])
+def runs(session_id: str, query: PageQuery) -> Response:
     """The runs of a session, oldest first."""
-    check_query("limit", "cursor")
     queries = service().queries
     return page(
-        lambda limit, after: queries.session_runs(plain(session_id, "sessionId"), limit=limit, after=after),
+        query,
+        lambda limit, after: queries.session_runs(session_id, limit=limit, after=after),
         lambda run: run.seq,
     )
 
 
-@blueprint.get("/<session_id>/forks")
-def forks(session_id: str) -> Response:
+@route(blueprint, "GET", "/<session_id>/forks", query=PageQuery, returns=list[Session])
+def forks(session_id: str, query: PageQuery) -> Response:
     """The sessions that were forked from one, latest activity first."""
-    check_query("limit", "cursor")
     queries = service().queries
     return page(
-        lambda limit, after: queries.forks(plain(session_id, "sessionId"), limit=limit, after=after),
+        query,
+        lambda limit, after: queries.forks(session_id, limit=limit, after=after),
         lambda session: session.last_run_seq,
     )
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 import click
 
@@ -22,12 +20,13 @@ from ccm.db.driver.database import Database
 from ccm.db.driver.lock import ServiceLock
 from ccm.db.driver.migrate import migrate, pending
 from ccm.errors import CommandRefused, DatabaseRefused, NotFound, StartRefused, StorageError
+from ccm.settings.parsers import UNITS, seconds_in
 from ccm.settings.settings import Settings
 
 # Seconds to wait for another command to finish.
 LOCK_TIMEOUT = 10.0
-HOURS = {"h": 1, "d": 24, "w": 24 * 7}
-AGE = re.compile(r"(\d{1,5})([hdw])", re.ASCII)
+# Of --older-than, in seconds: 99,999 weeks, for dates have no year before 1.
+HIGHEST_AGE = 99_999 * UNITS["w"]
 
 
 @click.command("export")
@@ -41,7 +40,7 @@ def export_command(session_id: str | None) -> None:
     with _refusals_told():
         settings = Settings.from_env(os.environ)
         with _reading(settings) as database, database.transaction() as transaction:
-            archive.hold_snapshot(transaction, database.dialect)
+            archive.hold_snapshot(transaction)
             for line in export(transaction, session_id):
                 _write(line)
             _write("", flush=True)
@@ -103,7 +102,7 @@ def prune_command(older_than: str | None, session_id: str | None, dry_run: bool)
                 _clear(database, deleted)
 
 
-def _candidates(database: Database, session_id: str | None, age: timedelta | None) -> Iterator[pruning.Candidate]:
+def _candidates(database: Database, session_id: str | None, age: int | None) -> Iterator[pruning.Candidate]:
     files = LocalFiles(os.environ)
     if age is not None:
         yield from pruning.trees_older_than(database, age, files)
@@ -123,13 +122,15 @@ def _clear(database: Database, deleted: bool) -> None:
         ) from None
 
 
-def _age(text: str) -> timedelta:
-    match = AGE.fullmatch(text)
-    if match is None or int(match[1]) == 0:
+def _age(text: str) -> int:
+    """An age in seconds."""
+    # Neither minutes, which may be taken for months, nor a number alone: what is deleted is gone.
+    seconds = seconds_in(text, ("h", "d", "w"))
+    if seconds is None or not 0 < seconds <= HIGHEST_AGE:
         raise click.BadParameter(
             "must be a number of hours, days or weeks, such as 12h, 90d or 8w.", param_hint="--older-than"
         )
-    return timedelta(hours=int(match[1]) * HOURS[match[2]])
+    return seconds
 
 
 # ---- the database

@@ -6,11 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ccm.core.lookup import find_run, find_session
-from ccm.db import messages, runs
-from ccm.db.driver.database import Transaction
-from ccm.errors import Conflict, NotFound, ValidationError
-from ccm.models import RUNNING, Run, Session
+from ccm.db import messages, runs, sessions
+from ccm.db.driver.transaction import Transaction
+from ccm.errors import RunNotFound, SessionNotResumable, ValidationError
+from ccm.models import Run, RunStatus, Session
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def _to_their_ends(links: Sequence[runs.Link]) -> list[Segment]:
     segments: list[Segment] = []
     for link in links:
         segments.append(Segment(link.id, -1, link.message_count - 1))
-        if link.status == RUNNING:
+        if link.status == RunStatus.RUNNING:
             break
     return segments
 
@@ -53,7 +52,7 @@ def line(transaction: Transaction, session: Session) -> list[Segment]:
     ancestors: list[Segment] = []
     child = own[0] if own else None
     while child is not None and child.parent_run_id is not None:
-        parent = runs.link(transaction, child.parent_run_id)
+        parent = runs.get_link(transaction, child.parent_run_id)
         end = parent.message_count - 1 if child.fork_at_index is None else child.fork_at_index
         ancestors.append(Segment(parent.id, -1, end))
         child = parent
@@ -63,13 +62,12 @@ def line(transaction: Transaction, session: Session) -> list[Segment]:
 def find_fork_point(
     transaction: Transaction, session_id: str, at_run_id: str | None, at_message: str | None
 ) -> ForkPoint:
-    session = find_session(transaction, session_id)
+    session = sessions.get(transaction, session_id)
     if at_run_id is not None:
         run = runs.find(transaction, at_run_id)
         if run is None or run.session_id != session.id:
-            raise NotFound(
-                f"Session {session.id} has no run {at_run_id}. GET /api/sessions/{session.id}/runs lists them.",
-                code="RUN_NOT_FOUND",
+            raise RunNotFound(
+                f"Session {session.id} has no run {at_run_id}. GET /api/sessions/{session.id}/runs lists them."
             )
         if at_message is None:
             return ForkPoint(run)
@@ -77,11 +75,8 @@ def find_fork_point(
     if at_message is not None:
         return _message_in(transaction, line(transaction, session), at_message)
     if session.head_run_id is None:
-        raise Conflict(
-            f"Session {session.id} has no ended run with a transcript yet that could be forked.",
-            code="SESSION_NOT_RESUMABLE",
-        )
-    return ForkPoint(find_run(transaction, session.head_run_id))
+        raise SessionNotResumable(f"Session {session.id} has no ended run with a transcript yet that could be forked.")
+    return ForkPoint(runs.get(transaction, session.head_run_id))
 
 
 def _message_in(transaction: Transaction, segments: Sequence[Segment], uuid: str) -> ForkPoint:
@@ -95,7 +90,7 @@ def _message_in(transaction: Transaction, segments: Sequence[Segment], uuid: str
             if message.get("uuid") != uuid or index > segment.through:
                 continue
             if _is_main_assistant(message):
-                return ForkPoint(find_run(transaction, segment.run_id), uuid, index)
+                return ForkPoint(runs.get(transaction, segment.run_id), uuid, index)
             raise ValidationError(
                 f"atMessage: message {uuid} is of type {message.get('type')!r}; take an assistant message of the main "
                 f"thread{_nearest(transaction, segment, index)}.",

@@ -6,20 +6,21 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from functools import wraps
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from ccm.core.lineage import ForkPoint, Segment, find_fork_point, line, own_line
-from ccm.core.lookup import find_approval, find_run, find_run_of_key, find_session
 from ccm.core.storage.notifier import Notifier
 from ccm.db import approvals, deliveries, events, messages, runs, sessions
-from ccm.db.driver.database import Database, Transaction
-from ccm.errors import DatabaseClosed, StorageError, Unavailable, ValidationError
-from ccm.models import RUNNING, Approval, Delivery, Event, IdempotencyKey, Run, Session
+from ccm.db.driver.database import Database
+from ccm.db.driver.transaction import Transaction
+from ccm.errors import DatabaseClosed, ShuttingDown, StorageError, StorageUnavailable, ValidationError
+from ccm.models import Approval, Delivery, Event, IdempotencyKey, Run, RunStatus, Session
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 # Bounds of one read, and so of what each of hundreds of slow readers of long lists and streams may have in memory.
 CHUNK_BYTES = 2**18
@@ -52,144 +53,145 @@ class Asked(NamedTuple):
     through: int | None
 
 
+def _query(method: Callable[Concatenate[Queries, Transaction, P], T]) -> Callable[Concatenate[Queries, P], T]:
+    """Give a method its transaction. It also raises Unavailable, if the database cannot be read."""
+
+    @wraps(method)
+    def read(queries: Queries, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            with queries.database.transaction() as transaction:
+                return method(queries, transaction, *args, **kwargs)
+        except DatabaseClosed:
+            raise ShuttingDown from None
+        except StorageError as error:
+            log.debug("a read failed: %s", error)
+            raise StorageUnavailable(f"The database cannot be read: {error.summary}. Try again.") from None
+
+    return read
+
+
 class Queries:
     """Reads of what is committed. Each is short and gives its connection back; none is held open to a slow client."""
 
     def __init__(self, database: Database, notifier: Notifier) -> None:
-        self._database = database
+        self.database = database
         self._notifier = notifier
-
-    def _read(self, query: Callable[[Transaction], T]) -> T:
-        """
-        Raises:
-            Unavailable: the database cannot be read.
-        """
-        try:
-            with self._database.transaction() as transaction:
-                return query(transaction)
-        except DatabaseClosed:
-            told = "The service is shutting down; try again when it is back."
-            raise Unavailable(told, code="SHUTTING_DOWN") from None
-        except StorageError as error:
-            log.debug("a read failed: %s", error)
-            told = f"The database cannot be read: {error.summary}. Try again."
-            raise Unavailable(told, code="STORAGE_UNAVAILABLE") from None
 
     # ---- runs and sessions
 
-    def run(self, run_id: str) -> Run:
+    @_query
+    def run(self, transaction: Transaction, run_id: str) -> Run:
         """
         Raises:
-            NotFound: RUN_NOT_FOUND.
+            RunNotFound: there is no such run.
         """
-        return self._read(lambda transaction: find_run(transaction, run_id))
+        return runs.get(transaction, run_id)
 
-    def run_of_key(self, key: IdempotencyKey) -> Run | None:
+    @_query
+    def run_of_key(self, transaction: Transaction, key: IdempotencyKey) -> Run | None:
         """The run that a request with this key has made, None if there was none.
 
         Raises:
             KeyReused: that was another request.
         """
-        return self._read(lambda transaction: find_run_of_key(transaction, key))
+        return runs.find_by_idempotency_key(transaction, key)
 
-    def runs(self, filters: Mapping[str, str], *, limit: int, after: int | None) -> list[Run]:
+    @_query
+    def runs(self, transaction: Transaction, filters: Mapping[str, str], *, limit: int, after: int | None) -> list[Run]:
         """Runs, the newest first, beyond the one with seq `after`."""
-        return self._read(lambda transaction: runs.page(transaction, filters, limit=limit, after=after))
+        return runs.page(transaction, filters, limit=limit, after=after)
 
-    def session(self, session_id: str) -> Session:
+    @_query
+    def session(self, transaction: Transaction, session_id: str) -> Session:
         """A session by its id, or by the SDK session id of any of its runs.
 
         Raises:
-            NotFound: SESSION_NOT_FOUND.
+            SessionNotFound: there is no such session.
         """
-        return self._read(lambda transaction: find_session(transaction, session_id))
+        return sessions.get(transaction, session_id)
 
-    def sessions(self, filters: Mapping[str, str], *, limit: int, after: int | None) -> list[Session]:
+    @_query
+    def sessions(
+        self, transaction: Transaction, filters: Mapping[str, str], *, limit: int, after: int | None
+    ) -> list[Session]:
         """Sessions, the latest activity first, beyond the one whose last run has seq `after`."""
-        return self._read(lambda transaction: sessions.page(transaction, filters, limit=limit, after=after))
+        return sessions.page(transaction, filters, limit=limit, after=after)
 
-    def session_runs(self, session_id: str, *, limit: int, after: int | None) -> list[Run]:
+    @_query
+    def session_runs(self, transaction: Transaction, session_id: str, *, limit: int, after: int | None) -> list[Run]:
         """The runs of a session, the oldest first, beyond the one with seq `after`."""
+        session = sessions.get(transaction, session_id)
+        return runs.page(transaction, {"sessionId": session.id}, limit=limit, after=after, oldest_first=True)
 
-        def query(transaction: Transaction) -> list[Run]:
-            session = find_session(transaction, session_id)
-            return runs.page(transaction, {"sessionId": session.id}, limit=limit, after=after, oldest_first=True)
-
-        return self._read(query)
-
-    def forks(self, session_id: str, *, limit: int, after: int | None) -> list[Session]:
+    @_query
+    def forks(self, transaction: Transaction, session_id: str, *, limit: int, after: int | None) -> list[Session]:
         """The sessions that were forked from one, the latest activity first."""
+        session = sessions.get(transaction, session_id)
+        return sessions.page(transaction, {"parentSessionId": session.id}, limit=limit, after=after)
 
-        def query(transaction: Transaction) -> list[Session]:
-            session = find_session(transaction, session_id)
-            return sessions.page(transaction, {"parentSessionId": session.id}, limit=limit, after=after)
-
-        return self._read(query)
-
-    def fork_point(self, session_id: str, at_run_id: str | None, at_message: str | None) -> ForkPoint:
+    @_query
+    def fork_point(
+        self, transaction: Transaction, session_id: str, at_run_id: str | None, at_message: str | None
+    ) -> ForkPoint:
         """Where a fork of a session is to branch off.
 
         Raises:
             NotFound: there is no such session or run.
             ValidationError: the message or the run is not one to fork from; says which is.
         """
-        return self._read(lambda transaction: find_fork_point(transaction, session_id, at_run_id, at_message))
+        return find_fork_point(transaction, session_id, at_run_id, at_message)
 
     # ---- approvals
 
-    def approval(self, approval_id: str) -> Approval:
+    @_query
+    def approval(self, transaction: Transaction, approval_id: str) -> Approval:
         """
         Raises:
-            NotFound: APPROVAL_NOT_FOUND.
+            ApprovalNotFound: there is no such approval.
         """
-        return self._read(lambda transaction: find_approval(transaction, approval_id))
+        return approvals.get(transaction, approval_id)
 
-    def approvals(self, filters: Mapping[str, str], *, limit: int, after: int | None) -> list[Approval]:
+    @_query
+    def approvals(
+        self, transaction: Transaction, filters: Mapping[str, str], *, limit: int, after: int | None
+    ) -> list[Approval]:
         """Approvals, the oldest first, beyond the one with seq `after`."""
-        return self._read(lambda transaction: approvals.page(transaction, filters, limit=limit, after=after))
+        return approvals.page(transaction, filters, limit=limit, after=after)
 
-    def run_approvals(self, run_id: str, *, limit: int, after: int | None) -> list[Approval]:
+    @_query
+    def run_approvals(self, transaction: Transaction, run_id: str, *, limit: int, after: int | None) -> list[Approval]:
         """The approvals of a run, the oldest first, beyond the one with seq `after`."""
+        run = runs.get(transaction, run_id)
+        return approvals.page(transaction, {"runId": run.id}, limit=limit, after=after)
 
-        def query(transaction: Transaction) -> list[Approval]:
-            run = find_run(transaction, run_id)
-            return approvals.page(transaction, {"runId": run.id}, limit=limit, after=after)
-
-        return self._read(query)
-
-    def asked(self, run_id: str, after: int = -1) -> Asked:
+    @_query
+    def asked(self, transaction: Transaction, run_id: str, after: int = -1) -> Asked:
         """What a run waits for at this moment; for who comes back also what was resolved since.
 
         Args:
             after: the index of the last message that was read, -1 for none.
         """
-
-        def query(transaction: Transaction) -> Asked:
-            if not find_run(transaction, run_id).approvals:
-                return Asked([], None)
-            # The event first: on PostgreSQL a change may be committed in between, and is then told again, not lost.
-            through = approvals.last_event(transaction, run_id)
-            if after < 0:
-                found = approvals.pending(transaction, run_id)
-            else:
-                found = approvals.pending_or_resolved_since(transaction, run_id, after)
-            return Asked([approval.to_json() for approval in found], through)
-
-        return self._read(query)
+        if not runs.get(transaction, run_id).approvals:
+            return Asked([], None)
+        # The event first: on PostgreSQL a change may be committed in between, and is then told again, not lost.
+        through = approvals.last_event(transaction, run_id)
+        if after < 0:
+            found = approvals.pending(transaction, run_id)
+        else:
+            found = approvals.pending_or_resolved_since(transaction, run_id, after)
+        return Asked([approval.to_json() for approval in found], through)
 
     # ---- messages
 
-    def run_segment(self, run_id: str, after: int) -> tuple[Run, Segment]:
+    @_query
+    def run_segment(self, transaction: Transaction, run_id: str, after: int) -> tuple[Run, Segment]:
         """A run, and what it has beyond a message at this moment."""
+        run = runs.get(transaction, run_id)
+        return run, Segment(run.id, after, run.message_count - 1)
 
-        def query(transaction: Transaction) -> tuple[Run, Segment]:
-            run = find_run(transaction, run_id)
-            return run, Segment(run.id, after, run.message_count - 1)
-
-        return self._read(query)
-
+    @_query
     def session_segments(
-        self, session_id: str, after: tuple[str, int] | None, with_ancestors: bool
+        self, transaction: Transaction, session_id: str, after: tuple[str, int] | None, with_ancestors: bool
     ) -> tuple[Session, list[Segment]]:
         """A session, and what its runs have beyond a message at this moment.
 
@@ -200,115 +202,110 @@ class Queries:
         Raises:
             ValidationError: `after` names a run or a message that is not among them.
         """
+        session = sessions.get(transaction, session_id)
+        segments = line(transaction, session) if with_ancestors else own_line(transaction, session)
+        if after is None:
+            return session, segments
+        run_id, index = after
+        places = [place for place, segment in enumerate(segments) if segment.run_id == run_id]
+        if not places:
+            raise ValidationError(f"after: run {run_id} is not part of this history.", field="after")
+        if index > segments[places[0]].through:
+            raise ValidationError(f"after: message {index} of run {run_id} is not in this history.", field="after")
+        rest = segments[places[0] :]
+        return session, [replace(rest[0], after=index), *rest[1:]]
 
-        def query(transaction: Transaction) -> tuple[Session, list[Segment]]:
-            session = find_session(transaction, session_id)
-            segments = line(transaction, session) if with_ancestors else own_line(transaction, session)
-            if after is None:
-                return session, segments
-            run_id, index = after
-            places = [place for place, segment in enumerate(segments) if segment.run_id == run_id]
-            if not places:
-                raise ValidationError(f"after: run {run_id} is not part of this history.", field="after")
-            if index > segments[places[0]].through:
-                raise ValidationError(f"after: message {index} of run {run_id} is not in this history.", field="after")
-            rest = segments[places[0] :]
-            return session, [replace(rest[0], after=index), *rest[1:]]
-
-        return self._read(query)
-
-    def cut(self, segments: Sequence[Segment], types: Sequence[str], limit: int) -> list[Segment]:
+    @_query
+    def cut(
+        self, transaction: Transaction, segments: Sequence[Segment], types: Sequence[str], limit: int
+    ) -> list[Segment]:
         """The beginning of the segments that holds the first `limit` messages of the given types."""
-
-        def query(transaction: Transaction) -> list[Segment]:
-            kept: list[Segment] = []
-            wanted = limit
-            for segment in segments:
-                found = messages.indexes(
-                    transaction, segment.run_id, segment.after, segment.through, types=types, limit=wanted
-                )
-                wanted -= len(found)
-                if wanted == 0:
-                    kept.append(replace(segment, through=found[-1]))
-                    return kept
-                kept.append(segment)
-            return kept
-
-        return self._read(query)
-
-    def has_any(self, segments: Sequence[Segment], types: Sequence[str]) -> bool:
-        """Whether there is a message of the given types in the segments."""
-
-        def query(transaction: Transaction) -> bool:
-            return any(
-                messages.indexes(transaction, segment.run_id, segment.after, segment.through, types=types, limit=1)
-                for segment in segments
+        kept: list[Segment] = []
+        wanted = limit
+        for segment in segments:
+            found = messages.indexes(
+                transaction, segment.run_id, segment.after, segment.through, types=types, limit=wanted
             )
+            wanted -= len(found)
+            if wanted == 0:
+                kept.append(replace(segment, through=found[-1]))
+                return kept
+            kept.append(segment)
+        return kept
 
-        return self._read(query)
+    @_query
+    def has_any(self, transaction: Transaction, segments: Sequence[Segment], types: Sequence[str]) -> bool:
+        """Whether there is a message of the given types in the segments."""
+        return any(
+            messages.indexes(transaction, segment.run_id, segment.after, segment.through, types=types, limit=1)
+            for segment in segments
+        )
 
     def chunks(self, segments: Sequence[Segment], types: Sequence[str]) -> Iterator[list[str]]:
         """The JSON texts of the messages in the segments, a bounded number of bytes at a time, nothing parsed."""
         for segment in segments:
             after = segment.after
             while after < segment.through:
-                texts, after = self._read(partial(_chunk, segment=segment, after=after, types=types))
+                texts, after = self._chunk(segment, after, types)
                 if texts:
                     yield texts
 
-    def news(self, run_id: str, after: int, event: int | None = None) -> Batch | None:
+    @_query
+    def _chunk(
+        self, transaction: Transaction, segment: Segment, after: int, types: Sequence[str]
+    ) -> tuple[list[str], int]:
+        """The next texts of a segment, and the index that they reach to."""
+        indexes = _next_indexes(transaction, segment, after)
+        if not indexes:
+            return [], segment.through
+        return messages.texts(transaction, segment.run_id, after, indexes[-1], types), indexes[-1]
+
+    @_query
+    def news(self, transaction: Transaction, run_id: str, after: int, event: int | None = None) -> Batch | None:
         """What comes after a message of a run and one of its events; None if nothing yet.
 
         Args:
             event: beyond it approvals are looked for; None for none.
         """
-
-        def query(transaction: Transaction) -> Batch | None:
-            # The run before its messages: when it has ended, its count is final, and all of them are stored.
-            link = runs.link(transaction, run_id)
-            rest = Segment(run_id, after, link.message_count - 1)
-            found: list[tuple[int, str]] = []
-            # Fewer may be there than are counted, where something other than the service has deleted some.
-            if rest.after < rest.through and (indexes := _next_indexes(transaction, rest, after)):
-                texts = messages.texts(transaction, run_id, after, indexes[-1])
-                found = list(zip(indexes, texts, strict=True))
-            changes = () if event is None else approvals.changes(transaction, run_id, event)
-            if found or changes:
-                return Batch(found, changes, None)
-            return None if link.status == RUNNING else Batch([], (), find_run(transaction, run_id))
-
-        return self._read(query)
+        # The run before its messages: when it has ended, its count is final, and all of them are stored.
+        link = runs.get_link(transaction, run_id)
+        rest = Segment(run_id, after, link.message_count - 1)
+        found: list[tuple[int, str]] = []
+        # Fewer may be there than are counted, where something other than the service has deleted some.
+        if rest.after < rest.through and (indexes := _next_indexes(transaction, rest, after)):
+            texts = messages.texts(transaction, run_id, after, indexes[-1])
+            found = list(zip(indexes, texts, strict=True))
+        changes = () if event is None else approvals.changes(transaction, run_id, event)
+        if found or changes:
+            return Batch(found, changes, None)
+        return None if link.status == RunStatus.RUNNING else Batch([], (), runs.get(transaction, run_id))
 
     # ---- events and deliveries
 
-    def events(self, after: int) -> list[Event] | None:
+    @_query
+    def events(self, transaction: Transaction, after: int) -> list[Event] | None:
         """The next events beyond one, a bounded number of bytes; None if there is none yet."""
+        ids = _first_bytes(events.sizes(transaction, after, CHUNK_EVENTS))
+        return events.read(transaction, after, ids[-1]) if ids else None
 
-        def query(transaction: Transaction) -> list[Event] | None:
-            ids = _first_bytes(events.sizes(transaction, after, CHUNK_EVENTS))
-            return events.read(transaction, after, ids[-1]) if ids else None
-
-        return self._read(query)
-
-    def last_event(self) -> int:
+    @_query
+    def last_event(self, transaction: Transaction) -> int:
         """The id of the newest event, 0 if there is none."""
-        return self._read(events.last_id)
+        return events.last_id(transaction)
 
-    def last_event_ever(self) -> int:
+    @_query
+    def last_event_ever(self, transaction: Transaction) -> int:
         """The greatest id that any event has ever had: what is beyond it nobody has seen."""
-        return self._read(lambda transaction: events.last_given(transaction, self._database.dialect))
+        return events.last_given(transaction)
 
-    def deliveries(self, run_id: str, *, limit: int, after: int | None) -> list[Delivery]:
+    @_query
+    def deliveries(self, transaction: Transaction, run_id: str, *, limit: int, after: int | None) -> list[Delivery]:
         """What a run's webhooks have come to, the oldest first, beyond the one with id `after`.
 
         Raises:
-            NotFound: RUN_NOT_FOUND.
+            RunNotFound: there is no such run.
         """
-
-        def query(transaction: Transaction) -> list[Delivery]:
-            return deliveries.page(transaction, find_run(transaction, run_id).id, limit=limit, after=after)
-
-        return self._read(query)
+        return deliveries.page(transaction, runs.get(transaction, run_id).id, limit=limit, after=after)
 
     # ---- waiting
 
@@ -341,14 +338,6 @@ class Queries:
                         return look()
                     if now >= relied:
                         break
-
-
-def _chunk(transaction: Transaction, segment: Segment, after: int, types: Sequence[str]) -> tuple[list[str], int]:
-    """The next texts of a segment, and the index that they reach to."""
-    indexes = _next_indexes(transaction, segment, after)
-    if not indexes:
-        return [], segment.through
-    return messages.texts(transaction, segment.run_id, after, indexes[-1], types), indexes[-1]
 
 
 def _next_indexes(transaction: Transaction, segment: Segment, after: int) -> list[int]:

@@ -12,8 +12,8 @@ from contextlib import ExitStack, closing
 from ccm import file_limits
 from ccm.core.approvals.requests import Approvals
 from ccm.core.approvals.transitions import ApprovalTransitions
+from ccm.core.claude.locations import bundled_cli
 from ccm.core.claude.run_context import CLIConfig
-from ccm.core.claude.sdk import bundled_cli
 from ccm.core.policy import workdir
 from ccm.core.policy.ceilings import Ceilings
 from ccm.core.policy.options import check_policy
@@ -115,10 +115,10 @@ class Service:
                     self._open(undo)
                     undo.pop_all()  # from now on `end_runs` stops what was started
             except Unavailable as error:
-                self._close()
+                self._parts.close()
                 raise DatabaseRefused(f"The database takes no writes: {error.message}") from None
             except BaseException:
-                self._close()
+                self._parts.close()
                 raise
             self._started = True
 
@@ -188,12 +188,27 @@ class Service:
         if missing is not None:
             log.error("%s Runs will fail until then.", missing)
 
+    @staticmethod
+    def import_sdk() -> None:
+        """Import what carries out runs, with the SDK beneath it. Else the first run does, and takes a second longer.
+
+        Raises:
+            ImportError: the SDK is not installed as it should be; no run can be carried out.
+        """
+        try:
+            import ccm.core.claude.execution  # noqa: F401, PLC0415
+        except OSError as error:
+            # A lack of descriptors, say: it passes, and ends no service.
+            log.warning("the Claude Agent SDK cannot be read at present, the first run imports it: %s", error)
+        else:
+            log.debug("the Claude Agent SDK is imported")
+
     def _allow(self, run: Run) -> None:
         """
         Raises:
             Forbidden: the settings do not allow this run.
         """
-        check_policy(run.options, self.settings)
+        check_policy(run.options.value, self.settings)
         workdir.check_roots(run.cwd, self.settings.allowed_roots)
 
     def _refused(self, run_id: str, error: BaseException) -> None:
@@ -246,10 +261,7 @@ class Service:
         """End the runs if that was not done, then close the database and let it go. Idempotent."""
         self.end_runs()
         with self._lock:
-            self._close()
-
-    def _close(self) -> None:
-        self._parts.close()
+            self._parts.close()
 
     def last_error(self) -> str | None:
         """Why the service cannot do its job at present, or None."""

@@ -6,15 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ccm.db.driver.database import Transaction
-from ccm.models import APPROVAL_REQUESTED, APPROVAL_RESOLVED, Approval
+from ccm.db.columns import select_list
+from ccm.db.driver.transaction import Transaction
+from ccm.errors import ApprovalNotFound
+from ccm.models import Approval, EventType
 
-SELECT = """
-SELECT id, seq, "runId", "sessionId", "toolName", "toolUseId", "inputJson", "suggestionsJson", title, "displayName",
-    description, "blockedPath", "decisionReason", "agentId", status, resolution, "updatedInputJson", remember, message,
-    interrupt, "decidedBy", "createdAt", "expiresAt", "resolvedAt"
-FROM ccr_approvals
-"""
+SELECT = f"SELECT {select_list(Approval, 'ccr_approvals')} FROM ccr_approvals "
 FILTERS = {"runId": '"runId" = :runId', "sessionId": '"sessionId" = :sessionId', "status": "status = :status"}
 # One statement: between two an approval might stop to be pending and be in neither. All, if there is no such message.
 SINCE = f"""
@@ -24,7 +21,7 @@ ORDER BY seq
 """
 CHANGES = f"""
 SELECT id, "eventJson" FROM ccr_events
-WHERE "runId" = :run AND id > :after AND type IN ('{APPROVAL_REQUESTED}', '{APPROVAL_RESOLVED}')
+WHERE "runId" = :run AND id > :after AND type IN ('{EventType.APPROVAL_REQUESTED}', '{EventType.APPROVAL_RESOLVED}')
 ORDER BY id LIMIT :limit
 """
 # Each may hold a whole file.
@@ -34,6 +31,18 @@ CHANGES_AT_ONCE = 20
 def find(transaction: Transaction, approval_id: str) -> Approval | None:
     row = transaction.row(f"{SELECT} WHERE id = :id", id=approval_id)
     return None if row is None else Approval.from_row(row)
+
+
+def get(transaction: Transaction, approval_id: str) -> Approval:
+    """Return an approval.
+
+    Raises:
+        ApprovalNotFound: there is no such approval.
+    """
+    approval = find(transaction, approval_id)
+    if approval is None:
+        raise ApprovalNotFound(f"There is no approval {approval_id}. GET /api/approvals lists them.")
+    return approval
 
 
 def page(
@@ -74,9 +83,7 @@ def insert(transaction: Transaction, row: Mapping[str, Any]) -> None:
 
 def resolve(transaction: Transaction, approval_id: str, values: Mapping[str, Any]) -> bool:
     """The one way out of pending: a compare-and-set. False if it was resolved already."""
-    assignments = ", ".join(f'"{column}" = :{column}' for column in values)
-    sql = f"UPDATE ccr_approvals SET {assignments} WHERE id = :id AND status = 'pending'"
-    return bool(transaction.execute(sql, **values, id=approval_id))
+    return bool(transaction.update("ccr_approvals", values, "id = :id AND status = 'pending'", id=approval_id))
 
 
 def last_event(transaction: Transaction, run_id: str) -> int:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from ccm.db.driver.database import Transaction
-from ccm.models import DELIVERED, DISABLED, PENDING, SERVICE_TARGET, Delivery
+from ccm.db.columns import select_list
+from ccm.db.driver.transaction import Transaction, parameter_list
+from ccm.models import Delivery, DeliveryStatus, DeliveryTarget
 
-SELECT = """
-SELECT d.id, d."eventId", e.type AS "eventType", d."runId", d.target, d."webhookId", d.host, d.status, d.reason,
-    d."attemptsJson", d."nextAttemptAt"
-FROM ccr_deliveries d JOIN ccr_events e ON e.id = d."eventId"
-"""
+SELECT = (
+    f"SELECT {select_list(Delivery, 'd', {'eventType': 'e.type'})} "
+    'FROM ccr_deliveries d JOIN ccr_events e ON e.id = d."eventId" '
+)
 DUE = """
 SELECT id, host FROM ccr_deliveries WHERE status = 'pending' AND again = :again AND "nextAttemptAt" <= :now{without}
 ORDER BY "nextAttemptAt", host, id LIMIT :limit
@@ -41,8 +41,8 @@ def insert(
         host: of the run's own address.
         reason: why it is not even tried; None if it is.
     """
-    first = reason is None and _first_pending(transaction, run_id, target) is None
-    status = DISABLED if reason else PENDING
+    first = reason is None and _find_first_pending(transaction, run_id, target) is None
+    status = DeliveryStatus.DISABLED if reason else DeliveryStatus.PENDING
     row = {"runId": run_id, "target": target, "webhookId": webhook_id, "host": host, "status": status, "reason": reason}
     row |= {"attemptsJson": "[]", "nextAttemptAt": now if first else None}
     # There is one writer, so the newest event is the one that it has just written.
@@ -61,8 +61,8 @@ def page(transaction: Transaction, run_id: str, *, limit: int, after: int | None
     return [Delivery.from_row(row) for row in transaction.rows(sql, run=run_id, after=after or 0, limit=limit)]
 
 
-def disabled(transaction: Transaction, run_id: str, target: str) -> str | None:
-    """Why nothing is delivered any more to a target of a run, or None."""
+def find_disabled_reason(transaction: Transaction, run_id: str, target: str) -> str | None:
+    """Return why nothing is delivered any more to a target of a run; None if it still is."""
     sql = f"SELECT reason FROM ccr_deliveries WHERE {OF_RUN} AND status = 'disabled' ORDER BY id DESC LIMIT 1"
     reason: str | None = transaction.value(sql, run=run_id, target=target)
     return reason
@@ -77,14 +77,14 @@ def due(
         again: of what has failed before; else of what has not.
         without: hosts to leave out.
     """
-    names = {f"host{number}": host for number, host in enumerate(without)}
-    condition = f" AND host NOT IN ({', '.join(f':{name}' for name in names)})" if names else ""
-    found = transaction.tuples(DUE.format(without=condition), now=now, again=int(again), limit=limit, **names)
+    names, hosts = parameter_list("host", without)
+    condition = f" AND host NOT IN ({names})" if names else ""
+    found = transaction.tuples(DUE.format(without=condition), now=now, again=int(again), limit=limit, **hosts)
     return [(delivery_id, host) for delivery_id, host in found]
 
 
-def next_due(transaction: Transaction, now: str) -> str | None:
-    """When something is to be sent that is not yet; None if nothing is."""
+def find_next_due(transaction: Transaction, now: str) -> str | None:
+    """Return the earliest time after `now` at which something is due; None if nothing is."""
     times = [transaction.value(NEXT_DUE, now=now, again=again) for again in (0, 1)]
     return min((at for at in times if at is not None), default=None)
 
@@ -111,7 +111,7 @@ def tried(
     )
     transaction.execute(
         'UPDATE ccr_deliveries SET status = :status, reason = :reason, "nextAttemptAt" = :next WHERE id = :id'
-        + ("" if status == DELIVERED else " AND status = 'pending'"),
+        + ("" if status == DeliveryStatus.DELIVERED else " AND status = 'pending'"),
         status=status,
         reason=reason,
         next=next_attempt_at,
@@ -124,7 +124,7 @@ def go_on(transaction: Transaction, run_id: str, target: str, now: str) -> None:
     transaction.execute(
         'UPDATE ccr_deliveries SET "nextAttemptAt" = :now WHERE id = :id AND "nextAttemptAt" IS NULL',
         now=now,
-        id=_first_pending(transaction, run_id, target),
+        id=_find_first_pending(transaction, run_id, target),
     )
 
 
@@ -135,7 +135,9 @@ def disable_run(transaction: Transaction, run_id: str, target: str, reason: str)
 
 def disable_service(transaction: Transaction, reason: str) -> int:
     """Give up what is pending for the service's address. Tells how much that was."""
-    return _disable(transaction, "host = :host AND target = :target", reason, host=SERVICE_HOST, target=SERVICE_TARGET)
+    return _disable(
+        transaction, "host = :host AND target = :target", reason, host=SERVICE_HOST, target=DeliveryTarget.SERVICE
+    )
 
 
 def _disable(transaction: Transaction, which: str, reason: str, **parameters: str) -> int:
@@ -147,7 +149,7 @@ def _disable(transaction: Transaction, which: str, reason: str, **parameters: st
     )
 
 
-def _first_pending(transaction: Transaction, run_id: str, target: str) -> int | None:
+def _find_first_pending(transaction: Transaction, run_id: str, target: str) -> int | None:
     sql = f"SELECT id FROM ccr_deliveries WHERE {OF_RUN} AND status = 'pending' ORDER BY id LIMIT 1"
     found: int | None = transaction.value(sql, run=run_id, target=target)
     return found

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ccm.db.driver.database import Transaction
-from ccm.models import Event, Run, timestamp, to_json_text
+from ccm.db.driver.transaction import Transaction
+from ccm.json_text import to_json_text
+from ccm.models import Event, Run
+from ccm.timestamps import timestamp
 
 # What an event leaves out of its run: who made the run has it, and it may be long.
 LEFT_OUT = ("prompt", "options")
@@ -36,9 +38,9 @@ def last_id(transaction: Transaction) -> int:
     return int(transaction.value("SELECT COALESCE(MAX(id), 0) FROM ccr_events"))
 
 
-def last_given(transaction: Transaction, dialect: str) -> int:
+def last_given(transaction: Transaction) -> int:
     """The greatest id that any event has ever had, 0 if there was none."""
-    return int(transaction.value(GIVEN[dialect]) or 0)
+    return int(transaction.value(GIVEN[transaction.dialect]) or 0)
 
 
 def sizes(transaction: Transaction, after: int, limit: int) -> list[tuple[int, int]]:
@@ -53,6 +55,6 @@ def read(transaction: Transaction, after: int, through: int) -> list[Event]:
     return [Event(*row) for row in transaction.tuples(sql, after=after, through=through)]
 
 
-def text(transaction: Transaction, event_id: int) -> str | None:
+def find_text(transaction: Transaction, event_id: int) -> str | None:
     found: str | None = transaction.value('SELECT "eventJson" FROM ccr_events WHERE id = :id', id=event_id)
     return found

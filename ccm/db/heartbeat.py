@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ccm.db.driver.database import Transaction
-from ccm.models import timestamp
+from ccm.db.driver.transaction import Transaction
+from ccm.timestamps import timestamp
 
 # What a start with a short prompt takes, and more: a disk on which only a few bytes are left is full.
 ROOM_BYTES = 64 * 2**10

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ccm.db.driver.database import Transaction
+from ccm.db.driver.transaction import Transaction, parameter_list
 from ccm.models import Message
 
 COLUMNS = ("runId", "index", "messageType", "createdAt", "size", "messageJson")
@@ -15,8 +15,8 @@ def _of_types(types: Sequence[str]) -> tuple[str, dict[str, str]]:
     """A condition that keeps the given types, and its parameters; all types if none is given."""
     if not types:
         return "", {}
-    names = {f"type{number}": name for number, name in enumerate(types)}
-    return f' AND "messageType" IN ({", ".join(f":{name}" for name in names)})', names
+    names, parameters = parameter_list("type", types)
+    return f' AND "messageType" IN ({names})', parameters
 
 
 def insert_many(transaction: Transaction, messages: Iterable[Message]) -> None:

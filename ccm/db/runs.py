@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
-from ccm.db.driver.database import Transaction
-from ccm.models import ERROR, Row, Run, timestamp
+from ccm.db.columns import select_list
+from ccm.db.driver.transaction import Transaction
+from ccm.errors import KeyReused, RunNotFound
+from ccm.models import IdempotencyKey, Run, RunStatus
+from ccm.models.stored import StoredModel
+from ccm.timestamps import timestamp
 
 # A run that has not ended counts its messages where they are: a counter would have to be written with each batch, and
 # with it the whole row.
-SELECT = """
-SELECT r.id, r.seq, r."sessionId", r."sdkSessionId", r."parentRunId", r."parentSessionId", r.mode, r.status, r.cwd,
-    r.prompt, r."optionsJson", r."imageCount", r."timeoutMs", r.approvals, r."approvalTimeoutMs",
-    r."webhookUrl", r."forkAtMessage", r."forkAtIndex", r."resultType",
-    r."resultJson", r."errorCode", r."errorMessage", r."costUsd", r."durationMs", r."hasTranscript",
-    r."transcriptStored", r."createdBy", r."createdAt", r."startedAt", r."endedAt",
-    CASE WHEN r.status = 'running'
-        THEN (SELECT COALESCE(MAX(m."index") + 1, 0) FROM ccr_run_messages m WHERE m."runId" = r.id)
-        ELSE r."messageCount" END AS "messageCount",
-    CASE WHEN r.status = 'running' AND r."startedAt" IS NULL
-        THEN (SELECT COUNT(*) FROM ccr_runs w WHERE w.status = 'running' AND w."startedAt" IS NULL AND w.seq <= r.seq)
-        END AS "queuePosition",
-    CASE WHEN r.status = 'running' AND r.approvals = 1
-        THEN (SELECT COUNT(*) FROM ccr_approvals a WHERE a."runId" = r.id AND a.status = 'pending')
-        ELSE 0 END AS "pendingApprovals"
-FROM ccr_runs r
-"""
-# What a run is to the line of its session, without its texts.
-SELECT_LINK = """
-SELECT r.id, r.status, r."parentRunId", r."forkAtIndex", CASE WHEN r.status = 'running'
-        THEN (SELECT COALESCE(MAX(m."index") + 1, 0) FROM ccr_run_messages m WHERE m."runId" = r.id)
-        ELSE r."messageCount" END AS "messageCount"
-FROM ccr_runs r
-"""
+_MESSAGE_COUNT = """CASE WHEN r.status = 'running'
+    THEN (SELECT COALESCE(MAX(m."index") + 1, 0) FROM ccr_run_messages m WHERE m."runId" = r.id)
+    ELSE r."messageCount" END"""
+_QUEUE_POSITION = """CASE WHEN r.status = 'running' AND r."startedAt" IS NULL
+    THEN (SELECT COUNT(*) FROM ccr_runs w WHERE w.status = 'running' AND w."startedAt" IS NULL AND w.seq <= r.seq)
+    END"""
+_PENDING_APPROVALS = """CASE WHEN r.status = 'running' AND r.approvals = 1
+    THEN (SELECT COUNT(*) FROM ccr_approvals a WHERE a."runId" = r.id AND a.status = 'pending')
+    ELSE 0 END"""
+_COMPUTED = {
+    "messageCount": _MESSAGE_COUNT,
+    "queuePosition": _QUEUE_POSITION,
+    "pendingApprovals": _PENDING_APPROVALS,
+}
+SELECT = f"SELECT {select_list(Run, 'r', _COMPUTED)} FROM ccr_runs r "
 FILTERS = {
     "status": "r.status = :status",
     "sessionId": 'r."sessionId" = :sessionId',
@@ -52,6 +46,17 @@ SELECT (SELECT COUNT(*) FROM ccr_runs WHERE status = 'running' AND "startedAt" I
     ORDER BY w.seq LIMIT 1)
 """
 COUNT_WAITING = "SELECT COUNT(*) FROM ccr_runs WHERE status = 'running' AND \"startedAt\" IS NULL"
+# The final state of a run whose service died.
+INTERRUPTED = {
+    "status": RunStatus.ERROR,
+    "errorCode": "INTERRUPTED",
+    "errorMessage": "The service ended while this run was going on. It was not run again; resume or fork its session "
+    "to go on.",
+}
+
+
+def not_found(run_id: str) -> RunNotFound:
+    return RunNotFound(f"There is no run {run_id}. GET /api/runs lists them.")
 
 
 def find(transaction: Transaction, run_id: str) -> Run | None:
@@ -59,16 +64,37 @@ def find(transaction: Transaction, run_id: str) -> Run | None:
     return None if row is None else Run.from_row(row)
 
 
+def get(transaction: Transaction, run_id: str) -> Run:
+    """Return a run.
+
+    Raises:
+        RunNotFound: there is no such run.
+    """
+    run = find(transaction, run_id)
+    if run is None:
+        raise not_found(run_id)
+    return run
+
+
 def find_by_sdk_session(transaction: Transaction, sdk_session_id: str) -> Run | None:
     row = transaction.row(SELECT + 'WHERE r."sdkSessionId" = :id', id=sdk_session_id)
     return None if row is None else Run.from_row(row)
 
 
-def find_by_idempotency_key(transaction: Transaction, key: str) -> tuple[Run, str] | None:
-    """The run that a key belongs to, and the digest of the request that made it."""
-    row = transaction.row('SELECT id, "requestDigest" FROM ccr_runs WHERE "idempotencyKey" = :key', key=key)
+def find_by_idempotency_key(transaction: Transaction, key: IdempotencyKey) -> Run | None:
+    """Return the run that an earlier request with this key has made.
+
+    Raises:
+        KeyReused: that was another request.
+    """
+    row = transaction.row('SELECT id, "requestDigest" FROM ccr_runs WHERE "idempotencyKey" = :key', key=key.text)
     run = None if row is None else find(transaction, row["id"])
-    return None if row is None or run is None else (run, row["requestDigest"])
+    if row is not None and run is not None and row["requestDigest"] != key.digest:
+        raise KeyReused(
+            f"This Idempotency-Key was used for another request, which made run {run.id}. Use a new key for a new "
+            "request; a retry must have the same path and body."
+        )
+    return run
 
 
 def page(
@@ -85,8 +111,7 @@ def page(
     return [Run.from_row(row) for row in transaction.rows(sql, **parameters)]
 
 
-@dataclass(frozen=True)
-class Link(Row):
+class Link(StoredModel):
     """A run as one link of its session's line."""
 
     id: str
@@ -96,14 +121,25 @@ class Link(Row):
     message_count: int
 
 
+_SELECT_LINK = f"SELECT {select_list(Link, 'r', {'messageCount': _MESSAGE_COUNT})} FROM ccr_runs r "
+
+
 def links(transaction: Transaction, session_id: str) -> list[Link]:
     """The runs of a session, in order."""
-    rows = transaction.rows(SELECT_LINK + 'WHERE r."sessionId" = :id ORDER BY r.seq', id=session_id)
+    rows = transaction.rows(_SELECT_LINK + 'WHERE r."sessionId" = :id ORDER BY r.seq', id=session_id)
     return [Link.from_row(row) for row in rows]
 
 
-def link(transaction: Transaction, run_id: str) -> Link:
-    return Link.from_row(transaction.rows(SELECT_LINK + "WHERE r.id = :id", id=run_id)[0])
+def get_link(transaction: Transaction, run_id: str) -> Link:
+    """Return a run as a link.
+
+    Raises:
+        RunNotFound: there is no such run.
+    """
+    row = transaction.row(_SELECT_LINK + "WHERE r.id = :id", id=run_id)
+    if row is None:
+        raise not_found(run_id)
+    return Link.from_row(row)
 
 
 def next_seq(transaction: Transaction) -> int:
@@ -119,7 +155,7 @@ def insert(transaction: Transaction, row: Mapping[str, Any], images_json: str | 
         transaction.insert("ccr_run_images", {"runId": row["id"], "imagesJson": images_json})
 
 
-def images_json(transaction: Transaction, run_id: str) -> str | None:
+def find_images_json(transaction: Transaction, run_id: str) -> str | None:
     text: str | None = transaction.value('SELECT "imagesJson" FROM ccr_run_images WHERE "runId" = :id', id=run_id)
     return text
 
@@ -132,8 +168,8 @@ def running(transaction: Transaction, session_id: str) -> list[Run]:
     return [Run.from_row(row) for row in rows]
 
 
-def first_running(transaction: Transaction, session_id: str) -> str | None:
-    """The id of the first run of a session that has not ended."""
+def find_first_running(transaction: Transaction, session_id: str) -> str | None:
+    """Return the id of the first run of a session that has not ended."""
     sql = "SELECT id FROM ccr_runs WHERE \"sessionId\" = :id AND status = 'running' ORDER BY seq LIMIT 1"
     run_id: str | None = transaction.value(sql, id=session_id)
     return run_id
@@ -151,7 +187,7 @@ def count_waiting(transaction: Transaction) -> int:
 
 def start(transaction: Transaction, run: Run, parent_run_id: str | None, owner: str) -> Run:
     """The run as it is once it has left the queue."""
-    started = replace(run, started_at=timestamp(), parent_run_id=parent_run_id, queue_position=None)
+    started = run.model_copy(update={"started_at": timestamp(), "parent_run_id": parent_run_id, "queue_position": None})
     transaction.execute(
         'UPDATE ccr_runs SET "startedAt" = :now, "parentRunId" = :parent, owner = :owner WHERE id = :id',
         now=started.started_at,
@@ -164,13 +200,8 @@ def start(transaction: Transaction, run: Run, parent_run_id: str | None, owner: 
 
 def end(transaction: Transaction, run: Run, values: Mapping[str, Any]) -> bool:
     """The one way into a final state: a compare-and-set. False if the run had ended already."""
-    assignments = ", ".join(f'"{column}" = :{column}' for column in values)
-    changed = transaction.execute(
-        f"UPDATE ccr_runs SET {assignments}, \"endedAt\" = :now WHERE id = :id AND status = 'running'",
-        **values,
-        now=timestamp(),
-        id=run.id,
-    )
+    final = {**values, "endedAt": timestamp()}
+    changed = transaction.update("ccr_runs", final, "id = :id AND status = 'running'", id=run.id)
     if changed and run.image_count:
         transaction.execute('DELETE FROM ccr_run_images WHERE "runId" = :id', id=run.id)
     return bool(changed)
@@ -205,13 +236,3 @@ def started_elsewhere(transaction: Transaction, owner: str) -> list[str]:
         "AND (owner IS NULL OR owner <> :owner) ORDER BY seq",
         owner=owner,
     )
-
-
-def interrupted() -> dict[str, Any]:
-    """The final state of a run whose service died."""
-    return {
-        "status": ERROR,
-        "errorCode": "INTERRUPTED",
-        "errorMessage": "The service ended while this run was going on. It was not run again; resume or fork its "
-        "session to go on.",
-    }

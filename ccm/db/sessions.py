@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ccm.db.driver.database import Transaction
+from ccm.db import runs
+from ccm.db.columns import select_list
+from ccm.db.driver.transaction import Transaction
+from ccm.errors import SessionNotFound
 from ccm.models import Session
 
 # What is not in the counts yet: the messages of the runs that have not ended, one or a few.
-SELECT = """
-SELECT s.id, s."parentSessionId", s."forkedFromRunId", s.cwd, s.title, s."metadataJson", s."headRunId", s."runCount",
-    s."costUsd", s."firstRunAt", s."lastRunAt", s."lastRunSeq",
-    CASE WHEN EXISTS (SELECT 1 FROM ccr_runs r WHERE r."sessionId" = s.id AND r.status = 'running')
-        THEN 'running' ELSE 'idle' END AS status,
-    CAST(s."messageCount" + COALESCE((
+_COMPUTED = {
+    "status": """CASE WHEN EXISTS (SELECT 1 FROM ccr_runs r WHERE r."sessionId" = s.id AND r.status = 'running')
+        THEN 'running' ELSE 'idle' END""",
+    "messageCount": """CAST(s."messageCount" + COALESCE((
         SELECT SUM((SELECT COALESCE(MAX(m."index") + 1, 0) FROM ccr_run_messages m WHERE m."runId" = r.id))
-        FROM ccr_runs r WHERE r."sessionId" = s.id AND r.status = 'running'), 0) AS BIGINT) AS "messageCount"
-FROM ccr_sessions s
-"""
+        FROM ccr_runs r WHERE r."sessionId" = s.id AND r.status = 'running'), 0) AS BIGINT)""",
+}
+SELECT = f"SELECT {select_list(Session, 's', _COMPUTED)} FROM ccr_sessions s "
 FILTERS = {
     "cwd": "s.cwd = :cwd",
     "parentSessionId": 's."parentSessionId" = :parentSessionId',
@@ -29,9 +30,29 @@ FILTERS = {
 }
 
 
+def not_found(session_id: str) -> SessionNotFound:
+    return SessionNotFound(f"There is no session {session_id}. GET /api/sessions lists them.")
+
+
 def find(transaction: Transaction, session_id: str) -> Session | None:
+    """Return a session by its own id."""
     row = transaction.row(SELECT + "WHERE s.id = :id", id=session_id)
     return None if row is None else Session.from_row(row)
+
+
+def get(transaction: Transaction, session_id: str) -> Session:
+    """Return a session by its own id, or by the SDK session id of any of its runs.
+
+    Raises:
+        SessionNotFound: there is no such session.
+    """
+    session = find(transaction, session_id)
+    if session is None:
+        run = runs.find_by_sdk_session(transaction, session_id)
+        session = None if run is None else find(transaction, run.session_id)
+    if session is None:
+        raise not_found(session_id)
+    return session
 
 
 def page(transaction: Transaction, filters: Mapping[str, str], *, limit: int, after: int | None) -> list[Session]:
@@ -49,7 +70,7 @@ def page(transaction: Transaction, filters: Mapping[str, str], *, limit: int, af
 
 
 def insert(transaction: Transaction, row: Mapping[str, Any]) -> None:
-    """A session with its first run."""
+    """A session with its first run, unless `row` has another `runCount`."""
     blank = {"headRunId": None, "runCount": 1, "messageCount": 0, "costUsd": 0.0}
     transaction.insert("ccr_sessions", blank | dict(row))
 
@@ -78,5 +99,4 @@ def run_ended(transaction: Transaction, session_id: str, messages: int, cost_usd
 
 def update(transaction: Transaction, session_id: str, values: Mapping[str, Any]) -> bool:
     """Write `title` and `metadataJson`, whichever is given. False if there is no such session."""
-    assignments = ", ".join(f'"{column}" = :{column}' for column in values)
-    return bool(transaction.execute(f"UPDATE ccr_sessions SET {assignments} WHERE id = :id", **values, id=session_id))
+    return bool(transaction.update("ccr_sessions", values, "id = :id", id=session_id))

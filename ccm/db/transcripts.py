@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from ccm.db.driver.database import Transaction
+from ccm.db.driver.transaction import Transaction, parameter_list
 
 # Stands for the transcript's own session id in a stored text, so that the entries that a fork copies have the text of
 # those they are copies of. JSON never holds the character itself, only its escape.
@@ -99,8 +99,7 @@ def _without_known(transaction: Transaction, transcript: int, entries: Sequence[
     uuids = [entry.uuid for entry in entries if entry.uuid is not None]
     known: set[str | None] = set()
     for start in range(0, len(uuids), PARAMETERS):
-        some = {f"uuid{number}": uuid for number, uuid in enumerate(uuids[start : start + PARAMETERS])}
-        names = ", ".join(f":{name}" for name in some)
+        names, some = parameter_list("uuid", uuids[start : start + PARAMETERS])
         sql = f'SELECT uuid FROM ccr_transcript_entries WHERE "transcriptId" = :transcript AND uuid IN ({names})'
         known.update(transaction.column(sql, transcript=transcript, **some))
     fresh = []
@@ -131,24 +130,18 @@ def uuids(transaction: Transaction, key: TranscriptKey) -> list[str]:
 
 
 def find(transaction: Transaction, key: TranscriptKey) -> int | None:
-    """The id of a transcript, None if there is none."""
+    """Return the id of a transcript."""
     found: int | None = transaction.value(f"SELECT id FROM ccr_transcripts WHERE {OF_KEY}", **key._asdict())
     return found
 
 
-def of_session(transaction: Transaction, sdk_session_id: str) -> list[TranscriptKey]:
-    """The transcripts of an SDK session, the main one first."""
+def of_session(transaction: Transaction, sdk_session_id: str) -> dict[TranscriptKey, int]:
+    """Return the transcripts of an SDK session, the main one first, and when each was last written (ms since 1970)."""
     sql = (
-        'SELECT "sdkSessionId", "projectKey", subpath FROM ccr_transcripts WHERE "sdkSessionId" = :id '
+        'SELECT "sdkSessionId", "projectKey", subpath, "updatedAtMs" FROM ccr_transcripts WHERE "sdkSessionId" = :id '
         'ORDER BY "projectKey", subpath'
     )
-    return [TranscriptKey(*row) for row in transaction.tuples(sql, id=sdk_session_id)]
-
-
-def of_project(transaction: Transaction, project_key: str) -> list[tuple[str, int]]:
-    """The SDK sessions with a main transcript in a project, and when each was last written (ms since 1970)."""
-    sql = 'SELECT "sdkSessionId", "updatedAtMs" FROM ccr_transcripts WHERE "projectKey" = :key AND subpath = \'\''
-    return [(session, updated) for session, updated in transaction.tuples(sql, key=project_key)]
+    return {TranscriptKey(*key): updated_at_ms for *key, updated_at_ms in transaction.tuples(sql, id=sdk_session_id)}
 
 
 def updated_at_ms(transaction: Transaction, key: TranscriptKey) -> int:
@@ -176,13 +169,3 @@ def texts(transaction: Transaction, key: TranscriptKey, after: int, through: int
     )
     stored = transaction.column(sql, after=after, through=through, **key._asdict())
     return [_own(text, key.sdk_session_id) for text in stored]
-
-
-def delete(transaction: Transaction, key: TranscriptKey) -> None:
-    """Delete a transcript; a main one takes those of its subagents with it. Texts stay: others may hold them too."""
-    subpaths = "" if not key.subpath else " AND subpath = :subpath"
-    condition = f'"sdkSessionId" = :sdk_session_id AND "projectKey" = :project_key{subpaths}'
-    parameters: dict[str, Any] = key._asdict()
-    for transcript in transaction.column(f"SELECT id FROM ccr_transcripts WHERE {condition}", **parameters):
-        transaction.execute('DELETE FROM ccr_transcript_entries WHERE "transcriptId" = :id', id=transcript)
-        transaction.execute("DELETE FROM ccr_transcripts WHERE id = :id", id=transcript)

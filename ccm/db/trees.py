@@ -8,10 +8,10 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import psycopg
-
-from ccm.db.driver.database import Database, Transaction
+from ccm.db import sessions
+from ccm.db.driver.database import Database
 from ccm.db.driver.errors import storage_error
+from ccm.db.driver.transaction import Transaction
 from ccm.errors import StorageDown
 
 TREE = """
@@ -91,27 +91,39 @@ def roots(transaction: Transaction, after: int, limit: int) -> list[tuple[str, i
     return [(root, seq) for root, seq in transaction.tuples(ROOTS, after=after, limit=limit)]
 
 
-def root_of(transaction: Transaction, session_id: str) -> str:
-    """The root of the tree that a session is in."""
-    root: str = transaction.value(ROOT, id=session_id)
+def get_root(transaction: Transaction, session_id: str) -> str:
+    """Return the id of the root of the tree that a session is in.
+
+    Raises:
+        NotFound: SESSION_NOT_FOUND.
+    """
+    root: str | None = transaction.value(ROOT, id=session_id)
+    if root is None:
+        raise sessions.not_found(session_id)
     return root
 
 
-def last_run_at(transaction: Transaction, root: str) -> str:
-    """The latest activity in a tree."""
+def get_last_run_at(transaction: Transaction, root: str) -> str:
+    """Return the time of the latest activity in a tree.
+
+    Raises:
+        NotFound: SESSION_NOT_FOUND.
+    """
     sql = TREE + 'SELECT MAX(s."lastRunAt") FROM ccr_sessions s JOIN tree t ON t.id = s.id'
-    at: str = transaction.value(sql, root=root)
+    at: str | None = transaction.value(sql, root=root)
+    if at is None:
+        raise sessions.not_found(root)
     return at
 
 
 def measure(transaction: Transaction, root: str) -> Tree:
-    sessions = transaction.column(TREE + "SELECT id FROM tree", root=root)
+    session_ids = transaction.column(TREE + "SELECT id FROM tree", root=root)
     run_sql = f"{TREE} SELECT COUNT(*), COALESCE(SUM(CASE status WHEN 'running' THEN 1 ELSE 0 END), 0) FROM ccr_runs"
     runs, unfinished = transaction.tuples(f"{run_sql} WHERE {RUNS}", root=root)[0]
     messages, size = transaction.tuples(TREE + MESSAGES, root=root)[0]
     transcripts = transaction.value(f"{TREE} SELECT COUNT(*) FROM ccr_transcripts WHERE {TRANSCRIPTS}", root=root)
-    at = last_run_at(transaction, root)
-    return Tree(root, sessions, int(runs), int(messages), int(size), int(transcripts), at, int(unfinished))
+    at = get_last_run_at(transaction, root)
+    return Tree(root, session_ids, int(runs), int(messages), int(size), int(transcripts), at, int(unfinished))
 
 
 def run_places(transaction: Transaction, root: str, after: int) -> list[RunPlace]:
@@ -212,11 +224,17 @@ def clear(url: str, deleted: bool) -> None:
         if url.startswith("sqlite"):
             _clear_sqlite(url.removeprefix("sqlite:///"), deleted)
         elif deleted:
-            with psycopg.connect(url, autocommit=True) as connection:
-                for table in TABLES:
-                    connection.execute(f"VACUUM {table}")
-    except (sqlite3.Error, psycopg.Error) as error:
+            _clear_postgresql(url)
+    except Exception as error:
         raise storage_error(error) or error from None
+
+
+def _clear_postgresql(url: str) -> None:
+    import psycopg  # noqa: PLC0415  # it is imported for PostgreSQL only
+
+    with psycopg.connect(url, autocommit=True) as connection:
+        for table in TABLES:
+            connection.execute(f"VACUUM {table}")
 
 
 def _clear_sqlite(path: str, deleted: bool) -> None:

@@ -4,6 +4,9 @@ A client that dawdles holds no thread (waitress reads in its one listening threa
 that takes no answer holds a thread as well. A proxy in front is slow with nobody; these bounds are for when there is
 none.
 
+This file and server/server.py alone reach into waitress: this one into its connections and its loop, that one into its
+tasks and its end. tests/contracts/test_waitress.py fails first when an upgrade takes something of it away.
+
 Large bodies and answers are kept in temporary files as long as there is room for such files. Agents can fill it.
 """
 

@@ -1,4 +1,7 @@
-"""The production server: waitress, made to answer errors in JSON, to notice clients that leave, and to stop gently."""
+"""The production server: waitress, made to answer errors in JSON, to notice clients that leave, and to stop gently.
+
+It reaches into waitress, as server/connections.py does, and tests/contracts/test_waitress.py names all of that.
+"""
 
 from __future__ import annotations
 
@@ -155,7 +158,7 @@ class Server:
         A service that nobody can connect to any more stops too, and not well: whoever supervises it starts it again.
 
         Args:
-            on_ready: called once it serves and heeds signals.
+            on_ready: called once it serves and heeds signals. What it raises is raised here, after a gentle stop.
         """
         # The kernel may hand a signal to any thread, and Python's handlers run in the main one when it next wakes: a
         # byte on this socket wakes it, wherever the signal went.
@@ -165,8 +168,12 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         threading.Thread(target=self._listen, args=(wakes,), name="listener", daemon=True).start()
-        on_ready()
         try:
+            try:
+                on_ready()
+            except Exception:
+                self._shut_down()
+                raise
             waker.recv(1)
             deaf = self._deaf
             return self._shut_down() and not deaf

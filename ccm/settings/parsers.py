@@ -12,7 +12,7 @@ import ipaddress
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,6 +21,8 @@ from ccm.settings.webhook_urls import host_pattern
 
 LOG_LEVELS = ("debug", "info", "warn", "error")
 HOST_NAME = re.compile(r"[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_-])?|\[[0-9a-f:.]+\]", re.ASCII)
+# Of durations, in seconds.
+UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 # The longest CCM_RUN_TIMEOUT (seconds): thirty days.
 LONGEST_RUN = 30 * 24 * 3600
 # Whoever comes through the Unix socket, among the addresses of CCM_TRUSTED_PROXY.
@@ -60,12 +62,17 @@ def money(value: str) -> float:
     return amount
 
 
+def seconds_in(value: str, units: Sequence[str]) -> int | None:
+    """A whole number with one of these of UNITS, in seconds. None if it is no such duration."""
+    match = re.fullmatch(r"([0-9]{1,9})([a-z]?)", value)
+    return int(match[1]) * UNITS[match[2]] if match is not None and match[2] in units else None
+
+
 def duration(value: str) -> int:
     """Seconds, written with a unit (`90s`, `30m`, `2h`, `3d`) or without; LONGEST_RUN at the most."""
-    match = re.fullmatch(r"([0-9]{1,9})([smhd]?)", value.strip())
-    if match is None:
+    seconds = seconds_in(value.strip(), ("", "s", "m", "h", "d"))
+    if seconds is None:
         raise ValueError("must be a duration: whole seconds, or a whole number with a unit, such as 90s, 30m, 2h or 3d")
-    seconds = int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2]]
     if not 1 <= seconds <= LONGEST_RUN:
         raise ValueError(f"must be from 1s to {LONGEST_RUN // 86_400}d")
     return seconds

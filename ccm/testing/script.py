@@ -23,6 +23,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+# The beginnings of Claude Code's own texts in a user's message. The last one announces a message that the user sent in
+# mid-turn: it belongs to the turn and starts none. Claude Code before 2.1.332 sends it as a message of role `system`.
+NOTES = ("<system-reminder>", "[Image: ", "The user sent a new message while you were working:")
+
 
 @dataclass(frozen=True)
 class Directive:
@@ -73,7 +77,7 @@ def prompt_of(content: Any) -> str:
     if isinstance(content, str):
         return content
     texts = [block["text"].strip() for block in content if block.get("type") == "text"]
-    return next((text for text in reversed(texts) if not text.startswith(("<system-reminder>", "[Image: "))), "")
+    return next((text for text in reversed(texts) if not text.startswith(NOTES)), "")
 
 
 def current_turn(messages: list[dict[str, Any]]) -> tuple[str, int]:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import socket
-import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import psycopg
 import pytest
 
 from ccm.demo.tour import APP, ServiceProcess
 from tests.client import Answer, Client
 from tests.conftest import ServeFunction, stand_in_cli
+from tests.postgresql import new_database
 
 # Well formed, and of no run and no session.
 NOWHERE = "00000000-0000-4000-8000-000000000000"
@@ -65,14 +63,6 @@ def api(request: pytest.FixtureRequest, serve_all: ServeFunction, lite: Client) 
     return Client(serve_all(DATABASE_URL=new_database(request.getfixturevalue("postgresql"))).url)
 
 
-def new_database(postgresql: str) -> str:
-    """The URL of a new, empty database on a PostgreSQL server."""
-    name = f"test_{uuid.uuid4().hex}"
-    with psycopg.connect(f"{postgresql}/postgres", autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    return f"{postgresql}/{name}"
-
-
 def stack_traces(service: ServiceProcess) -> list[str]:
     """The lines of a service's log that begin one."""
     return [line for line in service.log if "Traceback" in line]
@@ -86,14 +76,6 @@ def refused(answer: Answer, field: str | None = None, status: int = 400, code: s
     assert answer.headers["X-Request-Id"]
     assert str(APP.parent) not in answer.body.decode()
     return answer.error["message"]
-
-
-def until(condition: Callable[[], object], seconds: float = 30) -> None:
-    """Wait for a condition that nothing rings for."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.01)
 
 
 def script(*messages: dict[str, Any], **fields: Any) -> str:
@@ -119,7 +101,7 @@ def held(client: Client, cwd: Path, said: str = "a") -> dict[str, Any]:
 
 def connect(client: Client, *parts: bytes) -> socket.socket:
     """A connection of its own on which bytes have been sent as they are."""
-    connection = socket.create_connection((client.host, client.port), timeout=30)
+    connection = socket.create_connection((client.host, client.port), timeout=60)
     for part in parts:
         connection.sendall(part)
     return connection

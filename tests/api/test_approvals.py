@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from ccm.core.claude.processes import end_marked
-from tests.api.conftest import NOWHERE, folder_of, new_database, refused, script, until
+from tests.api.conftest import NOWHERE, folder_of, refused, script
 from tests.client import Answer, Client
 from tests.conftest import ServeFunction
 from tests.event_source import Stream, events_of
+from tests.postgresql import new_database
+from tests.waiting import until
 
 BASH = {"tool_name": "Bash", "input": {"command": "make"}, "description": "make"}
 RULES = {"type": "addRules", "rules": [{"toolName": "Bash", "ruleContent": "make"}], "behavior": "allow"}

@@ -1,4 +1,8 @@
-"""Bad input: what is refused, with which status, code and field; and that nothing of it is stored or fails."""
+"""Bad input: each is refused with its status, code and field, nothing of it is stored, and nothing fails.
+
+The requests are made in process. Bodies whose size or end waitress has to find go over a socket, and so does one
+refusal of each kind.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,11 @@ import pytest
 from ccm.api.http.bodies import ForkBody, ImageBody, ResumeBody, SessionBody, StartBody
 from ccm.api.http.options import SERVICE_OWNED, Agent, Options
 from ccm.core.policy.options import check_policy
-from ccm.demo.tour import ServiceProcess
 from ccm.errors import Forbidden
-from ccm.models import RUN_ID
+from ccm.models.fields import RUN_ID
 from ccm.settings.settings import PRIVILEGED_OPTIONS, Settings
-from tests.api.conftest import NOWHERE, announced, connect, folder_of, read_all, refused, stack_traces
+from tests.api.conftest import NOWHERE, announced, connect, folder_of, read_all, refused
+from tests.api.in_process import InProcessService
 from tests.client import Client
 from tests.conftest import ServeFunction
 from tests.e2e.test_runs import PNG
@@ -31,7 +35,7 @@ MISSING = object()
 
 @dataclass(frozen=True)
 class Bad:
-    """Fields that are refused, the field that is at fault, and what the message says."""
+    """Fields that are refused, the field that is at fault, and words of the message."""
 
     fields: Mapping[str, Any]
     field: str
@@ -55,26 +59,41 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def strict_service(serve_all: ServeFunction, root: Path) -> ServiceProcess:
-    return serve_all(CCM_ALLOWED_ROOTS=root, CCM_SETTING_SOURCES="user")
-
-
-@pytest.fixture(scope="module")
-def strict(strict_service: ServiceProcess) -> Client:
-    """A client of a service whose operator allows nothing beyond the defaults, and which is to refuse everything."""
-    return Client(strict_service.url)
-
-
-@pytest.fixture(scope="module")
-def lenient_service(serve_all: ServeFunction, root: Path) -> ServiceProcess:
+def strict_service(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessService]:
     own = {"CCM_ALLOWED_ROOTS": root, "CCM_SETTING_SOURCES": "user"}
-    return serve_all(**own, CCM_PRIVILEGED_OPTIONS="*", CCM_MAX_BODY_BYTES=SMALL)
+    with InProcessService(tmp_path_factory.mktemp("strict"), **own) as service:
+        yield service
+        # None of the requests that it refused was stored, and none failed.
+        assert service.client.get("/api/runs").json == []
+        assert service.client.get("/api/sessions").json == []
+        assert service.client.get("/health").json == {"status": "ok"}
+        assert [line for line in service.log if "Traceback" in line] == []
 
 
 @pytest.fixture(scope="module")
-def lenient(lenient_service: ServiceProcess) -> Client:
+def strict(strict_service: InProcessService) -> Client:
+    """A client of a service whose operator allows nothing beyond the defaults, and which is to refuse everything."""
+    return strict_service.client
+
+
+@pytest.fixture(scope="module")
+def lenient_service(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessService]:
+    own = {"CCM_ALLOWED_ROOTS": root, "CCM_SETTING_SOURCES": "user"}
+    folder = tmp_path_factory.mktemp("lenient")
+    with InProcessService(folder, **own, CCM_PRIVILEGED_OPTIONS="*", CCM_MAX_BODY_BYTES=SMALL) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def lenient(lenient_service: InProcessService) -> Client:
     """A client of a service whose operator allows every option, and only small bodies."""
-    return Client(lenient_service.url)
+    return lenient_service.client
+
+
+@pytest.fixture(scope="module")
+def served(serve_all: ServeFunction) -> Client:
+    """A client of a service over a socket, which takes only small bodies."""
+    return Client(serve_all(CCM_MAX_BODY_BYTES=SMALL).url)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +121,25 @@ def bad(field: str, words: str, **fields: Any) -> Any:
     """A case with a readable id."""
     shown = ",".join(f"{name}={'missing' if value is MISSING else json.dumps(value)}" for name, value in fields.items())
     return pytest.param(Bad(fields, field, words), id=shown if len(shown) < 70 else f"{shown[:67]}...")
+
+
+# ---- over a socket
+
+
+def test_refusals_over_a_socket_have_their_status_and_field(served: Client, tmp_path: Path) -> None:
+    right = {"cwd": str(tmp_path), "prompt": "Hello."}
+
+    assert "blank" in refused(served.post("/api/runs/start", right | {"prompt": ""}), "prompt")
+    turns = right | {"options": {"maxTurns": 10**300}}
+    assert "1000000" in refused(served.post("/api/runs/start", turns), "options.maxTurns")
+    privileged = right | {"options": {"env": {"GREETING": "hello"}}}
+    refused(served.post("/api/runs/start", privileged), "options.env", 403, "OPTION_FORBIDDEN")
+    assert "JSON" in refused(served.request("POST", "/api/runs/start", b"[" * 60_000))
+    text = served.request("POST", "/api/runs/start", b"{}", {"Content-Type": "text/plain"})
+    refused(text, None, 415, "UNSUPPORTED_MEDIA_TYPE")
+    refused(served.get("/api/runs?limit=0"), "limit")
+    refused(served.get(f"/api/runs/{NOWHERE}"), None, 404, "RUN_NOT_FOUND")
+    assert served.get("/api/runs").json == []
 
 
 # ---- the fields of the bodies
@@ -311,7 +349,7 @@ def test_an_image_that_is_too_large_is_refused(strict: Client, root: Path, kind:
     assert "27000000" in refused(answer, "images.0.data")
 
 
-def test_what_only_begins_as_a_webp_does_is_refused(lenient: Client, root: Path) -> None:
+def test_a_file_that_only_begins_like_a_webp_is_refused(lenient: Client, root: Path) -> None:
     sound = base64.b64encode(b"RIFF\x24\0\0\0WAVEfmt ").decode()
     body = body_for("start", root, {"images": [{"mediaType": "image/webp", "data": sound}]})
     assert "not of the type image/webp" in refused(lenient.post("/api/runs/start", body), "images.0")
@@ -606,7 +644,7 @@ def test_every_option_has_a_bad_value_here() -> None:
 
 
 @pytest.mark.parametrize("name", SERVICE_OWNED)
-def test_an_option_of_the_services_own_is_refused_with_the_reason(strict: Client, root: Path, name: str) -> None:
+def test_an_option_that_the_service_sets_is_refused_with_the_reason(strict: Client, root: Path, name: str) -> None:
     for kind in KINDS:
         for value in ("x", True, None):
             answer = strict.post(f"/api/runs/{kind}", body_for(kind, root, {"options": {name: value}}))
@@ -659,7 +697,7 @@ def test_allowing_one_privileged_option_allows_no_other(name: str) -> None:
 
 @pytest.mark.parametrize("content", [None, "{", "[1]", "\udcff"], ids=["missing", "no JSON", "no object", "no text"])
 def test_a_settings_file_that_cannot_be_read_fails_its_run_and_nothing_else(
-    lenient_service: ServiceProcess, lenient: Client, root: Path, tmp_path: Path, content: str | None
+    lenient_service: InProcessService, lenient: Client, root: Path, tmp_path: Path, content: str | None
 ) -> None:
     file = tmp_path / "settings.json"
     if content is not None:
@@ -668,8 +706,8 @@ def test_a_settings_file_that_cannot_be_read_fails_its_run_and_nothing_else(
     run = lenient.start(root / "project", "Hello.", options=options)
     assert run["status"] == "error"
     assert str(file) in run["error"]["message"]
-    traces = [line for line in stack_traces(lenient_service) if run["id"] in line]
-    assert traces == [], "what a client gave is no failure of the service"
+    traces = [line for line in lenient_service.log if "Traceback" in line and run["id"] in line]
+    assert traces == [], "a bad value from a client is no failure of the service"
 
 
 HIDDEN = [
@@ -730,7 +768,7 @@ def test_a_prompt_may_begin_with_a_dash(lenient: Client, root: Path, prompt: str
     assert [run["status"], heard] == ["completed", f"heard: {prompt}"]
 
 
-# ---- what does not exist
+# ---- runs and sessions that do not exist
 
 
 @pytest.mark.parametrize("run", [NOWHERE, "nowhere", "0", "%F0%9F%98%80", "%FF", "--help", "x" * 5000])
@@ -757,7 +795,7 @@ def test_a_run_without_a_session_cannot_be_resumed_or_forked(strict: Client) -> 
     refused(strict.get("/api/runs", sessionId=NOWHERE), None, 404, "SESSION_NOT_FOUND")
 
 
-def test_a_fork_from_what_is_not_in_the_session_is_refused(lenient: Client, ended: dict[str, Any], root: Path) -> None:
+def test_a_fork_from_a_point_of_another_session_is_refused(lenient: Client, ended: dict[str, Any], root: Path) -> None:
     other = lenient.start(root / "project", "Hello.")
     message = lenient.messages(other["id"], type="assistant")[0]["uuid"]
     here = {"sessionId": ended["sessionId"], "prompt": "x"}
@@ -781,7 +819,7 @@ def test_a_sessions_id_with_a_nul_is_refused(strict: Client, path: str) -> None:
     assert "NUL" in refused(strict.get(f"/api/sessions/x%00{path}"), "sessionId")
 
 
-# ---- bodies that are no JSON object
+# ---- bodies that are not a JSON object
 
 DEEP = 100_000
 WRITES = [("POST", f"/api/runs/{kind}") for kind in KINDS] + [("PATCH", f"/api/sessions/{NOWHERE}")]
@@ -853,33 +891,40 @@ def said_413(head: bytes, body: bytes) -> bool:
 
 
 @pytest.mark.parametrize("size", [SMALL * 4, 2**40])
-def test_a_body_that_is_announced_as_too_large_is_refused_unread(lenient: Client, size: int) -> None:
-    with connect(lenient, announced("/api/runs/start", f"Content-Length: {size}")) as connection:
+def test_a_body_that_is_announced_as_too_large_is_refused_unread(served: Client, size: int) -> None:
+    with connect(served, announced("/api/runs/start", f"Content-Length: {size}")) as connection:
         first = connection.recv(2**16)
         assert first.startswith(b"HTTP/1.1 413 "), "the client is told to go on and send it"
         assert said_413(*read_all(connection, first))
 
 
-def test_a_chunked_body_that_grows_too_large_is_refused(lenient: Client) -> None:
-    with connect(lenient, announced("/api/runs/start", "Transfer-Encoding: chunked")) as connection:
+def test_a_chunked_body_that_grows_too_large_is_refused(served: Client) -> None:
+    with connect(served, announced("/api/runs/start", "Transfer-Encoding: chunked")) as connection:
         connection.sendall(b"%x\r\n" % (SMALL * 4) + b" " * (SMALL * 2))
         assert said_413(*read_all(connection))
 
 
-def test_a_body_of_one_byte_too_many_is_refused(lenient: Client) -> None:
+def test_a_body_of_one_byte_too_many_is_refused(served: Client) -> None:
     with connect(
-        lenient, announced("/api/runs/start", f"Content-Length: {SMALL + 1}", "Connection: close")
+        served, announced("/api/runs/start", f"Content-Length: {SMALL + 1}", "Connection: close")
     ) as connection:
         connection.sendall(b'{"prompt": "x"}'.ljust(SMALL + 1))
         assert said_413(*read_all(connection))
 
 
-def test_a_body_just_below_the_limit_is_read(lenient: Client) -> None:
-    assert "cwd" in refused(lenient.post("/api/runs/start", b'{"prompt": "x"}'.ljust(SMALL - 1)), "cwd")
+def test_the_app_itself_refuses_a_body_of_one_byte_too_many(lenient: Client) -> None:
+    """Under `flask run`, where no waitress stands before it."""
+    answer = lenient.post("/api/runs/start", b'{"prompt": "x"}'.ljust(SMALL + 1))
+    assert "CCM_MAX_BODY_BYTES" in refused(answer, None, 413, "BODY_TOO_LARGE")
+    assert "cwd" in refused(lenient.post("/api/runs/start", b'{"prompt": "x"}'.ljust(SMALL)), "cwd")
 
 
-def test_a_body_of_just_the_limit_is_read(lenient: Client) -> None:
-    with connect(lenient, announced("/api/runs/start", f"Content-Length: {SMALL}", "Connection: close")) as connection:
+def test_a_body_just_below_the_limit_is_read(served: Client) -> None:
+    assert "cwd" in refused(served.post("/api/runs/start", b'{"prompt": "x"}'.ljust(SMALL - 1)), "cwd")
+
+
+def test_a_body_of_exactly_the_limit_is_read(served: Client) -> None:
+    with connect(served, announced("/api/runs/start", f"Content-Length: {SMALL}", "Connection: close")) as connection:
         connection.sendall(b'{"prompt": "x"}'.ljust(SMALL))
         head, body = read_all(connection)
     assert head.split(b" ")[1] == b"400", "a body of CCM_MAX_BODY_BYTES is not larger than that"
@@ -927,7 +972,7 @@ def test_a_request_without_a_body_is_refused(strict: Client, method: str, path: 
     ],
     ids=str,
 )
-def test_json_in_utf_8_is_read_however_it_is_spelt(strict: Client, headers: Mapping[str, str]) -> None:
+def test_json_in_utf_8_is_read_with_any_spelling_of_its_media_type(strict: Client, headers: Mapping[str, str]) -> None:
     refused(strict.request("POST", "/api/runs/start", b"{}", headers), "prompt")
 
 
@@ -1010,7 +1055,7 @@ def test_a_query_parameter_that_is_given_twice_is_refused(
 
 
 @pytest.mark.parametrize("path", [f"/api/runs/{NOWHERE}/input", f"/api/approvals/{NOWHERE}"])
-def test_an_idempotency_key_where_none_is_kept_is_refused(strict: Client, path: str) -> None:
+def test_an_idempotency_key_is_refused_where_none_is_kept(strict: Client, path: str) -> None:
     answer = strict.request("POST", path, {}, {"Idempotency-Key": "nightly"})
     assert "only a start, a resume and a fork take one" in refused(answer, "Idempotency-Key")
 
@@ -1025,27 +1070,15 @@ def test_a_bad_query_of_a_post_is_refused_before_anything_starts(strict: Client,
     refused(strict.patch(f"/api/sessions/{NOWHERE}?wait=1", {}), "wait")
 
 
-# ---- what is hardly HTTP
+# ---- targets without a path
 
 
 @pytest.mark.parametrize("target", ["", "?x=1", "http://localhost", "http://localhost?x=1"])
-def test_an_address_without_a_path_is_not_redirected(strict: Client, target: str) -> None:
+def test_an_address_without_a_path_is_not_redirected(served: Client, target: str) -> None:
     with connect(
-        strict, f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+        served, f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
     ) as connection:
         head, body = read_all(connection)
-    assert head.split()[1] in (b"400", b"404"), "a redirect would name a host that may be none"
+    assert head.split()[1] in (b"400", b"404"), "a redirect would name a host that may not be one"
     assert b"\r\nContent-Type: application/json\r\n" in head
     assert set(json.loads(body)) == {"error"}
-
-
-# ---- after all of that
-
-
-def test_after_all_of_that_nothing_was_stored_and_nothing_has_failed(
-    strict_service: ServiceProcess, strict: Client
-) -> None:
-    assert strict.get("/api/runs").json == []
-    assert strict.get("/api/sessions").json == []
-    assert strict.get("/health").json == {"status": "ok"}
-    assert stack_traces(strict_service) == []

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from tests.api.conftest import folder_of, held, new_database, refused, until
+from tests.api.conftest import folder_of, held, refused
 from tests.client import Client
 from tests.conftest import ServeFunction
 from tests.event_source import Event, Stream
+from tests.postgresql import new_database
+from tests.waiting import until
 
 FEED = "/api/events"
 LIFE = ["run.created", "run.started", "run.completed"]
@@ -78,7 +80,7 @@ def test_what_is_cut_off_goes_on_exactly_where_it_was(api: Client, stored: list[
 
 def test_what_happens_is_told_at_once_a_waiting_run_too(api: Client, stored: list[Event], folder: Path) -> None:
     # Sooner than silence is told, when it would be looked for anyway.
-    with Stream(api, f"{FEED}?after=now", timeout=10) as stream:
+    with Stream(api, f"{FEED}?after=now", timeout=14) as stream:
         going_on = [held(api, folder) for _ in range(2)]
         waiting = api.start(folder, "Hello.", wait=0)
         assert [told(event) for event in stream.take(5)] == [
@@ -155,7 +157,7 @@ def test_it_takes_a_place_that_a_client_which_leaves_frees(serve_all: ServeFunct
         stream.close()
         return stream.status == 200
 
-    until(is_let_in, 5)
+    until(is_let_in)
 
 
 def test_a_service_that_stops_tells_the_ends_first(serve_all: ServeFunction, folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,8 @@
-"""Who may talk to the service: every path is behind the guard, and each of its checks refuses what it is there for."""
+"""Admission checks: every path is behind the guard, and each of its checks refuses the requests that it is made for.
+
+The requests are made in process. Those that waitress reads in its own way are sent to a served service, and so is the
+sequence that shows that the guard is in front of it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,9 @@ import os
 import re
 import resource
 import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +21,11 @@ import pytest
 
 from app import create_app
 from ccm.api.http.tokens import Tokens
+from ccm.errors import BadSetting
+from ccm.settings.access import access_warnings, check_access
 from ccm.settings.settings import Settings
 from tests.api.conftest import NOWHERE, connect, folder_of, read_all, write_tokens
+from tests.api.in_process import InProcessClient, InProcessService
 from tests.client import Answer, Client
 from tests.conftest import ServeFunction
 from tests.test_app import FLASK, call
@@ -25,14 +35,22 @@ JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture(scope="module")
-def open_api(serve_all: ServeFunction) -> Client:
+def open_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessClient]:
     """A client of a service without a token."""
-    return Client(serve_all().url)
+    with InProcessService(tmp_path_factory.mktemp("open")) as service:
+        yield service.client
 
 
 @pytest.fixture(scope="module")
-def closed_api(serve_all: ServeFunction) -> Client:
+def closed_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessClient]:
     """A client of a service with a token, which it does not send by itself."""
+    with InProcessService(tmp_path_factory.mktemp("closed"), CCM_API_TOKEN=TOKEN) as service:
+        yield service.client
+
+
+@pytest.fixture(scope="module")
+def served(serve_all: ServeFunction) -> Client:
+    """The same over a socket."""
     return Client(serve_all(CCM_API_TOKEN=TOKEN).url)
 
 
@@ -56,8 +74,14 @@ def endpoints() -> list[tuple[str, str]]:
 # ---- the Host
 
 
-def ask(client: Client, *headers: str, line: str = "GET / HTTP/1.1") -> int:
+def ask(client: InProcessClient, headers: list[str], path: str = "/") -> int:
     """The status of a request with just these headers."""
+    named = [header.partition(":") for header in headers]
+    return client.send("GET", path, [(name, value.strip()) for name, _, value in named]).status
+
+
+def ask_served(client: Client, headers: list[str], line: str) -> int:
+    """The status of a request with this request line and just these headers, over a socket."""
     text = "\r\n".join([line, *headers, "Connection: close", "", ""])
     with connect(client, text.encode("latin-1")) as connection:
         head, _ = read_all(connection)
@@ -68,8 +92,8 @@ def ask(client: Client, *headers: str, line: str = "GET / HTTP/1.1") -> int:
     "host",
     ["localhost", "LocalHost:80", "127.0.0.1", "127.0.0.1:65535", "[::1]", "[::1]:3000", "[0:0:0:0:0:0:0:1]:3000"],
 )
-def test_the_services_own_names_are_allowed_whatever_the_port(open_api: Client, host: str) -> None:
-    assert ask(open_api, f"Host: {host}") == 200
+def test_the_services_own_names_are_allowed_with_any_port(open_api: InProcessClient, host: str) -> None:
+    assert ask(open_api, [f"Host: {host}"]) == 200
 
 
 @pytest.mark.parametrize(
@@ -106,32 +130,38 @@ def test_the_services_own_names_are_allowed_whatever_the_port(open_api: Client, 
     ],
     ids=lambda headers: " + ".join(headers) or "none",
 )
-def test_any_other_host_is_refused(open_api: Client, headers: list[str]) -> None:
-    assert ask(open_api, *headers) in (400, 403)
-    assert ask(open_api, *headers, line="GET /health HTTP/1.1") in (400, 403)
-    assert ask(open_api, *headers, line="GET /nothing HTTP/1.1") in (400, 403)
+def test_any_other_host_is_refused(open_api: InProcessClient, headers: list[str]) -> None:
+    assert ask(open_api, headers) in (400, 403)
+    assert ask(open_api, headers, "/health") in (400, 403)
+    assert ask(open_api, headers, "/nothing") in (400, 403)
 
 
-def test_an_absolute_address_does_not_stand_for_the_host(open_api: Client) -> None:
-    assert ask(open_api, "Host: evil.example", line="GET http://localhost/ HTTP/1.1") == 403
-    assert ask(open_api, line="GET / HTTP/1.0") == 403
+def test_an_absolute_target_does_not_replace_the_host(served: Client) -> None:
+    assert ask_served(served, ["Host: evil.example"], "GET http://localhost/ HTTP/1.1") == 403
+    assert ask_served(served, [], "GET / HTTP/1.0") == 403
 
 
-def test_a_refused_host_names_the_setting_that_allows_it(serve: ServeFunction, open_api: Client) -> None:
+def test_two_hosts_over_a_socket_are_refused(served: Client) -> None:
+    assert ask_served(served, ["Host: localhost", "Host: localhost"], "GET /health HTTP/1.1") in (400, 403)
+    assert ask_served(served, ["Host: localhost", "Host: evil.example"], "GET /health HTTP/1.1") in (400, 403)
+    assert ask_served(served, ["Host: localhost"], "GET /health HTTP/1.1") == 200
+
+
+def test_a_refused_host_names_the_setting_that_allows_it(open_api: Client, tmp_path: Path) -> None:
     answer = open_api.request("GET", "/", headers={"Host": "agents.example"})
     assert status_and_code(answer) == (403, "HOST_FORBIDDEN")
     assert "CCM_ALLOWED_HOSTS" in answer.error["message"]
 
-    client = Client(serve(CCM_ALLOWED_HOSTS="Agents.example, [::1]").url)
-    assert client.request("GET", "/", headers={"Host": "agents.example:443"}).status == 200
-    assert client.request("GET", "/", headers={"Host": "localhost"}).status == 403
+    with InProcessService(tmp_path, CCM_ALLOWED_HOSTS="Agents.example, [::1]") as service:
+        assert service.client.request("GET", "/", headers={"Host": "agents.example:443"}).status == 200
+        assert service.client.request("GET", "/", headers={"Host": "localhost"}).status == 403
 
 
 # ---- every path
 
 
 @pytest.mark.parametrize(("method", "path"), endpoints())
-def test_no_path_is_beside_the_guard(closed_api: Client, method: str, path: str) -> None:
+def test_no_path_goes_around_the_guard(closed_api: Client, method: str, path: str) -> None:
     foreign = closed_api.request(method, path, headers={**bearer(), **JSON, "Host": "evil.example"})
     nobody = closed_api.request(method, path, headers=JSON)
     page = closed_api.request(method, path, headers={**bearer(), **JSON, "Origin": "http://evil.example"})
@@ -144,7 +174,9 @@ def test_no_path_is_beside_the_guard(closed_api: Client, method: str, path: str)
         assert not [name for name in answer.headers if name.lower().startswith("access-control-")]
 
 
-def test_the_order_is_host_token_origin_media_type(closed_api: Client) -> None:
+@pytest.mark.parametrize("fixture", ["closed_api", "served"], ids=["in process", "over a socket"])
+def test_the_order_is_host_token_origin_media_type(request: pytest.FixtureRequest, fixture: str) -> None:
+    client: Client = request.getfixturevalue(fixture)
     headers = {"Host": "evil.example", "Origin": "http://evil.example", "Content-Type": "text/plain"}
     steps: list[tuple[dict[str, str], tuple[int, str]]] = [
         ({}, (403, "HOST_FORBIDDEN")),
@@ -155,7 +187,7 @@ def test_the_order_is_host_token_origin_media_type(closed_api: Client) -> None:
     ]
     for change, expected in steps:
         headers |= change
-        assert status_and_code(closed_api.request("POST", "/api/runs/start", b"{}", headers)) == expected
+        assert status_and_code(client.request("POST", "/api/runs/start", b"{}", headers)) == expected
 
 
 # ---- the token
@@ -177,7 +209,7 @@ def test_the_order_is_host_token_origin_media_type(closed_api: Client) -> None:
         "Bearer \xe9\xff",
     ],
 )
-def test_without_the_token_nothing_is_answered(closed_api: Client, value: str) -> None:
+def test_a_request_without_the_token_is_refused(closed_api: Client, value: str) -> None:
     answer = closed_api.request("GET", "/api/runs", headers={"Authorization": value})
 
     assert status_and_code(answer) == (401, "UNAUTHORIZED")
@@ -186,7 +218,7 @@ def test_without_the_token_nothing_is_answered(closed_api: Client, value: str) -
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER "])
-def test_with_the_token_all_is_as_without_tokens(closed_api: Client, scheme: str) -> None:
+def test_a_request_with_the_token_is_answered(closed_api: Client, scheme: str) -> None:
     assert closed_api.request("GET", "/api/runs", headers={"Authorization": f"{scheme} {TOKEN}"}).json == []
 
 
@@ -198,51 +230,50 @@ def test_a_token_in_an_address_is_refused(closed_api: Client, name: str) -> None
         assert TOKEN not in answer.body.decode()
 
 
-def test_health_needs_no_token_and_tells_nothing_else(closed_api: Client) -> None:
+def test_health_needs_no_token_and_shows_nothing_else(closed_api: Client) -> None:
     assert closed_api.get("/health").json == {"status": "ok"}
 
 
-def test_tokens_have_names_that_runs_and_logs_show(serve: ServeFunction, tmp_path: Path, home: Path) -> None:
+def test_tokens_have_names_that_runs_and_logs_show(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     write_tokens(file, f"# clients\n\nalice:{TOKEN}-a\nbob-2:{TOKEN}-b:with-a-colon\n")
-    service = serve(CCM_API_TOKEN_FILE=file, CCM_API_TOKEN=TOKEN)
-    client = Client(service.url)
     project = folder_of(tmp_path)
+    with InProcessService(tmp_path, CCM_API_TOKEN_FILE=file, CCM_API_TOKEN=TOKEN) as service:
 
-    def start(token: str) -> Any:
-        body = {"cwd": str(project), "prompt": "hello"}
-        return client.request("POST", "/api/runs/start", body, bearer(token)).json
+        def start(token: str) -> Any:
+            body = {"cwd": str(project), "prompt": "hello"}
+            return service.client.request("POST", "/api/runs/start", body, bearer(token)).json
 
-    names = [start(token)["createdBy"] for token in (f"{TOKEN}-a", f"{TOKEN}-b:with-a-colon", TOKEN)]
+        names = [start(token)["createdBy"] for token in (f"{TOKEN}-a", f"{TOKEN}-b:with-a-colon", TOKEN)]
     assert names == ["alice", "bob-2", "api"]
     assert any("POST /api/runs/start 202" in line and line.endswith("by alice") for line in service.log)
     assert not [line for line in service.log if TOKEN in line]
 
 
-def test_the_file_of_tokens_is_read_again_when_it_changes(serve: ServeFunction, tmp_path: Path) -> None:
+def test_the_token_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     write_tokens(file, f"alice:{TOKEN}-a\n")
-    service = serve(CCM_API_TOKEN_FILE=file)
-    client = Client(service.url)
+    with InProcessService(tmp_path, CCM_API_TOKEN_FILE=file) as service:
 
-    def let_in(token: str) -> bool:
-        return client.request("GET", "/api/runs", headers=bearer(token)).status == 200
+        def admits(token: str) -> bool:
+            return service.client.request("GET", "/api/runs", headers=bearer(token)).status == 200
 
-    assert [let_in(f"{TOKEN}-a"), let_in(f"{TOKEN}-b")] == [True, False]
-    write_tokens(file, f"bob:{TOKEN}-b\n")
-    assert [let_in(f"{TOKEN}-a"), let_in(f"{TOKEN}-b")] == [False, True]
-    write_tokens(file, f"bob:{TOKEN}-b\nno token at all\n")  # a slip: all stays as it was, and the log says so
-    assert [let_in(f"{TOKEN}-a"), let_in(f"{TOKEN}-b")] == [False, True]
-    assert [line for line in service.log if "line 2: must be NAME:TOKEN" in line]
-    file.unlink()
-    assert [let_in(f"{TOKEN}-a"), let_in(f"{TOKEN}-b")] == [False, False]
-    write_tokens(file, f"carol:{TOKEN}-c\n")
-    assert let_in(f"{TOKEN}-c")
+        assert [admits(f"{TOKEN}-a"), admits(f"{TOKEN}-b")] == [True, False]
+        write_tokens(file, f"bob:{TOKEN}-b\n")
+        assert [admits(f"{TOKEN}-a"), admits(f"{TOKEN}-b")] == [False, True]
+        write_tokens(file, f"bob:{TOKEN}-b\nno token at all\n")  # an invalid line keeps the tokens, and is logged
+        assert [admits(f"{TOKEN}-a"), admits(f"{TOKEN}-b")] == [False, True]
+        assert [line for line in service.log if "line 2: must be NAME:TOKEN" in line]
+        file.unlink()
+        assert [admits(f"{TOKEN}-a"), admits(f"{TOKEN}-b")] == [False, False]
+        write_tokens(file, f"carol:{TOKEN}-c\n")
+        assert admits(f"{TOKEN}-c")
 
 
-def test_a_file_of_tokens_that_others_can_read_by_now_locks_nobody_out(
+def test_a_token_file_that_others_can_read_keeps_the_tokens_read_before(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING, logger="ccm.api.http.tokens")
     file = tmp_path / "tokens"
     write_tokens(file, f"alice:{TOKEN}-a\n")
     tokens = Tokens(Settings(api_token_file=file))
@@ -251,14 +282,14 @@ def test_a_file_of_tokens_that_others_can_read_by_now_locks_nobody_out(
     write_tokens(file, f"bob:{TOKEN}-b\n", 0o644)
     for _ in range(10):
         assert [tokens.client(f"{TOKEN}-a"), tokens.client(f"{TOKEN}-b")] == ["alice", None]
-    (told,) = caplog.messages
-    assert told.startswith(f"the tokens stay as they were: CCM_API_TOKEN_FILE {file} has mode 0644")
+    (message,) = caplog.messages
+    assert message.startswith(f"the tokens stay as they were: CCM_API_TOKEN_FILE {file} has mode 0644")
 
     file.chmod(0o600)
     assert [tokens.client(f"{TOKEN}-a"), tokens.client(f"{TOKEN}-b")] == [None, "bob"]
 
 
-def test_a_file_of_tokens_that_could_not_be_read_for_a_moment_is_read_when_it_can_be(
+def test_a_token_file_that_could_not_be_read_is_tried_with_each_request(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "tokens"
@@ -281,15 +312,15 @@ def test_a_file_of_tokens_that_could_not_be_read_for_a_moment_is_read_when_it_ca
     assert tokens.client(f"{TOKEN}-a") == "alice"
 
 
-def test_a_missing_file_of_tokens_is_told_once_each_time_it_goes(
+def test_a_missing_token_file_is_logged_once_each_time_it_disappears(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="ccm.api.http.tokens")
     file = tmp_path / "tokens"
     tokens = Tokens(Settings(api_token_file=file))
 
-    def told() -> list[str]:
-        """What the log says while ten clients come."""
+    def logged() -> list[str]:
+        """The log's lines for ten requests."""
         caplog.clear()
         for _ in range(10):
             tokens.client(f"{TOKEN}-a")
@@ -300,60 +331,79 @@ def test_a_missing_file_of_tokens_is_told_once_each_time_it_goes(
         "tokens of nobody",
     ]
     for _ in range(2):
-        assert told() == gone
-        assert told() == []
+        assert logged() == gone
+        assert logged() == []
         write_tokens(file, f"alice:{TOKEN}-a\n")
-        assert told() == ["tokens of alice"]
+        assert logged() == ["tokens of alice"]
         file.unlink()
 
 
-def test_flask_token_makes_one_that_works(serve: ServeFunction, environ: dict[str, str], tmp_path: Path) -> None:
-    file = tmp_path / "tokens"
-    before = os.umask(0)
+@contextmanager
+def umask(mask: int) -> Iterator[None]:
+    """Sets the umask for a block."""
+    before = os.umask(mask)
     try:
-        made = [call([*FLASK, "token", name], environ, CCM_API_TOKEN_FILE=file) for name in ("alice", "bob")]
+        yield
     finally:
         os.umask(before)
 
-    assert file.read_text() == made[0].stdout + made[1].stdout
+
+def test_flask_token_makes_a_token_that_is_admitted(environ: dict[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    flask = create_app(Settings(database_path=tmp_path / "unused.sqlite")).test_cli_runner()
+    own = {"CCM_API_TOKEN_FILE": str(file)}
+    with umask(0):
+        process = call([*FLASK, "token", "alice"], environ, CCM_API_TOKEN_FILE=file)
+        command = flask.invoke(args=["token", "bob"], env=own)
+
+    assert file.read_text() == process.stdout + command.stdout
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    client = Client(serve(CCM_API_TOKEN_FILE=file).url)
-    for answer in made:
-        token = answer.stdout.strip().partition(":")[2]
-        assert len(token) > 40
-        assert client.request("GET", "/api/runs", headers=bearer(token)).status == 200
-    again = call([*FLASK, "token", "alice"], environ, CCM_API_TOKEN_FILE=file)
-    assert [again.returncode, again.stdout] == [2, ""]
+    with InProcessService(tmp_path, CCM_API_TOKEN_FILE=file) as service:
+        for line in (process.stdout, command.stdout):
+            token = line.strip().partition(":")[2]
+            assert len(token) > 40
+            assert service.client.request("GET", "/api/runs", headers=bearer(token)).status == 200
+    again = flask.invoke(args=["token", "alice"], env=own)
+    assert [again.exit_code, again.stdout] == [2, ""]
     assert "alice already" in again.stderr
-    alone = call([*FLASK, "token", "carol"], environ)
+    alone = flask.invoke(args=["token", "carol"], env={"CCM_API_TOKEN_FILE": None})
     assert re.fullmatch(r"carol:[\w-]{43}\n", alone.stdout)
-    assert call([*FLASK, "token", "a b"], environ).returncode == 2
+    assert flask.invoke(args=["token", "a b"], env={"CCM_API_TOKEN_FILE": None}).exit_code == 2
 
 
-def test_without_a_token_the_start_says_who_is_let_in(serve: ServeFunction, tmp_path: Path) -> None:
+def test_a_start_without_a_token_logs_who_is_admitted(serve: ServeFunction) -> None:
     assert [line for line in serve().log if "WARNING" in line and "every user of this host" in line]
-    other = serve(CCM_API_TOKEN=TOKEN, DATABASE_PATH=tmp_path / "other.sqlite")
-    assert not [line for line in other.log if "every user" in line]
 
 
-@pytest.mark.parametrize(
-    ("variables", "says"),
-    [
-        ({"HOST": "0.0.0.0"}, "HOST 0.0.0.0 needs a token"),
-        ({"HOST": "::"}, "HOST :: needs a token"),
-        ({"HOST": "192.0.2.1"}, "HOST 192.0.2.1 needs a token"),
-        ({"CCM_API_TOKEN": "short"}, "CCM_API_TOKEN must have 16 to 512"),
-        ({"CCM_API_TOKEN": "with a blank in the midst"}, "CCM_API_TOKEN must have 16 to 512"),
-        ({"CCM_API_TOKEN_FILE": "/nowhere/tokens"}, "/nowhere/tokens cannot be read"),
-        ({"CCM_ALLOWED_HOSTS": "localhost:3000"}, "CCM_ALLOWED_HOSTS has 'localhost:3000'"),
-        ({"CCM_ALLOWED_HOSTS": "*"}, "CCM_ALLOWED_HOSTS has '*'"),
-    ],
-)
-def test_a_setting_that_is_not_safe_ends_the_start(
-    environ: dict[str, str], variables: dict[str, str], says: str
-) -> None:
-    import sys
+def test_a_token_makes_the_warning_needless() -> None:
+    assert [line for line in access_warnings(Settings()) if "every user of this host" in line]
+    assert access_warnings(Settings(api_token=TOKEN)) == []
 
+
+UNSAFE = [
+    ({"HOST": "0.0.0.0"}, "HOST 0.0.0.0 needs a token"),
+    ({"HOST": "::"}, "HOST :: needs a token"),
+    ({"HOST": "192.0.2.1"}, "HOST 192.0.2.1 needs a token"),
+    ({"CCM_API_TOKEN": "short"}, "CCM_API_TOKEN must have 16 to 512"),
+    ({"CCM_API_TOKEN": "with a blank in the midst"}, "CCM_API_TOKEN must have 16 to 512"),
+    ({"CCM_API_TOKEN_FILE": "/nowhere/tokens"}, "/nowhere/tokens cannot be read"),
+    ({"CCM_ALLOWED_HOSTS": "localhost:3000"}, "CCM_ALLOWED_HOSTS has 'localhost:3000'"),
+    ({"CCM_ALLOWED_HOSTS": "*"}, "CCM_ALLOWED_HOSTS has '*'"),
+]
+
+
+@pytest.mark.parametrize(("variables", "says"), UNSAFE)
+def test_an_unsafe_setting_is_refused(variables: dict[str, str], says: str) -> None:
+    with pytest.raises(BadSetting) as refusal:
+        check_access(Settings.from_env(variables))
+
+    assert refusal.value.exit_code == 2
+    assert says in str(refusal.value)
+    assert "with a blank" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("variables", "says"), [UNSAFE[0], UNSAFE[4]])
+def test_an_unsafe_setting_ends_the_start(environ: dict[str, str], variables: dict[str, str], says: str) -> None:
     result = call([sys.executable, "app.py"], environ | variables)
 
     assert result.returncode == 2
@@ -362,7 +412,7 @@ def test_a_setting_that_is_not_safe_ends_the_start(
     assert "Traceback" not in result.stderr
 
 
-def test_with_a_token_another_address_may_be_listened_on(serve: ServeFunction) -> None:
+def test_a_token_allows_an_address_that_is_not_loopback(serve: ServeFunction) -> None:
     client = Client(serve(HOST="0.0.0.0", CCM_API_TOKEN=TOKEN).url.replace("0.0.0.0", "127.0.0.1"))
 
     assert client.get("/api/runs").status == 401
@@ -407,16 +457,14 @@ def test_a_page_of_another_origin_is_refused(open_api: Client, headers: dict[str
 
 
 @pytest.mark.parametrize("site", ["same-origin", "none"])
-def test_a_page_of_the_services_own_origin_is_let_in(open_api: Client, origin: str, site: str) -> None:
+def test_a_page_of_the_services_own_origin_is_admitted(open_api: Client, origin: str, site: str) -> None:
     assert open_api.request("GET", "/api/runs", headers={"Origin": origin, "Sec-Fetch-Site": site}).status == 200
 
 
 @pytest.mark.parametrize("kind", [None, "", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
-def test_what_a_form_can_send_is_refused(open_api: Client, kind: str | None, tmp_path: Path) -> None:
-    body = f'{{"cwd": "{tmp_path}", "prompt": "hello"}}'
+def test_the_media_types_of_a_form_are_refused(open_api: InProcessClient, kind: str | None, tmp_path: Path) -> None:
+    body = f'{{"cwd": "{tmp_path}", "prompt": "hello"}}'.encode()
+    headers = [("Host", "localhost"), ("Content-Length", str(len(body)))]
+    headers += [] if kind is None else [("Content-Type", kind)]
     for path in ("/api/runs/start", "/api/runs/resume", "/nothing"):
-        lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Connection: close", f"Content-Length: {len(body)}"]
-        lines += [] if kind is None else [f"Content-Type: {kind}"]
-        with connect(open_api, "\r\n".join([*lines, "", body]).encode()) as connection:
-            head, _ = read_all(connection)
-        assert int(head.split()[1]) == 415
+        assert open_api.send("POST", path, headers, body).status == 415

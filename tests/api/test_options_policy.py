@@ -1,4 +1,4 @@
-"""Every option of the SDK is judged, and every accepted one reaches Claude Code: as an argument, or on its input."""
+"""Every option of the SDK is accepted or refused on purpose, and every accepted one reaches Claude Code."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from claude_agent_sdk import AgentDefinition, ClaudeAgentOptions, ClaudeSDKClien
 from ccm.api.http.options import ARGUMENTS_OF_OPTIONS, OWNED_ARGUMENTS, SERVICE_OWNED, Agent, Options
 from ccm.core.claude.options import RENAMED, sdk_arguments
 
-# Options that are more than renamed, and where they end up. (The SDK's own `sandbox` would put the settings beside it
-# into an argument.)
+# Options that are translated, and the SDK's options that carry them. (The SDK's own `sandbox` would put the settings
+# beside it into an argument.)
 TRANSLATED = {
     "systemPrompt": "system_prompt",
     "thinking": "thinking",
@@ -32,7 +32,7 @@ TRANSLATED = {
     "env": "env",
     "extraArgs": "extra_args",
 }
-# What the service sets itself, for every run.
+# The options that the service itself sets for every run.
 SET_BY_THE_SERVICE = {
     "cwd",
     "cli_path",
@@ -43,7 +43,7 @@ SET_BY_THE_SERVICE = {
     "max_buffer_size",
     "stderr",
 }
-# What nobody is given, and the option of the TypeScript SDK that a client is refused.
+# Options that no run is given, with their names in the TypeScript SDK, which clients are refused.
 REFUSED = {
     "can_use_tool": "canUseTool",
     "continue_conversation": "continue",
@@ -56,16 +56,16 @@ REFUSED = {
     "session_store": "sessionStore",
     "user": "user",
 }
-# What has no name in the TypeScript SDK, or means nothing without an option that is refused.
+# Options without a name in the TypeScript SDK, or without a meaning unless a refused one is set.
 NOT_OFFERED = {"client_app", "load_timeout_ms", "session_store_flush"}
-# What an option of a client reaches in another way.
+# Options that a client's option reaches in another way.
 NOT_USED = {"sandbox"}
 
 
-# ---- nothing goes unjudged
+# ---- every option is accepted or refused
 
 
-def test_every_option_of_the_sdk_is_judged() -> None:
+def test_every_option_of_the_sdk_is_accepted_or_refused() -> None:
     judged = [*RENAMED.values(), *set(TRANSLATED.values())]
     judged += [*SET_BY_THE_SERVICE, *REFUSED, *NOT_OFFERED, *NOT_USED]
 
@@ -75,13 +75,13 @@ def test_every_option_of_the_sdk_is_judged() -> None:
     )
 
 
-def test_every_field_of_the_sdks_agents_is_judged() -> None:
+def test_every_field_of_the_sdks_agents_is_accepted() -> None:
     assert {field.name for field in dataclasses.fields(AgentDefinition)} == set(Agent.model_fields), (
         "the SDK's agents have changed: accept or refuse what is new"
     )
 
 
-def test_what_is_accepted_is_what_is_passed_on() -> None:
+def test_the_accepted_options_are_the_ones_passed_on() -> None:
     assert set(Options.model_fields) == {*RENAMED, *TRANSLATED}
 
 
@@ -90,17 +90,17 @@ def test_no_option_is_both_accepted_and_refused() -> None:
     assert set(REFUSED.values()) <= set(SERVICE_OWNED)
 
 
-def test_no_extra_argument_goes_past_what_an_option_is_held_to() -> None:
-    """Each limits a run, or names what it may load; given once more at the end of the command line it would win."""
+def test_no_extra_argument_replaces_a_limited_option() -> None:
+    """Each limits a run or names the settings that it loads. A second one at the end of the command line would win."""
     assert set(ARGUMENTS_OF_OPTIONS.values()) == {"maxTurns", "maxBudgetUsd", "settingSources"} <= set(RENAMED)
     assert not set(ARGUMENTS_OF_OPTIONS) & OWNED_ARGUMENTS
 
 
-# ---- everything accepted arrives
+# ---- accepted options reach Claude Code
 
 SECRET = "sk-hush-hush"
 
-# A program in the place of Claude Code that writes down what it is given: its arguments, its environment and its input.
+# A program in the place of Claude Code that records its arguments, its environment and its input.
 RECORDER = """#!{python} -IS
 import json, os, sys
 def write(name, value):
@@ -119,7 +119,7 @@ for line in sys.stdin:
 
 @dataclass(frozen=True)
 class Received:
-    """What Claude Code was given."""
+    """The arguments, environment and input of Claude Code."""
 
     arguments: list[str]
     environment: dict[str, str]
@@ -154,9 +154,9 @@ Give = Callable[[Mapping[str, Any]], Received]
 
 @pytest.fixture
 def give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Give:
-    """Checks a client's options as a request's are, and gives them to Claude Code through the real SDK."""
+    """Validates a client's options as those of a request, and gives them to Claude Code through the real SDK."""
     for name in set(os.environ) - {"PATH"}:
-        monkeypatch.delenv(name)  # nothing of the machine's is to be written down
+        monkeypatch.delenv(name)  # so that nothing of the machine is recorded
     program = tmp_path / "claude"
     program.write_text(RECORDER.format(python=sys.executable, folder=str(tmp_path)))
     program.chmod(0o755)
@@ -208,7 +208,7 @@ POET: dict[str, Any] = {
     "permissionMode": "plan",
 }
 SCHEMA = {"type": "object", "properties": {"answer": {"type": ["integer", "null"], "default": None}}}
-# Each option: a value, and the arguments that it is to become.
+# An option, a value, and the arguments that they become.
 ARGUMENTS: list[tuple[str, Any, list[str]]] = [
     ("model", "haiku", ["--model", "haiku"]),
     ("fallbackModel", "sonnet", ["--fallback-model", "sonnet"]),
@@ -247,7 +247,7 @@ ARGUMENTS: list[tuple[str, Any, list[str]]] = [
     ("plugins", [{"type": "local", "path": "/tmp"}], ["--plugin-dir", "/tmp"]),
     ("settings", "/tmp/settings.json", ["--settings", "/tmp/settings.json"]),
 ]
-# Each option: a value, and the fields of the initialize request that it is to become.
+# An option, a value, and the fields of the initialize request that they become.
 FIELDS: list[tuple[str, Any, dict[str, Any]]] = [
     ("agents", {"poet": POET}, {"agents": {"poet": POET}}),
     ("skills", ["rhyme"], {"skills": ["rhyme"]}),
@@ -280,7 +280,7 @@ def test_an_option_becomes_fields_of_the_first_request(
     assert {field: initialize.get(field) for field in expected} == expected
 
 
-def test_verbatim_prompts_mark_the_prompt(give: Give) -> None:
+def test_verbatim_prompts_mark_the_message(give: Give) -> None:
     assert give({"verbatimPrompts": True}).message["client_composed"] is True
 
 
@@ -294,7 +294,7 @@ def test_env_becomes_the_environment(give: Give) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["x", "--help"])
-def test_a_system_prompt_takes_the_place_of_claude_codes_own(give: Give, prompt: str) -> None:
+def test_a_system_prompt_replaces_claude_codes_own(give: Give, prompt: str) -> None:
     assert give({"systemPrompt": prompt}).system_prompt == prompt
     assert give({"systemPrompt": {"type": "custom", "prompt": prompt}}).system_prompt == prompt
     assert give({"systemPrompt": {"type": "custom", "prompt": prompt, "snapshot": True}}).system_prompt == prompt
@@ -304,7 +304,7 @@ def test_a_sandbox_becomes_a_setting(give: Give) -> None:
     assert give({"sandbox": {"enabled": True, "x": None}}).settings == {"sandbox": {"enabled": True, "x": None}}
 
 
-def test_what_may_be_confidential_goes_into_private_files(give: Give) -> None:
+def test_confidential_options_go_into_private_files(give: Give) -> None:
     servers = {"s": {"command": "true", "env": {"TOKEN": SECRET}, "args": None}}
     settings = {"env": {"TOKEN": SECRET}, "x": None}
     received = give({"systemPrompt": f"--{SECRET}", "settings": settings, "mcpServers": servers})
@@ -332,7 +332,7 @@ def test_an_appended_prompt_goes_into_a_private_file_beside_claude_codes_own(giv
     assert not {"--system-prompt", "--system-prompt-file"} & set(received.arguments)
 
 
-def test_without_options_claude_code_is_whole_and_its_sources_are_named(give: Give) -> None:
+def test_without_options_claude_code_gets_only_the_services_defaults(give: Give) -> None:
     received = give({})
     assert not {"--system-prompt", "--system-prompt-file", "--tools", "--settings"} & set(received.arguments)
     assert received.after("--permission-mode") == "acceptEdits"
@@ -350,7 +350,7 @@ def test_every_accepted_option_is_tried_here() -> None:
     assert set(POET) == set(Agent.model_fields)
 
 
-# ---- nothing accepted is too long for Linux
+# ---- lengths that Linux accepts
 
 # The most bytes that Linux takes in one argument or one variable, with the NUL at its end.
 MAX_ARG_STRLEN = 32 * 4096
@@ -380,7 +380,7 @@ LONGEST: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", LONGEST.values(), ids=list(LONGEST))
-def test_what_is_accepted_is_not_too_long_for_claude_code_to_be_started(give: Give, options: Mapping[str, Any]) -> None:
+def test_accepted_options_are_not_too_long_to_start_claude_code(give: Give, options: Mapping[str, Any]) -> None:
     try:
         received = give(options)
     except pydantic.ValidationError:

@@ -1,10 +1,15 @@
-"""Properties: whatever is sent, the service answers in its own format; whatever is stored, it is what was given."""
+"""Properties: the service answers any request in its own format, and returns any stored value as it was given.
+
+The requests are made in process. A default run tries few examples of each property; the tests that are marked
+`many_rounds` try many.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -18,15 +23,23 @@ from hypothesis import strategies as st
 
 from ccm.api.http.options import Options
 from ccm.core.claude.options import sdk_arguments
-from ccm.models import to_json_text
-from tests.api.conftest import folder_of, new_database
+from ccm.json_text import to_json_text
+from tests.api.conftest import folder_of
+from tests.api.in_process import InProcessService
 from tests.client import Answer, Client
-from tests.conftest import ServeFunction
 from tests.e2e.test_runs import PNG
+from tests.postgresql import new_database
 
-# All examples go to one service, on purpose: each answer is to be right whatever came before it.
-often = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-seldom = settings(often, max_examples=75)
+FEW, MANY = 30, 1_000
+# All examples go to one service, on purpose: each answer has to be right after any others.
+default = settings(max_examples=FEW, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+# How many examples a test tries.
+each_budget = pytest.mark.parametrize("examples", [FEW, pytest.param(MANY, marks=pytest.mark.many_rounds)])
+
+
+def at_most(examples: int) -> settings:
+    return settings(default, max_examples=examples)
+
 
 # Every character, control characters and lone surrogates too.
 texts = st.text(st.characters(exclude_categories=()), max_size=20)
@@ -47,7 +60,7 @@ values = json_values(numbers | texts, texts)
 
 
 class World:
-    """A service and what requests to it can refer to.
+    """A service and the ids that requests to it can refer to.
 
     Args:
         bodies: for each path a body that is right and has every field.
@@ -58,7 +71,7 @@ class World:
         self.client = client
         run, quiet = client.start(folder, "Hello."), client.start(folder, "Hello.")
         self.bodies = _bodies(folder, run, client.messages(run["id"], type="assistant")[0]["uuid"])
-        # The only worker is taken: what is accepted from here on just waits.
+        # This run takes the only worker, so that every later one only waits.
         client.start(folder, '{"hold": true}', wait=0)
         self.ids = {"run": quiet["id"], "session": quiet["sessionId"]}
 
@@ -71,14 +84,16 @@ SERVICE = {"CCM_MAX_CONCURRENT_RUNS": 1, "CCM_MAX_QUEUED_RUNS": 100_000, "CCM_PR
 
 
 @pytest.fixture(scope="module")
-def world(serve_all: ServeFunction, tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(Client(serve_all(**SERVICE).url), folder_of(tmp_path_factory.mktemp("properties")))
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with InProcessService(tmp_path_factory.mktemp("service"), **SERVICE) as service:
+        yield World(service.client, folder_of(tmp_path_factory.mktemp("properties")))
 
 
 @pytest.fixture(scope="module")
-def postgresql_world(serve_all: ServeFunction, postgresql: str, tmp_path_factory: pytest.TempPathFactory) -> World:
-    service = serve_all(**SERVICE, DATABASE_URL=new_database(postgresql))
-    return World(Client(service.url), folder_of(tmp_path_factory.mktemp("properties")))
+def postgresql_world(postgresql: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    database = {"DATABASE_URL": new_database(postgresql)}
+    with InProcessService(tmp_path_factory.mktemp("service"), **SERVICE, **database) as service:
+        yield World(service.client, folder_of(tmp_path_factory.mktemp("properties")))
 
 
 AGENT = {"description": "x", "prompt": "x", "tools": ["Read"], "mcpServers": [{"s": {}}], "permissionMode": "plan"}
@@ -146,7 +161,7 @@ def _changed(data: st.DataObject, body: Any) -> Any:
 
 
 def check(answer: Answer) -> None:
-    """What holds for every answer."""
+    """Assert what holds for every answer."""
     assert answer.status < 500, answer.body
     assert answer.headers["X-Request-Id"]
     assert answer.headers["Content-Type"] == "application/json"
@@ -159,34 +174,49 @@ def check(answer: Answer) -> None:
         assert isinstance(answer.json, dict | list)
 
 
-# ---- whatever is sent
+# ---- requests
 
 each_write = pytest.mark.parametrize("place", range(4), ids=["start", "resume", "fork", "session"])
 
 
 @each_write
-@given(data=st.data())
-@often
-def test_any_change_of_a_right_body_is_answered_properly(world: World, place: int, data: st.DataObject) -> None:
+@each_budget
+def test_any_change_of_a_right_body_is_answered_properly(world: World, place: int, examples: int) -> None:
     path, right = list(world.bodies.items())[place]
-    check(world.send(path, _changed(data, right)))
+
+    @at_most(examples)
+    @given(data=st.data())
+    def is_answered(data: st.DataObject) -> None:
+        check(world.send(path, _changed(data, right)))
+
+    is_answered()
 
 
 @each_write
-@given(value=values)
-@seldom
-def test_any_json_is_answered_properly(world: World, place: int, value: Any) -> None:
-    check(world.send(list(world.bodies)[place], value))
+@each_budget
+def test_any_json_is_answered_properly(world: World, place: int, examples: int) -> None:
+    @at_most(examples)
+    @given(value=values)
+    def is_answered(value: Any) -> None:
+        check(world.send(list(world.bodies)[place], value))
+
+    is_answered()
 
 
 @each_write
-@given(data=st.data(), noise=st.binary(max_size=50))
-@seldom
-def test_any_bytes_are_answered_properly(world: World, place: int, data: st.DataObject, noise: bytes) -> None:
+@each_budget
+def test_any_bytes_are_answered_properly(world: World, place: int, examples: int) -> None:
     path, right = list(world.bodies.items())[place]
     whole = json.dumps(right).encode()
-    at = data.draw(st.integers(0, len(whole)))
-    check(world.send(path, data.draw(st.sampled_from([noise, whole[:at] + noise, whole[:at] + noise + whole[at:]]))))
+
+    @at_most(examples)
+    @given(data=st.data(), noise=st.binary(max_size=50))
+    def are_answered(data: st.DataObject, noise: bytes) -> None:
+        at = data.draw(st.integers(0, len(whole)))
+        body = data.draw(st.sampled_from([noise, whole[:at] + noise, whole[:at] + noise + whole[at:]]))
+        check(world.send(path, body))
+
+    are_answered()
 
 
 READS = ["/api/runs", "/api/runs/{run}", "/api/runs/{run}/messages", "/api/sessions", "/api/sessions/{session}"]
@@ -201,67 +231,88 @@ queries = st.dictionaries(
 segments = st.text(st.characters(codec="utf-8", exclude_characters="/"), min_size=1, max_size=5)
 
 
-@given(path=st.sampled_from(READS), query=queries)
-@often
-def test_any_query_is_answered_properly(world: World, path: str, query: dict[str, str]) -> None:
-    check(world.client.get(f"{path.format(**world.ids)}?{urlencode(query)}"))
+@each_budget
+def test_any_query_is_answered_properly(world: World, examples: int) -> None:
+    @at_most(examples)
+    @given(path=st.sampled_from(READS), query=queries)
+    def is_answered(path: str, query: dict[str, str]) -> None:
+        check(world.client.get(f"{path.format(**world.ids)}?{urlencode(query)}"))
+
+    is_answered()
 
 
-@given(path=st.sampled_from(READS), name=segments)
-@seldom
-def test_any_name_is_answered_properly(world: World, path: str, name: str) -> None:
-    check(world.client.get(path.format(run=quote(name), session=quote(name)) + quote(name)))
+@each_budget
+def test_any_name_is_answered_properly(world: World, examples: int) -> None:
+    @at_most(examples)
+    @given(path=st.sampled_from(READS), name=segments)
+    def is_answered(path: str, name: str) -> None:
+        check(world.client.get(path.format(run=quote(name), session=quote(name)) + quote(name)))
+
+    is_answered()
 
 
-@given(data=st.data(), path=st.sampled_from(READS), query=queries)
-@seldom
-def test_on_postgresql_too_anything_is_answered_properly(
-    postgresql_world: World, data: st.DataObject, path: str, query: dict[str, str]
-) -> None:
+@each_budget
+def test_any_request_is_answered_properly_on_postgresql(postgresql_world: World, examples: int) -> None:
     world = postgresql_world
-    where, right = data.draw(st.sampled_from(list(world.bodies.items())))
-    check(world.send(where, _changed(data, right)))
-    check(world.client.get(f"{path.format(**world.ids)}?{urlencode(query)}"))
+
+    @at_most(examples)
+    @given(data=st.data(), path=st.sampled_from(READS), query=queries)
+    def is_answered(data: st.DataObject, path: str, query: dict[str, str]) -> None:
+        where, right = data.draw(st.sampled_from(list(world.bodies.items())))
+        check(world.send(where, _changed(data, right)))
+        check(world.client.get(f"{path.format(**world.ids)}?{urlencode(query)}"))
+
+    is_answered()
 
 
-# ---- whatever is accepted
+# ---- accepted options
 
 
-@given(data=st.data())
-@often
-def test_any_options_that_are_accepted_make_a_command_line(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
-    try:
-        options = Options.model_validate_json(json.dumps(_changed(data, OPTIONS)))
-    except pydantic.ValidationError:
-        return
-    arguments = sdk_arguments(
-        options.given(),
-        permission_mode="default",
-        setting_sources=(),
-        directory=tmp_path_factory.getbasetemp(),
-        agent=AgentDefinition,
-    )
-    transport = SubprocessCLITransport("", ClaudeAgentOptions(cli_path="claude", **arguments))
-    words = [*transport._build_command(), *arguments["env"], *arguments["env"].values()]
-    assert b"\0" not in b"".join(os.fsencode(word) for word in words)
+@each_budget
+def test_any_accepted_options_make_a_command_line(tmp_path: Path, examples: int) -> None:
+    @at_most(examples)
+    @given(data=st.data())
+    def make_a_command_line(data: st.DataObject) -> None:
+        try:
+            options = Options.model_validate_json(json.dumps(_changed(data, OPTIONS)))
+        except pydantic.ValidationError:
+            return
+        arguments = sdk_arguments(
+            options.given(),
+            permission_mode="default",
+            setting_sources=(),
+            directory=tmp_path,
+            agent=AgentDefinition,
+        )
+        transport = SubprocessCLITransport("", ClaudeAgentOptions(cli_path="claude", **arguments))
+        words = [*transport._build_command(), *arguments["env"], *arguments["env"].values()]
+        assert b"\0" not in b"".join(os.fsencode(word) for word in words)
+
+    make_a_command_line()
 
 
-# ---- whatever is stored
+# ---- stored values
 
 
-@given(
-    title=sendable_texts.filter(lambda text: "\0" not in text),
-    metadata=st.dictionaries(sendable_texts, json_values(finite_numbers | sendable_texts, sendable_texts), max_size=4),
+titles = sendable_texts.filter(lambda text: "\0" not in text)
+metadata_objects = st.dictionaries(
+    sendable_texts, json_values(finite_numbers | sendable_texts, sendable_texts), max_size=4
 )
-@seldom
-def test_a_title_and_metadata_come_back_as_they_were_given(world: World, title: str, metadata: dict[str, Any]) -> None:
+
+
+@each_budget
+def test_a_title_and_metadata_come_back_as_they_were_given(world: World, examples: int) -> None:
     path = f"/api/sessions/{world.ids['session']}"
-    answer = world.client.patch(path, {"title": title, "metadata": metadata})
-    assert answer.status == 200, answer.body
-    assert [answer.json["title"], answer.json["metadata"]] == [title, metadata]
-    assert world.client.get(path).json == answer.json
+
+    @at_most(examples)
+    @given(title=titles, metadata=metadata_objects)
+    def come_back(title: str, metadata: dict[str, Any]) -> None:
+        answer = world.client.patch(path, {"title": title, "metadata": metadata})
+        assert answer.status == 200, answer.body
+        assert [answer.json["title"], answer.json["metadata"]] == [title, metadata]
+        assert world.client.get(path).json == answer.json
+
+    come_back()
 
 
 def _as_read(value: Any) -> Any:
@@ -269,24 +320,28 @@ def _as_read(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-@given(json_values(finite_numbers | texts, texts).map(_as_read))
-@example("\0")
-@example("\ud800")
-@example("\udfff\ud800")
-@example({"\ud800": {"\0": ["\udc00", "\U0001f600", "\x7f\x80\u2028\uffff"]}})
-@example([10**4000, -0.0, 5e-324, 1.7976931348623157e308, 2**53 + 1])
-@settings(often, max_examples=300)
-def test_a_stored_text_is_ascii_and_reads_as_what_it_was_made_of(value: Any) -> None:
-    text = to_json_text(value)
-    assert text.isascii()
-    assert not {"\0", "\n"} & set(text)
-    assert json.loads(text) == value
-    assert repr(json.loads(text)) == repr(value)  # tells 1 from 1.0 and from True, and 0.0 from -0.0
+@each_budget
+def test_a_stored_text_is_ascii_and_reads_as_the_value_that_it_was_made_of(examples: int) -> None:
+    @at_most(examples)
+    @given(json_values(finite_numbers | texts, texts).map(_as_read))
+    @example("\0")
+    @example("\ud800")
+    @example("\udfff\ud800")
+    @example({"\ud800": {"\0": ["\udc00", "\U0001f600", "\x7f\x80\u2028\uffff"]}})
+    @example([10**4000, -0.0, 5e-324, 1.7976931348623157e308, 2**53 + 1])
+    def reads_as_it_was(value: Any) -> None:
+        text = to_json_text(value)
+        assert text.isascii()
+        assert not {"\0", "\n"} & set(text)
+        assert json.loads(text) == value
+        assert repr(json.loads(text)) == repr(value)  # tells 1 from 1.0 and from True, and 0.0 from -0.0
+
+    reads_as_it_was()
 
 
 @pytest.mark.parametrize("inmost", ["1", '"\\ud800"'])
 @pytest.mark.parametrize("depth", [100, 255, 300, 900])
-def test_a_deep_message_is_stored_too(depth: int, inmost: str) -> None:
+def test_a_deep_message_is_stored(depth: int, inmost: str) -> None:
     for left, right in (("[", "]"), ('{"a":', "}")):
         text = left * depth + inmost + right * depth
         assert to_json_text(json.loads(text)) == text

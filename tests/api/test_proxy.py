@@ -1,8 +1,11 @@
-"""Behind a reverse proxy: what a named one forwards is believed, what anybody else does is not, and no value harms."""
+"""Behind a reverse proxy: only a trusted peer's forwarded headers are believed, and no value of theirs does harm.
+
+The requests are made in process, from an address of the test's choice; one sequence goes over a socket.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,11 @@ import pytest
 from app import create_app
 from ccm.demo.tour import ServiceProcess
 from ccm.settings.settings import Settings
-from tests.api.conftest import folder_of, refused, until
+from tests.api.conftest import folder_of, refused
+from tests.api.in_process import InProcessService
 from tests.client import Answer, Client
 from tests.conftest import ServeFunction
+from tests.waiting import until
 
 FORWARDED = {
     "Host": "agents.example",
@@ -25,34 +30,46 @@ FORWARDED = {
 OWN_NAMES = "localhost,127.0.0.1,agents.example"
 
 
+TRUSTING = {"CCM_TRUSTED_PROXY": "127.0.0.1", "CCM_ALLOWED_HOSTS": OWN_NAMES}
+
+
 @pytest.fixture(scope="module")
-def service(serve_all: ServeFunction) -> ServiceProcess:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessService]:
     """A service whose proxy is at 127.0.0.1."""
-    return serve_all(CCM_TRUSTED_PROXY="127.0.0.1", CCM_ALLOWED_HOSTS=OWN_NAMES)
+    with InProcessService(tmp_path_factory.mktemp("proxied"), **TRUSTING) as service:
+        yield service
 
 
 @pytest.fixture(scope="module")
-def proxied(service: ServiceProcess, tmp_path_factory: pytest.TempPathFactory) -> Client:
+def proxied(service: InProcessService, tmp_path_factory: pytest.TempPathFactory) -> Client:
     """A client in the place of that proxy; there are runs to list."""
-    client = Client(service.url)
-    folder = folder_of(tmp_path_factory.mktemp("proxied"))
-    for _ in range(3):
-        client.start(folder, "hello")
-    return client
+    return with_runs(service.client, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def direct(serve_all: ServeFunction, tmp_path_factory: pytest.TempPathFactory) -> Client:
-    """A client of a service that knows of no proxy at this address."""
-    client = Client(serve_all(CCM_TRUSTED_PROXY="192.0.2.1,unix", CCM_ALLOWED_HOSTS=OWN_NAMES).url)
-    folder = folder_of(tmp_path_factory.mktemp("direct"))
+def served(serve_all: ServeFunction) -> ServiceProcess:
+    """The same service over a socket."""
+    return serve_all(**TRUSTING)
+
+
+@pytest.fixture(scope="module")
+def direct(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """A client of a service that trusts other addresses than the client's."""
+    own = {"CCM_TRUSTED_PROXY": "192.0.2.1,unix", "CCM_ALLOWED_HOSTS": OWN_NAMES}
+    with InProcessService(tmp_path_factory.mktemp("direct"), **own) as service:
+        yield with_runs(service.client, tmp_path_factory)
+
+
+def with_runs(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Client:
+    """The client, once its service has runs to list."""
+    folder = folder_of(tmp_path_factory.mktemp("with-runs"))
     for _ in range(3):
         client.start(folder, "hello")
     return client
 
 
 def link(client: Client, headers: Mapping[str, str], path: str = "/api/runs?limit=1") -> str:
-    """The address of the next page, as it is given to a client."""
+    """The address of the next page in a client's answer."""
     answer = client.request("GET", path, headers=headers)
     assert answer.status == 200, answer.body
     return answer.headers["Link"].partition("?")[0]
@@ -77,15 +94,25 @@ def test_addresses_are_as_the_proxys_clients_see_them(proxied: Client, tmp_path:
     )
 
 
-def test_the_clients_address_is_in_the_log(service: ServiceProcess, proxied: Client) -> None:
+def test_addresses_over_a_socket_are_as_the_proxys_clients_see_them(served: ServiceProcess, tmp_path: Path) -> None:
+    client = Client(served.url)
+    started = start(client, tmp_path, FORWARDED | {"X-Request-Id": "over-a-socket"})
+
+    assert [started.status, started.headers["Location"]] == [202, f"/agents/api/runs/{started.json['id']}"]
+    start(client, tmp_path, FORWARDED)
+    assert link(client, FORWARDED) == "<https://agents.example/agents/api/runs"
+    until(lambda: [line for line in served.log if "request over-a-socket from 203.0.113.7" in line])
+    assert client.request("GET", "/api/runs", headers=FORWARDED | {"X-Forwarded-Host": "evil.example"}).status == 403
+
+
+def test_the_clients_address_is_in_the_log(service: InProcessService, proxied: Client) -> None:
     proxied.request("GET", "/api/runs?limit=2", headers=FORWARDED | {"X-Request-Id": "who-was-it"})
 
-    until(lambda: [line for line in service.log if "who-was-it" in line])
     (line,) = [line for line in service.log if "who-was-it" in line]
     assert line.endswith("GET /api/runs 200 request who-was-it from 203.0.113.7")
 
 
-def test_the_last_value_is_the_proxys_own(service: ServiceProcess, proxied: Client) -> None:
+def test_only_the_last_value_is_the_proxys_own(service: InProcessService, proxied: Client) -> None:
     forged = {
         "X-Forwarded-For": "198.51.100.9, 203.0.113.7",
         "X-Forwarded-Proto": "gopher, https",
@@ -94,10 +121,10 @@ def test_the_last_value_is_the_proxys_own(service: ServiceProcess, proxied: Clie
         "X-Request-Id": "a-chain",
     }
     assert link(proxied, FORWARDED | forged) == "<https://agents.example/agents/api/runs"
-    until(lambda: [line for line in service.log if "request a-chain from 203.0.113.7" in line])
+    assert [line for line in service.log if "request a-chain from 203.0.113.7" in line]
 
 
-def test_a_pages_own_origin_is_the_one_that_its_browser_sees(proxied: Client) -> None:
+def test_a_pages_own_origin_is_the_forwarded_one(proxied: Client) -> None:
     def status(origin: str, **forwarded: str) -> int:
         named = {f"X-Forwarded-{name}": value for name, value in forwarded.items()}
         return proxied.request("GET", "/api/runs", headers=FORWARDED | named | {"Origin": origin}).status
@@ -111,7 +138,7 @@ def test_a_pages_own_origin_is_the_one_that_its_browser_sees(proxied: Client) ->
     assert status("https://evil.example") == 403
 
 
-def test_from_a_proxy_that_tells_nothing_all_is_as_from_anybody(proxied: Client) -> None:
+def test_a_proxy_that_forwards_nothing_is_treated_as_any_client(proxied: Client) -> None:
     assert link(proxied, {"Host": "localhost"}) == "<http://localhost/api/runs"
     empty = {name: "" for name in FORWARDED if name != "Host"}
     assert link(proxied, {"Host": "localhost", **empty, "X-Forwarded-Prefix": "/"}) == "<http://localhost/api/runs"
@@ -122,19 +149,19 @@ def test_from_a_proxy_that_tells_nothing_all_is_as_from_anybody(proxied: Client)
     [
         {"X-Forwarded-Host": "evil.example"},
         {"X-Forwarded-Host": "agents.example, evil.example"},
-        # A page of a name that was rebound onto the proxy's address can forge what is forwarded, and not the Host.
+        # A page whose name was rebound onto the proxy's address can forge the forwarded headers, but not the Host.
         {"Host": "evil.example"},
     ],
     ids=str,
 )
-def test_a_forwarded_host_is_checked_as_the_own_one_is(proxied: Client, headers: dict[str, str]) -> None:
+def test_a_forwarded_host_is_checked_like_the_requests_own(proxied: Client, headers: dict[str, str]) -> None:
     answer = proxied.request("GET", "/api/runs", headers=FORWARDED | headers)
 
     assert answer.status == 403
     assert answer.error["code"] == "HOST_FORBIDDEN"
 
 
-def test_what_anybody_else_forwards_is_taken_away(direct: Client, tmp_path: Path) -> None:
+def test_forwarded_headers_of_other_peers_are_removed(direct: Client, tmp_path: Path) -> None:
     assert link(direct, FORWARDED) == "<http://agents.example/api/runs"
     assert start(direct, tmp_path, FORWARDED).headers["Location"].startswith("/api/runs/")
     assert direct.request("GET", "/", headers=FORWARDED | {"Host": "evil.example"}).status == 403
@@ -145,12 +172,13 @@ def test_what_anybody_else_forwards_is_taken_away(direct: Client, tmp_path: Path
         assert [answer.status, answer.headers["Link"].partition("?")[0]] == [200, "<http://localhost/api/runs"]
 
 
-def test_that_it_is_taken_away_is_said_once(serve: ServeFunction) -> None:
-    service = serve()
-    for _ in range(3):
-        Client(service.url).request("GET", "/", headers={"X-Forwarded-For": "203.0.113.7", "X-Request-Id": "not-so"})
+def test_the_removal_of_forwarded_headers_is_logged_once(tmp_path: Path) -> None:
+    with InProcessService(tmp_path) as service:
+        for _ in range(3):
+            headers = {"X-Forwarded-For": "203.0.113.7", "X-Request-Id": "not-so"}
+            service.client.request("GET", "/", headers=headers)
 
-    until(lambda: len([line for line in service.log if "request not-so from 127.0.0.1" in line]) == 3)
+    assert len([line for line in service.log if "request not-so from 127.0.0.1" in line]) == 3
     assert len([line for line in service.log if "CCM_TRUSTED_PROXY does not name it" in line]) == 1
     assert not [line for line in service.log if "203.0.113.7" in line]
 
@@ -183,29 +211,29 @@ def test_that_it_is_taken_away_is_said_once(serve: ServeFunction) -> None:
         ("X-Forwarded-For", "x" * 200),
     ],
 )
-def test_a_value_that_cannot_be_used_is_refused(proxied: Client, header: str, value: str) -> None:
+def test_an_invalid_forwarded_value_is_refused(proxied: Client, header: str, value: str) -> None:
     message = refused(proxied.request("GET", "/api/runs?limit=1", headers=FORWARDED | {header: value}))
 
     assert header in message
     assert value not in message
 
 
-def test_control_characters_in_a_forwarded_value_are_refused(proxied: Client) -> None:
+def test_control_characters_in_a_forwarded_value_are_refused(served: ServiceProcess) -> None:
+    client = Client(served.url)
     for header in FORWARDED:
         for value in ("/a\x01b", "\x1b[2J", "a\x7fb"):
-            assert proxied.request("GET", "/api/runs?limit=1", headers=FORWARDED | {header: value}).status == 400
+            assert client.request("GET", "/api/runs?limit=1", headers=FORWARDED | {header: value}).status == 400
 
 
-# ---- a prefix that the proxy does not tell
+# ---- a prefix that the proxy does not forward
 
 
 @pytest.fixture(scope="module")
-def prefixed(serve_all: ServeFunction, tmp_path_factory: pytest.TempPathFactory) -> Client:
-    client = Client(serve_all(CCM_URL_PREFIX="/agents/", CCM_TRUSTED_PROXY="127.0.0.1").url)
-    folder = folder_of(tmp_path_factory.mktemp("prefixed"))
-    for _ in range(3):
-        client.start(folder, "hello")
-    return client
+def prefixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """A client in the place of the proxy of a service with a prefix."""
+    own = {"CCM_URL_PREFIX": "/agents/", "CCM_TRUSTED_PROXY": "127.0.0.1"}
+    with InProcessService(tmp_path_factory.mktemp("prefixed"), **own) as service:
+        yield with_runs(service.client, tmp_path_factory)
 
 
 @pytest.mark.parametrize("mounted", ["", "/agents"], ids=["taken off", "left on"])
@@ -220,25 +248,27 @@ def test_a_fixed_prefix_is_in_all_addresses(prefixed: Client, mounted: str, tmp_
     assert prefixed.get(f"{mounted}x/api/runs").status == 404
 
 
-def test_a_prefix_that_the_proxy_tells_comes_first(prefixed: Client) -> None:
+def test_a_forwarded_prefix_replaces_the_fixed_one(prefixed: Client) -> None:
     assert link(prefixed, {"Host": "localhost", "X-Forwarded-Prefix": "/other"}) == "<http://localhost/other/api/runs"
     assert prefixed.get("/agents").json["name"] == "CC Manager"
     assert prefixed.get("/agents/agents/api/runs").status == 404
 
 
-def test_a_prefix_leads_around_no_token(serve: ServeFunction) -> None:
-    client = Client(serve(CCM_URL_PREFIX="/agents", CCM_API_TOKEN="0123456789-a-token-of-the-tests").url)
+def test_no_prefix_goes_around_the_token(tmp_path: Path) -> None:
+    own = {"CCM_URL_PREFIX": "/agents", "CCM_API_TOKEN": "0123456789-a-token-of-the-tests"}
+    with InProcessService(tmp_path, **own) as service:
+        client = service.client
 
-    assert [client.get(path).status for path in ("/health", "/agents/health")] == [200, 200]
-    for path in ("/agents/api/runs", "/agents", "/health/../api/runs", "/agents/health/../api/runs", "//agents/"):
-        assert client.get(path).status == 401
+        assert [client.get(path).status for path in ("/health", "/agents/health")] == [200, 200]
+        for path in ("/agents/api/runs", "/agents", "/health/../api/runs", "/agents/health/../api/runs", "//agents/"):
+            assert client.get(path).status == 401
 
 
-# ---- who is named
+# ---- trusted addresses
 
 
 def app_of(**settings: Any) -> Any:
-    """An app in this process, asked for `/nothing`: that needs no service."""
+    """Asks an app for `/` from an address, without a service."""
     app = create_app(Settings(database_path=Path("/nowhere/db.sqlite"), **settings))
 
     def status(address: str) -> int:
@@ -269,5 +299,5 @@ def app_of(**settings: Any) -> Any:
 )
 def test_a_proxy_is_known_by_its_address(trusted: str, address: str, believed: bool) -> None:
     peers = Settings.from_env({"CCM_TRUSTED_PROXY": trusted}).trusted_proxy
-    # What is believed is refused here, by the guard; what is not believed gets as far as the service, which is nowhere.
+    # The guard refuses a forwarded host that is believed; otherwise the service is asked, and cannot start.
     assert app_of(trusted_proxy=peers)(address) == (403 if believed else 503)

@@ -14,13 +14,12 @@ from typing import Any
 
 import pytest
 
-from tests.api.conftest import NOWHERE, connect, folder_of, held, kinds, letters, read_all, refused, script, until
+from tests.api.conftest import NOWHERE, connect, folder_of, held, kinds, letters, read_all, refused, script
 from tests.client import Client
-from tests.conftest import ServeFunction
+from tests.conftest import ProgramFunction, ServeFunction
 from tests.event_source import Event, Parser, Stream, events_of
+from tests.waiting import until
 
-# Seconds within which a client that has gone must have freed its place.
-GONE = 2.0
 CUTS = 50
 STRANGE: list[dict[str, Any]] = [
     {"type": "assistant", "text": "one\ntwo\r\nthree\rfour\x00 \u2028\x85\ud800 \U0001f600"},
@@ -300,9 +299,9 @@ def test_many_follow_one_run_and_all_are_told_the_same(api: Client, project: Pat
         stream.close()
 
 
-def test_curl_follows_a_run(api: Client, project: Path) -> None:
+def test_curl_follows_a_run(api: Client, program: ProgramFunction, project: Path) -> None:
     run = held(api, project, "ab")
-    curl = subprocess.Popen(["curl", "-sN", f"{api.url}{stream_of(run)}"], stdout=subprocess.PIPE)
+    curl = subprocess.Popen([program("curl", "curl"), "-sN", f"{api.url}{stream_of(run)}"], stdout=subprocess.PIPE)
     assert curl.stdout is not None
     parser = Parser()
     events: list[Event] = []
@@ -336,7 +335,7 @@ def asked(client: Client, path: str) -> socket.socket:
 
 
 def let_in(client: Client, path: str) -> socket.socket:
-    """The same, once its answer has begun: a place is free within two seconds after the last client has left."""
+    """The same, once its answer has begun: a place is free soon after the last client has left."""
     connections: list[socket.socket] = []
 
     def is_let_in() -> bool:
@@ -346,7 +345,7 @@ def let_in(client: Client, path: str) -> socket.socket:
         connections[-1].close()
         return False
 
-    until(is_let_in, GONE)
+    until(is_let_in)
     return connections[-1]
 
 
@@ -435,12 +434,10 @@ def test_plain_requests_get_through_when_all_places_are_taken_by_clients_that_do
     connections = [let_in(client, path) for path in paths]
     refused(client.get(stream_of(run)), None, 503, "SLOTS_TAKEN")
 
-    begun = time.monotonic()
     with ThreadPoolExecutor(30) as pool:
         answers = [pool.submit(client.get, "/api/runs") for _ in range(60)]
         assert all(answer.result().status == 200 for answer in answers)
     assert client.start(project, "Hello.", wait=0)["mode"] == "fresh"
-    assert time.monotonic() - begun < 10
     for connection in connections:
         connection.close()
     client.delete(f"/api/runs/{run['id']}")
@@ -468,7 +465,6 @@ def test_a_service_that_stops_tells_every_stream_the_end(
     for stream in streams:
         stream.take(2)
 
-    begun = time.monotonic()
     service.process.send_signal(signal.SIGTERM)
     with ThreadPoolExecutor(len(streams) + len(others)) as pool:
         rest = list(pool.map(rest_of, streams))
@@ -479,7 +475,6 @@ def test_a_service_that_stops_tells_every_stream_the_end(
         assert [event.type for event in events] == ["message", "end"]
         assert events[-1].json["error"]["code"] == "INTERRUPTED"
     assert service.wait() == 0
-    assert time.monotonic() - begun < 15
     for connection in unread:
         connection.close()
 

@@ -1,4 +1,8 @@
-"""What must not get out, and what must not get in: each test is an attack that would succeed without its control."""
+"""Attacks: each test is one that would succeed without the control that it is named after.
+
+Those that depend on the process (its memory, umask, environment) or on raw bytes go to a served service, the others to
+an app in process.
+"""
 
 from __future__ import annotations
 
@@ -7,39 +11,32 @@ import os
 import socket
 import stat
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from waitress.adjustments import Adjustments
 from waitress.channel import ClientDisconnected
 
+from app import create_app
 from ccm.core.claude.processes import marked
 from ccm.demo.tour import APP, ServiceProcess
-from ccm.errors import BadSetting
+from ccm.errors import BadSetting, StartRefused
 from ccm.server.server import _Channel
 from ccm.settings.access import check_access
 from ccm.settings.settings import Settings
 from ccm.settings.token_file import add_token
-from tests.api.conftest import (
-    announced,
-    connect,
-    folder_of,
-    new_database,
-    read_all,
-    refused,
-    script,
-    until,
-    write_tokens,
-)
+from tests.api.conftest import announced, connect, folder_of, read_all, refused, script, write_tokens
+from tests.api.in_process import InProcessService
 from tests.api.test_fuzzing import LOG_LINE
 from tests.client import Client
 from tests.conftest import ServeFunction, stand_in_cli
+from tests.postgresql import new_database
 from tests.test_app import FLASK, call
 
 TOKEN = "0123456789-a-token-of-the-tests"
@@ -49,7 +46,7 @@ MIB = 2**20
 
 @contextmanager
 def umask(mask: int) -> Iterator[None]:
-    """For what is started meanwhile."""
+    """Sets the umask for the processes that a block starts."""
     before = os.umask(mask)
     try:
         yield
@@ -57,18 +54,22 @@ def umask(mask: int) -> Iterator[None]:
         os.umask(before)
 
 
-# ---- what gets out
+# ---- secrets
 
 
-def test_an_agent_finds_nothing_of_the_services_own(
-    serve: ServeFunction, postgresql: str, project: Path, tmp_path: Path
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_an_agent_finds_no_secrets_of_the_service(
+    request: pytest.FixtureRequest, serve: ServeFunction, project: Path, tmp_path: Path, database: str
 ) -> None:
     tokens = tmp_path / "tokens"
     write_tokens(tokens, f"alice:{TOKEN}-of-alice\n")
-    url = new_database(postgresql).replace("ccm@", f"ccm:{SECRET}@")
-    service = serve(CCM_API_TOKEN=TOKEN, CCM_API_TOKEN_FILE=tokens, DATABASE_URL=url, PGPASSWORD=SECRET)
-    # Its own environment, that of Claude Code around it, and the arguments of whatever runs here: into files, for
-    # a long output of a tool is kept out of the messages.
+    own = {"CCM_API_TOKEN": TOKEN, "CCM_API_TOKEN_FILE": tokens, "PGPASSWORD": SECRET}
+    if database == "postgresql":
+        server = request.getfixturevalue("postgresql")
+        own["DATABASE_URL"] = new_database(server).replace("ccm@", f"ccm:{SECRET}@")
+    service = serve(**own)
+    # The tool's own environment, that of Claude Code around it, and the arguments of every process: into files, because
+    # a tool's long output is kept out of the messages.
     command = "(env; cat /proc/$PPID/environ) > environments; cat /proc/[0-9]*/cmdline > arguments; echo all of it"
     prompt = f'[[tool Bash {{"command": "{command}"}}]]'
     body = {"cwd": str(project), "prompt": prompt, "options": {"allowedTools": ["Bash"]}}
@@ -89,29 +90,31 @@ def test_an_agent_finds_nothing_of_the_services_own(
     assert TOKEN not in arguments
     assert SECRET not in arguments
     assert [line for line in service.log if TOKEN in line or SECRET in line] == []
-    assert [line for line in service.log if " DEBUG " in line], "what is told at debug level counts too"
+    assert [line for line in service.log if " DEBUG " in line], "the lines of the debug level count too"
 
 
-def test_what_is_sent_as_a_token_is_told_to_nobody(serve: ServeFunction) -> None:
-    service = serve(CCM_API_TOKEN=TOKEN)
-    client = Client(service.url)
-    for path, headers in [
-        ("/api/runs", {"Authorization": f"Bearer {SECRET}"}),
-        ("/api/runs", {"Authorization": f"Basic {SECRET}"}),
-        (f"/api/runs?token={SECRET}", {}),
-        (f"/nothing?access_token={SECRET}", {"Authorization": f"Bearer {TOKEN}"}),
-    ]:
-        answer = client.request("GET", path, headers=headers)
-        assert answer.status in (400, 401)
-        assert SECRET not in answer.body.decode() + str(answer.headers)
-    until(lambda: len([line for line in service.log if "ccm.api: GET" in line]) == 4)
+def test_a_token_is_neither_answered_nor_logged(tmp_path: Path) -> None:
+    with InProcessService(tmp_path, CCM_API_TOKEN=TOKEN) as service:
+        for path, headers in [
+            ("/api/runs", {"Authorization": f"Bearer {SECRET}"}),
+            ("/api/runs", {"Authorization": f"Basic {SECRET}"}),
+            (f"/api/runs?token={SECRET}", {}),
+            (f"/nothing?access_token={SECRET}", {"Authorization": f"Bearer {TOKEN}"}),
+        ]:
+            answer = service.client.request("GET", path, headers=headers)
+            assert answer.status in (400, 401)
+            assert SECRET not in answer.body.decode() + str(answer.headers)
+    assert len([line for line in service.log if "ccm.api: GET" in line]) == 4
     assert [line for line in service.log if SECRET in line] == []
+
+
+WRONG_DATABASE = {"DATABASE_URL": f"postgresql://u:{SECRET}@127.0.0.1:1/db"}
 
 
 @pytest.mark.parametrize(
     "variables",
     [
-        {"DATABASE_URL": f"postgresql://u:{SECRET}@127.0.0.1:1/db"},
+        WRONG_DATABASE,
         {"DATABASE_URL": f"postgresql://u:{SECRET}@127.0.0.1:port/db"},
         {"DATABASE_URL": f"postgresql://u:{SECRET}@127.0.0.1:1/db?bogus={SECRET}"},
         {"DATABASE_URL": f"postgresql://u:{SECRET}@[::1/db"},
@@ -124,9 +127,30 @@ def test_what_is_sent_as_a_token_is_told_to_nobody(serve: ServeFunction) -> None
     ],
     ids=str,
 )
-def test_a_start_that_is_refused_keeps_its_secrets(environ: dict[str, str], variables: dict[str, str]) -> None:
+def test_a_refused_start_shows_no_secrets(
+    variables: dict[str, str], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    with patch.dict(os.environ, variables), patch("app.configure"):  # which would replace the tests' own log handlers
+        with pytest.raises((SystemExit, StartRefused)) as refusal:
+            create_app().extensions["ccm"].start()
+        result = create_app(Settings()).test_cli_runner().invoke(args=["migrate", "--status"])
+    error = refusal.value
+    assert isinstance(error, SystemExit | StartRefused)
+    codes = [error.code if isinstance(error, SystemExit) else error.exit_code, result.exit_code]
+    shown = capsys.readouterr()
+
+    for code, text in zip(codes, (f"{shown.err}{error}", result.stderr), strict=True):
+        assert code in (2, 3)
+        assert text
+    for text in (shown.err, shown.out, str(error), result.output, caplog.text):
+        assert SECRET not in text
+        assert "Traceback" not in text
+
+
+def test_a_process_that_does_not_start_shows_no_secrets(environ: dict[str, str]) -> None:
     for words in ([sys.executable, "app.py"], [*FLASK, "migrate", "--status"]):
-        result = call(words, environ | {"LOG_LEVEL": "debug"} | variables)
+        result = call(words, environ | {"LOG_LEVEL": "debug"} | WRONG_DATABASE)
 
         assert result.returncode in (2, 3)
         assert result.stderr
@@ -134,34 +158,39 @@ def test_a_start_that_is_refused_keeps_its_secrets(environ: dict[str, str], vari
         assert "Traceback" not in result.stderr
 
 
-def test_a_file_of_tokens_that_is_wrong_keeps_them(environ: dict[str, str], tmp_path: Path) -> None:
+def test_an_invalid_token_file_is_refused_without_its_tokens(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     write_tokens(file, f"alice:{TOKEN}\nbob {SECRET}\n")
-    result = call([sys.executable, "app.py"], environ, CCM_API_TOKEN_FILE=file)
+    with pytest.raises(BadSetting) as refusal:
+        check_access(Settings(api_token_file=file))
 
-    assert result.returncode == 2
-    assert "line 2" in result.stderr
-    assert SECRET not in result.stderr
-    assert TOKEN not in result.stderr
+    assert refusal.value.exit_code == 2
+    assert "line 2" in str(refusal.value)
+    assert SECRET not in str(refusal.value)
+    assert TOKEN not in str(refusal.value)
 
 
-def test_a_file_of_tokens_that_is_open_to_other_users_ends_the_start(environ: dict[str, str], tmp_path: Path) -> None:
+def test_a_token_file_that_is_open_to_other_users_ends_the_start(tmp_path: Path) -> None:
     file = tmp_path / "tokens of mine"
     write_tokens(file, f"alice:{TOKEN}\n", 0o644)
     before = file.read_bytes()
 
-    for words in ([*FLASK, "token", "bob"], [sys.executable, "app.py"]):
-        result = call(words, environ, CCM_API_TOKEN_FILE=file)
-        assert [result.returncode, result.stdout] == [2, ""]
-        assert f"CCM_API_TOKEN_FILE {file} has mode 0644" in result.stderr
-        assert f"`chmod 600 '{file}'`" in result.stderr
-        assert result.stderr.count("\n") == 1
-        assert TOKEN not in result.stderr
+    flask = create_app(Settings(database_path=tmp_path / "unused.sqlite")).test_cli_runner()
+    command = flask.invoke(args=["token", "bob"], env={"CCM_API_TOKEN_FILE": str(file)})
+    with pytest.raises(BadSetting) as refusal:
+        check_access(Settings.from_env({"CCM_API_TOKEN_FILE": str(file)}))
+
+    assert [command.exit_code, command.stdout, refusal.value.exit_code] == [2, "", 2]
+    for text in (command.stderr, f"{refusal.value}\n"):
+        assert f"CCM_API_TOKEN_FILE {file} has mode 0644" in text
+        assert f"`chmod 600 '{file}'`" in text
+        assert text.count("\n") == 1
+        assert TOKEN not in text
     assert file.read_bytes() == before, "no new token is put where others can read it"
 
 
 @pytest.mark.parametrize("mode", [0o604, 0o602, 0o601, 0o620, 0o660, 0o777], ids=oct)
-def test_a_file_of_tokens_that_others_may_read_or_change_is_refused(tmp_path: Path, mode: int) -> None:
+def test_a_token_file_that_others_may_read_or_change_is_refused(tmp_path: Path, mode: int) -> None:
     file = tmp_path / "tokens"
     write_tokens(file, f"alice:{TOKEN}\n", mode)
 
@@ -172,14 +201,14 @@ def test_a_file_of_tokens_that_others_may_read_or_change_is_refused(tmp_path: Pa
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o400, 0o640, 0o440], ids=oct)
-def test_a_file_of_tokens_may_be_readable_for_its_group(tmp_path: Path, mode: int) -> None:
+def test_a_token_file_may_be_readable_for_its_group(tmp_path: Path, mode: int) -> None:
     file = tmp_path / "tokens"
     write_tokens(file, f"alice:{TOKEN}\n", mode)
 
     check_access(Settings(api_token_file=file))
 
 
-def test_the_file_that_a_path_leads_to_must_be_safe_not_the_link(tmp_path: Path) -> None:
+def test_the_mode_of_the_token_file_counts_and_not_that_of_a_link_to_it(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     write_tokens(file, f"alice:{TOKEN}\n")
     link = tmp_path / "link"
@@ -193,7 +222,7 @@ def test_the_file_that_a_path_leads_to_must_be_safe_not_the_link(tmp_path: Path)
 
 @pytest.fixture
 def secretive(serve: ServeFunction, home: Path, tmp_path: Path) -> tuple[Client, Path]:
-    """A client of a service that was started with no umask at all, and the directory of all that it writes."""
+    """A client of a service that was started with umask 0, and the directory that all its files are in."""
     folder = folder_of(tmp_path, "written")
     (folder / "tmp").mkdir()
     own = {"DATABASE_PATH": folder / "db.sqlite", "TMPDIR": folder / "tmp", "CCM_PRIVILEGED_OPTIONS": "*"}
@@ -212,7 +241,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def test_what_a_run_is_given_is_for_no_other_user_to_read(secretive: tuple[Client, Path], project: Path) -> None:
+def test_no_other_user_can_read_a_runs_options(secretive: tuple[Client, Path], project: Path) -> None:
     client, written = secretive
     for options in OPTIONS:
         prompt = script({"type": "assistant", "text": SECRET}, hold=True)
@@ -221,7 +250,7 @@ def test_what_a_run_is_given_is_for_no_other_user_to_read(secretive: tuple[Clien
         commands = [Path("/proc", str(pid), "cmdline").read_bytes() for pid in marked(run["id"])]
         assert any(b"--session-id" in command for command in commands)
         assert not any(SECRET.encode() in command for command in commands), f"{options} is in the arguments"
-        # A directory that is closed to others closes what is in it.
+        # The files in a directory that is closed to others are closed as well.
         readable = []
         for folder, names, files in os.walk(written):
             names[:] = [name for name in names if Path(folder, name).stat().st_mode & 0o077]
@@ -230,13 +259,13 @@ def test_what_a_run_is_given_is_for_no_other_user_to_read(secretive: tuple[Clien
         own = [path for path in (written / "tmp").rglob("*") if path.is_file() and path.name != "stderr"]
         assert {stat.S_IMODE(path.stat().st_mode) for path in own} <= {0o600}
         client.delete(f"/api/runs/{run['id']}")
-    assert list((written / "tmp").iterdir()) == [], "and nothing of it stays"
+    assert list((written / "tmp").iterdir()) == [], "and none of it stays"
 
 
 # ---- the log
 
 
-def test_nobody_writes_lines_of_the_log(serve: ServeFunction, home: Path, project: Path) -> None:
+def test_a_client_cannot_forge_lines_of_the_log(serve: ServeFunction, home: Path, project: Path) -> None:
     service = serve(CCM_CLI_PATH=stand_in_cli(home))
     client = Client(service.url)
     forged = "2026-01-01T00:00:00.000Z INFO ccm: all is well"
@@ -249,7 +278,7 @@ def test_nobody_writes_lines_of_the_log(serve: ServeFunction, home: Path, projec
                 head, _ = read_all(connection)
                 assert forged.encode() not in head
     run = client.start(project, json.dumps({"stderr": f"\x1b[31mred\r\n{forged}\n\u2028", "exit": 3}))
-    assert forged in run["error"]["message"], "the client may see what Claude Code said"
+    assert forged in run["error"]["message"], "the client may see the words of Claude Code"
     client.start(project, f"hello\r\n{forged}", title=f"\n{forged}")
 
     assert len(service.log) > 10
@@ -257,34 +286,29 @@ def test_nobody_writes_lines_of_the_log(serve: ServeFunction, home: Path, projec
     assert [line for line in service.log if line.startswith(forged)] == []
 
 
-# ---- what gets in
+# ---- access
 
 
-def test_a_session_outside_of_the_roots_that_were_set_later_goes_on_nowhere(
-    serve: ServeFunction, home: Path, tmp_path: Path
-) -> None:
+def test_a_session_outside_of_roots_that_were_set_later_cannot_continue(tmp_path: Path) -> None:
     inside, outside = folder_of(tmp_path, "inside"), folder_of(tmp_path, "outside")
-    own = {"CCM_CLI_PATH": stand_in_cli(home)}
-    before = serve(**own)
-    ids = {path.name: Client(before.url).start(path, "Hello.")["sessionId"] for path in (inside, outside)}
     swapped = folder_of(inside, "swapped")
-    ids["swapped"] = Client(before.url).start(swapped, "Hello.")["sessionId"]
-    before.process.terminate()
-    before.wait()
+    with InProcessService(tmp_path) as service:
+        ids = {path.name: service.client.start(path, "Hello.")["sessionId"] for path in (inside, outside, swapped)}
     swapped.rmdir()
     swapped.symlink_to(outside)
 
-    client = Client(serve(**own, CCM_ALLOWED_ROOTS=inside).url)
-    for name in ("outside", "swapped"):
-        for kind in ("resume", "fork"):
-            answer = client.post(f"/api/runs/{kind}", {"sessionId": ids[name], "prompt": "x"})
-            assert "CCM_ALLOWED_ROOTS" in refused(answer, None, 403, "CWD_FORBIDDEN")
-    assert client.resume(ids["inside"], "x")["status"] == "completed"
-    assert client.fork(ids["outside"], "x", cwd=str(inside))["cwd"] == str(inside)
+    with InProcessService(tmp_path, CCM_ALLOWED_ROOTS=inside) as service:
+        client = service.client
+        for name in ("outside", "swapped"):
+            for kind in ("resume", "fork"):
+                answer = client.post(f"/api/runs/{kind}", {"sessionId": ids[name], "prompt": "x"})
+                assert "CCM_ALLOWED_ROOTS" in refused(answer, None, 403, "CWD_FORBIDDEN")
+        assert client.resume(ids["inside"], "x")["status"] == "completed"
+        assert client.fork(ids["outside"], "x", cwd=str(inside))["cwd"] == str(inside)
 
 
 def peak(service: ServiceProcess) -> int:
-    """The most memory that a service has had, in bytes."""
+    """The peak of a service's memory, in bytes."""
     status = Path("/proc", str(service.process.pid), "status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
@@ -293,46 +317,48 @@ def peak(service: ServiceProcess) -> int:
 def roomy(serve_all: ServeFunction) -> ServiceProcess:
     """A service that takes bodies of 32 MiB."""
     service = serve_all()
-    Client(service.url).post("/api/runs/start", {"prompt": "x" * 20 * MIB})  # it has read a large body once
+    Client(service.url).post("/api/runs/start", {"prompt": "x" * 20 * MIB})  # so that its peak includes one large body
     return service
 
 
 def filled(before: bytes, unit: bytes, after: bytes) -> bytes:
-    """JSON of just the largest size that is read."""
+    """JSON of exactly the largest size that is read."""
     return before + unit * ((32 * MIB - len(before) - len(after)) // len(unit)) + after
 
 
-BOMBS = {
-    "lists": filled(b'{"cwd": "/", "prompt": "x", "metadata": {"x": [', b"[],", b"[]]}}"),
-    "objects": filled(b'{"cwd": "/", "prompt": "x", "images": [', b"{},", b"{}]}"),
-    "numbers": filled(b'{"cwd": "/", "prompt": "x", "options": {"allowedTools": [', b"0,", b"0]}}"),
-    "texts": filled(b'{"cwd": "/", "prompt": "x", "bogus": [', b'"",', b'""]}'),
-    "unknown fields": b'{"cwd": "/", "prompt": "x"'
-    + b"".join(b',"%x":0' % number for number in range(3_000_000))
-    + b"}",
-    "a name": filled(b'{"cwd": "/", "prompt": "x", "', b"x", b'": 1}'),
-    "brackets": filled(b'{"cwd": "/", "prompt": "x", "metadata": {"x": ', b"[", b""),
-    "half a text": filled(b'{"prompt": "', b'\\"', b""),
+def unknown_fields() -> bytes:
+    return b'{"cwd": "/", "prompt": "x"' + b"".join(b',"%x":0' % number for number in range(3_000_000)) + b"}"
+
+
+# Made when a test needs them: together they are 250 MiB.
+BOMBS: dict[str, Callable[[], bytes]] = {
+    "lists": lambda: filled(b'{"cwd": "/", "prompt": "x", "metadata": {"x": [', b"[],", b"[]]}}"),
+    "objects": lambda: filled(b'{"cwd": "/", "prompt": "x", "images": [', b"{},", b"{}]}"),
+    "numbers": lambda: filled(b'{"cwd": "/", "prompt": "x", "options": {"allowedTools": [', b"0,", b"0]}}"),
+    "texts": lambda: filled(b'{"cwd": "/", "prompt": "x", "bogus": [', b'"",', b'""]}'),
+    "unknown fields": unknown_fields,
+    "a name": lambda: filled(b'{"cwd": "/", "prompt": "x", "', b"x", b'": 1}'),
+    "brackets": lambda: filled(b'{"cwd": "/", "prompt": "x", "metadata": {"x": ', b"[", b""),
+    "half a text": lambda: filled(b'{"prompt": "', b'\\"', b""),
 }
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_a_body_does_not_grow_within_the_service(roomy: ServiceProcess, bomb: str) -> None:
-    before, began = peak(roomy), time.monotonic()
-    answer = Client(roomy.url).request("POST", "/api/runs/start", BOMBS[bomb])
+def test_a_body_does_not_take_much_memory_within_the_service(roomy: ServiceProcess, bomb: str) -> None:
+    before = peak(roomy)
+    answer = Client(roomy.url).request("POST", "/api/runs/start", BOMBS[bomb](), timeout=60)
 
     assert answer.status == 400
     assert len(answer.body) < 1000
     assert peak(roomy) - before < 150 * MIB
-    assert time.monotonic() - began < 20, "all others wait for as long"
 
 
-def test_texts_may_have_as_many_commas_as_they_like(roomy: ServiceProcess) -> None:
+def test_texts_may_have_any_number_of_commas(roomy: ServiceProcess) -> None:
     body = {"cwd": "/nowhere/at/all", "prompt": ',[{"\\' * 200_000, "options": {"systemPrompt": "[,]" * 300_000}}
     assert "does not exist" in refused(Client(roomy.url).post("/api/runs/start", body), "cwd")
 
 
-def test_bodies_that_do_not_come_to_their_end_take_no_memory(roomy: ServiceProcess) -> None:
+def test_unfinished_bodies_take_no_memory(roomy: ServiceProcess) -> None:
     before = peak(roomy)
     part = b"%x\r\n" % MIB + b" " * MIB + b"\r\n"
     with ExitStack() as stack:
@@ -351,8 +377,8 @@ def test_bodies_that_do_not_come_to_their_end_take_no_memory(roomy: ServiceProce
         assert peak(roomy) - before < 60 * MIB, "240 MiB were sent"
 
 
-def test_a_client_that_leaves_just_before_it_is_refused_is_no_fault() -> None:
-    """Waitress tells of it with the request's path, which a request that is no HTTP has not."""
+def test_a_client_that_leaves_just_before_its_refusal_causes_no_fault() -> None:
+    """Waitress logs the request's path then, and an invalid request has none."""
 
     class Leaving(_Channel):
         def write_soon(self, data: bytes) -> int:

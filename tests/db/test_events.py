@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ccm.db import events, runs, sessions
 from ccm.db.driver.database import Database
-from ccm.models import Run, timestamp
+from ccm.models import Run
+from ccm.timestamps import timestamp
 
 
 def a_run(writable: Database) -> Run:
@@ -23,13 +24,13 @@ def a_run(writable: Database) -> Run:
 def test_the_last_id_is_known_though_its_event_is_gone(writable: Database) -> None:
     run = a_run(writable)
     with writable.transaction() as transaction:
-        assert [events.last_id(transaction), events.last_given(transaction, writable.dialect)] == [0, 0]
+        assert [events.last_id(transaction), events.last_given(transaction)] == [0, 0]
         for _ in range(3):
             events.insert(transaction, "run.created", run)
     with writable.transaction() as transaction:
-        assert [events.last_id(transaction), events.last_given(transaction, writable.dialect)] == [3, 3]
+        assert [events.last_id(transaction), events.last_given(transaction)] == [3, 3]
         transaction.execute("DELETE FROM ccr_events")
     with writable.transaction() as transaction:
-        assert [events.last_id(transaction), events.last_given(transaction, writable.dialect)] == [0, 3]
+        assert [events.last_id(transaction), events.last_given(transaction)] == [0, 3]
         events.insert(transaction, "run.created", run)
         assert events.last_id(transaction) == 4

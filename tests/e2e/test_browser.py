@@ -10,7 +10,7 @@ import pytest
 from tests.browser import Browser, chromium
 from tests.client import Client
 
-# Runs in the page: collects what an EventSource is told until it gives up, which it does at a 204 only.
+# Runs in the page: collects the events of an EventSource until it closes, which it does at a 204 only.
 FOLLOW = """
 const [path, done] = arguments;
 const seen = [], source = new EventSource(path);
@@ -21,7 +21,7 @@ source.onmessage = note;
 source.addEventListener("end", note);
 source.onerror = () => source.readyState === EventSource.CLOSED && done([opened, seen]);
 """
-# The same until it has been told so many ends.
+# The same until so many "end" events have come.
 FOLLOW_ENDS = """
 const [path, ends, done] = arguments;
 const seen = [], source = new EventSource(path);
@@ -39,7 +39,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield browser
 
 
-def test_a_browser_follows_a_run_to_its_end_and_does_not_come_back(
+def test_a_browser_follows_a_run_to_its_end_and_does_not_reconnect(
     client: Client, browser: Browser, project: Path
 ) -> None:
     browser.open(client.url)

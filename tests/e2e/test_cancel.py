@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,10 +15,8 @@ import pytest
 from ccm.core.claude.processes import marked
 from tests.client import Client
 from tests.conftest import ServeFunction
-from tests.e2e.test_endings import SLEEPING_TOOL, SLOW, commands, until
-
-# An interrupt is heard in all of these states, so none needs the harsher steps after it; a busy machine takes its time.
-SECONDS = 10.0
+from tests.e2e.test_endings import SLEEPING_TOOL, SLOW, commands
+from tests.waiting import until
 
 
 def at_once(_client: Client, _run_id: str) -> None:
@@ -92,10 +89,8 @@ def test_a_cancelled_run_keeps_its_partial_result_leaves_no_process_and_can_be_c
     run = client.start(project, state.prompt, wait=0, options=state.options, approvals=state.approvals)
     state.reached(client, run["id"])
 
-    begun = time.monotonic()
     answer = client.delete(f"/api/runs/{run['id']}")
 
-    assert time.monotonic() - begun < SECONDS
     assert [answer.status, answer.json["status"], answer.json["error"]] == [200, "cancelled", None]
     assert (answer.json["result"] or {}).get("terminal_reason") == state.reason
     assert marked(run["id"]) == []
@@ -140,16 +135,14 @@ def test_under_back_pressure_the_agent_ends_at_once_and_its_end_is_stored_when_t
         locker.execute("BEGIN IMMEDIATE")
         # By then it has said many times what the budget has room for.
         until(lambda: client.get("/health").status == 503)
-        begun = time.monotonic()
         answer = pool.submit(client.delete, f"/api/runs/{run['id']}")
-        until(lambda: not marked(run["id"]), SECONDS)
+        until(lambda: not marked(run["id"]))
         assert not answer.done()
         locker.execute("ROLLBACK")
         locker.close()
 
         assert [answer.result().status, answer.result().json["status"]] == [200, "cancelled"]
         assert answer.result().json["result"] is None  # with nobody to read it, it was not asked for one
-    assert time.monotonic() - begun < 2 * SECONDS
     assert client.resume(run["sessionId"], "Go on.")["status"] == "completed"
 
 
@@ -161,11 +154,9 @@ def test_a_run_that_is_over_and_ends_ends_as_it_would_have(client: Client, proje
     client.wait_for_message(run["id"], "result")
     assert client.run(run["id"], wait=0)["status"] == "running"
 
-    begun = time.monotonic()
     answer = client.delete(f"/api/runs/{run['id']}")
 
     assert [answer.status, answer.error["code"]] == [409, "RUN_ALREADY_ENDED"]
-    assert time.monotonic() - begun < SECONDS
     ended = client.run(run["id"])
     assert [ended["status"], ended["result"]["subtype"]] == ["completed", "success"]
     assert marked(run["id"]) == []

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,17 +13,10 @@ import pytest
 from ccm.core.claude.processes import marked
 from tests.client import Client
 from tests.conftest import ServeFunction
+from tests.waiting import until
 
 SLOW = "[[slow 2000 0.02]]"
 SLEEPING_TOOL = '[[tool Bash {"command": "perl -e \\"sleep 300\\""}]]'
-
-
-def until(condition: Callable[[], object], seconds: float = 30) -> None:
-    """Wait for a condition that nothing rings for: the state of the system's processes."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.01)
 
 
 def commands(run_id: str) -> str:
@@ -66,11 +57,10 @@ def test_no_login_is_said_so_that_one_knows_what_to_do(serve: ServeFunction, pro
 
 
 def test_a_refused_login_is_told_at_the_second_refusal(client: Client, project: Path) -> None:
-    begun = time.monotonic()
     run = client.start(project, "[[status 401]]")
 
     assert [run["status"], run["error"]["code"]] == ["error", "AUTHENTICATION_FAILED"]
-    assert time.monotonic() - begun < 30  # Claude Code alone takes three minutes
+    # Claude Code alone tries for three minutes.
     assert len([m for m in client.messages(run["id"]) if m.get("subtype") == "api_retry"]) == 2
 
 
@@ -207,7 +197,7 @@ def test_a_signal_that_another_thread_gets_stops_the_service_too(serve: ServeFun
 
     os.kill(other, signal.SIGTERM)  # Linux hands it to that very thread
 
-    assert service.process.wait(timeout=20) == 0
+    assert service.process.wait(timeout=60) == 0
 
 
 def test_a_killed_service_leaves_no_agent_and_its_runs_are_interrupted(serve: ServeFunction, project: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from ccm.testing.messages_api import MessagesAPI
-from tests.api.conftest import until
 from tests.client import Answer, Client
+from tests.waiting import until
 
 TOOL = '[[tool Bash {"command": "perl -e \\"sleep 2\\""}]] [[text After the tool.]]'
 

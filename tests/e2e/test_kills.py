@@ -16,11 +16,12 @@ import pytest
 
 from ccm.core.claude.processes import marked
 from ccm.demo.tour import ServiceProcess
-from ccm.models import timestamp
+from ccm.timestamps import timestamp
 from tests.client import Client
 from tests.conftest import ServeFunction, stand_in_cli
-from tests.e2e.test_endings import until
 from tests.event_source import Stream
+from tests.postgresql import new_database
+from tests.waiting import until
 
 # What the agents do: a word, much at once, and something that never ends, with a tool that would outlive everything.
 PROMPTS = ("hello", json.dumps({"count": 2_000}), json.dumps({"hold": True, "count": 50, "tool": 300}))
@@ -58,14 +59,19 @@ class Witness:
         self._threads.clear()
 
 
-@pytest.fixture(params=[("sqlite", 50), ("postgresql", 12)], ids=lambda kind: f"{kind[0]}-{kind[1]}")
+@pytest.fixture(
+    params=[
+        ("sqlite", 3),
+        pytest.param(("sqlite", 50), marks=pytest.mark.many_rounds),
+        pytest.param(("postgresql", 12), marks=pytest.mark.many_rounds),
+    ],
+    ids=lambda kind: f"{kind[0]}-{kind[1]}",
+)
 def kills(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[dict[str, str], int]:
     """The database's variables, and how often to kill."""
     kind, number = request.param
     if kind == "sqlite":
         return {}, number
-    from tests.api.conftest import new_database
-
     return {"DATABASE_URL": new_database(request.getfixturevalue("postgresql"))}, number
 
 

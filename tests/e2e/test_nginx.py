@@ -9,20 +9,21 @@ import signal
 import subprocess
 import textwrap
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ccm.demo.tour import ServiceProcess
-from tests.api.conftest import until
 from tests.client import Client
-from tests.conftest import ServeFunction
+from tests.conftest import ProgramFunction, ServeFunction
 from tests.event_source import Stream
-from tests.programs import can_connect, free_port, program
+from tests.programs import can_connect, free_port
 from tests.readme import filled_in, samples
+from tests.waiting import until
 
 TOKEN = "0123456789-a-token-of-the-tests"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -51,10 +52,17 @@ http {{
 """
 
 
+NginxFunction = Callable[..., AbstractContextManager[Client]]
+
+
+@pytest.fixture
+def nginx(program: ProgramFunction, tmp_path: Path) -> NginxFunction:
+    """Runs an nginx of the test's own with given locations; its value is a client that connects to it by name."""
+    return partial(_nginx, program("nginx", "nginx"), tmp_path / "nginx")
+
+
 @contextmanager
-def nginx(folder: Path, locations: str) -> Iterator[Client]:
-    """An nginx of the test's own, with a client that comes to it by name."""
-    path = program("nginx", "nginx")
+def _nginx(path: str, folder: Path, locations: str) -> Iterator[Client]:
     folder.mkdir()
     port = free_port()
     user = f"user {getpass.getuser()};" if os.getuid() == 0 else ""
@@ -95,8 +103,8 @@ def service(request: pytest.FixtureRequest, serve: ServeFunction, tmp_path: Path
 
 
 @pytest.fixture
-def proxied(service: ServiceProcess, tmp_path: Path) -> Iterator[Client]:
-    with nginx(tmp_path / "nginx", location(service)) as client:
+def proxied(service: ServiceProcess, nginx: NginxFunction) -> Iterator[Client]:
+    with nginx(location(service)) as client:
         yield client
 
 
@@ -135,7 +143,7 @@ def test_what_claude_says_comes_through_nginx_while_it_speaks(proxied: Client, p
     until(lambda: b"content_block_delta" in proxied.get(f"{address}/messages").body)
     said = proxied.get(f"{address}/messages").json
     # Nothing more is coming, not even a comment within so short a time: what nginx kept would stay there.
-    with Stream(proxied, f"{address}/stream", timeout=8) as stream:
+    with Stream(proxied, f"{address}/stream", timeout=14) as stream:
         assert [event.json for event in stream.take(len(said))] == said
         assert proxied.get(address).json["status"] == "running"
         assert proxied.delete(address).status == 200
@@ -180,21 +188,23 @@ def test_the_guard_stands_behind_nginx_too(proxied: Client) -> None:
     assert page.status == 404
 
 
-def test_a_token_comes_through(serve: ServeFunction, tmp_path: Path) -> None:
+def test_a_token_comes_through(serve: ServeFunction, nginx: NginxFunction, tmp_path: Path) -> None:
     service = serve(CCM_TRUSTED_PROXY="unix", CCM_UNIX_SOCKET=tmp_path / "socket", CCM_API_TOKEN=TOKEN)
-    with nginx(tmp_path / "nginx", location(service)) as client:
+    with nginx(location(service)) as client:
         assert client.get("/agents/api/runs").status == 401
         with_token = {"Authorization": f"Bearer {TOKEN}"}
         assert client.request("GET", "/agents/api/runs", headers=with_token).json == []
         assert client.get("/agents/health").status == 200
 
 
-def test_nginx_may_ask_for_a_password_and_add_the_token(serve: ServeFunction, tmp_path: Path) -> None:
+def test_nginx_may_ask_for_a_password_and_add_the_token(
+    serve: ServeFunction, nginx: NginxFunction, tmp_path: Path
+) -> None:
     service = serve(CCM_TRUSTED_PROXY="unix", CCM_UNIX_SOCKET=tmp_path / "socket", CCM_API_TOKEN=TOKEN)
     passwords = tmp_path / "htpasswd"
     passwords.write_text("me:{PLAIN}secret\n")
     lines = filled_in(samples("nginx")[1], {"/etc/nginx/agents.htpasswd": str(passwords), "TOKEN": TOKEN})
-    with nginx(tmp_path / "nginx", location(service, lines)) as client:
+    with nginx(location(service, lines)) as client:
         assert client.get("/agents/api/runs").status == 401
 
         def status(**headers: str) -> int:

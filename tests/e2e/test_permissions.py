@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.client import Client
-from tests.conftest import ServeFunction
-from tests.programs import program
+from tests.conftest import ProgramFunction, ServeFunction
 from tests.readme import README
 
 DIRECTORY = "a directory"
@@ -279,7 +278,7 @@ def test_the_services_permission_mode_is_a_default_and_no_limit(serve: ServeFunc
     ids=str,
 )
 def test_a_worktree_is_made_without_asking_in_any_mode(
-    client: Client, project: Path, options: dict[str, Any], made: bool
+    client: Client, program: ProgramFunction, project: Path, options: dict[str, Any], made: bool
 ) -> None:
     git = [program("git", "git"), "-C", str(project), "-c", "user.name=x", "-c", "user.email=x@example.com"]
     for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ccm.core.claude.sdk import bundled_cli, transcript_path
+from ccm.core.claude.locations import bundled_cli, transcript_path
 from ccm.testing.messages_api import MessagesAPI
 from tests.client import Client
 from tests.conftest import ServeFunction

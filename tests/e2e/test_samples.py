@@ -16,11 +16,11 @@ from ccm.core.claude.processes import marked
 from ccm.core.storage import writer
 from ccm.server import connections, server
 from ccm.settings.settings import Settings, unknown_variables
-from tests.api.conftest import until
 from tests.client import Client
-from tests.conftest import ServeFunction
-from tests.programs import can_connect, free_port, program
+from tests.conftest import ProgramFunction, ServeFunction
+from tests.programs import can_connect, free_port
 from tests.readme import filled_in, samples
+from tests.waiting import until
 
 SOCKET = "unix//run/cc-manager/socket"
 
@@ -35,7 +35,7 @@ def unit() -> str:
 
 
 @pytest.fixture
-def caddy(tmp_path: Path) -> tuple[list[str], dict[str, str]]:
+def caddy(program: ProgramFunction, tmp_path: Path) -> tuple[list[str], dict[str, str]]:
     """How Caddy is called, with a home of its own: it writes there."""
     (tmp_path / "caddy").mkdir()
     return [program("caddy", "caddy")], {"PATH": os.environ["PATH"], "HOME": str(tmp_path / "caddy")}
@@ -87,7 +87,7 @@ def test_addresses_are_right_behind_caddy(
 # ---- systemd
 
 
-def test_systemd_takes_the_unit(unit: str, tmp_path: Path) -> None:
+def test_systemd_takes_the_unit(unit: str, program: ProgramFunction, tmp_path: Path) -> None:
     path = tmp_path / "cc-manager.service"
     path.write_text(filled_in(unit, {"/opt/cc-manager/.venv/bin/python": sys.executable}))
     checked = subprocess.run(
@@ -118,7 +118,9 @@ def test_systemd_waits_longer_than_the_service_takes_to_stop(unit: str) -> None:
     assert connections.IDLE_TIMEOUT > 60  # nginx keeps an idle connection so long
 
 
-def test_without_new_privileges_agents_run_and_end_with_the_service(serve: ServeFunction, project: Path) -> None:
+def test_without_new_privileges_agents_run_and_end_with_the_service(
+    serve: ServeFunction, program: ProgramFunction, project: Path
+) -> None:
     # As NoNewPrivileges of the unit does it.
     service = serve(program("setpriv", "util-linux"), "--no-new-privs")
     client = Client(service.url)

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from ccm.demo.tour import ServiceProcess
-from tests.api.conftest import new_database, until
 from tests.client import Client
 from tests.conftest import ServeFunction, stand_in_cli
 from tests.disks import SmallDisk
+from tests.postgresql import new_database
+from tests.waiting import until
 
 # waitress keeps larger bodies in a file (bytes).
 IN_MEMORY = 2**19
@@ -81,7 +82,7 @@ def test_a_body_for_which_there_is_no_room_is_refused_in_json(
     # The first one settles which directory is used: Python would choose another one that has room.
     assert client.post("/api/runs/start", body(project, 2 * IN_MEMORY)).status == 400
     # The server deletes the body's file after it has answered.
-    until(lambda: small_disk.used() == 0, 60)
+    until(lambda: small_disk.used() == 0)
     small_disk.fill()
     os.truncate(small_disk.path / "filler", (small_disk.path / "filler").stat().st_size - room)
     sent = json.dumps(body(project, 8 * IN_MEMORY)).encode()

@@ -14,18 +14,19 @@ from typing import Any
 
 import pytest
 
+from ccm.core.claude.locations import transcript_path
 from ccm.core.claude.processes import marked
-from ccm.core.claude.sdk import transcript_path
+from ccm.core.runs.request import RunRequest
 from ccm.core.service import Service
 from ccm.db import transcripts
 from ccm.errors import StorageRejected
-from ccm.models import RunRequest
+from ccm.models import RunMode
 from ccm.settings.settings import Settings
 from ccm.testing.messages_api import MessagesAPI
 from tests.client import Client
 from tests.conftest import ServeFunction, stand_in_cli
-from tests.e2e.test_endings import until
 from tests.e2e.test_runs import prompts_sent
+from tests.waiting import until
 
 BASH = {"allowedTools": ["Bash"]}
 SLEEP = '[[tool Bash {"command": "perl -e \'sleep 300\'"}]]'
@@ -293,7 +294,7 @@ def test_a_mirror_error_fails_no_run_and_is_told(
     running = Service(Settings(database_path=tmp_path / "m.sqlite", cli_path=stand_in_cli(tmp_path)), environ)
     running.start()
     try:
-        run = running.runs.start(RunRequest(mode="fresh", prompt="hello"), str(project)).run
+        run = running.runs.start(RunRequest(mode=RunMode.FRESH, prompt="hello"), str(project)).run
         ended = running.queries.wait(
             run.id, 30, lambda: next((r for r in [running.queries.run(run.id)] if r.ended), None), lambda: False
         )

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from ccm.models import Answer, Approval, Run, RunRequest
+from ccm.core.runs.request import RunRequest
+from ccm.models import Answer, Approval, Run, RunMode
 from tests.faults.stage import Stage
 
 HOLD = json.dumps({"count": 1, "hold": True, "tool": 1000})
@@ -37,14 +38,14 @@ class Scenario:
 
 def _fresh(stage: Stage) -> None:
     # Nobody listens on that port: the webhooks of its events are stored, and come to nothing.
-    stage.start_run(json.dumps({"count": 3}), webhook_url="http://127.0.0.1:9/")
+    stage.start_run(json.dumps({"count": 3}), webhookUrl="http://127.0.0.1:9/")
 
 
 def _resume(stage: Stage) -> None:
     with stage.probes.hidden():
         head = stage.runs()[0]
         session = stage.service.queries.session(head.session_id)
-    request = RunRequest(mode="resume", prompt="and on")
+    request = RunRequest(mode=RunMode.RESUME, prompt="and on")
     accepted = stage.ask(lambda: stage.service.runs.resume(request, session, head), "resume")
     if accepted is not None:
         stage.watch(accepted.run)
@@ -61,7 +62,7 @@ def _fork(stage: Stage) -> None:
     with stage.probes.hidden():
         session = stage.service.queries.session(stage.runs()[0].session_id)
         point = stage.service.queries.fork_point(session.id, None, None)
-    request = RunRequest(mode="fork", prompt="another way")
+    request = RunRequest(mode=RunMode.FORK, prompt="another way")
     accepted = stage.ask(lambda: stage.service.runs.fork(request, session, point, None), "fork")
     if accepted is not None:
         stage.watch(accepted.run)
@@ -129,7 +130,7 @@ def _queue(stage: Stage) -> None:
 
 
 def _time_out(stage: Stage) -> None:
-    stage.start_run(HOLD, timeout_ms=150)
+    stage.start_run(HOLD, timeoutMs=150)
 
 
 def _stop(stage: Stage) -> None:

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ccm.core.claude.processes import marked
+from ccm.core.runs.request import Accepted, RunRequest
 from ccm.core.service import Service
-from ccm.models import Accepted, Run, RunRequest
+from ccm.models import Run, RunMode
 from ccm.settings.settings import Settings
 from tests.faults.probes import Injected, Probes
 
@@ -160,7 +161,7 @@ class Stage:
         return None
 
     def start_run(self, prompt: str, **fields: Any) -> Run | None:
-        request = RunRequest(mode="fresh", prompt=prompt, **fields)
+        request = RunRequest(mode=RunMode.FRESH, prompt=prompt, stored=fields)
         accepted: Accepted | None = self.ask(lambda: self.service.runs.start(request, self.project), "start")
         return None if accepted is None else self.watch(accepted.run)
 

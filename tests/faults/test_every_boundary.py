@@ -34,12 +34,12 @@ KNOWN = (
     *("shutil.rmtree", "asyncio.runners.run", "pathlib.Path.is_dir", "uuid.uuid4", "json.loads"),
     *("Writer.append", "Writer.submit", "Reaper.watch", "Reaper.release", "models.timestamp"),
     *("ClaudeSDKClient.connect", "ClaudeSDKClient.query", "ClaudeSDKClient.disconnect", "Client.receive_raw"),
-    *("sdk.find_transcript", "Database.transaction", "messages.insert_many", "runs.end", "Outbox.tell"),
+    *("locations.find_transcript", "Database.transaction", "messages.insert_many", "runs.end", "Outbox.tell"),
 )
 
 
 # How long a service may take to end after SIGTERM (seconds).
-EXIT_DELAY = 30
+EXIT_DELAY = 60
 
 
 def run_walker(*arguments: object) -> Any:
@@ -77,6 +77,7 @@ def test_the_trace_finds_well_known_boundaries(traced: dict[str, dict[str, str]]
     assert all(traced.values()), "a scenario crosses nothing of its own"
 
 
+@pytest.mark.many_rounds
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_every_run_ends_whatever_is_raised(

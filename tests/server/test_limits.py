@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 from ccm.demo.tour import APP, ServiceProcess
-from tests.api.conftest import connect, held, read_all, script, until
+from tests.api.conftest import connect, held, read_all, script
 from tests.client import Client
 from tests.conftest import ServeFunction, stand_in_cli
 from tests.event_source import Stream
 from tests.test_app import call
+from tests.waiting import until
 
 # Starts app.py with the bounds on slow clients made short: a test has no minutes.
 IMPATIENT = """
@@ -55,8 +56,8 @@ def limited(*words: str) -> tuple[str, ...]:
 def test_a_client_that_sends_a_byte_now_and_then_is_let_go(impatient: Client, head: bytes) -> None:
     with connect(impatient, head) as connection:
         connection.settimeout(0.1)
-        began = time.monotonic()
-        while time.monotonic() - began < 20:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
             try:
                 connection.sendall(b"x")
                 if not connection.recv(1):
@@ -65,7 +66,8 @@ def test_a_client_that_sends_a_byte_now_and_then_is_let_go(impatient: Client, he
                 continue
             except ConnectionError:
                 break
-        assert time.monotonic() - began < 10, "it may go on for ever"
+        else:
+            pytest.fail("it may go on for ever")
 
 
 def test_a_client_that_says_nothing_is_let_go(impatient: Client) -> None:
@@ -78,7 +80,7 @@ def test_slow_clients_hold_no_thread(impatient: Client) -> None:
     with ExitStack() as stack:
         for _ in range(300):
             stack.enter_context(connect(impatient, b"GET / HTTP/1.1\r\nX-Slow: "))
-        assert impatient.request("GET", "/health", timeout=10).status == 200
+        assert impatient.request("GET", "/health").status == 200
 
 
 def test_a_client_that_takes_no_answer_frees_its_place(impatient: Client, project: Path) -> None:
@@ -211,6 +213,7 @@ def ask(connection: http.client.HTTPConnection, method: str, path: str, body: ob
 @contextmanager
 def short_of_descriptors(service: ServiceProcess, left: int) -> Iterator[None]:
     """A running service that may open so many files more, and those that it has closed."""
+    until(lambda: [line for line in service.log if "SDK is imported" in line])  # it opens files for that
     pid = service.process.pid
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     highest = max(int(name) for name in os.listdir(f"/proc/{pid}/fd"))

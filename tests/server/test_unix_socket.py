@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.api.conftest import until
 from tests.client import Client
 from tests.conftest import ServeFunction
 from tests.event_source import events_of
 from tests.test_app import call
+from tests.waiting import until
 
 
 @pytest.fixture

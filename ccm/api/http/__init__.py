@@ -1,1 +1,1 @@
-"""What all routes share: admission, bodies, queries, pages, streams and responses."""
+"""What all families of URLs share: how a request is declared, read and answered."""

@@ -13,24 +13,33 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from flask import Request
-from pydantic import AfterValidator, Field, JsonValue, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import ErrorDetails, from_json
 
-from ccm.api.http.options import SERVICE_OWNED, Options, Strict, finite, no_nul, plain_json
+from ccm.api.http.options import SERVICE_OWNED, Options, Strict
+from ccm.core.runs.request import IfBusy
 from ccm.errors import TooLarge, UnsupportedMediaType, ValidationError
-from ccm.models import RUN_ID, Answer, IdempotencyKey, Image
-from ccm.settings.webhook_urls import web_address
+from ccm.models import Answer, Decision, IdempotencyKey, Image, Run
+from ccm.models.fields import (
+    RUN_ID,
+    Approvals,
+    ApprovalTimeoutMs,
+    DenialMessage,
+    Interrupt,
+    Metadata,
+    Prompt,
+    Remember,
+    TimeoutMs,
+    Title,
+    UpdatedInput,
+    WebhookUrl,
+    no_nul,
+)
 
-PROMPT_CHARACTERS = 1_000_000
 IMAGES = 20
 IMAGE_CHARACTERS = 27_000_000
-TITLE_CHARACTERS = 500
 PATH_CHARACTERS = 4_096
 KEY_CHARACTERS = 255
-TIMEOUT_MS = 24 * 3600 * 1000
-APPROVAL_TIMEOUT_MS = 30 * TIMEOUT_MS
-# Of what the model is told with a denial.
-MESSAGE_CHARACTERS = 100_000
 # Values, names and brackets in a body. Python makes hundreds of bytes of each: of a body of small ones, gigabytes.
 BODY_PARTS = 200_000
 # A text in JSON, or the beginning of one that does not end.
@@ -46,12 +55,6 @@ SIGNATURES = {
 }
 
 
-def _not_blank(text: str) -> str:
-    if not text.strip():
-        raise ValueError("must not be blank")
-    return no_nul(text)
-
-
 def _uuid(text: str) -> str:
     if not UUID.fullmatch(text):
         raise ValueError("must be a UUID, such as 160f5bda-edc4-4a77-aa69-dad3a26497bb")
@@ -64,10 +67,6 @@ def _run_id(text: str) -> str:
     return text
 
 
-Prompt = Annotated[str, Field(max_length=PROMPT_CHARACTERS), AfterValidator(_not_blank)]
-Title = Annotated[str, Field(max_length=TITLE_CHARACTERS), AfterValidator(no_nul)]
-Metadata = Annotated[dict[str, JsonValue], AfterValidator(plain_json)]
-WebAddress = Annotated[str, AfterValidator(web_address)]
 Path = Annotated[str, Field(min_length=1, max_length=PATH_CHARACTERS), AfterValidator(no_nul)]
 # A UUID in its usual form: Claude Code would take a session's title too, and another session for it.
 Id = Annotated[str, AfterValidator(_uuid)]
@@ -103,14 +102,29 @@ class InputBody(Strict):
         return tuple(Image(image.mediaType, image.data) for image in self.images)
 
 
+class SessionBody(Strict):
+    """What a client says of a session."""
+
+    title: Title = None
+    metadata: Metadata | None = None
+
+
 class RunBody(InputBody):
     """What the three bodies that start a run have in common."""
 
     options: Options = Options()
-    timeoutMs: Annotated[int, Field(ge=1, le=TIMEOUT_MS)] | None = None
-    webhookUrl: WebAddress | None = None
-    approvals: bool = False
-    approvalTimeoutMs: Annotated[int, Field(ge=1, le=APPROVAL_TIMEOUT_MS)] | None = None
+    timeoutMs: TimeoutMs = None
+    webhookUrl: WebhookUrl = None
+    approvals: Approvals = False
+    approvalTimeoutMs: ApprovalTimeoutMs = None
+
+    def stored(self) -> dict[str, Any]:
+        """What is stored with the run as it was given, under the same names."""
+        return self.model_dump(include=set(RunBody.model_fields) & set(Run.shape.shown), exclude={"options"})
+
+    def described(self) -> dict[str, Any]:
+        """What was given that is stored with the session, under the same names."""
+        return self.model_dump(include=set(SessionBody.model_fields), exclude_unset=True)
 
     @field_validator("approvalTimeoutMs")
     @classmethod
@@ -122,13 +136,13 @@ class RunBody(InputBody):
 
 class StartBody(RunBody):
     cwd: Path
-    title: Title | None = None
+    title: Title = None
     metadata: Metadata | None = None
 
 
 class ResumeBody(RunBody):
     sessionId: Id
-    ifBusy: Literal["reject", "enqueue", "interrupt"] = "reject"
+    ifBusy: IfBusy = IfBusy.REJECT
 
 
 class ForkBody(RunBody):
@@ -136,23 +150,18 @@ class ForkBody(RunBody):
     atRunId: RunId | None = None
     atMessage: Id | None = None
     cwd: Path | None = None
-    title: Title | None = None
-    metadata: Metadata | None = None
-
-
-class SessionBody(Strict):
-    title: Title | None = None
+    title: Title = None
     metadata: Metadata | None = None
 
 
 class ApprovalBody(Strict):
     """The answer to an approval."""
 
-    decision: Literal["allow", "deny"]
-    updatedInput: Annotated[dict[str, JsonValue], AfterValidator(finite)] | None = None
-    remember: bool = False
-    message: Annotated[str, Field(max_length=MESSAGE_CHARACTERS), AfterValidator(_not_blank)] | None = None
-    interrupt: bool = False
+    decision: Decision
+    updatedInput: UpdatedInput = None
+    remember: Remember = False
+    message: DenialMessage = None
+    interrupt: Interrupt = False
 
     @field_validator("updatedInput", "remember", "message", "interrupt")
     @classmethod
@@ -164,7 +173,7 @@ class ApprovalBody(Strict):
 
     def answer(self) -> Answer:
         return Answer(
-            allow=self.decision == "allow",
+            allow=self.decision == Decision.ALLOW,
             updated_input=self.updatedInput,
             remember=self.remember,
             message=self.message,
@@ -250,7 +259,7 @@ def refuse_idempotency_key(request: Request) -> None:
 
 # pydantic's names for a value that is not even of the right kind.
 WRONG_TYPES = frozenset(
-    {"string_type", "list_type", "dict_type", "model_type", "model_attributes_type", "literal_error"}
+    {"string_type", "list_type", "dict_type", "model_type", "model_attributes_type", "literal_error", "enum"}
 )
 
 

@@ -11,12 +11,10 @@ from flask import Response, current_app, request
 from ccm.api.http.guard import Guard
 from ccm.api.http.request_limiter import RequestLimiter
 from ccm.core.service import Service
-from ccm.errors import ValidationError
 
 T = TypeVar("T")
 
 EXTENSION = "ccm"
-LONGEST_WAIT = 300.0
 
 
 def service() -> Service:
@@ -40,7 +38,7 @@ def held(response: Response) -> Response:
     """An answer that is sent for as long as its client reads, and has a place until it is over.
 
     Raises:
-        Unavailable: no place is free.
+        SlotsTaken: no place is free.
     """
     if request.method != "HEAD":  # has no body, and so is over at once
         # Not the body's own `finally`: a generator that never began runs none.
@@ -52,36 +50,6 @@ def client_gone() -> Callable[[], bool]:
     """Tells whether the request's client has left, also after the view has returned; never, if the server can't."""
     gone: Callable[[], bool] = request.environ.get("waitress.client_disconnected", lambda: False)
     return gone
-
-
-def check_query(*names: str) -> None:
-    """
-    Raises:
-        ValidationError: the query has a parameter that is none of `names`, most likely a typing mistake, or one twice,
-            of which only the first would be heeded.
-    """
-    for name, values in request.args.lists():
-        if name not in names:
-            known = f"it takes {', '.join(names)}" if names else "it takes none"
-            raise ValidationError(f"{name} is not a known query parameter here; {known}.", field=name)
-        if len(values) > 1:
-            raise ValidationError(f"{name} is given {len(values)} times; give it once.", field=name)
-
-
-def wait_seconds() -> float:
-    """`?wait=`, 0 without it.
-
-    Raises:
-        ValidationError: it is not a number of seconds.
-    """
-    text = request.args.get("wait", "0")
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds <= LONGEST_WAIT:
-        raise ValidationError(f"wait: must be a number of seconds from 0 to {LONGEST_WAIT:.0f}.", field="wait")
-    return seconds
 
 
 def wait_until(key: str, seconds: float, look: Callable[[], T | None]) -> T | None:

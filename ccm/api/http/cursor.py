@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from flask import request
 
 from ccm.errors import ValidationError
-from ccm.models import RUN_ID, Run
+from ccm.models import Run
+from ccm.models.fields import RUN_ID
 
 # What stands in an index's stead once a client has had the end of a run.
 END = "end"
@@ -71,12 +72,12 @@ class Cursor:
         return index
 
 
-def after() -> Cursor:
+def after(text: str | None) -> Cursor:
     """`?after=`."""
-    return Cursor("after", request.args.get("after"))
+    return Cursor("after", text)
 
 
-def last_event() -> Cursor:
+def last_event(text: str | None) -> Cursor:
     """The `Last-Event-ID`, with which a browser comes back to the same address; without it `?after=`."""
     given = request.headers.get(HEADER)
-    return after() if given is None else Cursor(HEADER, given)
+    return after(text) if given is None else Cursor(HEADER, given)

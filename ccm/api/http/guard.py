@@ -13,7 +13,7 @@ import re
 from flask import Request
 
 from ccm.api.http.tokens import Tokens
-from ccm.errors import Forbidden, Unauthorized, UnsupportedMediaType, ValidationError
+from ccm.errors import HostForbidden, OriginForbidden, Unauthorized, UnsupportedMediaType, ValidationError
 from ccm.settings.parsers import HOST_NAME
 
 # A name or an address, and perhaps a port: nothing else that a header may hold.
@@ -61,9 +61,7 @@ class Guard:
         name = None if header is None else host_name(header)
         if name is None or name not in self._allowed_hosts:
             shown = "The request has no Host header" if header is None else f"The Host {header[:200]!r} is not allowed"
-            raise Forbidden(
-                f"{shown}. CCM_ALLOWED_HOSTS names the hosts that this service may be called by.", code="HOST_FORBIDDEN"
-            )
+            raise HostForbidden(f"{shown}. CCM_ALLOWED_HOSTS names the hosts that this service may be called by.")
 
     def _check_token(self, request: Request) -> str | None:
         for name in request.args:
@@ -90,10 +88,9 @@ class Guard:
         own = f"{request.scheme}://{request.environ['HTTP_HOST']}".lower()
         own = own.removesuffix(DEFAULT_PORTS[request.scheme])  # a browser leaves it out, and some proxies do not
         if site in FOREIGN_SITES or (origin is not None and origin.lower() != own):
-            raise Forbidden(
+            raise OriginForbidden(
                 "A web page of another origin may not use this service. Serve the page from the same host and port, "
-                "or call the service from that page's own server. Behind a proxy, CCM_TRUSTED_PROXY has to name it.",
-                code="ORIGIN_FORBIDDEN",
+                "or call the service from that page's own server. Behind a proxy, CCM_TRUSTED_PROXY has to name it."
             )
 
     def _check_media_type(self, request: Request) -> None:

@@ -7,12 +7,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from flask import Response, request
+from flask import Response
 
-from ccm.api.http.context import held, service, wait_seconds, wait_until
-from ccm.api.http.pagination import limit, next_link
+from ccm.api.http.context import held, service, wait_until
+from ccm.api.http.pagination import next_link
+from ccm.api.http.query import MessagesQuery
 from ccm.core.lineage import Segment
-from ccm.errors import ValidationError
 
 # A list of so many chunks (core/queries.py) at the most is short.
 SHORT_CHUNKS = 4
@@ -32,30 +32,16 @@ class Extent:
     place: Callable[[Segment], str]
 
 
-def type_filter() -> list[str]:
-    """`?type=`: the types of message to keep; none for all.
-
-    Raises:
-        ValidationError: it is given and empty.
-    """
-    text = request.args.get("type")
-    if text is None:
-        return []
-    types = [name.strip() for name in text.split(",")]
-    if not all(types) or len(types) > 50 or "\0" in text:
-        raise ValidationError("type: must be message types separated by commas.", field="type")
-    return types
-
-
-def message_list(key: str, measure: Callable[[], Extent]) -> Response:
+def message_list(query: MessagesQuery, key: str, measure: Callable[[], Extent]) -> Response:
     """The messages that there are, once there are any or `?wait=` has passed.
 
     Args:
+        query: says which and how many.
         key: the run or the session.
         measure: tells anew what there is to read.
     """
     queries = service().queries
-    types, most, seconds = type_filter(), limit(None), wait_seconds()
+    types, most, seconds = query.type or (), query.limit, query.wait
 
     def look() -> Extent | None:
         extent = measure()

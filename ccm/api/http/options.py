@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-# Linux takes 128 KiB in one argument of a program; some options travel as one.
-ARGUMENT_CHARACTERS = 100_000
+from ccm.models.fields import ARGUMENT_CHARACTERS, no_nul, plain_json
+
 TEXT_CHARACTERS = 1_000_000
 
 # What the service decides itself, and why a client may not.
@@ -81,33 +81,11 @@ OWNED_VARIABLES = frozenset(
 )
 
 
-def no_nul(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("must not contain the character NUL")
-    return text
-
-
 def not_a_flag(text: str) -> str:
     """It becomes an argument of the CLI, and one that begins with a dash would be read as another flag."""
     if text.startswith("-"):
         raise ValueError("must not begin with a dash")
     return no_nul(text)
-
-
-def finite(value: Any) -> Any:
-    """JSON that can be written out again: pydantic reads NaN and Infinity, which JSON does not have."""
-    try:
-        json.dumps(value, allow_nan=False)
-    except ValueError:
-        raise ValueError("must not contain NaN or Infinity") from None
-    return value
-
-
-def plain_json(value: Any) -> Any:
-    """The same, of a bounded length."""
-    if len(json.dumps(finite(value))) > ARGUMENT_CHARACTERS:
-        raise ValueError(f"must be at most {ARGUMENT_CHARACTERS} characters of JSON")
-    return value
 
 
 def _fits_an_argument(items: list[str]) -> list[str]:

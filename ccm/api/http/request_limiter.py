@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from ccm.errors import Unavailable
+from ccm.errors import SlotsTaken
 
 
 class RequestLimiter:
@@ -29,13 +29,10 @@ class RequestLimiter:
         """A place for an answer that goes on after its view. What is returned gives it back, once.
 
         Raises:
-            Unavailable: none is free.
+            SlotsTaken: none is free.
         """
         if not self._places.acquire(blocking=False):
-            raise Unavailable(
-                "All places for requests that are held open are taken (CCM_MAX_HELD). Try again later.",
-                code="SLOTS_TAKEN",
-            )
+            raise SlotsTaken("All places for requests that are held open are taken (CCM_MAX_HELD). Try again later.")
         taken = ExitStack()
         taken.callback(self._places.release)
         return taken.close

@@ -30,7 +30,7 @@ def event_stream(follow: Callable[[Subscription], Iterator[Event]], prefix: Call
         prefix: what stands before the index in the ids of a run's events.
 
     Raises:
-        Unavailable: no place is free.
+        SlotsTaken: no place is free.
     """
     return _answer(lambda subscription: _frames(follow(subscription), prefix))
 
@@ -39,7 +39,7 @@ def feed(after: int) -> Response:
     """What happens to all runs beyond an event, an answer that goes on.
 
     Raises:
-        Unavailable: no place is free.
+        SlotsTaken: no place is free.
     """
     return _answer(lambda subscription: _feed_frames(subscription.events(after), after))
 

@@ -16,13 +16,12 @@ from contextlib import suppress
 from functools import partial
 
 from ccm.core.approvals.transitions import ApprovalTransitions
-from ccm.core.lookup import find_approval
 from ccm.core.storage.notifier import APPROVALS, EVENTS, Notifier
 from ccm.core.storage.writer import Writer
 from ccm.db import approvals
-from ccm.db.driver.database import Transaction
-from ccm.errors import ApprovalResolved, Forbidden, Unavailable, ValidationError
-from ccm.models import ANSWERED, NO_WORKER, TIMED_OUT, WITHDRAWN, Answer, Approval, Question, Run
+from ccm.db.driver.transaction import Transaction
+from ccm.errors import ApprovalResolved, ApprovalsForbidden, Unavailable, ValidationError
+from ccm.models import Answer, Approval, Question, Resolution, Run
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +30,11 @@ POLL_INTERVAL = 1.0
 NOT_STORED = "This could not be asked, because the service could not store the question; so it is denied."
 # What an answer that comes too late is told, by the resolution that it finds.
 ALREADY = {
-    ANSWERED: "was answered at {at}: it is {status!r}, and the first answer counts.",
-    TIMED_OUT: "was denied at {at}: nobody had answered in time.",
-    NO_WORKER: "was denied at {at} without being asked: its `message` says which setting allows more at once.",
-    WITHDRAWN: "expired at {at}: its run ended, or Claude Code took the question back.",
+    Resolution.ANSWERED: "was answered at {at}: it is '{status}', and the first answer counts.",
+    Resolution.TIMED_OUT: "was denied at {at}: nobody had answered in time.",
+    Resolution.NO_WORKER: "was denied at {at} without being asked: its `message` says which setting allows more at "
+    "once.",
+    Resolution.WITHDRAWN: "expired at {at}: its run ended, or Claude Code took the question back.",
 }
 
 
@@ -63,13 +63,12 @@ class Approvals:
     def check_workers(self) -> None:
         """
         Raises:
-            Forbidden: APPROVALS_FORBIDDEN: there is no worker to spare, so each question would be denied.
+            ApprovalsForbidden: there is no worker to spare, so each question would be denied.
         """
         if self._workers == 1:
-            raise Forbidden(
+            raise ApprovalsForbidden(
                 "approvals: a run that waits for one holds its worker, and CCM_MAX_CONCURRENT_RUNS gives this service "
                 "only one; it must be 2 or more.",
-                code="APPROVALS_FORBIDDEN",
                 field="approvals",
             )
 
@@ -122,7 +121,7 @@ class Approvals:
 
     def _time_out(self, approval_id: str, transaction: Transaction) -> Approval:
         self._transitions.time_out(transaction, approval_id)
-        return find_approval(transaction, approval_id)
+        return approvals.get(transaction, approval_id)
 
     async def _store(self, work: Callable[[Transaction], Approval]) -> Approval:
         """Have a change stored, as long as it takes. The loop goes on meanwhile: it may have to take a cancel."""
@@ -138,7 +137,7 @@ class Approvals:
         def work(transaction: Transaction) -> Approval | None:
             if not self._transitions.expire(transaction, approval_id):
                 return None
-            return find_approval(transaction, approval_id)
+            return approvals.get(transaction, approval_id)
 
         try:
             self._writer.submit(work, lambda expired: None if expired is None else self._follow(expired))
@@ -154,7 +153,7 @@ class Approvals:
             decided_by: the name of the client's token.
 
         Raises:
-            NotFound: APPROVAL_NOT_FOUND.
+            ApprovalNotFound: there is no such approval.
             ApprovalResolved: it had one already, or was too late.
             ValidationError: there is nothing to remember.
         """
@@ -162,14 +161,14 @@ class Approvals:
 
         def work(transaction: Transaction) -> Approval:
             nonlocal won
-            approval = find_approval(transaction, approval_id)
-            if approval.pending and answer.remember and not approval.suggestions:
+            approval = approvals.get(transaction, approval_id)
+            if approval.pending and answer.remember and not approval.suggestions.value:
                 raise ValidationError(
                     "remember: Claude Code has suggested nothing that could be remembered for this question; leave it "
                     "out.",
                     field="remember",
                 )
-            if approval.pending and answer.updated_input == {} and approval.input_json != "{}":
+            if approval.pending and answer.updated_input == {} and approval.input.text != "{}":
                 raise ValidationError(
                     "updatedInput: must not be empty, for Claude Code would then use the input that it asked about. To "
                     "allow that, leave updatedInput out.",
@@ -178,7 +177,7 @@ class Approvals:
             resolved = self._transitions.resolve(transaction, approval_id, answer, decided_by)
             # Where it is not known whether the try before was committed, what is found may be this very answer.
             won = resolved or (won and transaction.uncertain)
-            approval = find_approval(transaction, approval_id)
+            approval = approvals.get(transaction, approval_id)
             if not won:
                 raise ApprovalResolved(f"Approval {approval_id} {_already(approval)}", approval.to_json())
             return approval
@@ -219,7 +218,7 @@ class Approvals:
 
 
 def _already(approval: Approval) -> str:
-    return ALREADY[str(approval.resolution)].format(at=approval.resolved_at, status=approval.status)
+    return ALREADY[Resolution(str(approval.resolution))].format(at=approval.resolved_at, status=approval.status)
 
 
 class _Signal:

@@ -9,30 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ccm.core.lookup import find_approval, find_run
 from ccm.core.webhooks.outbox import Outbox
-from ccm.db import approvals
-from ccm.db.driver.database import Transaction
-from ccm.errors import Conflict
-from ccm.models import (
-    ALLOWED,
-    ANSWERED,
-    APPROVAL_REQUESTED,
-    APPROVAL_RESOLVED,
-    DENIED,
-    EXPIRED,
-    NO_WORKER,
-    PENDING,
-    TIMED_OUT,
-    WITHDRAWN,
-    Answer,
-    Approval,
-    Question,
-    Run,
-    storable,
-    timestamp,
-    to_json_text,
-)
+from ccm.db import approvals, runs
+from ccm.db.driver.transaction import Transaction
+from ccm.errors import RunAlreadyEnded
+from ccm.json_text import storable, to_json_text
+from ccm.models import Answer, Approval, ApprovalStatus, EventType, Question, Resolution, Run
+from ccm.timestamps import timestamp
 
 # What the model is told where the client gives no reason.
 UNEXPLAINED = "The user does not allow this."
@@ -59,13 +42,13 @@ class ApprovalTransitions:
             seconds: how long it is to wait.
 
         Raises:
-            Conflict: the run has ended.
+            RunAlreadyEnded: the run has ended.
         """
         if transaction.uncertain and (stored := approvals.find(transaction, approval_id)):
             return stored  # the commit before this try had gone through after all
-        run = find_run(transaction, run_id)
+        run = runs.get(transaction, run_id)
         if run.ended:
-            raise Conflict(f"Run {run.id} has ended.", code="RUN_ALREADY_ENDED")
+            raise RunAlreadyEnded(f"Run {run.id} has ended.")
         now = timestamp()
         row = {
             "id": approval_id,
@@ -81,7 +64,7 @@ class ApprovalTransitions:
             "blockedPath": storable(question.blocked_path),
             "decisionReason": storable(question.decision_reason),
             "agentId": storable(question.agent_id),
-            "status": PENDING,
+            "status": ApprovalStatus.PENDING,
             "resolution": None,
             "updatedInputJson": None,
             "remember": 0,
@@ -95,7 +78,12 @@ class ApprovalTransitions:
         # A run that waits holds its worker: if all did, nothing else would ever run until somebody answers.
         if approvals.count_other_waiting_runs(transaction, run.id) >= self._workers - 1:
             message = _crowded(self._workers)
-            row |= {"status": DENIED, "resolution": NO_WORKER, "message": message, "resolvedAt": now}
+            row |= {
+                "status": ApprovalStatus.DENIED,
+                "resolution": Resolution.NO_WORKER,
+                "message": message,
+                "resolvedAt": now,
+            }
         approvals.insert(transaction, row)
         return self._tell(transaction, approval_id)
 
@@ -111,8 +99,8 @@ class ApprovalTransitions:
             transaction,
             approval_id,
             {
-                "status": ALLOWED if answer.allow else DENIED,
-                "resolution": ANSWERED,
+                "status": ApprovalStatus.ALLOWED if answer.allow else ApprovalStatus.DENIED,
+                "resolution": Resolution.ANSWERED,
                 "updatedInputJson": None if answer.updated_input is None else to_json_text(dict(answer.updated_input)),
                 "remember": int(answer.remember),
                 "message": answer.message or (None if answer.allow else UNEXPLAINED),
@@ -123,11 +111,17 @@ class ApprovalTransitions:
 
     def time_out(self, transaction: Transaction, approval_id: str) -> bool:
         """Nobody has answered in time. False if somebody has."""
-        return self._resolve(transaction, approval_id, {"status": DENIED, "resolution": TIMED_OUT, "message": TOO_LATE})
+        return self._resolve(
+            transaction,
+            approval_id,
+            {"status": ApprovalStatus.DENIED, "resolution": Resolution.TIMED_OUT, "message": TOO_LATE},
+        )
 
     def expire(self, transaction: Transaction, approval_id: str) -> bool:
         """Nobody waits for its answer any more. False if it has had one already."""
-        return self._resolve(transaction, approval_id, {"status": EXPIRED, "resolution": WITHDRAWN})
+        return self._resolve(
+            transaction, approval_id, {"status": ApprovalStatus.EXPIRED, "resolution": Resolution.WITHDRAWN}
+        )
 
     def expire_all(self, transaction: Transaction, run: Run) -> None:
         """A run has ended: nothing of it may stay pending."""
@@ -142,9 +136,9 @@ class ApprovalTransitions:
 
     def _tell(self, transaction: Transaction, approval_id: str) -> Approval:
         """Add the event that tells of an approval's state."""
-        approval = find_approval(transaction, approval_id)
-        kind = APPROVAL_REQUESTED if approval.pending else APPROVAL_RESOLVED
-        self._outbox.enqueue(transaction, kind, find_run(transaction, approval.run_id), approval.to_json())
+        approval = approvals.get(transaction, approval_id)
+        kind = EventType.APPROVAL_REQUESTED if approval.pending else EventType.APPROVAL_RESOLVED
+        self._outbox.enqueue(transaction, kind, runs.get(transaction, approval.run_id), approval.to_json())
         return approval
 
 

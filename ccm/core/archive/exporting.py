@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ccm.core.lookup import find_run, find_session
 from ccm.db import approvals, archive, messages, runs, sessions, transcripts
-from ccm.db.driver.database import Transaction
+from ccm.db.driver.transaction import Transaction
 from ccm.db.transcripts import TranscriptKey
-from ccm.models import Run, Session, timestamp, to_json_text
+from ccm.json_text import to_json_text
+from ccm.models import Run, Session
+from ccm.models.shape import Archive
+from ccm.models.stored import StoredModel
+from ccm.timestamps import timestamp
 
 FORMAT = "cc-manager"
 VERSION = 1
@@ -24,8 +27,6 @@ PIECE_BYTES = 2 * 2**20
 # Approvals at once: each may hold a whole file that was to be written.
 APPROVALS = 20
 BEFORE_ALL = -(2**62)
-# What the API tells of a run at the moment and of what is elsewhere in the line.
-PASSING = ("id", "queuePosition", "pendingApprovals", "permissionDenials")
 
 
 def export(transaction: Transaction, session_id: str | None) -> Iterator[str]:
@@ -35,7 +36,7 @@ def export(transaction: Transaction, session_id: str | None) -> Iterator[str]:
         session_id: a session, or the SDK session of a run of it; it comes with all that it was forked from.
 
     Raises:
-        NotFound: SESSION_NOT_FOUND.
+        SessionNotFound: there is no such session.
     """
     chosen = None if session_id is None else _line_of(transaction, session_id)
     yield _text(
@@ -43,15 +44,15 @@ def export(transaction: Transaction, session_id: str | None) -> Iterator[str]:
         format=FORMAT,
         version=VERSION,
         exportedAt=timestamp(),
-        lastSeq=archive.last_seq(transaction) or 0,
+        lastSeq=runs.next_seq(transaction) - 1,
     )
     session_count = run_count = 0
     for session in _all(transaction) if chosen is None else chosen:
         session_count += 1
-        yield _session(session)
+        yield _text(type="session", **archived(session))
         for run in _runs(transaction, session.id):
             run_count += 1
-            yield _run(transaction, run)
+            yield _text(type="run", **archived(run))
             yield from _messages(transaction, run)
             yield from _approvals(transaction, run)
             yield from _transcripts(transaction, run)
@@ -60,7 +61,7 @@ def export(transaction: Transaction, session_id: str | None) -> Iterator[str]:
 
 def _line_of(transaction: Transaction, session_id: str) -> list[Session]:
     """A session after all those that it was forked from."""
-    session: Session | None = find_session(transaction, session_id)
+    session: Session | None = sessions.get(transaction, session_id)
     line: list[Session] = []
     while session is not None:
         line.insert(0, session)
@@ -73,38 +74,26 @@ def _all(transaction: Transaction) -> Iterator[Session]:
     after = BEFORE_ALL
     while found := archive.sessions_beyond(transaction, after, PAGE):
         for _, session_id in found:
-            yield find_session(transaction, session_id)
+            yield sessions.get(transaction, session_id)
         after = found[-1][0]
 
 
 def _runs(transaction: Transaction, session_id: str) -> Iterator[Run]:
     for link in runs.links(transaction, session_id):
-        yield find_run(transaction, link.id)
+        yield runs.get(transaction, link.id)
 
 
 def _text(**fields: Any) -> str:
     return to_json_text(fields) + "\n"
 
 
-def _session(session: Session) -> str:
-    shown = session.to_json()
-    del shown["status"]
-    return _text(type="session", **shown)
-
-
-def _run(transaction: Transaction, run: Run) -> str:
-    shown = {name: value for name, value in run.to_json().items() if name not in PASSING}
-    key, digest = archive.request_key(transaction, run.id)
-    return _text(
-        type="run",
-        **shown,
-        seq=run.seq,
-        forkAtMessage=run.fork_at_message,
-        forkAtIndex=run.fork_at_index,
-        hasTranscript=bool(run.has_transcript),
-        idempotencyKey=key,
-        requestDigest=digest,
-    )
+def archived(resource: StoredModel) -> dict[str, Any]:
+    """What a line says of a resource: what the API shows, and the columns behind it that an import needs."""
+    shown = resource.to_json()
+    taking_part = [field for field in resource.shape.fields if field.archive is not Archive.LEFT_OUT]
+    told = {field.shown: shown[field.shown] for field in taking_part if field.shown is not None}
+    behind = {field.column: getattr(resource, field.name) for field in taking_part if field.shown is None}
+    return {str(name): value for name, value in (told | behind).items()}
 
 
 def _messages(transaction: Transaction, run: Run) -> Iterator[str]:
@@ -124,17 +113,12 @@ def _approvals(transaction: Transaction, run: Run) -> Iterator[str]:
     after = None
     while found := approvals.page(transaction, {"runId": run.id}, limit=APPROVALS, after=after):
         for approval in found:
-            shown = approval.to_json()
-            # They say once more what `approvalId`, the run, `status` and `resolution` say.
-            for name in ("id", "sessionId", "decision"):
-                del shown[name]
-            yield _text(type="approval", **shown)
+            yield _text(type="approval", **archived(approval))
         after = found[-1].seq
 
 
 def _transcripts(transaction: Transaction, run: Run) -> Iterator[str]:
-    for key in transcripts.of_session(transaction, run.sdk_session_id):
-        updated_at_ms = transcripts.updated_at_ms(transaction, key)
+    for key, updated_at_ms in transcripts.of_session(transaction, run.sdk_session_id).items():
 
         def sizes(after: int, key: TranscriptKey = key) -> list[tuple[int, int]]:
             return transcripts.sizes(transaction, key, after, PIECE_ITEMS)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Container, Mapping
+from typing import Any, get_origin
 
 from ccm.core.archive.records import SourceError
-from ccm.models import RUN_ID, storable, to_json_text
+from ccm.json_text import storable, to_json_text
+from ccm.models.fields import RUN_ID
+from ccm.models.shape import Archive, Mark, StoredField
+from ccm.models.stored import StoredModel
 
 # It leaves room for what is added to it, in databases that count to 2^63.
 HIGHEST = 2**60
@@ -35,17 +38,11 @@ class Line:
             raise self.error(f"{name} must be a text that can be stored.")
         return value
 
-    def text_or_none(self, name: str) -> str | None:
-        return None if self.raw(name) is None else self.text(name)
-
     def id(self, name: str) -> str:
         value = self.text(name)
         if not RUN_ID.fullmatch(value):
             raise self.error(f"{name} must be an id of letters, digits, '-', '_' and '.'; it is {value[:100]!r}.")
         return value
-
-    def id_or_none(self, name: str) -> str | None:
-        return None if self.raw(name) is None else self.id(name)
 
     def integer(self, name: str) -> int:
         value = self.raw(name)
@@ -59,14 +56,11 @@ class Line:
             raise self.error(f"{name} must not be negative.")
         return value
 
-    def count_or_none(self, name: str) -> int | None:
-        return None if self.raw(name) is None else self.count(name)
-
-    def number_or_none(self, name: str) -> float | None:
+    def amount(self, name: str) -> float:
         value = self.raw(name)
-        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
+        if not isinstance(value, int | float) or isinstance(value, bool):
             raise self.error(f"{name} must be a number or null.")
-        return None if value is None else float(value)
+        return float(value)
 
     def flag(self, name: str) -> bool:
         value = self.raw(name)
@@ -86,8 +80,47 @@ class Line:
             raise self.error(f"{name} must be an object.")
         return value
 
+    def mappings(self, name: str) -> list[dict[str, Any]]:
+        value = self.raw(name)
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            raise self.error(f"{name} must be an array of objects.")
+        return value
+
     def json(self, value: object) -> str:
         try:
             return to_json_text(value)
         except (ValueError, RecursionError):
             raise self.error("it holds a value that cannot be stored.") from None
+
+
+def columns(line: Line, model: type[StoredModel], without: Container[str] = ()) -> dict[str, Any]:
+    """The columns of a model that an import reads, as the database takes them.
+
+    Args:
+        without: columns to leave out.
+    """
+    fields = [field for field in model.shape.fields if field.column and field.archive is Archive.BOTH]
+    return {str(field.column): _column(line, field) for field in fields if field.column not in without}
+
+
+def _column(line: Line, field: StoredField) -> Any:
+    name, kind = str(field.shown or field.column), field.kind
+    # What has a default is not in older exports.
+    if line.raw(name) is None and (kind.nullable or field.default is not None):
+        return kind.written(field.default)
+    if kind.is_json:
+        holds_list = get_origin(kind.held) is list
+        return line.json(line.mappings(name) if holds_list else line.mapping(name))
+    if kind.choices is not None:
+        return line.one_of(name, tuple(kind.choices))
+    if Mark.ID in kind.notes:
+        return line.id(name)
+    if Mark.COUNT in kind.notes:
+        return line.count(name)
+    readers: dict[Any, Callable[[str], Any]] = {
+        str: line.text,
+        int: line.integer,
+        float: line.amount,
+        bool: line.flag,
+    }
+    return kind.written(readers[kind.type](name))

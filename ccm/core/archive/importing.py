@@ -16,15 +16,16 @@ from ccm.core.archive.records import (
     SourceError,
 )
 from ccm.db import approvals, archive, messages, runs, sessions, transcripts
-from ccm.db.driver.database import Database, Transaction
+from ccm.db.driver.database import Database
+from ccm.db.driver.transaction import Transaction
 from ccm.db.transcripts import TranscriptKey
-from ccm.models import ERROR, EXPIRED, FORK, PENDING, RESUME, RUNNING, WITHDRAWN, Message, Run
+from ccm.models import ApprovalStatus, Message, Resolution, Run, RunMode, RunStatus
 
 BATCH_ITEMS = 1_000
 BATCH_BYTES = 8 * 2**20
 ENTRIES_AT_ONCE = 500
 INTERRUPTED = {
-    **runs.interrupted(),
+    **runs.INTERRUPTED,
     "errorMessage": "This run had not ended when its history was taken over. It was not run again; resume or fork its "
     "session to go on.",
 }
@@ -99,7 +100,7 @@ class Importer:
         """
         if there is not None:
             return there.seq - seq
-        first = archive.first_seq(transaction)
+        first = archive.find_first_seq(transaction)
         return 0 if first is None else first - 1 - last_seq
 
     def _count(self, incoming: _Incoming) -> None:
@@ -130,7 +131,7 @@ class _Incoming:
         self._batch: list[Message] = []
         self._batch_bytes = 0
         self._last_at: str | None = None
-        self.interrupted = self._row["status"] == RUNNING
+        self.interrupted = self._row["status"] == RunStatus.RUNNING
         self.opened_session = False
         self.message_count = 0
         self.transcripts: dict[tuple[str, str], tuple[int, int]] = {}
@@ -151,7 +152,7 @@ class _Incoming:
         row["seq"] = self._place()
         if self.interrupted:
             row |= INTERRUPTED
-        archive.insert_run(self._transaction, row | {"messageCount": 0})
+        runs.insert(self._transaction, row | {"messageCount": 0}, None)
         for part in self._run.parts:
             if isinstance(part, ArchivedMessage):
                 self._take_message(part)
@@ -173,7 +174,7 @@ class _Incoming:
         if self._parent is None:
             raise self._error(f"its parent run {parent} is neither before it nor here already")
         session_of_parent = self._parent.session_id
-        if row["mode"] != RESUME:
+        if row["mode"] != RunMode.RESUME:
             if session["parentSessionId"] is None:
                 return session
             # Not always the one that it was forked from there: the parent may have become a fork here.
@@ -185,7 +186,7 @@ class _Incoming:
                 f"Run {row['id']} continues run {parent}, which session {session_of_parent} has continued otherwise "
                 "here: it becomes a fork."
             )
-            row |= {"mode": FORK, "sessionId": row["sdkSessionId"], "parentSessionId": session_of_parent}
+            row |= {"mode": RunMode.FORK, "sessionId": row["sdkSessionId"], "parentSessionId": session_of_parent}
             own = {"id": row["sessionId"], "parentSessionId": session_of_parent, "forkedFromRunId": parent}
             return {**session, **own}
         return session
@@ -203,10 +204,10 @@ class _Incoming:
                 f"it gets {spare} and no transcript."
             )
             row |= {"sdkSessionId": spare, "hasTranscript": 0}
-            if row["mode"] != RESUME:
+            if row["mode"] != RunMode.RESUME:
                 row["sessionId"] = self._session["id"] = spare
         key = row.get("idempotencyKey")
-        if key is not None and runs.find_by_idempotency_key(self._transaction, key) is not None:
+        if key is not None and archive.has_idempotency_key(self._transaction, key):
             self.notes.append(f"Run {row['id']} leaves its idempotency key behind: another run has it here.")
             row |= {"idempotencyKey": None, "requestDigest": None}
 
@@ -218,7 +219,7 @@ class _Incoming:
         if parent is not None and sessions.find(self._transaction, parent) is None:
             raise self._error(f"its session was forked from session {parent}, which is neither before it nor here")
         at = {"firstRunAt": row["createdAt"], "lastRunAt": row["createdAt"], "lastRunSeq": 0}
-        archive.insert_session(self._transaction, {**session, **at})
+        sessions.insert(self._transaction, {**session, **at, "runCount": 0})
         self.opened_session = True
 
     def _check_line(self) -> None:
@@ -236,10 +237,10 @@ class _Incoming:
         """Its place in the order of all runs: after its parent and what its session has; else at the very end."""
         row = self._row
         wanted = int(row["seq"]) + self._offset
-        before = [archive.last_seq_of_session(self._transaction, row["sessionId"])]
+        before = [archive.find_last_seq_of_session(self._transaction, row["sessionId"])]
         if self._parent is not None:
             before.append(self._parent.seq)
-        if archive.run_at(self._transaction, wanted) is not None or any(
+        if archive.find_run_at(self._transaction, wanted) is not None or any(
             seq is not None and seq >= wanted for seq in before
         ):
             return runs.next_seq(self._transaction)
@@ -270,9 +271,13 @@ class _Incoming:
         row = {**part.row, "runId": self._row["id"], "sessionId": self._row["sessionId"]}
         if approvals.find(self._transaction, row["id"]) is not None:
             raise self._error(f"its approval {row['id']} is here already, of another run")
-        if row["status"] == PENDING:
+        if row["status"] == ApprovalStatus.PENDING:
             # Its run is not going on here, and nobody waits for the answer.
-            row |= {"status": EXPIRED, "resolution": WITHDRAWN, "resolvedAt": row["createdAt"]}
+            row |= {
+                "status": ApprovalStatus.EXPIRED,
+                "resolution": Resolution.WITHDRAWN,
+                "resolvedAt": row["createdAt"],
+            }
         approvals.insert(self._transaction, row)
 
     def _take_entries(self, part: ArchivedEntries) -> None:
@@ -303,15 +308,9 @@ class _Incoming:
         names = ("endedAt", "hasTranscript", "transcriptStored")
         values = {name: row[name] for name in names} | {"messageCount": self.message_count}
         archive.complete_run(self._transaction, row["id"], values)
-        archive.count_run_in(
-            self._transaction,
-            row["sessionId"],
-            seq=row["seq"],
-            at=row["createdAt"],
-            messages=self.message_count,
-            cost_usd=row["costUsd"] or 0.0,
-            head=row["id"] if row["hasTranscript"] else None,
-        )
+        sessions.run_added(self._transaction, row["sessionId"], row["seq"], row["createdAt"])
+        head = row["id"] if row["hasTranscript"] else None
+        sessions.run_ended(self._transaction, row["sessionId"], self.message_count, row["costUsd"] or 0.0, head)
         self.resumable = bool(row["hasTranscript"] and (row["transcriptStored"] or local))
         if self.interrupted:
-            self.notes.append(f"Run {row['id']} had not ended: it is {ERROR} / INTERRUPTED now.")
+            self.notes.append(f"Run {row['id']} had not ended: it is {RunStatus.ERROR} / INTERRUPTED now.")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from ccm.core.archive.exporting import FORMAT, VERSION
-from ccm.core.archive.fields import Line
+from ccm.core.archive.fields import Line, columns
 from ccm.core.archive.records import (
     NOT_FOR_RUNS,
     UUID,
@@ -18,7 +18,8 @@ from ccm.core.archive.records import (
     SourceError,
 )
 from ccm.db.transcripts import Entry
-from ccm.models import APPROVAL_STATUSES, MODES, PENDING, RESOLUTIONS, STATUSES, storable
+from ccm.json_text import storable
+from ccm.models import Approval, ApprovalStatus, Resolution, Run, RunStatus, Session
 
 # No message is larger than CCM_MAX_MESSAGE_BYTES may be, and no piece of a transcript much.
 LINE_BYTES = 2**30
@@ -90,7 +91,7 @@ class LineSource:
             elif line.type == "run" and session is not None:
                 run = _Run(line, session)
                 parts = run.parts(self._next)
-                yield ArchivedRun(_session(session), run.row(), parts)
+                yield ArchivedRun(columns(session, Session), run.row(), parts)
                 for _ in parts:
                     pass  # not wanted, and still to be got past
                 run_count += 1
@@ -106,17 +107,6 @@ class LineSource:
             raise SourceError(f"Line {self._number}: there must be nothing after the line of type 'end'.")
 
 
-def _session(line: Line) -> dict[str, Any]:
-    return {
-        "id": line.id("sessionId"),
-        "parentSessionId": line.id_or_none("parentSessionId"),
-        "forkedFromRunId": line.id_or_none("forkedFromRunId"),
-        "cwd": line.text("cwd"),
-        "title": line.text_or_none("title"),
-        "metadataJson": line.json(line.mapping("metadata")),
-    }
-
-
 class _Run:
     """A run's own line, and the lines that belong to it. `next` is the one after them, once they are read."""
 
@@ -125,7 +115,7 @@ class _Run:
         self._session_id = session.id("sessionId")
         self._sdk_session_id = line.id("sdkSessionId")
         self._message_count = line.count("messageCount")
-        self._status = line.one_of("status", STATUSES)
+        self._status = line.one_of("status", tuple(RunStatus))
         self.next = line
 
     def row(self) -> dict[str, Any]:
@@ -139,43 +129,11 @@ class _Run:
             raise line.error("sdkSessionId must be a UUID in lower case where there is a transcript.")
         error = {} if line.raw("error") is None else line.mapping("error")
         told = Line(line.number, error)
-        result = line.raw("result")
         return {
+            **columns(line, Run),
             "id": line.id("runId"),
-            "seq": line.integer("seq"),
-            "cwd": line.text("cwd"),
-            "sessionId": self._session_id,
-            "sdkSessionId": self._sdk_session_id,
-            "parentSessionId": line.id_or_none("parentSessionId"),
-            "parentRunId": line.id_or_none("parentRunId"),
-            "mode": line.one_of("mode", MODES),
-            "status": self._status,
-            "prompt": line.text("prompt"),
-            "optionsJson": line.json(line.mapping("options")),
-            "imageCount": line.count("imageCount"),
-            "timeoutMs": line.count_or_none("timeoutMs"),
-            # Older exports have none of these three.
-            "approvals": int(line.raw("approvals") is not None and line.flag("approvals")),
-            "approvalTimeoutMs": line.count_or_none("approvalTimeoutMs"),
-            "webhookUrl": line.text_or_none("webhookUrl"),
-            "forkAtMessage": line.id_or_none("forkAtMessage"),
-            "forkAtIndex": line.count_or_none("forkAtIndex"),
-            "resultType": line.text_or_none("resultType"),
-            "resultJson": None if result is None else line.json(line.mapping("result")),
             "errorCode": told.text("code") if error else None,
-            "errorMessage": told.text_or_none("message"),
-            "costUsd": line.number_or_none("costUsd"),
-            # A run that was going on may have said more since its line was written.
-            "messageCount": self._message_count,
-            "hasTranscript": int(line.flag("hasTranscript")),
-            "transcriptStored": int(line.flag("transcriptStored")),
-            "durationMs": line.count_or_none("durationMs"),
-            "createdBy": line.text_or_none("createdBy"),
-            "createdAt": line.text("createdAt"),
-            "startedAt": line.text_or_none("startedAt"),
-            "endedAt": line.text_or_none("endedAt"),
-            "idempotencyKey": line.text_or_none("idempotencyKey"),
-            "requestDigest": line.text_or_none("requestDigest"),
+            "errorMessage": None if told.raw("message") is None else told.text("message"),
         }
 
     def parts(self, read: Callable[[], Line]) -> Iterator[ArchivedMessage | ArchivedApproval | ArchivedEntries]:
@@ -206,38 +164,15 @@ class _Run:
     def _approval(self, line: Line) -> ArchivedApproval:
         if line.text("runId") != self._line.text("runId"):
             raise line.error(f"an approval of run {self._line.text('runId')} should stand here.")
-        suggestions = line.raw("suggestions")
-        if not isinstance(suggestions, list) or not all(isinstance(one, dict) for one in suggestions):
-            raise line.error("suggestions must be an array of objects.")
-        status = line.one_of("status", APPROVAL_STATUSES)
-        changed = line.raw("updatedInput")
-        texts = ("toolUseId", "title", "displayName", "description", "blockedPath", "decisionReason", "agentId")
-        return ArchivedApproval(
-            {
-                "id": line.id("approvalId"),
-                "toolName": line.text("toolName"),
-                "inputJson": line.json(line.mapping("input")),
-                "suggestionsJson": line.json(suggestions),
-                **{name: line.text_or_none(name) for name in texts},
-                "status": status,
-                "resolution": None if status == PENDING else line.one_of("resolution", RESOLUTIONS),
-                "updatedInputJson": None if changed is None else line.json(line.mapping("updatedInput")),
-                "remember": int(line.flag("remember")),
-                "message": line.text_or_none("message"),
-                "interrupt": int(line.flag("interrupt")),
-                "decidedBy": line.text_or_none("decidedBy"),
-                "createdAt": line.text("createdAt"),
-                "expiresAt": line.text("expiresAt"),
-                "resolvedAt": line.text_or_none("resolvedAt"),
-            }
-        )
+        row = columns(line, Approval, without=("resolution",))
+        pending = row["status"] == ApprovalStatus.PENDING
+        resolution = None if pending else line.one_of("resolution", tuple(Resolution))
+        return ArchivedApproval({**row, "id": line.id("approvalId"), "resolution": resolution})
 
     def _entries(self, line: Line) -> ArchivedEntries:
         if line.text("sdkSessionId") != self._sdk_session_id or not UUID.fullmatch(self._sdk_session_id):
             raise line.error("sdkSessionId must be that of the run before it, and a UUID in lower case.")
-        entries = line.raw("entries")
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise line.error("entries must be an array of objects.")
+        entries = line.mappings("entries")
         project_key, subpath = line.text("projectKey"), line.text("subpath")
         # They become names of files below Claude Code's own directory.
         if not _is_inside(project_key) or "/" in project_key or (subpath and not _is_inside(subpath)):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ccm.core.archive.records import UUID
-from ccm.core.claude.sdk import config_directory, find_transcript
+from ccm.core.claude.locations import config_directory, find_transcript
 from ccm.errors import CommandRefused
 
 # What stands in the directory of a project: a transcript, one that the service has set aside for it lacked something,

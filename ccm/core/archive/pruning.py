@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from ccm.core.archive.local_files import LocalFiles, count, remove
-from ccm.core.lookup import find_session
-from ccm.db import trees
-from ccm.db.driver.database import Database, Transaction
+from ccm.db import sessions, trees
+from ccm.db.driver.database import Database
+from ccm.db.driver.transaction import Transaction
 from ccm.db.trees import Tree
 from ccm.errors import CommandRefused
+from ccm.timestamps import timestamp
 
 PAGE = 100
 BEFORE_ALL = -(2**62)
@@ -32,11 +32,11 @@ def tree_of(transaction: Transaction, session_id: str, files: LocalFiles) -> Can
     """The tree that a session is in.
 
     Raises:
-        NotFound: SESSION_NOT_FOUND.
+        SessionNotFound: there is no such session.
         CommandRefused: a run of it has not ended.
     """
-    session = find_session(transaction, session_id)
-    candidate = _candidate(transaction, trees.root_of(transaction, session.id), files)
+    session = sessions.get(transaction, session_id)
+    candidate = _candidate(transaction, trees.get_root(transaction, session.id), files)
     if candidate.tree.unfinished:
         raise CommandRefused(f"Nothing was deleted: {unfinished(candidate.tree)}")
     return candidate
@@ -50,14 +50,14 @@ def unfinished(tree: Tree) -> str:
     )
 
 
-def trees_older_than(database: Database, age: timedelta, files: LocalFiles) -> Iterator[Candidate]:
-    """The trees whose latest activity was so long ago; those with runs that have not ended among them."""
-    cutoff = (datetime.now(UTC) - age).replace(tzinfo=None).isoformat(timespec="milliseconds") + "Z"
+def trees_older_than(database: Database, age: int, files: LocalFiles) -> Iterator[Candidate]:
+    """The trees whose latest activity was so many seconds ago; those with runs that have not ended among them."""
+    cutoff = timestamp(-age)
     after = BEFORE_ALL
     while True:
         with database.transaction() as transaction:
             found = trees.roots(transaction, after, PAGE)
-            old = [root for root, _ in found if trees.last_run_at(transaction, root) < cutoff]
+            old = [root for root, _ in found if trees.get_last_run_at(transaction, root) < cutoff]
         if not found:
             return
         after = found[-1][1]

@@ -8,12 +8,10 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from ccm.core.archive.bun import BunSource
+from ccm.core.archive.bun.source import BunSource
 from ccm.core.archive.lines import LineSource
 from ccm.core.archive.records import Source, SourceError
-from ccm.db.bun import BunDatabase, is_sqlite
-
-HEAD_BYTES = 16
+from ccm.db.driver.sqlite_file import MAGIC
 
 
 @contextmanager
@@ -31,12 +29,12 @@ def open_source(path: str, has_transcript: Callable[[str, str], bool], tell: Cal
         yield LineSource(sys.stdin.buffer, "The standard input")
         return
     with _open(path) as file:
-        if not is_sqlite(file.read(HEAD_BYTES)):
+        if file.read(len(MAGIC)) != MAGIC:
             file.seek(0)
             yield LineSource(file, path)
             return
-    with closing(BunDatabase(Path(path))) as database:
-        yield BunSource(database, has_transcript, tell)
+    with closing(BunSource(Path(path), has_transcript, tell)) as source:
+        yield source
 
 
 def _open(path: str) -> BinaryIO:

@@ -1,1 +1,1 @@
-"""One Claude Code process: its options, its input, its messages and its end."""
+"""One Claude Code process: where its program and its files are, how it is started, fed, read and ended."""

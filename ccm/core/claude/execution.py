@@ -16,17 +16,18 @@ from typing import Any
 import sniffio
 
 from ccm.core.claude import termination
-from ccm.core.claude.input_queue import REPLAY_BYTES, FollowUp, InputQueue
-from ccm.core.claude.options import UnusableOptionsError
-from ccm.core.claude.outcome import LOGIN_ADVICE, Progress, cost
+from ccm.core.claude.input_queue import REPLAY_BYTES, FollowUp, InputQueue, being_started
+from ccm.core.claude.options import UnusableOptionsError, sdk_options
+from ccm.core.claude.outcome import LOGIN_ADVICE, Outcome, Progress, cost
 from ccm.core.claude.processes import end_marked
 from ccm.core.claude.run_clock import RunClock
-from ccm.core.claude.run_context import Ask, CLIConfig, Mirror, RunContext, sdk_options
+from ccm.core.claude.run_context import Ask, CLIConfig, Mirror, RunContext
 from ccm.core.claude.run_directory import run_directory, said_on_stderr
 from ccm.core.claude.run_events import RunEvents
 from ccm.core.claude.sdk import Client, explain
-from ccm.errors import Conflict, TooLarge, Unavailable
-from ccm.models import CANCELLED, ERROR, Answer, Outcome, Question, to_json_text
+from ccm.errors import NotTakenIn, RunEnding, TooLarge
+from ccm.json_text import to_json_text
+from ccm.models import Answer, Question, RunStatus
 
 log = logging.getLogger(__name__)
 
@@ -108,11 +109,11 @@ class Execution:
 
     def cancel(self) -> None:
         """Stop the run; it ends as `cancelled` unless it is over before."""
-        self.stop(Outcome(CANCELLED))
+        self.stop(Outcome(RunStatus.CANCELLED))
 
     def fail(self, code: str, message: str) -> None:
         """Stop the run; it ends as `error` unless it is over before."""
-        self.stop(Outcome(ERROR, code, message))
+        self.stop(Outcome(RunStatus.ERROR, code, message))
 
     def send(self, follow_up: FollowUp) -> None:
         """Send a user's message to Claude Code. `follow_up.taken_in` tells whether it was accepted."""
@@ -122,8 +123,7 @@ class Execution:
             elif self._events.over.is_set() or self._events.stream_ended.is_set():
                 follow_up.refuse(_ending())
             else:
-                about = "The run is just being started; send the message again in a moment."
-                follow_up.refuse(Conflict(about, code="RUN_NOT_STARTED"))
+                follow_up.refuse(being_started())
 
     def stop(self, reason: Outcome) -> None:
         """Stop the run; it ends with `reason` unless it is over before. The first reason counts."""
@@ -187,9 +187,11 @@ class Execution:
     async def _run_claude(self) -> Outcome:
         missing = self._cli_config.missing()
         if missing is not None:
-            return Outcome(ERROR, "CLI_NOT_FOUND", missing)
+            return Outcome(RunStatus.ERROR, "CLI_NOT_FOUND", missing)
         if not Path(self._context.cwd).is_dir():
-            return Outcome(ERROR, "CWD_NOT_FOUND", f"The directory {self._context.cwd} is not there any more.")
+            return Outcome(
+                RunStatus.ERROR, "CWD_NOT_FOUND", f"The directory {self._context.cwd} is not there any more."
+            )
         with ExitStack() as stack:
             try:
                 directory = stack.enter_context(run_directory(self._context.run_id))
@@ -197,10 +199,10 @@ class Execution:
                     self._context, self._cli_config, self._environ, directory, self._mirror, ask=self._ask
                 )
             except UnusableOptionsError as unusable:
-                return Outcome(ERROR, "OPTIONS_UNUSABLE", str(unusable))
+                return Outcome(RunStatus.ERROR, "OPTIONS_UNUSABLE", str(unusable))
             except OSError as error:
                 log.error("run %s: its directory cannot be written: %s", self._context.run_id, error)  # noqa: TRY400
-                return Outcome(ERROR, "TMPDIR_NOT_WRITABLE", TMPDIR_ADVICE.format(error.strerror))
+                return Outcome(RunStatus.ERROR, "TMPDIR_NOT_WRITABLE", TMPDIR_ADVICE.format(error.strerror))
             raised = await self._converse(Client(options))
             self._stderr = said_on_stderr(directory)
         return self._outcome(raised)
@@ -265,7 +267,7 @@ class Execution:
         """Stop the run after a fault in one of its tasks. For the run's own loop."""
         log.error("run %s failed because of a fault", self._context.run_id, exc_info=error)
         if self._reason is None:
-            self._reason = Outcome(ERROR, "EXECUTION_ERROR", f"{type(error).__name__}: {error}")
+            self._reason = Outcome(RunStatus.ERROR, "EXECUTION_ERROR", f"{type(error).__name__}: {error}")
         self._events.stop.set()
 
     async def _keep_time(self) -> None:
@@ -290,7 +292,7 @@ class Execution:
         except Exception:
             log.exception("run %s: a message could not be taken on", self._context.run_id)
             told = "The message could not be taken on, because of a fault; the service's log says more. Try again."
-            follow_up.refuse(Unavailable(told, code="NOT_TAKEN_IN"))
+            follow_up.refuse(NotTakenIn(told))
 
     def _take_on(self, follow_up: FollowUp) -> None:
         """Queue a message for Claude Code, or refuse it.
@@ -408,11 +410,11 @@ class Execution:
         code, message = explain(error, self._stderr, self._cli_config.max_message_bytes)
         if code == "EXECUTION_ERROR":
             log.error("run %s: %r", self._context.run_id, error, exc_info=error)
-        return Outcome(ERROR, code, message)
+        return Outcome(RunStatus.ERROR, code, message)
 
 
-def _ending() -> Conflict:
-    return Conflict("The run is ending and takes no more messages. Resume its session instead.", code="RUN_ENDING")
+def _ending() -> RunEnding:
+    return RunEnding("The run is ending and takes no more messages. Resume its session instead.")
 
 
 async def _awaited(answer: Awaitable[Answer]) -> Answer:

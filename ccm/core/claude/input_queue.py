@@ -15,8 +15,8 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any
 
-from ccm.errors import CCMError, Conflict
-from ccm.models import to_json_text
+from ccm.errors import CCMError, RunEnding, RunNotStarted
+from ccm.json_text import to_json_text
 
 COMPLETED = "completed"
 # The states of a message that is in the queue, or in a turn; every other one is its last.
@@ -138,10 +138,14 @@ class InputQueue:
             known.replayed = True
         elif state not in TAKEN_IN:
             known.end = str(state)
-            known.refuse(Conflict(f"Claude Code has not taken the message in: it is {state!r}.", code="RUN_ENDING"))
+            known.refuse(RunEnding(f"Claude Code has not taken the message in: it is {state!r}."))
         return True
 
     def refuse(self, error: CCMError) -> None:
         """The run is over: what it has not taken in it never will."""
         for follow_up in self._known.values():
             follow_up.refuse(error)
+
+
+def being_started() -> RunNotStarted:
+    return RunNotStarted("The run is just being started; send the message again in a moment.")

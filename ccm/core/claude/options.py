@@ -1,4 +1,4 @@
-"""From a client's options, under their TypeScript names, to the keyword arguments of the SDK's `ClaudeAgentOptions`.
+"""From a client's options, under their TypeScript names, to the SDK's `ClaudeAgentOptions`.
 
 The options have been judged before (api/http/options.py); here they are only carried over. What may be long or secret
 goes to Claude Code in private files: an argument is readable to every user of the host, and Linux allows it 128 KiB.
@@ -10,6 +10,11 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from ccm.core.claude.processes import LAUNCH_SCRIPT, launch_environment
+from ccm.core.claude.run_context import Ask, CLIConfig, Mirror, RunContext
+from ccm.core.claude.run_directory import STDERR_FILE
+from ccm.core.claude.sdk import AgentDefinition, ClaudeAgentOptions, permission_callback
 
 CLAUDE_CODE_PROMPT = {"type": "preset", "preset": "claude_code"}
 
@@ -139,3 +144,56 @@ def _system_prompt(prompt: Any, arguments: dict[str, Any], directory: Path) -> N
         if "append" in prompt:
             path = private_file(directory, "append-system-prompt.txt", prompt["append"])
             arguments["extra_args"]["append-system-prompt-file"] = path
+
+
+def sdk_options(
+    context: RunContext,
+    claude: CLIConfig,
+    environ: Mapping[str, str],
+    directory: Path,
+    mirror: Mirror | None,
+    *,
+    ask: Ask | None = None,
+) -> ClaudeAgentOptions:
+    """The SDK's options of a run.
+
+    Args:
+        environ: what its agent inherits.
+        directory: the run's own.
+        ask: gets Claude Code's questions answered; it is not to ask if left out.
+
+    Raises:
+        UnusableOptionsError: what its request names cannot be used; the message says why.
+    """
+    arguments = sdk_arguments(
+        claude.ceilings.lower(context.options),
+        # Who wants to be asked wants to be asked about edits too.
+        permission_mode=claude.permission_mode if ask is None else "default",
+        setting_sources=claude.setting_sources,
+        directory=directory,
+        agent=AgentDefinition,
+    )
+    # A run's messages are to read as the whole conversation, the user's side too.
+    arguments["extra_args"]["replay-user-messages"] = None
+    inherited = {name: value for name, value in environ.items() if name not in arguments["env"]}
+    arguments["env"] |= {
+        **launch_environment(claude.cli_path, context.run_id, inherited, directory / STDERR_FILE, claude.open_files),
+        # Tells when a run is over: the first result is not the end while agents work in the background.
+        "CLAUDE_CODE_EMIT_SESSION_STATE_EVENTS": "1",
+        # Claude Code leaves folders in it.
+        "CLAUDE_CODE_TMPDIR": str(directory),
+    }
+    return ClaudeAgentOptions(
+        cwd=context.cwd,
+        cli_path=LAUNCH_SCRIPT,
+        session_id=context.sdk_session_id,
+        resume=context.resume,
+        fork_session=context.resume is not None,
+        resume_session_at=context.resume_at,
+        max_buffer_size=claude.max_message_bytes,
+        session_store=mirror,  # type: ignore[arg-type]  # the SDK wants no more of it, for a store of its own
+        # As it grows: what is kept until the turn's end is lost with a service that is killed.
+        session_store_flush="eager",
+        can_use_tool=None if ask is None else permission_callback(ask),
+        **arguments,
+    )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from ccm.models import COMPLETED, ERROR, MONEY_DIGITS, Answer, Outcome
+from ccm.models import Answer, RunStatus
+from ccm.models.fields import MONEY_DIGITS
 
 RESULT_ERRORS = {
     "error_max_turns": "MAX_TURNS_REACHED",
@@ -19,6 +21,18 @@ LOGIN_ADVICE = (
     "Claude Code has no login that is accepted. Log in again: run `claude` and /login as the service's user, or set "
     "ANTHROPIC_API_KEY for the service."
 )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    status: RunStatus
+    error_code: str | None = None
+    error_message: str | None = None
+    result: Mapping[str, Any] | None = None
+    cost_usd: float | None = None
+    duration_ms: int | None = None
 
 
 class Progress:
@@ -92,13 +106,17 @@ class Progress:
             return reason
         result = self.results[-1]
         if not result.get("is_error"):
-            return Outcome(COMPLETED)
+            return Outcome(RunStatus.COMPLETED)
         if reason is not None:
             return reason
         if self._denied is not None:
-            return Outcome(ERROR, "APPROVAL_DENIED", f"An approval was denied with interrupt: {self._denied.message}")
+            return Outcome(
+                RunStatus.ERROR, "APPROVAL_DENIED", f"An approval was denied with interrupt: {self._denied.message}"
+            )
         code, text = error_code(result, self._api_error), error_text(result)
-        return Outcome(ERROR, code, _sentences(text, LOGIN_ADVICE) if code == "AUTHENTICATION_FAILED" else text)
+        return Outcome(
+            RunStatus.ERROR, code, _sentences(text, LOGIN_ADVICE) if code == "AUTHENTICATION_FAILED" else text
+        )
 
 
 def _sentences(text: str, advice: str) -> str:

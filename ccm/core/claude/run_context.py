@@ -1,4 +1,4 @@
-"""What one run is made from: the assignment, the Claude Code that is to do it, and the SDK's options for the two."""
+"""What one run is made from: the assignment, and the Claude Code that is to do it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ccm.core.claude.options import sdk_arguments
-from ccm.core.claude.processes import LAUNCH_SCRIPT, launch_environment
-from ccm.core.claude.run_directory import STDERR_FILE
-from ccm.core.claude.sdk import AgentDefinition, ClaudeAgentOptions, permission_callback
 from ccm.core.policy.ceilings import Ceilings
 from ccm.models import Answer, Image, Question
 
@@ -86,58 +82,3 @@ def user_message(sdk_session_id: str, prompt: str, images: Sequence[Image]) -> d
         "parent_tool_use_id": None,
         "session_id": sdk_session_id,
     }
-
-
-def sdk_options(
-    context: RunContext,
-    cli_config: CLIConfig,
-    environ: Mapping[str, str],
-    directory: Path,
-    mirror: Mirror | None,
-    *,
-    ask: Ask | None = None,
-) -> ClaudeAgentOptions:
-    """The SDK's options of a run.
-
-    Args:
-        environ: what its agent inherits.
-        directory: the run's own.
-        ask: gets Claude Code's questions answered; it is not to ask if left out.
-
-    Raises:
-        UnusableOptionsError: what its request names cannot be used; the message says why.
-    """
-    arguments = sdk_arguments(
-        cli_config.ceilings.lower(context.options),
-        # Who wants to be asked wants to be asked about edits too.
-        permission_mode=cli_config.permission_mode if ask is None else "default",
-        setting_sources=cli_config.setting_sources,
-        directory=directory,
-        agent=AgentDefinition,
-    )
-    # A run's messages are to read as the whole conversation, the user's side too.
-    arguments["extra_args"]["replay-user-messages"] = None
-    inherited = {name: value for name, value in environ.items() if name not in arguments["env"]}
-    arguments["env"] |= {
-        **launch_environment(
-            cli_config.cli_path, context.run_id, inherited, directory / STDERR_FILE, cli_config.open_files
-        ),
-        # Tells when a run is over: the first result is not the end while agents work in the background.
-        "CLAUDE_CODE_EMIT_SESSION_STATE_EVENTS": "1",
-        # Claude Code leaves folders in it.
-        "CLAUDE_CODE_TMPDIR": str(directory),
-    }
-    return ClaudeAgentOptions(
-        cwd=context.cwd,
-        cli_path=LAUNCH_SCRIPT,
-        session_id=context.sdk_session_id,
-        resume=context.resume,
-        fork_session=context.resume is not None,
-        resume_session_at=context.resume_at,
-        max_buffer_size=cli_config.max_message_bytes,
-        session_store=mirror,  # type: ignore[arg-type]  # the SDK wants no more of it, for a store of its own
-        # As it grows: what is kept until the turn's end is lost with a service that is killed.
-        session_store_flush="eager",
-        can_use_tool=None if ask is None else permission_callback(ask),
-        **arguments,
-    )

@@ -2,7 +2,7 @@
 
 The SDK's own message classes drop what they do not know, whole types and single fields, so the raw dicts are taken
 before they are parsed (`Client.receive_raw`). That reaches into the SDK: its version is pinned, all of it is here, and
-tests/core/test_executor.py holds the SDK to what is used.
+tests/contracts/test_sdk.py fails first when an upgrade takes something of it away.
 """
 
 from __future__ import annotations
@@ -12,15 +12,11 @@ import contextlib
 import logging
 import os
 import signal
-import struct
-import unicodedata
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import anyio
-import claude_agent_sdk
 from claude_agent_sdk import (
     AgentDefinition,
     ClaudeAgentOptions,
@@ -34,9 +30,7 @@ from claude_agent_sdk import (
     ProcessError,
     ResultError,
     ToolPermissionContext,
-    fold_session_summary,
 )
-from claude_agent_sdk._internal.sessions import _sanitize_path
 
 from ccm.models import Answer, Question
 
@@ -44,46 +38,11 @@ __all__ = [
     "AgentDefinition",
     "ClaudeAgentOptions",
     "Client",
-    "bundled_cli",
-    "config_directory",
     "explain",
-    "find_transcript",
-    "fold_session_summary",
     "permission_callback",
-    "transcript_path",
 ]
 
 log = logging.getLogger(__name__)
-
-
-def bundled_cli() -> Path:
-    """The Claude Code that comes inside the SDK's wheel."""
-    return Path(claude_agent_sdk.__file__).parent / "_bundled" / "claude"
-
-
-def config_directory(environ: Mapping[str, str]) -> Path:
-    """Where Claude Code keeps its own files; a relative path is taken from the directory that it runs in."""
-    home = environ.get("CLAUDE_CONFIG_DIR") or os.path.join(environ.get("HOME") or Path.home(), ".claude")
-    return Path(unicodedata.normalize("NFC", str(home)))
-
-
-def transcript_path(cwd: str, sdk_session_id: str, environ: Mapping[str, str]) -> Path:
-    """Where Claude Code writes the transcript of a session that runs in `cwd`."""
-    return Path(cwd, config_directory(environ), "projects", _project_key(cwd), f"{sdk_session_id}.jsonl")
-
-
-def find_transcript(cwd: str, sdk_session_id: str, environ: Mapping[str, str]) -> Path | None:
-    """The transcript of a session, in whatever project Claude Code has put it; None if there is none."""
-    expected = transcript_path(cwd, sdk_session_id, environ)
-    if expected.is_file():
-        return expected
-    return next(iter(sorted(expected.parent.parent.glob(f"*/{sdk_session_id}.jsonl"))), None)
-
-
-def _project_key(cwd: str) -> str:
-    """The name of a directory's project. Claude Code replaces UTF-16's units, the SDK composed characters."""
-    units = os.path.realpath(cwd).encode("utf-16-le", "surrogatepass")
-    return _sanitize_path("".join(chr(unit) for (unit,) in struct.iter_unpack("<H", units)))
 
 
 class _Tap:
@@ -148,12 +107,13 @@ class Client(ClaudeSDKClient):
         query = self._query
         if query is None:
             raise CLIConnectionError("not connected")
-        earlier = []
+        earlier: list[dict[str, Any]] = []
+        tap = _Tap(take, earlier)
+        stream, query._message_send = query._message_send, tap
+        await asyncio.sleep(0)  # the reader may be about to send: a stream that is closed meanwhile would fail the run
         with contextlib.suppress(anyio.WouldBlock, anyio.EndOfStream):
             while True:
                 earlier.append(query._message_receive.receive_nowait())
-        tap = _Tap(take, earlier)
-        stream, query._message_send = query._message_send, tap
         if stream.statistics().open_send_streams == 0:
             tap.close()  # the reader had ended before
         stream.close()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ccm.errors import Forbidden
+from ccm.errors import Forbidden, OptionForbidden, TimeoutForbidden
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,17 @@ class Ceilings:
     def check(self, options: Mapping[str, Any], timeout_ms: int | None) -> None:
         """
         Raises:
-            Forbidden: OPTION_FORBIDDEN or TIMEOUT_FORBIDDEN, naming the setting that is the ceiling.
+            OptionForbidden, TimeoutForbidden: above a ceiling; names its setting.
         """
         turns = [("options.maxTurns", options.get("maxTurns"))]
         for name, agent in options.get("agents", {}).items():
             turns.append((f"options.agents.{name}.maxTurns", agent.get("maxTurns")))
         for field, asked in turns:
-            _check(field, asked, self.max_turns, "CCM_MAX_TURNS", "OPTION_FORBIDDEN")
+            _check(field, asked, self.max_turns, "CCM_MAX_TURNS", OptionForbidden)
         budget = options.get("maxBudgetUsd")
-        _check("options.maxBudgetUsd", budget, self.max_budget_usd, "CCM_MAX_BUDGET_USD", "OPTION_FORBIDDEN")
+        _check("options.maxBudgetUsd", budget, self.max_budget_usd, "CCM_MAX_BUDGET_USD", OptionForbidden)
         milliseconds = None if self.run_timeout is None else self.run_timeout * 1000
-        _check("timeoutMs", timeout_ms, milliseconds, "CCM_RUN_TIMEOUT", "TIMEOUT_FORBIDDEN")
+        _check("timeoutMs", timeout_ms, milliseconds, "CCM_RUN_TIMEOUT", TimeoutForbidden)
 
     def lower(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options that a run is made with: of what was asked and what is allowed, the lower."""
@@ -76,11 +76,10 @@ class Ceilings:
         return TimeLimit(min(asked, allowed), message)
 
 
-def _check(field: str, asked: float | None, ceiling: float | None, setting: str, code: str) -> None:
+def _check(field: str, asked: float | None, ceiling: float | None, setting: str, refusal: type[Forbidden]) -> None:
     if asked is not None and ceiling is not None and asked > ceiling:
-        raise Forbidden(
+        raise refusal(
             f"{field}: {asked} is more than {ceiling}, the ceiling that {setting} sets. Ask for that or less, or leave "
             "it out.",
-            code=code,
             field=field,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ccm.errors import Forbidden
+from ccm.errors import OptionForbidden, WebhookForbidden
 from ccm.settings.settings import PERMISSION_MODES, PRIVILEGED_PERMISSION_MODES, Settings
 from ccm.settings.webhook_urls import allowed, host_of
 
@@ -13,7 +13,7 @@ from ccm.settings.webhook_urls import allowed, host_of
 def check_policy(options: Mapping[str, Any], settings: Settings) -> None:
     """
     Raises:
-        Forbidden: OPTION_FORBIDDEN, naming the setting that would allow it.
+        OptionForbidden: names the setting that would allow it.
     """
     for name in ("additionalDirectories", "env", "extraArgs", "mcpServers", "plugins", "sandbox", "settings"):
         if name in options:
@@ -31,13 +31,11 @@ def check_policy(options: Mapping[str, Any], settings: Settings) -> None:
 def check_webhook(url: str | None, settings: Settings) -> None:
     """
     Raises:
-        Forbidden: WEBHOOK_FORBIDDEN, naming the setting that would allow it.
+        WebhookForbidden: names the setting that would allow it.
     """
     if url is not None and not allowed(url, settings.webhook_allow):
-        raise Forbidden(
-            f"webhookUrl: {host_of(url)} is not among the hosts that CCM_WEBHOOK_ALLOW names.",
-            code="WEBHOOK_FORBIDDEN",
-            field="webhookUrl",
+        raise WebhookForbidden(
+            f"webhookUrl: {host_of(url)} is not among the hosts that CCM_WEBHOOK_ALLOW names.", field="webhookUrl"
         )
 
 
@@ -48,9 +46,8 @@ def _check_permission_mode(mode: str | None, settings: Settings, field: str) -> 
 
 def _need(settings: Settings, name: str, field: str, why: str) -> None:
     if name not in settings.privileged_options:
-        raise Forbidden(
+        raise OptionForbidden(
             f"{field} is not open to clients of this service: {why}. The operator can allow it by naming {name} in "
             "CCM_PRIVILEGED_OPTIONS.",
-            code="OPTION_FORBIDDEN",
             field=field,
         )

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ccm.errors import Forbidden, ValidationError
+from ccm.errors import CwdForbidden, ValidationError
 
 # PostgreSQL indexes values of up to 2,700 bytes.
 PATH_BYTES = 2_000
@@ -20,7 +20,7 @@ def resolve(cwd: str, roots: Sequence[Path]) -> str:
 
     Raises:
         ValidationError: it is not the absolute path of a directory that this user can enter.
-        Forbidden: CWD_FORBIDDEN.
+        CwdForbidden: it lies outside the allowed roots.
     """
     if not os.path.isabs(cwd):
         raise ValidationError(f"cwd: {cwd!r} is not an absolute path; begin it with /.", field="cwd")
@@ -42,11 +42,7 @@ def resolve(cwd: str, roots: Sequence[Path]) -> str:
     if size > PATH_BYTES:
         raise ValidationError(f"cwd: must be at most {PATH_BYTES} bytes long.", field="cwd")
     if not _within(path, roots):
-        raise Forbidden(
-            f"cwd: {cwd!r} lies outside the directories that CCM_ALLOWED_ROOTS allows.",
-            code="CWD_FORBIDDEN",
-            field="cwd",
-        )
+        raise CwdForbidden(f"cwd: {cwd!r} lies outside the directories that CCM_ALLOWED_ROOTS allows.", field="cwd")
     return str(path)
 
 
@@ -54,13 +50,12 @@ def check_roots(cwd: str, roots: Sequence[Path]) -> None:
     """A directory that was resolved and stored earlier: the roots may have changed since, and so may its links.
 
     Raises:
-        Forbidden: CWD_FORBIDDEN.
+        CwdForbidden: it lies outside the allowed roots.
     """
     if not _within(Path(os.path.realpath(cwd)), roots):
-        raise Forbidden(
+        raise CwdForbidden(
             f"The directory {cwd!r} lies outside those that CCM_ALLOWED_ROOTS allows. Name a cwd within them: start a "
-            "fresh run, or fork the session.",
-            code="CWD_FORBIDDEN",
+            "fresh run, or fork the session."
         )
 
 

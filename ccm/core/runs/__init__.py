@@ -1,1 +1,1 @@
-"""The life of a run: acceptance, start, execution, end."""
+"""Runs: accepted, carried out, ended."""

@@ -5,18 +5,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from pydantic import Field
+
 from ccm.core.claude.input_queue import REPLAY_BYTES, FollowUp
 from ccm.core.claude.run_context import user_message
-from ccm.core.lookup import find_run
 from ccm.core.runs.runner import Runner
 from ccm.core.storage.writer import WRITE_TIMEOUT, Writer
-from ccm.db import messages
-from ccm.db.driver.database import Transaction
-from ccm.errors import Conflict, TooLarge, Unavailable, ValidationError
-from ccm.models import Image, Run, TakenIn
+from ccm.db import messages, runs
+from ccm.db.driver.transaction import Transaction
+from ccm.errors import (
+    NotTakenIn,
+    OutcomeUnknown,
+    RunAlreadyEnded,
+    RunEnding,
+    RunNotStarted,
+    StorageUnavailable,
+    TooLarge,
+    Unavailable,
+    ValidationError,
+)
+from ccm.models import Image, Run
+from ccm.models.fields import Count, Id
+from ccm.models.stored import ResponseModel
 
 # Claude Code's commands that go on in another conversation, under another id.
 OTHER_CONVERSATION = ("/clear", "/new", "/reset")
+
+
+class TakenIn(ResponseModel):
+    """A user's message that a run has taken in."""
+
+    run_id: Id = Field(description="The run.")
+    message_uuid: str = Field(description="The message's uuid.")
+    message_index: Count = Field(description="Its index among the run's messages.")
 
 
 class Input:
@@ -36,12 +57,12 @@ class Input:
         run's messages; each for PATIENCE at the most.
 
         Raises:
-            NotFound: RUN_NOT_FOUND.
-            Conflict: RUN_ALREADY_ENDED, RUN_ENDING, RUN_NOT_STARTED; the run does not get it.
+            RunNotFound: there is no such run.
+            RunAlreadyEnded, RunEnding, RunNotStarted: the run does not get it.
             TooLarge: the run would end by it; it does not get it.
             ValidationError: it would begin another conversation.
-            Unavailable: STORAGE_UNAVAILABLE, SHUTTING_DOWN, NOT_TAKEN_IN: the run does not get it; OUTCOME_UNKNOWN: it
-                may.
+            StorageUnavailable, ShuttingDown, NotTakenIn: the run does not get it.
+            OutcomeUnknown: it may.
         """
         run = self._find(run_id)
         _check_command(prompt, run)
@@ -58,14 +79,13 @@ class Input:
         except (TimeoutError, Unavailable):
             if follow_up.withdraw():
                 told = "Claude Code reads nothing at the moment, and the message was not sent. Try again."
-                raise Unavailable(told, code="NOT_TAKEN_IN") from None
-            raise Unavailable(
+                raise NotTakenIn(told) from None
+            raise OutcomeUnknown(
                 f"Claude Code or the database does not answer, and it is not known whether run {run.id} takes the "
                 f"message in. If it does, it will be among the run's messages with the uuid {follow_up.uuid}; look "
-                "there before you send it again.",
-                code="OUTCOME_UNKNOWN",
+                "there before you send it again."
             ) from None
-        return TakenIn(run.id, follow_up.uuid, index)
+        return TakenIn(run_id=run.id, message_uuid=follow_up.uuid, message_index=index)
 
     def _find(self, run_id: str) -> Run:
         """The run, if it goes on. By way of the writer: what cannot be recorded at present is not sent at all."""
@@ -73,32 +93,26 @@ class Input:
             return self._writer.submit(partial(_going_on, run_id=run_id)).future.result(WRITE_TIMEOUT)
         except TimeoutError:
             reason = self._writer.last_error or "the database is too slow at the moment"
-            raise Unavailable(f"Nothing was sent: {reason}. Try again.", code="STORAGE_UNAVAILABLE") from None
+            raise StorageUnavailable(f"Nothing was sent: {reason}. Try again.") from None
 
 
 def _going_on(transaction: Transaction, run_id: str) -> Run:
-    run = find_run(transaction, run_id)
+    run = runs.get(transaction, run_id)
     if run.ended:
         raise _ended(run)
     if run.waiting:
-        raise Conflict(
-            f"Run {run.id} waits for a worker; send the message again when its startedAt is set.",
-            code="RUN_NOT_STARTED",
-        )
+        raise RunNotStarted(f"Run {run.id} waits for a worker; send the message again when its startedAt is set.")
     return run
 
 
-def _ended(run: Run) -> Conflict:
-    return Conflict(
-        f"Run {run.id} has already ended. Resume session {run.session_id} with the message instead.",
-        code="RUN_ALREADY_ENDED",
-    )
+def _ended(run: Run) -> RunAlreadyEnded:
+    return RunAlreadyEnded(f"Run {run.id} has already ended. Resume session {run.session_id} with the message instead.")
 
 
 def _committed(transaction: Transaction, run_id: str, index: int) -> None:
     """In the queue behind the message, so it is written by now, or never will be."""
     if messages.last_index(transaction, run_id) < index:
-        raise Conflict(f"A message of run {run_id} cannot be stored, and so it is ending.", code="RUN_ENDING")
+        raise RunEnding(f"A message of run {run_id} cannot be stored, and so it is ending.")
 
 
 def _check_command(prompt: str, run: Run) -> None:
@@ -107,7 +121,7 @@ def _check_command(prompt: str, run: Run) -> None:
         ValidationError: it is a command after which nothing belongs to the run's session any more.
     """
     command = prompt.split(maxsplit=1)[0]
-    if command in OTHER_CONVERSATION and not run.options.get("verbatimPrompts"):
+    if command in OTHER_CONVERSATION and not run.options.value.get("verbatimPrompts"):
         raise ValidationError(
             f"prompt: {command} begins another conversation, and what is said in it would be lost to this session. "
             "Start a fresh run instead.",

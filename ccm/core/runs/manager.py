@@ -17,16 +17,18 @@ from ccm import file_limits
 from ccm.core.claude.processes import end_marked
 from ccm.core.claude.run_directory import remove_directories
 from ccm.core.lineage import ForkPoint
-from ccm.core.lookup import find_run, find_session
 from ccm.core.problems import Problems
+from ccm.core.runs.request import Accepted, RunRequest
 from ccm.core.runs.runner import Runner
 from ccm.core.runs.transitions import AfterCommit, RunTransitions, not_resumable
 from ccm.core.storage.writer import Writer
 from ccm.core.transcripts.files import TranscriptFiles
-from ccm.db import sessions
-from ccm.db.driver.database import Transaction
-from ccm.errors import Conflict, Unavailable
-from ccm.models import CANCELLED, RUNNING, Accepted, Run, RunRequest, Session, timestamp, to_json_text
+from ccm.db import runs, sessions
+from ccm.db.driver.transaction import Transaction
+from ccm.errors import RunAlreadyEnded, SessionBusy, ShuttingDown, Unavailable
+from ccm.json_text import to_json_text
+from ccm.models import Run, RunStatus, Session
+from ccm.timestamps import timestamp
 
 log = logging.getLogger(__name__)
 
@@ -93,10 +95,9 @@ class RunManager:
         """
         parent = point.run
         if not parent.ended:
-            raise Conflict(
+            raise SessionBusy(
                 f"Run {parent.id} is still going on; only an ended run can be forked. Wait for it, or leave atRunId "
-                "and atMessage out to fork the last ended one.",
-                code="SESSION_BUSY",
+                "and atMessage out to fork the last ended one."
             )
         cwd = cwd or session.cwd
         self._check_transcript(parent, session, cwd, request.options)
@@ -113,16 +114,16 @@ class RunManager:
         """Have a run cancelled: at once if it waits; else it is told to stop, and `ended` says when it has.
 
         Raises:
-            NotFound: RUN_NOT_FOUND.
-            Conflict: RUN_ALREADY_ENDED, otherwise than by being cancelled.
+            RunNotFound: there is no such run.
+            RunAlreadyEnded: otherwise than by being cancelled.
         """
 
         def work(transaction: Transaction) -> tuple[Run, AfterCommit]:
-            run = find_run(transaction, run_id)
-            if run.ended and run.status != CANCELLED:
-                raise Conflict(f"Run {run.id} has already ended: it is {run.status!r}.", code="RUN_ALREADY_ENDED")
+            run = runs.get(transaction, run_id)
+            if run.ended and run.status != RunStatus.CANCELLED:
+                raise RunAlreadyEnded(f"Run {run.id} has already ended: it is '{run.status}'.")
             after_commit = self._transitions.cancel(transaction, run)
-            return find_run(transaction, run_id), after_commit
+            return runs.get(transaction, run_id), after_commit
 
         # At once: an agent is to stop also while storage takes nothing.
         self._runner.cancel(run_id)
@@ -132,17 +133,15 @@ class RunManager:
         """Change a session's `title` and `metadata`, whichever is given.
 
         Raises:
-            NotFound: SESSION_NOT_FOUND.
+            SessionNotFound: there is no such session.
         """
-        columns = {name: values[name] for name in ("title",) if name in values}
-        if "metadata" in values:
-            columns["metadataJson"] = to_json_text(values["metadata"] or {})
+        columns = Session.to_columns(values)
 
         def work(transaction: Transaction) -> Session:
-            session = find_session(transaction, session_id)
+            session = sessions.get(transaction, session_id)
             if columns:
                 sessions.update(transaction, session.id, columns)
-            return find_session(transaction, session.id)
+            return sessions.get(transaction, session.id)
 
         return self._writer.write(work)
 
@@ -180,7 +179,7 @@ class RunManager:
         except Exception:
             # What is left of it must not keep its end from being told.
             log.exception("run %s: what it has left cannot be removed", run_id)
-        run = self._writer.write(lambda transaction: find_run(transaction, run_id))
+        run = self._writer.write(lambda transaction: runs.get(transaction, run_id))
         transcript = self._transcripts.keep(run)
         self._writer.write(
             partial(self._transitions.recover, run_id=run_id, transcript=transcript), self._runner.follow
@@ -207,15 +206,10 @@ class RunManager:
             "forkAtMessage": None,
             "forkAtIndex": None,
             "mode": request.mode,
-            "status": RUNNING,
+            "status": RunStatus.RUNNING,
             "cwd": cwd,
-            "prompt": request.prompt,
-            "optionsJson": to_json_text(dict(request.options)),
             "imageCount": len(request.images),
-            "timeoutMs": request.timeout_ms,
-            "approvals": int(request.approvals),
-            "approvalTimeoutMs": request.approval_timeout_ms,
-            "webhookUrl": request.webhook_url,
+            **Run.to_columns({**request.stored, "prompt": request.prompt, "options": request.options}),
             "idempotencyKey": None if request.idempotency_key is None else request.idempotency_key.text,
             "requestDigest": None if request.idempotency_key is None else request.idempotency_key.digest,
             "createdBy": request.created_by,
@@ -224,7 +218,7 @@ class RunManager:
 
     def _submit(self, row: Mapping[str, Any], request: RunRequest, new_session: Mapping[str, Any] | None) -> Accepted:
         if self._runner.stopping:
-            raise Unavailable("The service is shutting down; try again when it is back.", code="SHUTTING_DOWN")
+            raise ShuttingDown
         file_limits.check_spare()
         images = [{"mediaType": image.media_type, "data": image.data} for image in request.images]
         images_json = to_json_text(images) if images else None
@@ -237,7 +231,7 @@ class RunManager:
     def _check_transcript(self, parent: Run, session: Session, cwd: str, options: Mapping[str, Any]) -> None:
         """
         Raises:
-            Conflict: SESSION_NOT_RESUMABLE.
+            SessionNotResumable: the transcript or its directory is missing.
         """
         if not os.path.isdir(cwd):
             raise not_resumable(session, f"its directory {cwd} is not there any more")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING
 
-from ccm.core.claude.execution import Execution
-from ccm.core.claude.input_queue import FollowUp
-from ccm.errors import Conflict
-from ccm.models import Outcome
+from ccm.core.claude.input_queue import FollowUp, being_started
+from ccm.core.claude.outcome import Outcome
+
+if TYPE_CHECKING:
+    from ccm.core.claude.execution import Execution
 
 
 class OngoingRun:
@@ -42,5 +44,4 @@ class OngoingRun:
         if execution is not None:
             execution.send(follow_up)
         else:
-            about = "The run is just being started; send the message again in a moment."
-            follow_up.refuse(Conflict(about, code="RUN_NOT_STARTED"))
+            follow_up.refuse(being_started())

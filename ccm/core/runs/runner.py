@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ccm.core.approvals.requests import Approvals
-from ccm.core.claude.execution import Execution
 from ccm.core.claude.input_queue import FollowUp
+from ccm.core.claude.outcome import Outcome
 from ccm.core.claude.processes import end_marked
 from ccm.core.claude.reaper import Reaper
 from ccm.core.claude.run_context import CLIConfig, RunContext
@@ -32,13 +32,18 @@ from ccm.core.storage.writer import Writer
 from ccm.core.transcripts.files import TranscriptFiles
 from ccm.core.transcripts.store import Mirror
 from ccm.core.worker_pool import WorkerPool
-from ccm.db.driver.database import Transaction
-from ccm.errors import Forbidden, StorageError, Unavailable
-from ccm.models import CANCELLED, ERROR, Image, Message, Outcome, Run, storable, timestamp, to_json_text
+from ccm.db.driver.transaction import Transaction
+from ccm.errors import Forbidden, ShuttingDown, StorageError, Unavailable
+from ccm.json_text import storable, to_json_text
+from ccm.models import Image, Message, Run, RunStatus
+from ccm.timestamps import timestamp
+
+if TYPE_CHECKING:
+    from ccm.core.claude.execution import Execution
 
 log = logging.getLogger(__name__)
 
-SHUT_DOWN = Outcome(ERROR, "INTERRUPTED", "The service was shut down while this run was going on.")
+SHUT_DOWN = Outcome(RunStatus.ERROR, "INTERRUPTED", "The service was shut down while this run was going on.")
 # How often the end of the last run is looked for by a service that stops, should it not be told (seconds).
 POLL_INTERVAL = 0.5
 # Pauses between tries to store an end that was not stored because of a fault (seconds).
@@ -154,11 +159,13 @@ class Runner:
 
     def refused(self, run_id: str, error: BaseException) -> None:
         """Fail a run of which a message cannot be stored: its record would have a gap."""
-        self._stop(run_id, Outcome(ERROR, "EXECUTION_ERROR", f"A message of this run cannot be stored: {error}."))
+        self._stop(
+            run_id, Outcome(RunStatus.ERROR, "EXECUTION_ERROR", f"A message of this run cannot be stored: {error}.")
+        )
 
     def cancel(self, run_id: str) -> None:
         """Have a run stop, if it goes on here."""
-        self._stop(run_id, Outcome(CANCELLED))
+        self._stop(run_id, Outcome(RunStatus.CANCELLED))
 
     def _stop(self, run_id: str, reason: Outcome) -> None:
         ongoing = self._ongoing.get(run_id)
@@ -214,7 +221,7 @@ class Runner:
 
     def _decided_again(self, decided: Future[AfterCommit]) -> None:
         error = decided.exception()
-        if error is not None and not _has_stopped(error):
+        if error is not None and not isinstance(error, ShuttingDown):
             log.error("waiting runs could not be started", exc_info=error)
             self._guarded(self.catch_up, "waiting runs could not be started")
 
@@ -263,7 +270,7 @@ class Runner:
             if error is None:
                 self._problems.clear(key)
                 self._forget(run.id)
-            elif _has_stopped(error):
+            elif isinstance(error, ShuttingDown):
                 self._forget(run.id)  # the next start reports it
             else:
                 self._problems.report(key, UNSTORED, error)
@@ -314,7 +321,7 @@ class Runner:
                 outcome = lost
         except BaseException as error:
             log.exception("run %s: the executor failed", run.id)
-            outcome = Outcome(ERROR, "EXECUTION_ERROR", f"{type(error).__name__}: {error}")
+            outcome = Outcome(RunStatus.ERROR, "EXECUTION_ERROR", f"{type(error).__name__}: {error}")
         if execution is None or execution.left_nothing:
             self._guarded(lambda: self._reaper.release(run.id), f"run {run.id}: the reaper could not be told")
         else:
@@ -323,6 +330,9 @@ class Runner:
         return outcome, self._transcripts.keep(run, mirror, complete=complete)
 
     def _execution(self, start: Start, mirror: Mirror) -> Execution:
+        # Not at the top: the SDK beneath it takes longer to import than the rest of a start.
+        from ccm.core.claude.execution import Execution  # noqa: PLC0415
+
         run, parent = start.run, start.parent
         context = RunContext(
             run_id=run.id,
@@ -330,7 +340,7 @@ class Runner:
             cwd=run.cwd,
             prompt=run.prompt,
             images=tuple(Image(image["mediaType"], image["data"]) for image in json.loads(start.images_json or "[]")),
-            options=run.options,
+            options=run.options.value,
             timeout_ms=run.timeout_ms,
             resume=parent.sdk_session_id if parent else None,
             resume_at=run.fork_at_message,
@@ -363,7 +373,7 @@ class Runner:
         try:
             self._allow(run)
         except Forbidden as error:
-            return Outcome(ERROR, error.code, error.message)
+            return Outcome(RunStatus.ERROR, error.code, error.message)
         return None
 
     def _provide(self, parent: Run, run: Run) -> Outcome | None:
@@ -376,7 +386,7 @@ class Runner:
             log.exception("run %s: the transcript of run %s could not be written back", run.id, parent.id)
             reason = f"it could not be written back: {error}"
         message = f"The transcript of run {parent.id}, which this one was to continue, is not there: {reason}."
-        return Outcome(ERROR, "SESSION_NOT_RESUMABLE", message)
+        return Outcome(RunStatus.ERROR, "SESSION_NOT_RESUMABLE", message)
 
     def _end_processes(self, run_id: str) -> None:
         """End what is left of a run. The reaper is asked where this process cannot look for it."""
@@ -421,7 +431,12 @@ class Runner:
         refusal = self._writer.broken.get(run.id)
         if refusal is not None:
             message = f"A message of this run cannot be stored: {refusal}."
-            values = {**values, "status": ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": storable(message)}
+            values = {
+                **values,
+                "status": RunStatus.ERROR,
+                "errorCode": "EXECUTION_ERROR",
+                "errorMessage": storable(message),
+            }
         return self._transitions.end_surely(transaction, run, values) | self._transitions.dispatch(transaction)
 
     def _end_alone(self, run: Run, _values: Mapping[str, Any], transaction: Transaction) -> AfterCommit:
@@ -432,11 +447,6 @@ class Runner:
         with self._all_ended:
             self._ongoing.pop(run_id, None)
             self._all_ended.notify_all()
-
-
-def _has_stopped(error: BaseException) -> bool:
-    """Whether the writer has been stopped: what is left is for the next start."""
-    return isinstance(error, Unavailable) and error.code == "SHUTTING_DOWN"
 
 
 def _columns(outcome: Outcome) -> dict[str, Any]:
@@ -455,4 +465,4 @@ def _columns(outcome: Outcome) -> dict[str, Any]:
 def _failed(error: BaseException) -> dict[str, Any]:
     """The columns of the end of a run that a fault has ended."""
     message = storable(f"{type(error).__name__}: {error}")
-    return {"status": ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": message}
+    return {"status": RunStatus.ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": message}

@@ -15,29 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ccm.core.approvals.transitions import ApprovalTransitions
-from ccm.core.lookup import find_run, find_run_of_key, find_session
+from ccm.core.runs.request import Accepted, IfBusy, RunRequest
 from ccm.core.storage.notifier import APPROVALS, EVENTS
 from ccm.core.webhooks.outbox import Outbox
 from ccm.db import messages, runs, sessions
-from ccm.db.driver.database import Transaction
-from ccm.errors import Conflict, QueueFull, StorageDown
-from ccm.models import (
-    CANCELLED,
-    ENQUEUE,
-    ERROR,
-    FORK,
-    FRESH,
-    INTERRUPT,
-    RESUME,
-    RUN_CREATED,
-    RUN_ENDED,
-    RUN_STARTED,
-    Accepted,
-    Run,
-    RunRequest,
-    Session,
-    to_json_text,
-)
+from ccm.db.driver.transaction import Transaction
+from ccm.errors import QueueFull, SessionBusy, SessionNotResumable, StorageDown
+from ccm.models import RUN_ENDED, EventType, Run, RunMode, RunStatus, Session
 
 log = logging.getLogger(__name__)
 
@@ -110,19 +94,19 @@ class RunTransitions:
             new_session: what is particular to the session that it opens; None if it adds to one.
 
         Raises:
-            Conflict: SESSION_BUSY, SESSION_NOT_RESUMABLE.
+            SessionBusy, SessionNotResumable: the session takes no run.
             KeyReused: the request's key belongs to another request.
             QueueFull: too many runs are waiting.
         """
         if transaction.uncertain and (stored := runs.find(transaction, row["id"])):
             # The commit before this try had gone through after all; what was to follow it still is.
             after_commit = self.dispatch(transaction)
-            if request.if_busy == INTERRUPT:
+            if request.if_busy == IfBusy.INTERRUPT:
                 others = [run for run in runs.running(transaction, row["sessionId"]) if run.seq < stored.seq]
                 after_commit |= AfterCommit(cancels=tuple(run.id for run in others if not run.waiting))
             return Accepted(stored, replayed=False), after_commit
         key = request.idempotency_key
-        earlier = None if key is None else find_run_of_key(transaction, key)
+        earlier = None if key is None else runs.find_by_idempotency_key(transaction, key)
         if earlier is not None:
             # Its twin was quicker: both had found nothing when they looked.
             return Accepted(earlier, replayed=True), AfterCommit()
@@ -136,18 +120,17 @@ class RunTransitions:
             session = {
                 "id": session_id,
                 "cwd": row["cwd"],
-                "title": request.title,
-                "metadataJson": to_json_text(dict(request.metadata or {})),
+                **Session.to_columns({"title": None, "metadata": None, **request.described}),
                 "firstRunAt": row["createdAt"],
                 "lastRunAt": row["createdAt"],
                 "lastRunSeq": seq,
             }
             sessions.insert(transaction, session | dict(new_session))
         runs.insert(transaction, dict(row) | {"seq": seq}, images_json)
-        self._outbox.enqueue(transaction, RUN_CREATED, find_run(transaction, row["id"]))
+        self._outbox.enqueue(transaction, EventType.RUN_CREATED, runs.get(transaction, row["id"]))
         after_commit |= AfterCommit(news=(EVENTS,)) | self.dispatch(transaction)
         begun = [start.run for start in after_commit.starts if start.run.id == row["id"]]
-        run = begun[0] if begun else find_run(transaction, row["id"])
+        run = begun[0] if begun else runs.get(transaction, row["id"])
         if run.waiting and runs.count_waiting(transaction) > self._queue_limit:
             raise QueueFull(
                 f"{self._queue_limit} runs are waiting already (CCM_MAX_QUEUED_RUNS). Try again when some have ended."
@@ -156,17 +139,16 @@ class RunTransitions:
 
     def _make_way(self, transaction: Transaction, session_id: str, if_busy: str) -> AfterCommit:
         """Within a session runs follow one another: the CLI itself would let two go on and lose a prompt."""
-        session = find_session(transaction, session_id)
-        first = runs.first_running(transaction, session_id)
+        session = sessions.get(transaction, session_id)
+        first = runs.find_first_running(transaction, session_id)
         if first is None and session.head_run_id is None:
             raise not_resumable(session, "none of its runs left a transcript")
-        if first is None or if_busy == ENQUEUE:
+        if first is None or if_busy == IfBusy.ENQUEUE:
             return AfterCommit()
-        if if_busy != INTERRUPT:
-            raise Conflict(
+        if if_busy != IfBusy.INTERRUPT:
+            raise SessionBusy(
                 f"Session {session_id} is busy with run {first}. Wait for it, cancel it, or set ifBusy to "
-                "'enqueue' or 'interrupt'.",
-                code="SESSION_BUSY",
+                "'enqueue' or 'interrupt'."
             )
         after_commit = AfterCommit()
         for run in runs.running(transaction, session_id):
@@ -178,7 +160,7 @@ class RunTransitions:
 
         A run that stayed `running` would hold its session, its worker and whoever waits for it, for ever.
         """
-        plain = {"status": ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": UNSTORABLE}
+        plain = {"status": RunStatus.ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": UNSTORABLE}
         for told in (values, plain):
             try:
                 with transaction.savepoint():
@@ -205,14 +187,14 @@ class RunTransitions:
             head = run.id if values.get("hasTranscript") else None
             sessions.run_ended(transaction, run.session_id, count, values.get("costUsd") or 0.0, head)
             self._approvals.expire_all(transaction, run)
-            ended = find_run(transaction, run.id)
+            ended = runs.get(transaction, run.id)
             self._outbox.enqueue(transaction, RUN_ENDED[ended.status], ended)
         return AfterCommit(news=(run.id, run.session_id, EVENTS, *((APPROVALS,) if run.approvals else ())))
 
     def cancel(self, transaction: Transaction, run: Run) -> AfterCommit:
         """A waiting run ends at once; a started one is to be told."""
         if run.waiting:
-            return self.end(transaction, run, {"status": CANCELLED})
+            return self.end(transaction, run, {"status": RunStatus.CANCELLED})
         return AfterCommit() if run.ended else AfterCommit(cancels=(run.id,))
 
     def dispatch(self, transaction: Transaction) -> AfterCommit:
@@ -236,7 +218,7 @@ class RunTransitions:
     def fail_started(self, transaction: Transaction, run_ids: Collection[str], reason: str) -> AfterCommit:
         """End runs that were started and that nobody carries out."""
         after_commit = AfterCommit()
-        values = {"status": ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": reason}
+        values = {"status": RunStatus.ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": reason}
         for run in runs.started(transaction, self._owner):
             if run.id in run_ids:
                 after_commit |= self.end_surely(transaction, run, values)
@@ -265,27 +247,27 @@ class RunTransitions:
 
     def _start(self, transaction: Transaction, run_id: str) -> AfterCommit:
         """A waiting run leaves the queue."""
-        run = find_run(transaction, run_id)
+        run = runs.get(transaction, run_id)
         parent = self._parent(transaction, run)
         run = runs.start(transaction, run, parent.id if parent else None, self._owner)
-        self._outbox.enqueue(transaction, RUN_STARTED, run)
-        if run.mode != FRESH and parent is None:
+        self._outbox.enqueue(transaction, EventType.RUN_STARTED, run)
+        if run.mode != RunMode.FRESH and parent is None:
             lost = "The run that this one was to continue left no transcript."
-            values = {"status": ERROR, "errorCode": "SESSION_NOT_RESUMABLE", "errorMessage": lost}
+            values = {"status": RunStatus.ERROR, "errorCode": "SESSION_NOT_RESUMABLE", "errorMessage": lost}
             return self.end(transaction, run, values)
         return AfterCommit(starts=(self._start_of(transaction, run),), news=(run.id, run.session_id, EVENTS))
 
     def _start_of(self, transaction: Transaction, run: Run) -> Start:
-        parent = None if run.parent_run_id is None else find_run(transaction, run.parent_run_id)
-        return Start(run, parent, runs.images_json(transaction, run.id) if run.image_count else None)
+        parent = None if run.parent_run_id is None else runs.get(transaction, run.parent_run_id)
+        return Start(run, parent, runs.find_images_json(transaction, run.id) if run.image_count else None)
 
     def _parent(self, transaction: Transaction, run: Run) -> Run | None:
         """The run whose transcript this one continues: chosen when it starts, not when it was accepted."""
-        if run.mode == FORK and run.parent_run_id is not None:
-            return find_run(transaction, run.parent_run_id)
-        if run.mode == RESUME:
-            head = find_session(transaction, run.session_id).head_run_id
-            return None if head is None else find_run(transaction, head)
+        if run.mode == RunMode.FORK and run.parent_run_id is not None:
+            return runs.get(transaction, run.parent_run_id)
+        if run.mode == RunMode.RESUME:
+            head = sessions.get(transaction, run.session_id).head_run_id
+            return None if head is None else runs.get(transaction, head)
         return None
 
     def left(self, transaction: Transaction) -> list[str]:
@@ -298,14 +280,12 @@ class RunTransitions:
         Args:
             transcript: what is to be said of its transcript.
         """
-        return self.end(transaction, find_run(transaction, run_id), {**runs.interrupted(), **transcript})
+        return self.end(transaction, runs.get(transaction, run_id), {**runs.INTERRUPTED, **transcript})
 
     def recover_alone(self, transaction: Transaction, run_id: str) -> AfterCommit:
         """End such a run though its row, or what belongs to it, cannot be read."""
         return self._end_alone(transaction, run_id, "INTERRUPTED", UNRECOVERABLE)
 
 
-def not_resumable(session: Session, why: str) -> Conflict:
-    return Conflict(
-        f"Session {session.id} cannot be continued: {why}. Start a fresh run.", code="SESSION_NOT_RESUMABLE"
-    )
+def not_resumable(session: Session, why: str) -> SessionNotResumable:
+    return SessionNotResumable(f"Session {session.id} cannot be continued: {why}. Start a fresh run.")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Generic, TypeVar
 
-from ccm.db.driver.database import Transaction
+from ccm.db.driver.transaction import Transaction
 from ccm.errors import StorageDown
 
 log = logging.getLogger(__name__)

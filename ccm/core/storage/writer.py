@@ -22,6 +22,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -31,8 +32,9 @@ from ccm.core.problems import Problems
 from ccm.core.storage.notifier import Notifier
 from ccm.core.storage.write_task import WriteTask
 from ccm.db import heartbeat, messages
-from ccm.db.driver.database import Database, Transaction
-from ccm.errors import StorageDown, StorageError, StorageRejected, Unavailable
+from ccm.db.driver.database import Database
+from ccm.db.driver.transaction import Transaction
+from ccm.errors import OutcomeUnknown, ShuttingDown, StorageDown, StorageError, StorageRejected, StorageUnavailable
 from ccm.models import Message
 
 log = logging.getLogger(__name__)
@@ -57,12 +59,8 @@ FAULT_DELAY = 0.1
 PROBLEM = "writer"
 
 
-class _Stop:
-    """The last item: what was put before it is written, what comes after is not."""
-
-
-class _Wake:
-    """Has the writer look what is to be called later."""
+# None is the last item: what was put before it is written, what comes after is not.
+Item = Message | WriteTask[object] | None
 
 
 class Writer:
@@ -94,7 +92,12 @@ class Writer:
         self._on_refused = on_refused
         self._problems = problems or Problems()
         self.on_unfollowed: Callable[[], None] = lambda: None
-        self._queue: queue.Queue[Message | WriteTask[object] | _Stop | _Wake] = queue.Queue()
+        # Lists of items. Items are added to the last one until the writer takes it, because a queue's own locks would
+        # cost a good part of what a row costs.
+        self._queue: queue.Queue[list[Item]] = queue.Queue()
+        self._open: list[Item] | None = None
+        # What the writer has taken from the queue and not yet put into a batch.
+        self._taken: deque[Item] = deque()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._lock = threading.Lock()
         self._charged = 0
@@ -119,11 +122,6 @@ class Writer:
         """The `time.monotonic()` at which something was last stored; 0 if nothing was yet."""
         return self._last_commit
 
-    @property
-    def backlog_bytes(self) -> int:
-        """Bytes of messages that wait to be written."""
-        return self._charged
-
     def start(self) -> None:
         if not self._accepting:
             self._accepting = True
@@ -137,7 +135,7 @@ class Writer:
         """
         with self._lock:
             if self._accepting:
-                self._queue.put(_Stop())
+                self._enqueue(None)
                 self._accepting = False
         if self._thread.is_alive():
             self._thread.join(max(0.0, deadline - time.monotonic()))
@@ -157,20 +155,21 @@ class Writer:
             on_commit: called with its result in the writer's thread, after the commit and before anyone is told.
 
         Raises:
-            Unavailable: the writer has been stopped.
+            ShuttingDown: the writer has been stopped.
         """
         write = WriteTask(work, on_commit)
         with self._lock:
             if not self._accepting:
-                raise Unavailable("The service is shutting down; try again when it is back.", code="SHUTTING_DOWN")
-            self._queue.put(write)  # type: ignore[arg-type]  # a Write of any result
+                raise ShuttingDown
+            self._enqueue(write)  # type: ignore[arg-type]  # a Write of any result
         return write
 
     def write(self, work: Callable[[Transaction], T], on_commit: Callable[[T], None] | None = None) -> T:
         """Have `work` done and wait until it is committed, PATIENCE at the most, or a little more to be sure.
 
         Raises:
-            Unavailable: it was not done, and will not be; or, OUTCOME_UNKNOWN, that cannot be said yet.
+            Unavailable: it was not done, and will not be.
+            OutcomeUnknown: that cannot be said yet.
         """
         write = self.submit(work, on_commit)
         for patience in (WRITE_TIMEOUT, OUTCOME_TIMEOUT):
@@ -180,32 +179,26 @@ class Writer:
                 if write.future.done():
                     return write.future.result()  # just now; or it is the work that raised it
             reason = self._last_error or "the database is too slow at the moment"
-            refusal = Unavailable(f"Nothing was stored: {reason}. Try again.", code="STORAGE_UNAVAILABLE")
+            refusal = StorageUnavailable(f"Nothing was stored: {reason}. Try again.")
             write.give_up(refusal)
-        raise Unavailable(
+        raise OutcomeUnknown(
             "The database does not answer, and it is not known whether this was stored. Send it again with the same "
-            "Idempotency-Key, which is safe; without one, look first whether it has happened.",
-            code="OUTCOME_UNKNOWN",
+            "Idempotency-Key, which is safe; without one, look first whether it has happened."
         )
 
     async def append(self, message: Message) -> None:
         """Put a run's next message on the queue; waits in the caller's loop while the budget is spent."""
-        if self._put(message):
+        if self._put(message, None):
             return
         room = asyncio.Event()
         waiting = asyncio.get_running_loop(), room
         try:
-            while True:
-                room.clear()
-                with self._lock:
-                    self._waiting.add(waiting)
-                # Between the two steps the writer may have made room and told nobody. The wait is bounded for the same
-                # reason: a run that is not told would wait for ever.
-                if self._put(message):
-                    return
+            while not self._put(message, waiting):
+                # The wait is bounded: a run that is not told of the room, because of a fault, would wait for ever.
                 with suppress(TimeoutError):
                     async with asyncio.timeout(ROOM_INTERVAL):
                         await room.wait()
+                room.clear()
         finally:
             with self._lock:
                 self._waiting.discard(waiting)
@@ -214,24 +207,31 @@ class Writer:
         """Have a function called in the writer's thread after a while, if the writer has not been stopped by then."""
         with self._lock:
             self._later.append((time.monotonic() + seconds, function))
-            self._queue.put(_Wake())
+            self._queue.put([])  # the writer may be waiting for longer
 
-    def _put(self, message: Message) -> bool:
-        """Charge the budget and queue the message, under the queue's one lock. False if the budget is spent."""
+    def _enqueue(self, item: Item) -> None:
+        """Put an item on the queue; with the lock held."""
+        if self._open is None:
+            self._open = []
+            self._queue.put(self._open)
+        self._open.append(item)
+
+    def _put(self, message: Message, waiting: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None) -> bool:
+        """Charge the budget and queue the message. False if the budget is spent; then `waiting` is told of room."""
         size = len(message.json)
-        with self._queue.mutex:
+        with self._lock:
             # One message always fits, or one larger than the budget would wait for ever.
             if self._charged and self._charged + size > self._budget:
+                if waiting is not None:
+                    self._waiting.add(waiting)
                 return False
+            self._enqueue(message)
             self._charged += size
-            self._queue.queue.append(message)
-            self._queue.not_empty.notify()
             return True
 
     def _release(self, size: int) -> None:
-        with self._queue.mutex:
-            self._charged -= size
         with self._lock:
+            self._charged -= size
             waiting, self._waiting = self._waiting, set()
         for loop, room in waiting:
             try:
@@ -272,31 +272,28 @@ class Writer:
         for function in due:
             self._guarded(function)
 
-    def _next(self) -> Message | WriteTask[object] | _Stop | _Wake:
-        """What has waited longest. It may take as long as nothing is to be called."""
-        if not self._later:
-            return self._queue.get()
-        try:
-            return self._queue.get(timeout=max(0.0, min(at for at, _ in self._later) - time.monotonic()))
-        except queue.Empty:
-            return _Wake()
+    def _take(self) -> None:
+        """Wait for what is next on the queue, as long as nothing is to be called."""
+        seconds = max(0.0, min(at for at, _ in self._later) - time.monotonic()) if self._later else None
+        with suppress(queue.Empty):
+            items = self._queue.get(timeout=seconds)
+            with self._lock:
+                self._open = None
+            self._taken.extend(items)
 
     def _fill(self, batch: list[Message | WriteTask[object]]) -> bool:
         """Move what is waiting into a batch, up to the bounds of a transaction. True if nothing comes after it."""
-        item = self._next()
+        if not self._taken:
+            self._take()
         size = 0
-        # One lock for all that is there: taking them one by one costs as much as writing them.
-        with self._queue.mutex:
-            waiting = self._queue.queue
-            while not isinstance(item, _Stop):
-                if isinstance(item, Message):
-                    size += item.size
-                if not isinstance(item, _Wake):
-                    batch.append(item)
-                if not waiting or len(batch) >= BATCH_ITEMS or size >= BATCH_BYTES:
-                    return False
-                item = waiting.popleft()
-        return True
+        while self._taken and len(batch) < BATCH_ITEMS and size < BATCH_BYTES:
+            item = self._taken.popleft()
+            if item is None:
+                return True
+            if isinstance(item, Message):
+                size += item.size
+            batch.append(item)
+        return False
 
     def _write_batch(self, batch: list[Message | WriteTask[object]]) -> None:
         pause = FIRST_DELAY
@@ -437,7 +434,7 @@ class Writer:
         log.critical("%d messages and %d writes were not stored: %s", len(lost), len(batch) - len(lost), error)
         self._guarded(lambda: self._release(sum(message.size for message in lost)))
         why = error.summary if isinstance(error, StorageError) else "the service failed; its log says more"
-        refusal = Unavailable(f"Nothing was stored: {why}.", code="STORAGE_UNAVAILABLE")
+        refusal = StorageUnavailable(f"Nothing was stored: {why}.")
         for item in batch:
             if isinstance(item, WriteTask):
                 self._guarded(partial(item.fail, refusal))

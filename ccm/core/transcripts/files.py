@@ -17,8 +17,8 @@ from io import TextIOWrapper
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ccm.core.claude.locations import find_transcript, transcript_path
 from ccm.core.claude.regular_file import open_regular
-from ccm.core.claude.sdk import find_transcript, transcript_path
 from ccm.core.transcripts.store import Mirror, TranscriptStore, entry
 from ccm.db.transcripts import Entry, TranscriptKey
 from ccm.models import Run
@@ -103,7 +103,7 @@ class TranscriptFiles:
             return self._provide(parent, run)
 
     def _provide(self, parent: Run, run: Run) -> bool:
-        here = self._find(parent, run.cwd, run.options)
+        here = self._find(parent, run.cwd, run.options.value)
         if here is not None and self._is_whole(here, parent):
             return True
         if not parent.transcript_stored:
@@ -113,7 +113,7 @@ class TranscriptFiles:
             aside = here.with_suffix(f".jsonl.incomplete-{time.time_ns()}")
             log.warning("the transcript %s lacks what is stored of it; it is now %s", here, aside.name)
             here.rename(aside)
-        path = transcript_path(run.cwd, parent.sdk_session_id, self._agent_environ(run.options))
+        path = transcript_path(run.cwd, parent.sdk_session_id, self._agent_environ(run.options.value))
         return self._write_back(parent.sdk_session_id, here or path)
 
     def _agent_environ(self, options: Mapping[str, Any]) -> dict[str, str]:
@@ -122,7 +122,7 @@ class TranscriptFiles:
     def _readable(self, run: Run) -> Path | None:
         """The main transcript that a run has left, None if this user finds or reads none."""
         try:
-            main = find_transcript(run.cwd, run.sdk_session_id, self._agent_environ(run.options))
+            main = find_transcript(run.cwd, run.sdk_session_id, self._agent_environ(run.options.value))
             if main is not None:
                 open_regular(main).close()
         except OSError as error:

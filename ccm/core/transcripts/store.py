@@ -1,28 +1,23 @@
-"""Claude Code's transcripts in the database: the SDK's `SessionStore` on our tables, and what a run gets of it."""
+"""Claude Code's transcripts in the database, and the SDK's `SessionStore` that a run gets."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from ccm.core.claude.sdk import fold_session_summary
 from ccm.core.storage.writer import WRITE_TIMEOUT, Writer
 from ccm.db import transcripts
-from ccm.db.driver.database import Database, Transaction
+from ccm.db.driver.database import Database
+from ccm.db.driver.transaction import Transaction
 from ccm.db.transcripts import Entry, TranscriptKey
-from ccm.models import to_json_text
+from ccm.json_text import to_json_text
 
 T = TypeVar("T")
 
 # Entries that are read at a time; one may have some 100 KB.
 CHUNK_ENTRIES = 200
-
-
-def _key(key: Mapping[str, str]) -> TranscriptKey:
-    return TranscriptKey(key["session_id"], key["project_key"], key.get("subpath") or "")
 
 
 def entry(line: Mapping[str, Any]) -> Entry:
@@ -32,13 +27,11 @@ def entry(line: Mapping[str, Any]) -> Entry:
 
 
 class TranscriptStore:
-    """What each coroutine owes to the SDK stands at `claude_agent_sdk.SessionStore`."""
+    """Stores transcripts and reads them back. `claude_agent_sdk.SessionStore` says what `append` owes to the SDK."""
 
     def __init__(self, writer: Writer, database: Database) -> None:
         self._writer = writer
         self._database = database
-
-    # ---- for the SDK
 
     async def append(self, key: Mapping[str, str], entries: Sequence[Mapping[str, Any]]) -> None:
         """
@@ -46,44 +39,27 @@ class TranscriptStore:
             TimeoutError: it is not stored yet, and may be later.
             CCMError, StorageError: it is not stored.
         """
+        if not entries:
+            return
+        place = TranscriptKey(key["session_id"], key["project_key"], key.get("subpath") or "")
         rows = [entry(line) for line in entries]
         length: list[int] = []
 
         def work(transaction: Transaction) -> None:
-            before = transcripts.length(transaction, _key(key))
+            before = transcripts.length(transaction, place)
             if length and before > length[0]:
                 return  # the commit before this try, whose outcome was not known, had gone through after all
             length[:] = [before]
-            transcripts.append(transaction, _key(key), rows)
+            transcripts.append(transaction, place, rows)
 
-        if rows:
-            await self._write(work)
-
-    async def load(self, key: Mapping[str, str]) -> list[dict[str, Any]] | None:
-        texts = await asyncio.to_thread(lambda: list(self.texts(_key(key))))
-        return [json.loads(text) for text in texts] or None
-
-    async def list_sessions(self, project_key: str) -> list[dict[str, Any]]:
-        stored = await asyncio.to_thread(self._read, lambda t: transcripts.of_project(t, project_key))
-        return [{"session_id": session_id, "mtime": updated} for session_id, updated in stored]
-
-    async def list_session_summaries(self, project_key: str) -> list[dict[str, Any]]:
-        """Folded when they are asked for: the service never asks, and kept ones would cost every append."""
-        summaries = []
-        for listed in await self.list_sessions(project_key):
-            key = {"project_key": project_key, "session_id": listed["session_id"]}
-            folded = fold_session_summary(None, key, await self.load(key) or [])  # type: ignore[arg-type]
-            summaries.append({**folded, "mtime": listed["mtime"]})
-        return summaries
-
-    async def delete(self, key: Mapping[str, str]) -> None:
-        await self._write(lambda transaction: transcripts.delete(transaction, _key(key)))
-
-    async def list_subkeys(self, key: Mapping[str, str]) -> list[str]:
-        stored = await asyncio.to_thread(self.of_session, key["session_id"])
-        return [found.subpath for found in stored if found.subpath and found.project_key == key["project_key"]]
-
-    # ---- for the service
+        write = self._writer.submit(work)
+        try:
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(write.future)), WRITE_TIMEOUT)
+        except TimeoutError:
+            # The SDK tells it as the reason that it gives.
+            late = TimeoutError(f"the database has not taken it in {WRITE_TIMEOUT:.0f} seconds")
+            write.give_up(late)
+            raise late from None
 
     def texts(self, key: TranscriptKey) -> Iterator[str]:
         """The JSON texts of a transcript's entries, in order, read some at a time.
@@ -102,7 +78,7 @@ class TranscriptStore:
         Raises:
             StorageError: the database cannot be read.
         """
-        return self._read(lambda transaction: transcripts.of_session(transaction, sdk_session_id))
+        return list(self._read(lambda transaction: transcripts.of_session(transaction, sdk_session_id)))
 
     def uuids(self, key: TranscriptKey) -> list[str]:
         """The uuids of a transcript's entries, in order.
@@ -130,16 +106,6 @@ class TranscriptStore:
     def _read(self, query: Callable[[Transaction], T]) -> T:
         with self._database.transaction() as transaction:
             return query(transaction)
-
-    async def _write(self, work: Callable[[Transaction], None]) -> None:
-        write = self._writer.submit(work)
-        try:
-            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(write.future)), WRITE_TIMEOUT)
-        except TimeoutError:
-            # The SDK tells it as the reason that it gives.
-            late = TimeoutError(f"the database has not taken it in {WRITE_TIMEOUT:.0f} seconds")
-            write.give_up(late)
-            raise late from None
 
 
 class Mirror:

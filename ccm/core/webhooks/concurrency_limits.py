@@ -1,9 +1,9 @@
-"""Who may have a thread: those that take all the time they get leave room for the others."""
+"""Limits concurrent deliveries so that slow hosts cannot occupy every thread."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Set
 
 # Attempts at once, and of these at most to one host, and to one that has given no answer the last time.
 THREADS = 16
@@ -20,7 +20,7 @@ class ConcurrencyLimits:
         silent: hosts that gave no answer the last time.
     """
 
-    def __init__(self, under_way: Iterable[str], silent: Collection[str]) -> None:
+    def __init__(self, under_way: Iterable[str], silent: Set[str]) -> None:
         self._busy = Counter(under_way)
         self._silent = silent
 
@@ -31,17 +31,17 @@ class ConcurrencyLimits:
     def has(self, host: str) -> bool:
         """Whether one more may be sent to a host now."""
         if host not in self._silent:
-            return self._busy.total() < THREADS and self._busy[host] < PER_HOST
-        return self.has_for_silent() and self._busy[host] < PER_SILENT_HOST
+            return self.has_any() and self._busy[host] < PER_HOST
+        return self._has_for_silent() and self._busy[host] < PER_SILENT_HOST
 
     def has_any(self) -> bool:
         return self._busy.total() < THREADS
 
-    def has_for_silent(self) -> bool:
-        """Whether there is room for any host that gave no answer."""
+    def full(self) -> Set[str]:
+        """Hosts that have their share. Those that gave no answer share one, too."""
+        full = {host for host in self._busy if not self.has(host)}
+        return full if self._has_for_silent() else full | self._silent
+
+    def _has_for_silent(self) -> bool:
         of_silent = sum(count for host, count in self._busy.items() if host in self._silent)
         return self.has_any() and of_silent < THREADS - KEPT
-
-    def full(self) -> list[str]:
-        """Hosts that have their share."""
-        return [host for host in self._busy if not self.has(host)]

@@ -16,9 +16,11 @@ from ccm.core.webhooks.post import Answer, NoAnswer, Post
 from ccm.core.webhooks.retry import SCHEDULE, RetryDecision, decide
 from ccm.core.webhooks.signature import headers
 from ccm.db import deliveries, events, runs
-from ccm.db.driver.database import Database, Transaction
-from ccm.models import DELIVERED, DISABLED, FAILED, PENDING, RUN_TARGET, Delivery, timestamp
+from ccm.db.driver.database import Database
+from ccm.db.driver.transaction import Transaction
+from ccm.models import Attempt, Delivery, DeliveryStatus, DeliveryTarget
 from ccm.settings.webhook_urls import allowed, host_of
+from ccm.timestamps import timestamp
 
 log = logging.getLogger(__name__)
 
@@ -102,10 +104,10 @@ class DeliveryExecutor:
             # Disabled since it was found, or just tried: who found it may have read before that was stored.
             if delivery is None or (delivery.next_attempt_at or "~") > timestamp():
                 return None
-            run = runs.find(transaction, delivery.run_id) if delivery.target == RUN_TARGET else None
-            text = events.text(transaction, delivery.event_id)
+            run = runs.find(transaction, delivery.run_id) if delivery.target == DeliveryTarget.RUN else None
+            text = events.find_text(transaction, delivery.event_id)
             # Deleted with its run since the delivery was read, which PostgreSQL lets happen between two statements.
-            if text is None or (run is None and delivery.target == RUN_TARGET):
+            if text is None or (run is None and delivery.target == DeliveryTarget.RUN):
                 return None
             return delivery, text, self._addresses.service if run is None else run.webhook_url
 
@@ -118,24 +120,24 @@ class DeliveryExecutor:
         delivery, text, url = found
         refusal = self._refusal(delivery, url)
         if url is None or refusal is not None:
-            self._store(delivery, delivery.attempts, RetryDecision(DISABLED, reason=refusal))
+            self._store(delivery, delivery.attempts.value, RetryDecision(DeliveryStatus.DISABLED, reason=refusal))
             return None
         at, begun = timestamp(), time.monotonic()
         answer = self._post(delivery, url, text.encode("ascii"))
         took = round((time.monotonic() - begun) * 1_000)
         if self._closed.is_set() and not isinstance(answer, Answer):
             return None  # it was cut, and the receiver is not to blame
-        decision = decide(answer, len(delivery.attempts) + 1, self._schedule)
+        decision = decide(answer, len(delivery.attempts.value) + 1, self._schedule)
         code = answer.status if isinstance(answer, Answer) else None
-        attempt = {"at": at, "durationMs": took, "statusCode": code, "error": decision.error}
-        self._store(delivery, [*delivery.attempts, attempt], decision)
+        attempt: Attempt = {"at": at, "durationMs": took, "statusCode": code, "error": decision.error}
+        self._store(delivery, [*delivery.attempts.value, attempt], decision)
         return isinstance(answer, Answer)
 
     def _refusal(self, delivery: Delivery, url: str | None) -> str | None:
         """Why a delivery is not to be sent by the settings as they are now."""
         if url is None:
             return "CCM_WEBHOOK_URL is not set any more"
-        if delivery.target == RUN_TARGET and not allowed(url, self._addresses.allow):
+        if delivery.target == DeliveryTarget.RUN and not allowed(url, self._addresses.allow):
             return f"CCM_WEBHOOK_ALLOW does not name {host_of(url)} any more"
         return None
 
@@ -173,7 +175,7 @@ class DeliveryExecutor:
     def _tls(self) -> ssl.SSLContext:
         return ssl.create_default_context()
 
-    def _store(self, delivery: Delivery, attempts: Sequence[dict[str, object]], decision: RetryDecision) -> None:
+    def _store(self, delivery: Delivery, attempts: Sequence[Attempt], decision: RetryDecision) -> None:
         """Wait until it is committed, as long as it takes: tried again before, it would be sent twice.
 
         Raises:
@@ -188,13 +190,13 @@ class DeliveryExecutor:
 
     def _say(self, delivery: Delivery, decision: RetryDecision) -> None:
         what = f"run {delivery.run_id}: {delivery.event_type} for {delivery.host or 'CCM_WEBHOOK_URL'}"
-        if decision.status == DELIVERED:
+        if decision.status == DeliveryStatus.DELIVERED:
             log.info("%s delivered", what)
-        elif decision.status == PENDING:
+        elif decision.status == DeliveryStatus.PENDING:
             log.warning("%s not delivered, again in %.0f s: %s", what, decision.pause, decision.error)
-        elif decision.status == FAILED:
+        elif decision.status == DeliveryStatus.FAILED:
             log.error("%s given up: %s; at last %s", what, decision.reason, decision.error)
-        elif delivery.target == RUN_TARGET:
+        elif delivery.target == DeliveryTarget.RUN:
             log.warning("%s disabled with all that would follow for this run: %s", what, decision.reason)
         else:
             log.error("%s disabled, with all others for it until the next start: %s", what, decision.reason)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -22,9 +22,10 @@ from ccm.core.webhooks.concurrency_limits import THREADS, ConcurrencyLimits
 from ccm.core.webhooks.delivery_executor import DeliveryExecutor
 from ccm.core.worker_pool import WorkerPool
 from ccm.db import deliveries
-from ccm.db.driver.database import Database, Transaction
+from ccm.db.driver.database import Database
+from ccm.db.driver.transaction import Transaction
 from ccm.errors import StorageDown, StorageError
-from ccm.models import timestamp
+from ccm.timestamps import timestamp
 
 log = logging.getLogger(__name__)
 
@@ -154,24 +155,18 @@ class Dispatcher:
         """Hand what is due to threads. Gives the seconds until something else will be."""
         now = timestamp()
         with self._lock:
-            silent = list(self._silent)
-            room = ConcurrencyLimits([handed.host for handed in self._handed.values()], set(silent))
-        # Hosts that gave no answer, and what has failed before, wait behind the others.
-        for again in (False, True):
-            self._begin(room, now, again, silent)
-        for again in (False, True):
-            if room.has_for_silent():
-                self._begin(room, now, again, ())
-        later = self._read(partial(deliveries.next_due, now=now))
+            room = ConcurrencyLimits([handed.host for handed in self._handed.values()], set(self._silent))
+        for again in (False, True):  # what has failed before waits behind what has not
+            self._begin(room, now, again)
+        later = self._read(partial(deliveries.find_next_due, now=now))
         return LONGEST_SLEEP if later is None else min(LONGEST_SLEEP, _seconds_until(later))
 
-    def _begin(self, room: ConcurrencyLimits, now: str, again: bool, without: Sequence[str]) -> None:
-        """Hand out what is due, or due again, as far as there is room, except for some hosts."""
+    def _begin(self, room: ConcurrencyLimits, now: str, again: bool) -> None:
+        """Hand out what is due, or due again, as far as there is room."""
         is_more = True
         while is_more and room.has_any():
             # A host that has its share is left out by the query: all that is due for it may be in front of the others.
-            hosts = {*without, *room.full()}
-            page = self._read(partial(deliveries.due, now=now, again=again, without=hosts, limit=PAGE))
+            page = self._read(partial(deliveries.due, now=now, again=again, without=room.full(), limit=PAGE))
             begun = 0
             for delivery_id, host in page:
                 if room.has(host) and self._take(delivery_id, host):

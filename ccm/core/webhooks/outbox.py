@@ -9,26 +9,16 @@ from typing import Any
 
 from ccm.core.webhooks.retry import MAX_DELAY, RetryDecision
 from ccm.db import deliveries, events
-from ccm.db.driver.database import Transaction
-from ccm.models import (
-    APPROVAL_REQUESTED,
-    DISABLED,
-    PENDING,
-    RUN_ENDED,
-    RUN_STARTED,
-    RUN_TARGET,
-    SERVICE_TARGET,
-    Delivery,
-    Run,
-    timestamp,
-    to_json_text,
-)
+from ccm.db.driver.transaction import Transaction
+from ccm.json_text import to_json_text
+from ccm.models import RUN_ENDED, Delivery, DeliveryStatus, DeliveryTarget, EventType, Run
 from ccm.settings.webhook_urls import host_of
+from ccm.timestamps import timestamp
 
 log = logging.getLogger(__name__)
 
 # What is delivered; the feed of /api/events has more.
-TOLD = frozenset((RUN_STARTED, *RUN_ENDED.values(), APPROVAL_REQUESTED))
+TOLD = frozenset((EventType.RUN_STARTED, *RUN_ENDED.values(), EventType.APPROVAL_REQUESTED))
 
 
 class Outbox:
@@ -55,12 +45,12 @@ class Outbox:
         now = timestamp()
         webhook_id = f"evt_{uuid.uuid4().hex}"
         if run.webhook_url is not None:
-            reason = deliveries.disabled(transaction, run.id, RUN_TARGET)
+            reason = deliveries.find_disabled_reason(transaction, run.id, DeliveryTarget.RUN)
             host = host_of(run.webhook_url)
-            deliveries.insert(transaction, run.id, RUN_TARGET, webhook_id, host, reason=reason, now=now)
+            deliveries.insert(transaction, run.id, DeliveryTarget.RUN, webhook_id, host, reason=reason, now=now)
         if self._service:
             host = deliveries.SERVICE_HOST
-            deliveries.insert(transaction, run.id, SERVICE_TARGET, webhook_id, host, reason=self._gone, now=now)
+            deliveries.insert(transaction, run.id, DeliveryTarget.SERVICE, webhook_id, host, reason=self._gone, now=now)
 
     def begin(self, transaction: Transaction) -> None:
         """At a start: what was for the service's address has none any more, if the setting is gone.
@@ -79,7 +69,7 @@ class Outbox:
         self,
         transaction: Transaction,
         delivery: Delivery,
-        attempts: Sequence[Mapping[str, Any]],
+        attempts: Sequence[Mapping[str, object]],
         decision: RetryDecision,
     ) -> None:
         """Store an attempt and what follows from it; ring EVENTS after the commit."""
@@ -93,14 +83,14 @@ class Outbox:
             reason=decision.reason,
             next_attempt_at=next_at,
         )
-        if decision.status == DISABLED:
+        if decision.status == DeliveryStatus.DISABLED:
             self._disable(transaction, delivery, decision.reason or "")
-        elif decision.status != PENDING:
+        elif decision.status != DeliveryStatus.PENDING:
             deliveries.go_on(transaction, delivery.run_id, delivery.target, timestamp())
 
     def _disable(self, transaction: Transaction, delivery: Delivery, reason: str) -> None:
-        if delivery.target == RUN_TARGET:
-            deliveries.disable_run(transaction, delivery.run_id, RUN_TARGET, reason)
+        if delivery.target == DeliveryTarget.RUN:
+            deliveries.disable_run(transaction, delivery.run_id, DeliveryTarget.RUN, reason)
         else:
             self._gone = reason
             deliveries.disable_service(transaction, reason)

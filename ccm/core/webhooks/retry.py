@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
 from ccm.core.webhooks.post import Answer
-from ccm.models import DELIVERED, DISABLED, FAILED, PENDING
+from ccm.models import DeliveryStatus
 
 # Pauses after the first attempt that fails, the second, ... (seconds).
 SCHEDULE = (5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
@@ -45,20 +45,20 @@ def decide(answer: Answer | str, attempts: int, schedule: Sequence[float]) -> Re
     if isinstance(answer, str):
         error = answer
     elif 200 <= answer.status < 300:
-        return RetryDecision(DELIVERED)
+        return RetryDecision(DeliveryStatus.DELIVERED)
     elif answer.status == GONE:
         error = "the receiver answered 410: it wants no more"
-        return RetryDecision(DISABLED, error, error)
+        return RetryDecision(DeliveryStatus.DISABLED, error, error)
     elif 300 <= answer.status < 400:
         error = f"the receiver redirects ({answer.status}), which is not followed"
     else:
         error = f"the receiver answered {answer.status}"
     if attempts > len(schedule):
-        return RetryDecision(FAILED, error, f"no success in {attempts} attempts")
+        return RetryDecision(DeliveryStatus.FAILED, error, f"no success in {attempts} attempts")
     pause = schedule[attempts - 1] * random.uniform(1, 1 + JITTER)  # noqa: S311  # no secret
     if isinstance(answer, Answer) and answer.status in RETRY_AFTER:
         pause = max(pause, min(_seconds(answer.retry_after), LONGEST_RETRY_AFTER))
-    return RetryDecision(PENDING, error, pause=pause)
+    return RetryDecision(DeliveryStatus.PENDING, error, pause=pause)
 
 
 def _seconds(retry_after: str | None) -> float:

@@ -1,1 +1,1 @@
-"""Connections, transactions, migrations and the two kinds of database."""
+"""The drivers: dataset with SQLAlchemy, sqlite3 and psycopg, each in a file of its own."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
+from typing import TYPE_CHECKING, TypeGuard
 
-import psycopg
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from ccm.db.driver.postgresql import NoAnswer
 from ccm.errors import DatabaseDamaged, StorageDown, StorageError, StorageRejected
+
+if TYPE_CHECKING:
+    import psycopg
 
 # What SQLite answers when the statement is to blame and not the file; all other codes are the storage's trouble.
 SQLITE_STATEMENT_ERRORS = frozenset(
@@ -68,14 +71,20 @@ def storage_error(error: BaseException) -> StorageError | None:
     if isinstance(error, PoolTimeout):
         return StorageDown("all connections are in use", "all connections to the database are in use")
     cause = getattr(error, "orig", None) or error
-    if not isinstance(error, SQLAlchemyError) and not isinstance(cause, sqlite3.Error | psycopg.Error):
+    if not isinstance(error, SQLAlchemyError) and not isinstance(cause, sqlite3.Error) and not _is_psycopgs(cause):
         return None
     reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
     if isinstance(cause, sqlite3.Error):
         return _of_sqlite(cause, reason)
-    if isinstance(cause, psycopg.Error):
+    if _is_psycopgs(cause):
         return _of_postgresql(cause, reason)
     return StorageRejected(reason)
+
+
+def _is_psycopgs(error: BaseException) -> TypeGuard[psycopg.Error]:
+    """Tell psycopg's errors. It is not imported for that: before it is, it raises none, and SQLite does not need it."""
+    module = sys.modules.get("psycopg")
+    return module is not None and isinstance(error, module.Error)
 
 
 def _of_sqlite(cause: sqlite3.Error, reason: str) -> StorageError:
@@ -88,6 +97,10 @@ def _of_sqlite(cause: sqlite3.Error, reason: str) -> StorageError:
 
 
 def _of_postgresql(cause: psycopg.Error, reason: str) -> StorageError:
+    import psycopg  # noqa: PLC0415
+
+    from ccm.db.driver.postgresql import NoAnswer  # noqa: PLC0415
+
     if isinstance(cause, NoAnswer):
         return StorageDown(reason, "the database server does not answer")
     state = cause.sqlstate or ""

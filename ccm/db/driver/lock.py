@@ -7,13 +7,13 @@ import os
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
-import psycopg
-
-from ccm.db.driver.postgresql import NETWORK, SERVER_KEEPALIVES
 from ccm.db.driver.sqlite_file import make_private
 from ccm.errors import DatabaseRefused
+
+if TYPE_CHECKING:
+    import psycopg
 
 # Any number that nobody else of this PostgreSQL database uses: "ccmanage" in ASCII.
 ADVISORY_LOCK = int.from_bytes(b"ccmanage")
@@ -75,6 +75,11 @@ class _AdvisoryLock:
         self._connection: psycopg.Connection[tuple[bool]] | None = None
 
     def take(self) -> bool:
+        # Not at the top: a start on SQLite has no use for psycopg.
+        import psycopg  # noqa: PLC0415
+
+        from ccm.db.driver.postgresql import NETWORK, SERVER_KEEPALIVES  # noqa: PLC0415
+
         try:
             self._connection = psycopg.connect(self._url, autocommit=True, **NETWORK)
             for statement in SERVER_KEEPALIVES:

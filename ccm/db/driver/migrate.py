@@ -8,15 +8,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ccm.db.driver.database import Database, Transaction
+from ccm.db.driver.database import Database
 from ccm.db.driver.lock import TAKEN
+from ccm.db.driver.transaction import Transaction
 from ccm.errors import DatabaseRefused, DatabaseTaken, StorageDown, StorageError
-from ccm.models import timestamp
+from ccm.timestamps import timestamp
 
 MIGRATIONS_FILE = Path(__file__).parents[3] / "migrations.sql"
 HEADING = re.compile(r"^-- (?P<number>\d{4}) (?P<name>[^(]+?)(?: \((?P<dialect>sqlite|postgresql)\))?$")
 
-# Each takes as long as SQLite waits for a lock (db/driver/database.py).
+# Each takes as long as SQLite waits for a lock (db/driver/sqlite.py).
 LOCKED_TRIES = 10
 
 CREATE_HISTORY = """

@@ -56,11 +56,6 @@ class Permits:
                     raise StorageDown("all connections are in use", "all connections to the database are in use")
             mine.wait(remaining)
 
-    @property
-    def waiting(self) -> int:
-        """How many threads wait."""
-        return len(self._waiting)
-
     def give_back(self, *, answered: bool) -> None:
         """Hand it to the thread that has waited longest.
 

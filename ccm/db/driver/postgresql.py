@@ -4,6 +4,8 @@ The right is an advisory lock of the very session that writes. When the connecti
 nothing can be committed through what is left; a new connection has to take the right again, and does not get it while
 another service has it, or while the server has not yet ended the lost one: so what that one was about to commit is
 decided before the new one looks.
+
+It reaches into psycopg (`Connection.wait`), and tests/contracts/test_psycopg.py names all of that.
 """
 
 from __future__ import annotations
@@ -37,8 +39,6 @@ SERVER_KEEPALIVES = (
     "SET tcp_keepalives_count = 3",
 )
 READ_ONE_MOMENT = "SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"
-# The server is to give up a statement before it is itself given up for dead.
-STATEMENT_SHARE = 0.8
 
 
 class NoAnswer(psycopg.OperationalError):
@@ -76,12 +76,15 @@ class Connection(psycopg.Connection[Any]):
             return done.value
 
 
-def connect(*, writable: bool, answer_seconds: float | None, **parameters: Any) -> Connection:
+def connect(
+    *, writable: bool, answer_seconds: float | None, statement_seconds: float | None, **parameters: Any
+) -> Connection:
     """A new connection.
 
     Args:
         writer: it is to have the right to write, as long as it lives.
         answer_seconds: how long to wait for an answer of the server; None for ever.
+        statement_seconds: after how long the server gives up a statement; None for never.
 
     Raises:
         DatabaseTaken: another one has the right to write.
@@ -90,7 +93,8 @@ def connect(*, writable: bool, answer_seconds: float | None, **parameters: Any) 
     try:
         if answer_seconds is not None:
             connection.answer_seconds = answer_seconds
-            connection.execute(f"SET statement_timeout = {answer_seconds * STATEMENT_SHARE * 1000:.0f}")
+        if statement_seconds is not None:
+            connection.execute(f"SET statement_timeout = {statement_seconds * 1000:.0f}")
         if writable:
             _take_right(connection)
         else:

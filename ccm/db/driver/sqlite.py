@@ -7,6 +7,8 @@ import sqlite3
 import time
 from typing import Any
 
+# How long SQLite itself waits for a lock. The writer tries again after that, so that a cancelled write is let go.
+BUSY_TIMEOUT_MS = 1_000
 # How often a statement looks at the time: after so many steps of SQLite's machine.
 CHECK_STEPS = 1_000
 
@@ -42,6 +44,23 @@ class Connection(sqlite3.Connection):
 
     def cursor(self, factory: Any = Cursor) -> Any:
         return super().cursor(factory)
+
+
+def pragmas(*, service: bool) -> list[str]:
+    """Return the settings of a new connection.
+
+    Args:
+        service: it is one of a service, and not of a command that needs room for large temporary files.
+    """
+    statements = [
+        f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}",
+        "PRAGMA foreign_keys = ON",
+        "PRAGMA synchronous = FULL",
+    ]
+    if service:
+        # Even a savepoint may need a temporary file, and agents can fill the directory of such files.
+        statements.append("PRAGMA temp_store = MEMORY")
+    return statements
 
 
 def _position(text: str | None, part: str) -> int | None:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
@@ -20,7 +19,6 @@ from claude_agent_sdk import ToolPermissionContext
 
 from ccm.core.approvals.requests import Approvals
 from ccm.core.approvals.transitions import ApprovalTransitions
-from ccm.core.lookup import find_run
 from ccm.core.storage.notifier import APPROVALS, EVENTS, Notifier
 from ccm.core.storage.writer import Writer
 from ccm.core.webhooks.outbox import Outbox
@@ -28,9 +26,11 @@ from ccm.db import runs, sessions
 from ccm.db.driver.database import Database
 from ccm.db.driver.migrate import migrate
 from ccm.errors import ApprovalResolved, NotFound
-from ccm.models import Answer, Question, timestamp
+from ccm.models import Answer, Question
+from ccm.timestamps import timestamp
+from tests.waiting import until
 
-SOON = 30.0
+SOON = 60.0
 QUESTION = Question("Bash", "toolu_1", {"command": "make"})
 
 
@@ -50,7 +50,7 @@ class Desk:
             row = {"id": "r", "seq": 1, "cwd": "/", "sessionId": "s", "sdkSessionId": "s", "mode": "fresh"}
             row |= {"status": "running", "prompt": "", "optionsJson": "{}", "imageCount": 0, "createdAt": now}
             runs.insert(transaction, row | {"approvals": 1}, None)
-            self.run = find_run(transaction, "r")
+            self.run = runs.get(transaction, "r")
         self.ticks = 0
         self._take_back = threading.Event()
         self._pool = ThreadPoolExecutor(1)
@@ -82,14 +82,6 @@ def desk(writable: Database) -> Iterator[Desk]:
     desk = Desk(writable)
     yield desk
     desk.close()
-
-
-def until(condition: Any) -> Any:
-    deadline = time.monotonic() + SOON
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    return found
 
 
 def stored(reader: Database) -> list[tuple[str, str]]:
@@ -210,7 +202,7 @@ def test_after_an_uncertain_commit_nothing_is_asked_twice_and_who_was_first_is_t
         reader = stack.enter_context(closing(Database(url)))
         migrate(database)
         desk = stack.enter_context(closing(Desk(database)))
-        original = database._database.commit
+        original = database._pool.commit
         lost: list[int] = []
 
         def commit_and_lose_the_answer() -> None:
@@ -220,7 +212,7 @@ def test_after_an_uncertain_commit_nothing_is_asked_twice_and_who_was_first_is_t
                 raise psycopg.OperationalError("the connection was lost in COMMIT")
             lost.append(0)
 
-        database._database.commit = commit_and_lose_the_answer  # type: ignore[method-assign]
+        database._pool.commit = commit_and_lose_the_answer  # type: ignore[method-assign]
         waiting = desk.ask()
         ((approval_id, _),) = until(lambda: stored(reader))
         answer = Answer(allow=True, updated_input={"command": "true"})

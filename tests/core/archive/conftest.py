@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from ccm.db.driver.database import Database, Transaction
-from ccm.db.driver.migrate import migrate
+from ccm.db.driver.database import Database
+from ccm.db.driver.transaction import Transaction
 from tests.core.archive.history import fill
 from tests.flask_commands import Flask
 
@@ -22,16 +22,13 @@ class LendingWriter(Database):
     def transaction(self, uncertain: bool = False) -> Iterator[Transaction]:
         with super().transaction(uncertain) as transaction:
             yield transaction
-        engine = self._database.engine
-        assert engine is not None
-        engine.dispose()
+        self._pool.dispose()
 
 
 @pytest.fixture
 def writable(database_url: str) -> Iterator[Database]:
     """The one writer of a database with the schema in place, except while a command is at work."""
     database = LendingWriter(database_url, writable=True, pool_size=1)
-    migrate(database)
     yield database
     database.close()
 

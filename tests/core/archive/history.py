@@ -10,12 +10,13 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ccm.db import approvals, archive, messages, transcripts
+from ccm.db import approvals, messages, runs, sessions, transcripts
 from ccm.db.driver import sqlite_file
 from ccm.db.driver.database import Database
 from ccm.db.driver.migrate import migrate
 from ccm.db.transcripts import Entry, TranscriptKey
-from ccm.models import Message, to_json_text
+from ccm.json_text import to_json_text
+from ccm.models import Message
 
 ODD = {
     "type": "assistant",
@@ -80,7 +81,7 @@ def add_session(database: Database, session_id: str, **columns: Any) -> None:
     given = {"cwd": "/srv/project", "title": None, "metadataJson": "{}", "parentSessionId": None, **columns}
     given = {"forkedFromRunId": None, "firstRunAt": at(0), "lastRunAt": at(0), "lastRunSeq": 0, **given}
     with database.transaction() as transaction:
-        archive.insert_session(transaction, {"id": session_id, **given})
+        sessions.insert(transaction, {"id": session_id, "runCount": 0, **given})
 
 
 def add_run(
@@ -126,21 +127,15 @@ def add_run(
         **columns,
     }
     with database.transaction() as transaction:
-        archive.insert_run(transaction, row)
+        runs.insert(transaction, row, None)
         texts = [(message.get("type", "unknown"), to_json_text(message)) for message in said]
         batch = [Message(run_id, session_id, index, kind, text, at(seq)) for index, (kind, text) in enumerate(texts)]
         if batch:
             messages.insert_many(transaction, batch)
         ended = row["status"] != "running"
-        archive.count_run_in(
-            transaction,
-            session_id,
-            seq=seq,
-            at=row["createdAt"],
-            messages=len(batch) if ended else 0,
-            cost_usd=row["costUsd"] or 0.0,
-            head=run_id if row["hasTranscript"] else None,
-        )
+        sessions.run_added(transaction, session_id, seq, row["createdAt"])
+        head = run_id if row["hasTranscript"] else None
+        sessions.run_ended(transaction, session_id, len(batch) if ended else 0, row["costUsd"] or 0.0, head)
         for one in asked:
             approvals.insert(transaction, {**APPROVAL, "runId": run_id, "sessionId": session_id, **one})
         for subpath, lines in (entries or {}).items():

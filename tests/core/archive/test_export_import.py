@@ -14,12 +14,12 @@ import pytest
 from ccm.core.archive.exporting import export
 from ccm.db import archive, runs, sessions
 from ccm.db.driver.database import Database
-from tests.api.conftest import new_database
 from tests.client import Client
 from tests.conftest import ServeFunction
 from tests.core.archive.conftest import of_type
 from tests.core.archive.history import FORK, ODD, OTHER, ROOT, add_run, add_session, fill, uuid_of, writing
 from tests.flask_commands import FLASK, Flask, variables
+from tests.postgresql import new_database
 
 ROOT_FOLDER = Path(__file__).parents[3]
 
@@ -123,7 +123,7 @@ def test_what_is_written_while_an_export_goes_on_is_not_in_it(
 ) -> None:
     fill(writable)
     with reader.transaction() as transaction:
-        archive.hold_snapshot(transaction, reader.dialect)
+        archive.hold_snapshot(transaction)
         lines = export(transaction, None)
         beginning = [next(lines), next(lines)]
         add_run(writable, ROOT, 5, [{"type": "late"}], mode="resume", parentRunId=uuid_of(1003))

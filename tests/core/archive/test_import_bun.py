@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from ccm.core.archive.bun_values import iso_time
-from ccm.core.claude.sdk import transcript_path
+from ccm.core.archive.bun.values import iso_time
+from ccm.core.claude.locations import transcript_path
 from tests.client import Client
 from tests.conftest import ServeFunction
 from tests.core.archive.conftest import of_type

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ccm.core.claude.sdk import transcript_path
+from ccm.core.claude.locations import transcript_path
 from ccm.core.storage.notifier import Notifier
 from ccm.core.storage.writer import Writer
 from ccm.core.transcripts.files import TranscriptFiles

@@ -4,35 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import json
 import os
 import signal
 import sys
 import threading
-import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import anyio
 import pytest
-from claude_agent_sdk import ClaudeAgentOptions, ClaudeSDKClient
-from claude_agent_sdk._internal.query import Query
-from claude_agent_sdk._internal.transport.subprocess_cli import SubprocessCLITransport
+from claude_agent_sdk import ClaudeSDKClient
 
 from ccm.core.claude.execution import Execution
+from ccm.core.claude.outcome import Outcome
 from ccm.core.claude.processes import end_marked, marked
 from ccm.core.claude.run_context import CLIConfig, RunContext
 from ccm.core.claude.run_events import first
 from ccm.core.claude.termination import Termination
 from ccm.core.policy.ceilings import Ceilings
 from ccm.core.transcripts.store import Mirror
-from ccm.models import Outcome
 from tests.conftest import stand_in_cli
+from tests.waiting import until
 
-SOON = 30.0
+SOON = 60.0
 # What the stand-in says when its input is closed, with the run over.
 LATE = "said late"
 
@@ -128,13 +124,6 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         if name.startswith(("CLAUDE", "ANTHROPIC", "CCM_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def is_there(run: Run) -> bool:
@@ -234,11 +223,9 @@ def test_a_killed_cli_is_a_crash_and_its_tool_is_ended(tmp_path: Path) -> None:
     run = Run(tmp_path, {"hold": True, "count": 1, "tool": 300}).start()
     until(lambda: run.messages and len(marked(run.run_id)) == 2)
     claude = next(pid for pid in marked(run.run_id) if b"stand_in_cli" in Path(f"/proc/{pid}/cmdline").read_bytes())
-    begun = time.monotonic()
     os.kill(claude, signal.SIGKILL)
 
     assert tell(run) == ("error", "CLI_CRASHED")
-    assert time.monotonic() - begun < 1
 
 
 def test_a_message_over_the_limit_ends_the_run(tmp_path: Path) -> None:
@@ -679,34 +666,6 @@ def test_the_cli_is_in_a_session_of_its_own_and_dies_with_the_service(tmp_path: 
     assert os.getsid(claude) == claude
     run.execution.cancel()
     run.end()
-
-
-# ---- the contract with the SDK's insides
-
-
-def test_the_sdk_still_has_what_the_executor_reaches_into() -> None:
-    client = ClaudeSDKClient(ClaudeAgentOptions())
-    assert {"_query", "_transport"} <= set(vars(client))
-    query = Query(
-        transport=SubprocessCLITransport(prompt=_nothing(), options=ClaudeAgentOptions()), is_streaming_mode=True
-    )
-    assert isinstance(query._message_send, anyio.streams.memory.MemoryObjectSendStream)
-    assert isinstance(query._message_receive, anyio.streams.memory.MemoryObjectReceiveStream)
-    assert "_process" in vars(query.transport)
-    assert callable(query._send_control_request)
-    source = inspect.getsource(Query._read_messages)
-    # All that the reader does with the stream is what ccm.core.claude.sdk._Tap offers.
-    assert set(source.split("self._message_send.")[1:]) != set()
-    calls = {part.partition("(")[0] for part in source.split("self._message_send.")[1:]}
-    assert calls == {"send", "send_nowait", "close"}
-    query._message_send.close()
-    query._message_receive.close()
-
-
-async def _nothing() -> AsyncIterator[dict[str, Any]]:
-    nothing: tuple[dict[str, Any], ...] = ()
-    for message in nothing:
-        yield message
 
 
 # ---- schedules and inputs that have failed once

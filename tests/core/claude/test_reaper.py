@@ -14,7 +14,7 @@ import pytest
 
 from ccm.core.claude.processes import RUN_MARK, marked
 from ccm.core.claude.reaper import Reaper
-from tests.e2e.test_endings import until
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[3]
 HOLDER = "import sys; sys.path.insert(0, sys.argv[1]); from ccm.core.claude.reaper import Reaper; reaper = Reaper()\n"

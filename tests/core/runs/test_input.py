@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from ccm.core.claude.input_queue import FollowUp
 from ccm.core.claude.processes import marked
 from ccm.core.claude.run_context import user_message
 from ccm.errors import Conflict, TooLarge
-from tests.core.claude.test_execution import Run, _clean_environment, is_there, tell, until  # noqa: F401
+from tests.core.claude.test_execution import Run, _clean_environment, is_there, tell  # noqa: F401
+from tests.waiting import until
 
 # How long the first turn of a run may take until a test has it end.
 LONG = 300
@@ -300,10 +300,8 @@ def test_under_back_pressure_a_message_waits_and_a_cancel_still_gets_through(tmp
     run.start()
     until(lambda: run.messages)
     follow_up = send(run, "Is it stored?")
-    begun = time.monotonic()
     run.execution.cancel()
     until(lambda: not is_there(run))
-    assert time.monotonic() - begun < 5
 
     loop = run.execution._loop
     assert loop is not None

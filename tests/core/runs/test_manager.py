@@ -7,7 +7,7 @@ import json
 import os
 import random
 import sqlite3
-import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,13 +22,17 @@ def service(serve: ServeFunction, home: Path, **settings: object) -> ServiceProc
     return serve(CCM_CLI_PATH=stand_in_cli(home), **settings)
 
 
-def test_cancel_racing_completion_has_one_outcome(serve: ServeFunction, home: Path, project: Path) -> None:
+@pytest.mark.parametrize("rounds", [60, pytest.param(1_000, marks=pytest.mark.many_rounds)])
+def test_cancel_racing_completion_has_one_outcome(serve: ServeFunction, home: Path, project: Path, rounds: int) -> None:
     client = Client(service(serve, home, CCM_MAX_CONCURRENT_RUNS=8).url)
     chance = random.Random(7)
+    begun = time.monotonic()
+    client.start(project, "hello")
+    alone = time.monotonic() - begun
 
     def race(number: int) -> tuple[int, str]:
         run = client.start(project, "hello", wait=0)
-        threading.Event().wait(chance.random() * 0.05)  # not to synchronise: to meet it at any moment of its life
+        time.sleep(chance.random() * 4 * alone)  # not to synchronise: to meet it at any moment of its life
         answer = client.delete(f"/api/runs/{run['id']}")
         ended = client.run(run["id"])
         assert client.run(run["id"]) == ended
@@ -38,7 +42,7 @@ def test_cancel_racing_completion_has_one_outcome(serve: ServeFunction, home: Pa
         return answer.status, ended["status"]
 
     with ThreadPoolExecutor(8) as pool:
-        outcomes = set(pool.map(race, range(1_000)))
+        outcomes = set(pool.map(race, range(rounds)))
     assert outcomes == {(200, "cancelled"), (409, "completed")}
     assert client.get("/api/runs", status="running").json == []
 
@@ -158,15 +162,16 @@ def test_a_type_that_no_column_takes_is_recorded_all_the_same(
 def test_a_start_whose_commit_was_uncertain_is_followed(home: Path, project: Path, tmp_path: Path) -> None:
     import psycopg
 
+    from ccm.core.runs.request import RunRequest
     from ccm.core.service import Service
-    from ccm.models import RunRequest
+    from ccm.models import RunMode
     from ccm.settings.settings import Settings
 
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     running = Service(Settings(database_path=tmp_path / "u.sqlite", cli_path=stand_in_cli(tmp_path)), environ)
     running.start()
     database = running._writer._database
-    commit = database._database.commit
+    commit = database._pool.commit
     lost: list[int] = []
 
     def commit_and_lose_the_answer() -> None:
@@ -176,9 +181,9 @@ def test_a_start_whose_commit_was_uncertain_is_followed(home: Path, project: Pat
             raise psycopg.OperationalError("lost in COMMIT")
 
     database.is_sqlite = False  # so that it passes for a server whose answer can be lost
-    database._database.commit = commit_and_lose_the_answer  # type: ignore[method-assign]
+    database._pool.commit = commit_and_lose_the_answer  # type: ignore[method-assign]
     try:
-        run = running.runs.start(RunRequest(mode="fresh", prompt="hello"), str(project)).run
+        run = running.runs.start(RunRequest(mode=RunMode.FRESH, prompt="hello"), str(project)).run
         ended = running.queries.wait(
             run.id,
             30,
@@ -195,8 +200,9 @@ def test_a_start_whose_commit_was_uncertain_is_followed(home: Path, project: Pat
 def test_a_run_of_which_a_message_was_refused_ends_in_error_though_it_went_well(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from ccm.core.runs.request import RunRequest
     from ccm.core.service import Service
-    from ccm.models import RunRequest
+    from ccm.models import RunMode
     from ccm.settings.settings import Settings
 
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
@@ -206,7 +212,7 @@ def test_a_run_of_which_a_message_was_refused_ends_in_error_though_it_went_well(
     monkeypatch.setattr("ccm.core.runs.runner.storable", lambda text: text)
     try:
         prompt = json.dumps({"messages": [{"type": "\ud800"}]})
-        run = running.runs.start(RunRequest(mode="fresh", prompt=prompt), str(project)).run
+        run = running.runs.start(RunRequest(mode=RunMode.FRESH, prompt=prompt), str(project)).run
         ended = running.queries.wait(
             run.id,
             30,

@@ -16,14 +16,17 @@ import psycopg
 import pytest
 
 from ccm.core.claude.reaper import Reaper
+from ccm.core.runs.request import RunRequest
 from ccm.core.service import Service
 from ccm.core.webhooks.dispatcher import Dispatcher
 from ccm.demo.tour import ServiceProcess
-from ccm.models import Run, RunRequest
+from ccm.models import Run, RunMode
 from ccm.settings.settings import Settings
 from tests.client import Client
 from tests.conftest import ServeFunction, stand_in_cli
 from tests.disks import SmallDisk
+from tests.postgresql import new_database
+from tests.waiting import until
 
 HOLD = json.dumps({"hold": True, "count": 1})
 # Root reads everything, unless it lacks these.
@@ -51,7 +54,7 @@ def service_for(tmp_path: Path, environ_in_process: dict[str, str]) -> Iterator[
 
 
 def start(service: Service, cwd: Path, prompt: str = "hello") -> Run:
-    return service.runs.start(RunRequest(mode="fresh", prompt=prompt), str(cwd)).run
+    return service.runs.start(RunRequest(mode=RunMode.FRESH, prompt=prompt), str(cwd)).run
 
 
 def ended(service: Service, run_id: str) -> Run:
@@ -235,7 +238,7 @@ def test_a_run_that_gets_no_thread_is_never_run_though_its_end_is_not_stored_at_
         patch.setattr(service._runner, "_end", refuse)
         patch.setattr(service._runner, "_end_alone", refuse)
         run = start(service, project)
-        until_true(lambda: len(tries) > 6)
+        until(lambda: len(tries) > 6)
         service._runner.catch_up()
     assert code_of(ended(service, run.id)) == ("error", "EXECUTION_ERROR")
     assert code_of(ended(service, start(service, project).id)) == ("completed", None)
@@ -255,13 +258,13 @@ def test_what_could_not_be_decided_is_decided_when_the_fault_is_over(
     with monkeypatch.context() as patch:
         patch.setattr(transitions, "_dispatch", fail)
         run = start(service, project)
-        until_true(service.problems.sentences)
+        until(service.problems.sentences)
         assert service.problems.sentences() == ["waiting runs cannot be started"]
         assert service.queries.run(run.id).waiting
 
     # Nothing else happens that could remind anybody.
     assert code_of(ended(service, run.id)) == ("completed", None)
-    until_true(lambda: not service.problems.sentences())
+    until(lambda: not service.problems.sentences())
 
 
 # ---- rows that cannot be used
@@ -302,8 +305,6 @@ def test_one_bad_row_keeps_neither_the_service_nor_the_other_runs(
 def test_a_start_whose_commits_are_uncertain_recovers_and_begins_each_run_once(
     service_for: Callable[..., Service], postgresql: str, monkeypatch: pytest.MonkeyPatch, project: Path
 ) -> None:
-    from tests.api.conftest import new_database
-
     url = new_database(postgresql)
     first = service_for(database_url=url, max_concurrent_runs=1)
     first.start()
@@ -400,18 +401,12 @@ def test_an_end_that_cannot_be_stored_is_shown_until_it_is(
         patch.setattr(service._writer, "submit", refuse)
         run = start(service, project)
         assert refused.wait(60)
-        until_true(service.problems.sentences)
+        until(service.problems.sentences)
         assert service.problems.sentences() == ["the end of a run cannot be stored"]
         assert not service.queries.run(run.id).ended
 
     assert code_of(ended(service, run.id)) == ("completed", None)
-    until_true(lambda: not service.problems.sentences())
-
-
-def until_true(condition: Callable[[], object]) -> None:
-    from tests.api.conftest import until
-
-    until(condition, 60)
+    until(lambda: not service.problems.sentences())
 
 
 def test_a_problem_is_shown_in_health(serve: ServeFunction, home: Path) -> None:
@@ -440,7 +435,7 @@ def test_a_run_is_interrupted_though_it_was_not_told(
     service = service_for()
     service.start()
     run = start(service, project, HOLD)
-    until_true(lambda: service.queries.run(run.id).message_count)
+    until(lambda: service.queries.run(run.id).message_count)
     call = asyncio.BaseEventLoop.call_soon_threadsafe
 
     def lose(loop: Any, callback: Any, *args: Any, **named: Any) -> Any:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ from ccm.core.storage.notifier import Notifier
 from ccm.core.storage.write_task import WriteTask
 from ccm.core.storage.writer import Writer
 from ccm.db import messages, runs, sessions
-from ccm.db.driver.database import Database, Transaction
+from ccm.db.driver.database import Database
 from ccm.db.driver.migrate import migrate
+from ccm.db.driver.transaction import Transaction
 from ccm.errors import NotFound, StorageDown, StorageRejected, Unavailable
-from ccm.models import Message, timestamp
+from ccm.models import Message
+from ccm.timestamps import timestamp
 from tests.disks import SmallDisk
 from tests.postgresql import PostgreSQLServer
+from tests.storage_faults import content, cut_off, damaged, impatient, locked, path_of
+from tests.waiting import until
 
 SOON = 30.0
 
@@ -31,11 +36,16 @@ SOON = 30.0
 class Harness:
     """A writer with two runs, `a` and `b`, that it may record messages of."""
 
-    def __init__(self, database: Database, budget: int = 2**20) -> None:
+    def __init__(self, database: Database, budget: int = 2**20, *, filled: bool = False) -> None:
         self.refused: list[tuple[str, str]] = []
         self.notifier = Notifier()
         self.database = database
-        with database.transaction() as transaction:
+        if not filled:
+            self._fill()
+        self.writer = Writer(database, self.notifier, budget, lambda run, error: self.refused.append((run, str(error))))
+
+    def _fill(self) -> None:
+        with self.database.transaction() as transaction:
             for seq, name in enumerate("ab", start=1):
                 now = timestamp()
                 session = {"id": name, "cwd": "/", "metadataJson": "{}", "firstRunAt": now, "lastRunAt": now}
@@ -43,7 +53,6 @@ class Harness:
                 row = {"id": name, "seq": seq, "cwd": "/", "sessionId": name, "sdkSessionId": name, "mode": "fresh"}
                 row |= {"status": "running", "prompt": "", "optionsJson": "{}", "imageCount": 0, "createdAt": now}
                 runs.insert(transaction, row, None)
-        self.writer = Writer(database, self.notifier, budget, lambda run, error: self.refused.append((run, str(error))))
 
     def __enter__(self) -> Harness:
         self.writer.start()
@@ -79,13 +88,6 @@ def lock(path: Path) -> sqlite3.Connection:
     other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")
     return other
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 # ---- the normal way
@@ -201,7 +203,7 @@ def test_a_spent_budget_makes_the_run_wait_and_no_loop_stand_still(tmp_path: Pat
                 ticks += 1
                 await asyncio.sleep(0)
             before = done
-            assert harness.writer.backlog_bytes <= 10_000
+            assert harness.writer._charged <= 10_000
             for _ in range(100):  # the loop is alive while the run waits
                 await asyncio.sleep(0)
             other.execute("ROLLBACK")
@@ -212,7 +214,7 @@ def test_a_spent_budget_makes_the_run_wait_and_no_loop_stand_still(tmp_path: Pat
         harness.settle()
         assert (before, done) == (10, 100)
         assert indexes(reader, "a") == list(range(100))
-        assert harness.writer.backlog_bytes == 0
+        assert harness.writer._charged == 0
         other.close()
     database.close()
     reader.close()
@@ -225,27 +227,154 @@ def test_a_message_larger_than_the_budget_gets_through(writable: Database, reade
         assert indexes(reader, "a") == [0, 1, 2]
 
 
-# ---- faults
+# ---- every method while storage is down: another program has locked the database, or it is out of reach
 
 
-def test_a_locked_database_loses_nothing(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/db.sqlite"
-    database, reader = Database(url, writable=True, pool_size=1), Database(url)
+@contextmanager
+def down(fault: str, harness: Harness) -> Iterator[None]:
+    """A fault that storage recovers from."""
+    database = harness.database
+    if fault == "locked":
+        with locked(database.url):
+            yield
+    elif database.is_sqlite:
+        path = path_of(database.url)
+        path.rename(path.with_name("away"))
+        yield
+        path.with_name("away").rename(path)
+    else:
+        with cut_off(database):
+            yield
+
+
+@pytest.fixture
+def stopped(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Harness]:
+    """A writer that is not started and waits for nothing for long."""
+    monkeypatch.setattr("ccm.core.storage.writer.PATIENCE", 0.1)
+    database = Database(impatient(database_url, monkeypatch), writable=True, pool_size=1)
     migrate(database)
-    with Harness(database) as harness:
-        other = lock(tmp_path / "db.sqlite")
-        harness.append("a", *range(100))
-        pending = harness.writer.submit(lambda transaction: messages.last_index(transaction, "a"))
-        until(lambda: harness.writer.last_error)
-        assert "locked" in str(harness.writer.last_error)
-        other.execute("ROLLBACK")
-        other.close()
-
-        assert pending.future.result(SOON) == 99
-        until(lambda: harness.writer.last_error is None)
-        assert indexes(reader, "a") == list(range(100))
+    yield Harness(database)
     database.close()
-    reader.close()
+
+
+def prompt_of(harness: Harness, run_id: str) -> str:
+    return str(next(row for row in content(harness.database.url)["ccr_runs"] if row[0] == run_id))
+
+
+def rename(transaction: Transaction) -> str:
+    transaction.execute("UPDATE ccr_runs SET prompt = 'renamed' WHERE id = 'a'")
+    return "renamed"
+
+
+Check = Callable[[], object]
+
+
+def _append(harness: Harness) -> Check:
+    harness.append("a", *range(100))
+    until(lambda: harness.writer.last_error)
+
+    def stored_once_and_in_order() -> bool:
+        harness.settle()
+        return [row[2] for row in sorted(content(harness.database.url)["ccr_run_messages"])] == list(range(100))
+
+    return stored_once_and_in_order
+
+
+def _submit(harness: Harness) -> Check:
+    write = harness.writer.submit(rename)
+    until(lambda: harness.writer.last_error)
+    assert not write.future.done()
+    return lambda: write.future.result(SOON) == "renamed" and "renamed" in prompt_of(harness, "a")
+
+
+def _write(harness: Harness) -> Check:
+    with pytest.raises(Unavailable) as refusal:
+        harness.writer.write(rename)
+    assert refusal.value.code == "STORAGE_UNAVAILABLE"
+    assert str(refusal.value).startswith("Nothing was stored: ")
+
+    def never_stored() -> bool:
+        harness.settle()
+        return "renamed" not in prompt_of(harness, "a")
+
+    return never_stored
+
+
+def _call_later(harness: Harness) -> Check:
+    called: list[str] = []
+    harness.writer.submit(rename)
+    harness.writer.call_later(0.0, lambda: called.append(threading.current_thread().name))
+    return lambda: until(lambda: called) == ["writer"]
+
+
+def _start(harness: Harness) -> Check:
+    write = harness.writer.submit(rename)
+    harness.writer.start()  # a second time
+    return lambda: write.future.result(SOON) == "renamed"
+
+
+def _stop(harness: Harness) -> Check:
+    harness.append("a", 0, 1)
+    write = harness.writer.submit(rename)
+    assert not harness.writer.stop(time.monotonic())
+    with pytest.raises(Unavailable):
+        write.future.result(SOON)
+
+    def nothing_stored() -> bool:
+        assert {run_id for run_id, _ in harness.refused} == {"a"}
+        return not content(harness.database.url)["ccr_run_messages"] and "renamed" not in prompt_of(harness, "a")
+
+    return nothing_stored
+
+
+METHODS = {
+    "append": _append,
+    "submit": _submit,
+    "write": _write,
+    "call_later": _call_later,
+    "start": _start,
+    "stop": _stop,
+}
+
+
+def test_every_method_of_the_writer_is_under_contract() -> None:
+    public = {name for name, _ in inspect.getmembers(Writer, inspect.isfunction) if not name.startswith("_")}
+    assert set(METHODS) == public
+
+
+@pytest.mark.parametrize("fault", ["locked", "out of reach"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_while_storage_is_down(stopped: Harness, method: str, fault: str) -> None:
+    with stopped:
+        with down(fault, stopped):
+            check = METHODS[method](stopped)
+        assert check()
+        if method != "stop":
+            stopped.settle()
+            until(lambda: stopped.writer.last_error is None)
+            assert stopped.writer.write(lambda _: 7) == 7
+    assert "half-written" not in str(content(stopped.database.url)["ccr_migrations"])
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_damaged_file_is_written_to_no_more(
+    database_url: str, stopped: Harness, caplog: pytest.LogCaptureFixture
+) -> None:
+    stopped.database.close()
+    with damaged(path_of(database_url)):
+        harness = Harness(Database(database_url, writable=True, pool_size=1), filled=True)
+        harness.writer.start()
+        harness.append("a", 0)
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="Nothing was stored: the database is damaged"):
+                harness.writer.write(rename)
+        assert not harness.writer.stop(time.monotonic())
+        assert "were not stored" in caplog.text
+        harness.database.close()
+    assert content(database_url)["ccr_run_messages"] == []
+
+
+# ---- faults
 
 
 def test_who_gives_up_waiting_has_provably_stored_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +442,7 @@ def test_a_poison_message_fails_its_own_run_only(harness: Harness, reader: Datab
     assert indexes(reader, "a") == [0, 1, 2, 3, 4]
     assert indexes(reader, "b") == [0, 1]
     assert [run for run, _ in harness.refused] == ["b"]
-    assert harness.writer.backlog_bytes == 0
+    assert harness.writer._charged == 0
 
 
 def test_a_message_of_an_unknown_run_is_reported(harness: Harness) -> None:
@@ -331,7 +460,7 @@ def test_after_an_uncertain_commit_nothing_is_stored_twice(postgresql: str) -> N
     reader = Database(f"{postgresql}/uncertain")
     migrate(database)
     with Harness(database) as harness:
-        original = database._database.commit
+        original = database._pool.commit
         broken: list[int] = []
 
         def commit_and_lose_the_answer() -> None:
@@ -340,7 +469,7 @@ def test_after_an_uncertain_commit_nothing_is_stored_twice(postgresql: str) -> N
                 broken.append(1)
                 raise psycopg.OperationalError("the connection was lost in COMMIT")
 
-        database._database.commit = commit_and_lose_the_answer  # type: ignore[method-assign]
+        database._pool.commit = commit_and_lose_the_answer  # type: ignore[method-assign]
         harness.append("a", *range(20))
         harness.settle()
         assert broken
@@ -376,13 +505,13 @@ def test_what_may_be_stored_is_never_called_not_stored(postgresql: str, monkeypa
     reader = Database(f"{postgresql}/unknown_outcome")
     migrate(database)
     with Harness(database) as harness:
-        commit, connect = database._database.commit, database._take_connection
+        commit, connect = database._pool.commit, database._pool.take
         mended = threading.Event()
 
         def commit_and_lose_the_server() -> None:
             commit()
-            database._database.commit = commit  # type: ignore[method-assign]
-            database._take_connection = no_server  # type: ignore[method-assign]
+            database._pool.commit = commit  # type: ignore[method-assign]
+            database._pool.take = no_server  # type: ignore[method-assign]
             raise psycopg.OperationalError("the connection was lost in COMMIT")
 
         def no_server() -> Any:
@@ -393,7 +522,7 @@ def test_what_may_be_stored_is_never_called_not_stored(postgresql: str, monkeypa
         def work(transaction: Transaction) -> None:
             transaction.execute("UPDATE ccr_runs SET prompt = 'stored' WHERE id = 'a'")
 
-        database._database.commit = commit_and_lose_the_server  # type: ignore[method-assign]
+        database._pool.commit = commit_and_lose_the_server  # type: ignore[method-assign]
         followed: list[None] = []
         with pytest.raises(Unavailable) as refusal:
             harness.writer.write(work, followed.append)
@@ -572,10 +701,10 @@ def test_a_run_that_waits_for_room_waits_once(
         writer = harness.writer
         put = writer._put
 
-        def count(message: Message) -> bool:
+        def count(message: Message, waiting: Any) -> bool:
             nonlocal looks
             looks += 1
-            return put(message)
+            return put(message, waiting)
 
         monkeypatch.setattr(writer, "_put", count)
         other = lock(Path(database_url.removeprefix("sqlite:///")))

@@ -8,7 +8,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -17,20 +17,57 @@ from typing import Any
 import pytest
 from claude_agent_sdk.testing import run_session_store_conformance
 
-from ccm.core.claude.sdk import transcript_path
+from ccm.core.claude.locations import transcript_path
 from ccm.core.storage.notifier import Notifier
 from ccm.core.storage.writer import Writer
 from ccm.core.transcripts.files import TranscriptFiles
 from ccm.core.transcripts.store import Mirror, TranscriptStore
 from ccm.db import transcripts
-from ccm.db.driver.database import Database, Transaction
+from ccm.db.driver.database import Database
+from ccm.db.driver.transaction import Transaction
+from ccm.db.transcripts import TranscriptKey
 from ccm.errors import StorageRejected
-from ccm.models import Run
-from tests.db.test_queries import RUN
+from ccm.models import Run, RunMode, RunStatus
+from ccm.models.json_field import JsonText
 
 SESSION = "11111111-1111-4111-8111-111111111111"
 FORK = "22222222-2222-4222-8222-222222222222"
 KEY = {"project_key": "-p", "session_id": SESSION}
+RUN = Run(
+    id="r",
+    seq=1,
+    session_id="s",
+    sdk_session_id="s",
+    parent_run_id=None,
+    parent_session_id=None,
+    mode=RunMode.FRESH,
+    status=RunStatus.RUNNING,
+    cwd="/",
+    prompt="",
+    options=JsonText("{}"),
+    image_count=1,
+    timeout_ms=86_400_000,
+    approvals=True,
+    approval_timeout_ms=1_000,
+    webhook_url=None,
+    fork_at_message=None,
+    fork_at_index=None,
+    result_type=None,
+    result=None,
+    error_code=None,
+    error_message=None,
+    cost_usd=None,
+    message_count=0,
+    duration_ms=None,
+    queue_position=None,
+    pending_approvals=0,
+    has_transcript=False,
+    transcript_stored=False,
+    created_by=None,
+    created_at="",
+    started_at=None,
+    ended_at=None,
+)
 
 
 @pytest.fixture
@@ -55,6 +92,23 @@ def entry(uuid: str, session: str = SESSION, **fields: object) -> dict[str, Any]
     return {"type": "assistant", "uuid": uuid, "sessionId": session, **fields}
 
 
+def loaded(store: TranscriptStore, key: Mapping[str, str] = KEY) -> list[Any] | None:
+    """The entries that a transcript has, None if there is none."""
+    place = TranscriptKey(key["session_id"], key["project_key"], key.get("subpath", ""))
+    return [json.loads(text) for text in store.texts(place)] or None
+
+
+class Loadable:
+    """The store with a `load`, which the suite needs and the service never calls: a run gets a `Mirror`."""
+
+    def __init__(self, store: TranscriptStore) -> None:
+        self.append = store.append
+        self._store = store
+
+    async def load(self, key: Mapping[str, str]) -> list[Any] | None:
+        return loaded(self._store, key)
+
+
 def test_the_sdks_conformance_suite_passes(store: TranscriptStore, writer: Writer) -> None:
     made: list[int] = []
 
@@ -65,17 +119,17 @@ def test_the_sdks_conformance_suite_passes(store: TranscriptStore, writer: Write
 
         writer.write(clear)
         made.append(1)
-        return store
+        return Loadable(store)
 
     asyncio.run(run_session_store_conformance(empty))
-    assert len(made) == 15  # one to look at, and one for each of its contracts: none was skipped
+    assert len(made) == 7  # one to look at, and one for each contract of append and load; the others are optional
 
 
 def test_an_entry_is_not_stored_twice_by_its_uuid(store: TranscriptStore) -> None:
     async def twice() -> Any:
         await store.append(KEY, [entry("a"), entry("b"), entry("b")])
         await store.append(KEY, [entry("b"), entry("c"), {"type": "mode"}, {"type": "mode"}])
-        return await store.load(KEY)
+        return loaded(store)
 
     assert asyncio.run(twice()) == [entry("a"), entry("b"), entry("c"), {"type": "mode"}, {"type": "mode"}]
 
@@ -87,7 +141,7 @@ def test_whatever_is_in_an_entry_comes_back(store: TranscriptStore) -> None:
     ]
     asyncio.run(store.append(KEY, odd))
 
-    assert asyncio.run(store.load(KEY)) == odd
+    assert loaded(store) == odd
 
 
 def test_more_entries_than_are_looked_up_at_once(store: TranscriptStore) -> None:
@@ -95,7 +149,7 @@ def test_more_entries_than_are_looked_up_at_once(store: TranscriptStore) -> None
     asyncio.run(store.append(KEY, many))
     asyncio.run(store.append(KEY, [*many, entry("last")]))
 
-    assert asyncio.run(store.load(KEY)) == [*many, entry("last")]
+    assert loaded(store) == [*many, entry("last")]
 
 
 def test_what_a_fork_copies_is_stored_once(store: TranscriptStore, reader: Database) -> None:
@@ -106,8 +160,8 @@ def test_what_a_fork_copies_is_stored_once(store: TranscriptStore, reader: Datab
     asyncio.run(store.append({**KEY, "session_id": FORK}, [*copy, entry("new", FORK)]))
 
     assert count(reader, "SUM(LENGTH(text)) FROM ccr_transcript_texts") - before < 200
-    assert asyncio.run(store.load({**KEY, "session_id": FORK})) == [*copy, entry("new", FORK)]
-    assert asyncio.run(store.load(KEY)) == queries
+    assert loaded(store, {**KEY, "session_id": FORK}) == [*copy, entry("new", FORK)]
+    assert loaded(store) == queries
 
 
 def test_an_append_whose_commit_was_uncertain_is_there_once(
@@ -125,7 +179,7 @@ def test_an_append_whose_commit_was_uncertain_is_there_once(
 
     async def both() -> Any:
         await asyncio.gather(store.append(KEY, first), store.append(KEY, second))
-        return await store.load(KEY)
+        return loaded(store)
 
     assert asyncio.run(both()) == [*first, {"type": "mode"}, {"type": "mode"}, entry("c")]
 
@@ -137,7 +191,7 @@ def test_what_a_run_gets_stores_and_never_loads(store: TranscriptStore) -> None:
     asyncio.run(mirror.append(KEY, [entry("a")]))
 
     assert [with_a_subagents_only, mirror.whole] == [False, True]
-    assert asyncio.run(store.load(KEY)) == [entry("a")]
+    assert loaded(store) == [entry("a")]
     assert asyncio.run(mirror.load(KEY)) is None
 
 
@@ -175,7 +229,7 @@ class Host:
 
 
 def run(**fields: Any) -> Run:
-    values = {**vars(RUN), "sdk_session_id": SESSION, "cwd": "/one", "options_json": "{}", **fields}
+    values = {**vars(RUN), "sdk_session_id": SESSION, "cwd": "/one", "options": "{}", **fields}
     return Run(**values)
 
 
@@ -227,7 +281,7 @@ def test_what_is_stored_is_never_replaced_by_less(store: TranscriptStore, tmp_pa
     assert host.files.keep(run()) == {"hasTranscript": 1, "transcriptStored": 1}
 
     expected = FILES["whole"] if kind == "whole" else STORED
-    assert asyncio.run(store.load({**KEY, "project_key": "-one"})) == expected
+    assert loaded(store, {**KEY, "project_key": "-one"}) == expected
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -297,7 +351,7 @@ def test_what_is_stored_whole_is_not_looked_for_on_this_host(
 def test_what_is_stored_in_part_only_is_not_provided(store: TranscriptStore, tmp_path: Path) -> None:
     host = Host(tmp_path, store)
     asyncio.run(store.append({**KEY, "project_key": "-one"}, [entry("a")]))
-    parent = run(transcript_stored=0)
+    parent = run(transcript_stored=False)
 
     assert not host.files.can_provide(parent, "/one", {})
     assert not host.files.provide(parent, run(id="next"))

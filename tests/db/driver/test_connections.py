@@ -16,18 +16,12 @@ from ccm.db.driver import sqlite_file
 from ccm.db.driver.database import Database
 from ccm.db.driver.permits import Permits
 from ccm.errors import DatabaseClosed, StorageDown
+from tests.waiting import until
 
 SOON = 30.0
 # Counts for hours.
 ENDLESS = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT COUNT(*) FROM n"
 A_MILLION = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000000) SELECT COUNT(*) FROM n"
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.01)
 
 
 def sqlite_url(folder: Path) -> str:
@@ -71,7 +65,7 @@ def test_a_newcomer_does_not_overtake_a_transaction_that_waits(database_url: str
 
     with database.transaction():
         waiting = Thread(wait)
-        until(lambda: database._permits.waiting)
+        until(lambda: database._permits._waiting)
     with database.transaction():
         served.append("the newcomer")
 
@@ -113,7 +107,7 @@ def test_a_database_that_answers_nobody_is_told_to_those_who_wait() -> None:
     permits = Permits(1, 0.5)
     permits.take()
     first, second = Thread(permits.take), Thread(permits.take)
-    until(lambda: permits.waiting == 2)
+    until(lambda: len(permits._waiting) == 2)
 
     permits.give_back(answered=False)  # one of them has it now
 
@@ -186,7 +180,7 @@ def test_who_waits_for_a_connection_is_refused_when_the_database_is_closed(tmp_p
     thread = Thread(read)
     begun.wait(SOON)
     waiting = Thread(lambda: database.rows("SELECT 1"))
-    until(lambda: database._permits.waiting)
+    until(lambda: database._permits._waiting)
     database.close()
     assert isinstance(thread.ended(), DatabaseClosed)
     assert isinstance(waiting.ended(), DatabaseClosed)

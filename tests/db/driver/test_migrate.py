@@ -30,8 +30,8 @@ SEED_COLUMNS = {
 
 
 @pytest.fixture
-def empty(database_url: str) -> Callable[[], Database]:
-    return lambda: Database(database_url, writable=True, pool_size=1)
+def empty(empty_database_url: str) -> Callable[[], Database]:
+    return lambda: Database(empty_database_url, writable=True, pool_size=1)
 
 
 def test_an_empty_database_gets_everything_and_then_nothing(empty: Callable[[], Database]) -> None:

@@ -10,10 +10,11 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from ccm.core.archive import bun_values
+from ccm.core.archive.bun import values
+from ccm.core.archive.bun.database import BunLink
 from ccm.core.archive.records import NOT_FOR_RUNS
-from ccm.db.bun import BunLink
-from ccm.models import FORK, FRESH, RESUME, RUN_ID
+from ccm.models import RunMode
+from ccm.models.fields import RUN_ID
 
 # Of the ids that are made for what has none that can be used: the same ones at every import.
 NAMESPACE = uuid.UUID("6ccb6f2c-5f6c-4d0e-9c3b-1f4c1a0f6a3e")
@@ -40,7 +41,7 @@ class _Sessions:
     """The runs of each session id there, in order."""
 
     def __init__(self, links: Sequence[BunLink]) -> None:
-        self._ids = [bun_values.text(link.session_id) for link in links]
+        self._ids = [values.text(link.session_id) for link in links]
         self._runs: dict[str, list[int]] = {}
         for number, session_id in enumerate(self._ids):
             if session_id:
@@ -70,11 +71,11 @@ def group(links: Sequence[BunLink], tell: Callable[[str], None]) -> list[Group]:
     groups: list[Group] = []
     for number, (link, parent) in enumerate(zip(links, parents, strict=True)):
         if parent is None:
-            mode = FRESH
-        elif link.mode == FORK or parent in continued:
-            mode = FORK
+            mode = RunMode.FRESH
+        elif link.mode == RunMode.FORK or parent in continued:
+            mode = RunMode.FORK
         else:
-            mode = RESUME
+            mode = RunMode.RESUME
             continued.add(parent)
         session_id, shared = sessions.id(number), sessions.shared_with(number)
         made = str(uuid.uuid5(NAMESPACE, str(link.id)))
@@ -94,7 +95,7 @@ def group(links: Sequence[BunLink], tell: Callable[[str], None]) -> list[Group]:
         )
     for number in parents_first(groups):
         resumed = groups[number].parent
-        if groups[number].mode == RESUME and resumed is not None:
+        if groups[number].mode == RunMode.RESUME and resumed is not None:
             groups[number] = groups[number]._replace(session_id=groups[resumed].session_id)
     return groups
 
@@ -113,7 +114,7 @@ def parents_first(groups: Sequence[Group]) -> Iterator[int]:
 
 
 def _time(link: BunLink) -> str:
-    return bun_values.iso_time(link.created_at) or UNKNOWN_TIME
+    return values.iso_time(link.created_at) or UNKNOWN_TIME
 
 
 def _parent(number: int, link: BunLink, sessions: _Sessions, tell: Callable[[str], None]) -> int | None:
@@ -121,7 +122,7 @@ def _parent(number: int, link: BunLink, sessions: _Sessions, tell: Callable[[str
     shared = sessions.shared_with(number)
     if shared[0] != number:
         return shared[shared.index(number) - 1]
-    wanted = bun_values.text(link.parent_session_id)
+    wanted = values.text(link.parent_session_id)
     found = [other for other in sessions.runs(wanted) if other != number]
     if wanted and not found:
         tell(f"Run {link.id} continued session {wanted}, which is not in this database: it begins one of its own.")

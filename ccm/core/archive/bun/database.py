@@ -5,12 +5,11 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from ccm.db.driver.sqlite_file import APPLICATION_ID, APPLICATION_ID_AT, HEADER_SIZE, MAGIC
+from ccm.db.driver.sqlite_file import APPLICATION_ID, APPLICATION_ID_AT, HEADER_SIZE
 from ccm.errors import CommandRefused
 
 RUN_COLUMNS = (
@@ -46,16 +45,10 @@ class BunLink(NamedTuple):
     created_at: Any
 
 
-@dataclass(frozen=True)
-class BunMessage:
+class BunMessage(NamedTuple):
     type: Any
     json: Any
     created_at: Any
-
-
-def is_sqlite(head: bytes) -> bool:
-    """Whether a file that begins with these bytes is one of SQLite's."""
-    return head.startswith(MAGIC)
 
 
 class BunDatabase:

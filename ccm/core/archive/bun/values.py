@@ -8,7 +8,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from ccm.core.claude.outcome import RESULT_ERRORS
-from ccm.models import ERROR, MONEY_DIGITS, storable, to_json_text
+from ccm.json_text import storable, to_json_text
+from ccm.models import RunStatus
+from ccm.models.fields import MONEY_DIGITS
 
 # A number larger than this counts milliseconds and not seconds.
 MILLISECONDS_FROM = 100_000_000_000
@@ -82,9 +84,9 @@ def error(status: str, told: Any, result: dict[str, Any] | None) -> tuple[str | 
     Args:
         told: the status that it had there.
     """
-    if status != ERROR:
+    if status != RunStatus.ERROR:
         return None, None
-    if told != ERROR:
+    if told != RunStatus.ERROR:
         return "EXECUTION_ERROR", storable(f"The original service left this run in the status {told!r}.")
     subtype = str((result or {}).get("subtype"))
     said = (result or {}).get("result") or "The original service recorded that this run failed, and not why."

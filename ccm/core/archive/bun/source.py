@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from ccm.core.archive import bun_values as values
-from ccm.core.archive.bun_groups import UNKNOWN_TIME, Group, group, parents_first
+from ccm.core.archive.bun import values
+from ccm.core.archive.bun.database import BunDatabase, BunLink
+from ccm.core.archive.bun.groups import UNKNOWN_TIME, Group, group, parents_first
 from ccm.core.archive.records import UUID, ArchivedMessage, ArchivedRun
-from ccm.db.bun import BunDatabase
-from ccm.models import ERROR, FORK, RUNNING, STATUSES, storable, to_json_text
+from ccm.json_text import storable, to_json_text
+from ccm.models import RunMode, RunStatus
 
 
 class BunSource:
@@ -18,18 +21,25 @@ class BunSource:
     Args:
         has_transcript: whether Claude Code has a run's transcript on this host, by the run's cwd and SDK session.
         tell: called with a sentence about whatever does not come in just as it was.
+
+    Raises:
+        CommandRefused: the file is not the original service's.
     """
 
-    def __init__(
-        self, database: BunDatabase, has_transcript: Callable[[str, str], bool], tell: Callable[[str], None]
-    ) -> None:
-        self._database = database
+    def __init__(self, path: Path, has_transcript: Callable[[str, str], bool], tell: Callable[[str], None]) -> None:
+        self._database = BunDatabase(path)
         self._has_transcript = has_transcript
         self._tell = tell
-        # In memory, without their texts: a parent may stand anywhere.
-        self._links = list(database.links())
         # The total that a run's result tells counts what it continued too.
         self._totals: dict[int, float | None] = {}
+
+    def close(self) -> None:
+        self._database.close()
+
+    @cached_property
+    def _links(self) -> list[BunLink]:
+        """All runs, without their texts, in memory because a parent may stand anywhere."""
+        return list(self._database.links())
 
     @property
     def last_seq(self) -> int:
@@ -55,17 +65,17 @@ class BunSource:
         result = self._result(place.run_id, stored["result_json"])
         self._totals[number] = total = values.total(result)
         cwd = storable(values.text(stored["cwd"])) or ""
-        status = stored["status"] if stored["status"] in STATUSES else ERROR
+        status = stored["status"] if stored["status"] in tuple(RunStatus) else RunStatus.ERROR
         duration = values.whole(stored["duration_ms"])
         local = (
-            status != RUNNING
+            status != RunStatus.RUNNING
             and bool(UUID.fullmatch(place.sdk_session_id))
             and self._has_transcript(cwd, place.sdk_session_id)
         )
         if values.iso_time(stored["created_at"]) is None:
             self._tell(f"Run {place.run_id} has no time that can be read: it is taken for {UNKNOWN_TIME}.")
         error = values.error(status, stored["status"], result)
-        forked_from = parent if place.mode == FORK else None
+        forked_from = parent if place.mode == RunMode.FORK else None
         session = {
             "id": place.session_id,
             "parentSessionId": forked_from.session_id if forked_from else None,
@@ -97,7 +107,7 @@ class BunSource:
             "durationMs": duration,
             "createdAt": place.created_at,
             "startedAt": place.created_at,
-            "endedAt": None if status == RUNNING else values.later(place.created_at, duration or 0),
+            "endedAt": None if status == RunStatus.RUNNING else values.later(place.created_at, duration or 0),
         }
         return ArchivedRun(session, row, self._messages(place), spare_id=place.made_id)
 

@@ -1,0 +1,209 @@
+"""The query parameters of each route: one model a route, from which their validation and their description come."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Annotated, Literal, Protocol, Self
+
+import pydantic
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from werkzeug.datastructures import MultiDict
+
+from ccm.errors import ValidationError
+from ccm.models import ApprovalStatus, RunMode, RunStatus
+from ccm.models.fields import no_nul
+
+DEFAULT_LIMIT = 100
+HIGHEST_LIMIT = 1_000
+LONGEST_WAIT = 300.0
+SEARCH_CHARACTERS = 1_000
+TYPES = 50
+# A run's seq. Imported history comes before what was there, so it may be negative.
+PLACE = re.compile(r"-?\d{1,18}", re.ASCII)
+
+
+def _limit(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 9 and 1 <= int(text) <= HIGHEST_LIMIT):
+        raise ValueError(f"must be a whole number from 1 to {HIGHEST_LIMIT}")
+    return int(text)
+
+
+def cursor_of(place: int) -> str:
+    """The cursor that leads beyond a place in a list."""
+    return base64.urlsafe_b64encode(str(place).encode()).decode()
+
+
+def _place(cursor: str) -> int:
+    try:
+        place = base64.urlsafe_b64decode(cursor.encode("ascii")).decode("ascii")
+        if PLACE.fullmatch(place):
+            return int(place)
+    except (binascii.Error, UnicodeError, ValueError):
+        pass
+    raise ValueError("is not one that this service gave; take it from a Link header")
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= LONGEST_WAIT:
+        raise ValueError(f"must be a number of seconds from 0 to {LONGEST_WAIT:.0f}")
+    return seconds
+
+
+def _types(text: str) -> list[str]:
+    types = [name.strip() for name in text.split(",")]
+    if not all(types) or len(types) > TYPES or "\0" in text:
+        raise ValueError("must be message types separated by commas")
+    return types
+
+
+def _search(text: str) -> str:
+    if len(no_nul(text)) > SEARCH_CHARACTERS:
+        raise ValueError(f"must be at most {SEARCH_CHARACTERS} characters")
+    return text
+
+
+def _queries(text: str) -> str:
+    if text not in ("own", "full"):
+        raise ValueError("must be full, or left out for the session's own runs")
+    return text
+
+
+def _one_of(allowed: type[StrEnum]) -> Callable[[str], StrEnum]:
+    def check(text: str) -> StrEnum:
+        if text not in tuple(allowed):
+            raise ValueError(f"must be one of {', '.join(allowed)}")
+        return allowed(text)
+
+    return check
+
+
+Limit = Annotated[
+    Annotated[int, Field(ge=1, le=HIGHEST_LIMIT)],
+    BeforeValidator(_limit),
+    Field(description="The most to answer with."),
+]
+Cursor = Annotated[
+    Annotated[int, BeforeValidator(_place), WithJsonSchema({"type": "string"})] | None,
+    Field(description="Where to go on, from the `Link` header of the page before."),
+]
+Wait = Annotated[
+    Annotated[float, Field(ge=0, le=LONGEST_WAIT)],
+    BeforeValidator(_seconds),
+    Field(description="How long to wait for what is asked for (seconds)."),
+]
+After = Annotated[str | None, Field(description="What was read last: only what comes after it is sent.")]
+Types = Annotated[
+    Annotated[list[str], BeforeValidator(_types), WithJsonSchema({"type": "string"})] | None,
+    Field(description="The types of message to keep, separated by commas."),
+]
+Text = Annotated[str, AfterValidator(no_nul)]
+RunStatusFilter = Annotated[RunStatus, BeforeValidator(_one_of(RunStatus))]
+
+
+class Query(BaseModel):
+    """The query of a route that takes none; those of others derive from it. Parameters are named in their order."""
+
+    model_config = ConfigDict(frozen=True, defer_build=True)
+
+    @classmethod
+    def read(cls, given: MultiDict[str, str]) -> Self:
+        """Check the parameters of a request.
+
+        Raises:
+            ValidationError: one is unknown, most likely a typing mistake; or is there twice, of which only the first
+                would be heeded; or is not what it should be.
+        """
+        for name, values in given.lists():
+            if name not in cls.model_fields:
+                known = f"it takes {', '.join(cls.model_fields)}" if cls.model_fields else "it takes none"
+                raise ValidationError(f"{name} is not a known query parameter here; {known}.", field=name)
+            if len(values) > 1:
+                raise ValidationError(f"{name} is given {len(values)} times; give it once.", field=name)
+        try:
+            return cls.model_validate(given.to_dict())
+        except pydantic.ValidationError as error:
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            field, reason = str(first["loc"][0]), first["msg"].removeprefix("Value error, ")
+            raise ValidationError(f"{field}: {reason}.", field=field) from None
+
+    def given(self, *names: str) -> dict[str, str]:
+        """Those of some parameters that have a value."""
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class Paged(Protocol):
+    """A query that asks for a page of a list."""
+
+    @property
+    def limit(self) -> int: ...
+
+    @property
+    def cursor(self) -> int | None: ...
+
+
+class PageQuery(Query):
+    limit: Limit = DEFAULT_LIMIT
+    cursor: Cursor = None
+
+
+class WaitQuery(Query):
+    wait: Wait = 0.0
+
+
+class StreamQuery(Query):
+    after: After = None
+
+
+class RunsQuery(Query):
+    status: RunStatusFilter | None = Field(default=None, description="Runs of this status.")
+    sessionId: Text | None = Field(default=None, description="Runs of this session.")
+    cwd: Text | None = Field(default=None, description="Runs in this directory.")
+    mode: Annotated[RunMode, BeforeValidator(_one_of(RunMode))] | None = Field(
+        default=None, description="Runs of this mode."
+    )
+    limit: Limit = DEFAULT_LIMIT
+    cursor: Cursor = None
+
+
+class SessionsQuery(Query):
+    cwd: Text | None = Field(default=None, description="Sessions in this directory.")
+    q: Annotated[str, AfterValidator(_search)] | None = Field(
+        default=None, description="Sessions whose title, or the prompt of one of whose runs, holds this text."
+    )
+    limit: Limit = DEFAULT_LIMIT
+    cursor: Cursor = None
+
+
+class ApprovalsQuery(Query):
+    status: Annotated[ApprovalStatus, BeforeValidator(_one_of(ApprovalStatus))] | None = Field(
+        default=None, description="Approvals of this status."
+    )
+    runId: Text | None = Field(default=None, description="Approvals of this run.")
+    sessionId: Text | None = Field(default=None, description="Approvals of this session.")
+    limit: Limit = DEFAULT_LIMIT
+    cursor: Cursor = None
+    wait: Wait = 0.0
+
+
+class MessagesQuery(Query):
+    """The messages of a run."""
+
+    after: After = None
+    limit: Limit | None = None
+    type: Types = None
+    wait: Wait = 0.0
+
+
+class SessionMessagesQuery(MessagesQuery):
+    queries: Annotated[Literal["own", "full"], BeforeValidator(_queries)] = Field(
+        default="own", description="`full` puts the messages that the session continued in front."
+    )

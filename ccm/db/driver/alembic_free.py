@@ -1,0 +1,31 @@
+"""dataset without alembic."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+# The names that dataset imports from alembic. It uses them in `Database.op` only, to change tables, which we never do.
+NAMES = {"alembic.migration": "MigrationContext", "alembic.operations": "Operations"}
+
+
+@contextmanager
+def without_alembic() -> Iterator[None]:
+    """Keep alembic from being imported meanwhile: it imports every dialect of SQLAlchemy, a tenth of a start.
+
+    Whoever imports it afterwards gets the real one. Where it has been imported before, nothing is done.
+    """
+    if "alembic" in sys.modules:
+        yield
+        return
+    stand_ins = {name: ModuleType(name) for name in ("alembic", *NAMES)}
+    for module, name in NAMES.items():
+        setattr(stand_ins[module], name, None)
+    sys.modules.update(stand_ins)
+    try:
+        yield
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]

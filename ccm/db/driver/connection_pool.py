@@ -1,0 +1,182 @@
+"""The connections of one database, held by dataset: one for each thread that has a transaction.
+
+This is the only file that knows dataset and SQLAlchemy's engine. Of dataset it uses what is not documented:
+`connections`, the connection of each thread by the thread's id; `lock`, which guards them; and `local.tx`, the
+transactions that a thread has begun. tests/contracts/test_dataset.py fails when an upgrade changes any of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, cast
+
+import sqlalchemy
+from sqlalchemy import event
+
+from ccm.db.driver import sqlite
+from ccm.db.driver.alembic_free import without_alembic
+from ccm.db.driver.file_watch import FileWatch, OpenFiles
+from ccm.errors import StorageDown
+
+with without_alembic():
+    import dataset
+
+if TYPE_CHECKING:
+    from ccm.db.driver import postgresql
+
+log = logging.getLogger(__name__)
+
+# The share of the time for an answer that a statement may take: it is given up before the connection is.
+STATEMENT_SHARE = 0.8
+
+
+class ConnectionPool:
+    """Connections that are opened as they are needed and kept for the next transaction.
+
+    dataset keeps a connection for each thread id, also after the thread has died, and leaves reads open as
+    transactions. So each transaction takes one with `take` and gives it back with `release`.
+
+    Args:
+        size: how many there are at the most. A thread that finds none free is refused, not kept waiting.
+        writer: transactions begin with the write lock in hand.
+        answer_seconds: how long the database may take for a statement; None for as long as it takes.
+        watch: of the SQLite file; None if there is none.
+    """
+
+    def __init__(
+        self, url: str, size: int, *, writable: bool, answer_seconds: float | None, watch: FileWatch | None
+    ) -> None:
+        self.dialect = "sqlite" if url.startswith("sqlite") else "postgresql"
+        is_sqlite = self.dialect == "sqlite"
+        self._url = url
+        self._writable = writable
+        self._answer_seconds = answer_seconds
+        self._statement_seconds = None if answer_seconds is None else answer_seconds * STATEMENT_SHARE
+        self._watch = watch
+        self._dataset = dataset.connect(
+            url,
+            ensure_schema=False,  # or a key of a row becomes a column
+            engine_kwargs={
+                "pool_size": size,
+                "max_overflow": 0,
+                "pool_timeout": 0,  # one connection for each permit: there is always one
+                "pool_pre_ping": not is_sqlite,
+                # None: the sqlite3 module begins no transaction of its own, see _begin_sqlite.
+                "connect_args": {"isolation_level": None, "factory": sqlite.Connection} if is_sqlite else {},
+            },
+            on_connect_statements=sqlite.pragmas(service=answer_seconds is not None) if is_sqlite else [],
+        )
+        self._engine = cast("sqlalchemy.Engine", self._dataset.engine)
+        if is_sqlite:
+            event.listen(self._engine, "begin", self._begin_sqlite)
+            event.listen(self._engine, "connect", self._sqlite_opened)
+        else:
+            event.listen(self._engine, "do_connect", self._connect_postgresql)
+
+    def __str__(self) -> str:
+        return sqlalchemy.make_url(self._url).render_as_string(hide_password=True)
+
+    def _sqlite_opened(self, connection: sqlite.Connection, record: sqlalchemy.pool.ConnectionPoolEntry) -> None:
+        if self._statement_seconds is not None and not self._writable:
+            connection.limit_statements(self._statement_seconds)
+        if self._watch is not None:
+            try:
+                connection.execute("SELECT 1 FROM sqlite_master LIMIT 1")  # opens the write-ahead log
+                record.info["files"] = self._watch.opened()
+            except BaseException:
+                connection.close()
+                raise
+
+    def _begin_sqlite(self, connection: sqlalchemy.Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if self._writable else "BEGIN")
+
+    def _connect_postgresql(
+        self, _dialect: object, _record: object, _words: object, parameters: dict[str, Any]
+    ) -> postgresql.Connection:
+        from ccm.db.driver import postgresql  # noqa: PLC0415  # psycopg is imported for PostgreSQL only
+
+        return postgresql.connect(
+            writable=self._writable,
+            answer_seconds=self._answer_seconds,
+            statement_seconds=self._statement_seconds,
+            **parameters,
+        )
+
+    def take(self) -> OpenFiles:
+        """Take a connection for this thread's transaction. Return the files that it has open, if it is SQLite's.
+
+        dataset itself would take it with a lock in hand that giving one back needs too: with none free, or a server
+        that does not answer, everything would stand still.
+
+        Raises:
+            StorageDown: the SQLite file is gone, or damage was found in it. Else what the driver raises.
+        """
+        if self._watch is not None:
+            self._watch.check_path()
+            if self._writable:
+                self._watch.check_damage()
+        connection = self._engine.connect()
+        files: OpenFiles = connection.info.get("files", ())
+        try:
+            if self._watch is not None:
+                self._watch.check(files)
+        except StorageDown:
+            # Given back and not closed: should the file come back, it is the one that this connection has.
+            connection.close()
+            raise
+        with self._dataset.lock:
+            self._dataset.connections[threading.get_ident()] = connection
+        return files
+
+    def begin(self) -> Any:
+        """Begin this thread's transaction and return a cursor of the driver's."""
+        self._dataset.begin()
+        return self._dataset.executable.connection.cursor()
+
+    def commit(self) -> None:
+        self._dataset.commit()
+
+    def release(self, broken: bool = False) -> None:
+        """Give this thread's connection back, rolled back if it is not committed; close it for good if it is broken.
+
+        dataset does neither when COMMIT itself fails (it forgets the transaction first and then finds nothing to roll
+        back): the thread would keep the connection, and SQLite its open transaction.
+        """
+        self._dataset.local.tx = []
+        with self._dataset.lock:
+            connection = self._dataset.connections.pop(threading.get_ident(), None)
+        if connection is not None:
+            if broken:
+                self._roll_back(connection)
+                connection.invalidate()
+            try:
+                connection.close()
+            except Exception as error:
+                # The connection was lost meanwhile. The outcome of the transaction is known already.
+                log.debug("a connection could not be rolled back: %s", error)
+                if not connection.closed:
+                    connection.invalidate()
+                    connection.close()
+
+    def _roll_back(self, connection: sqlalchemy.Connection) -> None:
+        """Release SQLite's write lock before a connection is closed.
+
+        A closed connection lives on, with its transaction, as long as a cursor with a failed statement does, and the
+        traceback of the error holds that cursor until the garbage collector finds it.
+        """
+        if self.dialect == "sqlite":
+            with suppress(sqlite3.Error):
+                cast(sqlite3.Connection, connection.connection.dbapi_connection).rollback()
+
+    def interrupt(self) -> None:
+        """Interrupt the statements of SQLite that are under way."""
+        with self._dataset.lock:  # none of these is closed meanwhile
+            for connection in self._dataset.connections.values():
+                cast(sqlite3.Connection, connection.connection.dbapi_connection).interrupt()
+
+    def dispose(self) -> None:
+        """Close the connections that no transaction has."""
+        self._engine.pool.dispose()

@@ -1,0 +1,34 @@
+"""The resources that are stored and shown: one file and one field list each, with the states that it can have."""
+
+from __future__ import annotations
+
+from ccm.models.approval import Answer, Approval, ApprovalStatus, Decision, Question, Resolution
+from ccm.models.delivery import Attempt, Delivery, DeliveryStatus, DeliveryTarget
+from ccm.models.event import RUN_ENDED, Event, EventType
+from ccm.models.message import Message
+from ccm.models.run import IdempotencyKey, Image, Run, RunMode, RunStatus
+from ccm.models.session import Session, SessionStatus
+
+__all__ = [
+    "RUN_ENDED",
+    "Answer",
+    "Approval",
+    "ApprovalStatus",
+    "Attempt",
+    "Decision",
+    "Delivery",
+    "DeliveryStatus",
+    "DeliveryTarget",
+    "Event",
+    "EventType",
+    "IdempotencyKey",
+    "Image",
+    "Message",
+    "Question",
+    "Resolution",
+    "Run",
+    "RunMode",
+    "RunStatus",
+    "Session",
+    "SessionStatus",
+]

@@ -1,0 +1,68 @@
+"""A delivery: an event on its way to one of its addresses."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+from typing_extensions import TypedDict
+
+from ccm.models.event import EventType
+from ccm.models.fields import Id, Timestamp
+from ccm.models.json_field import JsonText
+from ccm.models.stored import StoredModel
+
+
+class DeliveryStatus(StrEnum):
+    # It has not arrived, and is tried (again) at `nextAttemptAt`.
+    PENDING = "pending"
+    # The receiver took it.
+    DELIVERED = "delivered"
+    # Given up after the last attempt; later events of the run are still delivered.
+    FAILED = "failed"
+    # Given up with all that would follow it: the receiver wants no more, or its address is no longer allowed.
+    DISABLED = "disabled"
+
+
+class DeliveryTarget(StrEnum):
+    """To whom an event is delivered."""
+
+    # The address of the run.
+    RUN = "run"
+    # The address of the service.
+    SERVICE = "service"
+
+
+class Attempt(TypedDict):
+    """One attempt. `error` is null if it succeeded, `statusCode` if there was no answer."""
+
+    at: str
+    durationMs: int
+    statusCode: int | None
+    error: str | None
+
+
+def _host_or_none(host: str) -> str | None:
+    """The column is empty for the service's address, which is that of the settings."""
+    return host or None
+
+
+class Delivery(StoredModel):
+    """An event on its way to one of its addresses."""
+
+    id: int = Field(description="The delivery's number.")
+    event_id: int = Field(description="The event that is delivered.")
+    event_type: EventType = Field(description="The type of that event.")
+    run_id: Id = Field(description="The run that the event is about.")
+    target: DeliveryTarget = Field(description="Whether it goes to the run's address or the service's.")
+    host: Annotated[str | None, BeforeValidator(_host_or_none)] = Field(
+        description="Host and port of the run's address; null for the service's."
+    )
+    webhook_id: str = Field(description="The `webhook-id` that the receiver gets: the same with each attempt.")
+    status: DeliveryStatus = Field(description="Where the delivery stands.")
+    reason: str | None = Field(description="Why it was given up.")
+    attempts: JsonText[list[Attempt]] = Field(description="The attempts so far, the oldest first.")
+    next_attempt_at: Timestamp | None = Field(
+        description="When it is tried next; null also while an earlier one of the same run and target is pending."
+    )

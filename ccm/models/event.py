@@ -1,0 +1,44 @@
+"""An event: something that has happened to a run or an approval."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from ccm.models.run import RunStatus
+
+
+class EventType(StrEnum):
+    # A run was accepted.
+    RUN_CREATED = "run.created"
+    # A run left the queue.
+    RUN_STARTED = "run.started"
+    RUN_COMPLETED = "run.completed"
+    # A run ended in error.
+    RUN_FAILED = "run.failed"
+    RUN_CANCELLED = "run.cancelled"
+    # Claude Code asks for an approval.
+    APPROVAL_REQUESTED = "approval.requested"
+    # An approval is no longer pending.
+    APPROVAL_RESOLVED = "approval.resolved"
+
+
+# Of a run that has ended, by its status.
+RUN_ENDED = {
+    RunStatus.COMPLETED: EventType.RUN_COMPLETED,
+    RunStatus.ERROR: EventType.RUN_FAILED,
+    RunStatus.CANCELLED: EventType.RUN_CANCELLED,
+}
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that has happened to a run or an approval. `json` is one line of ASCII.
+
+    Its form, `type`, `timestamp` and `data`, is that of https://www.standardwebhooks.com.
+    """
+
+    id: int
+    type: str
+    run_id: str
+    json: str

@@ -1,0 +1,50 @@
+"""A session: a line of runs, each of which continues the one before it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from functools import partial
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from ccm.models.fields import MONEY_DIGITS, Count, Id, Metadata, Timestamp, Title
+from ccm.models.json_field import JsonText
+from ccm.models.shape import Archive
+from ccm.models.stored import StoredModel
+
+
+class SessionStatus(StrEnum):
+    # A run of the session has not ended.
+    RUNNING = "running"
+    # All of its runs have ended.
+    IDLE = "idle"
+
+
+class Session(StoredModel):
+    """A line of runs."""
+
+    id: Annotated[Id, Field(serialization_alias="sessionId")] = Field(description="The session's id.")
+    parent_session_id: Id | None = Field(description="The session that this one was forked from.")
+    forked_from_run_id: Id | None = Field(description="The run that this session branches off.")
+    cwd: str = Field(description="The directory of the session's runs.")
+    title: Title
+    metadata: JsonText[Metadata]
+    status: Annotated[SessionStatus, Archive.LEFT_OUT] = Field(description="Whether one of the runs has not ended.")
+    head_run_id: Annotated[Id | None, Archive.EXPORTED] = Field(description="The run that a resume continues.")
+    run_count: Annotated[Count, Archive.EXPORTED] = Field(description="How many runs the session has.")
+    message_count: Annotated[Count, Archive.EXPORTED] = Field(description="How many messages its runs have.")
+    cost_usd: Annotated[float, BeforeValidator(partial(round, ndigits=MONEY_DIGITS)), Archive.EXPORTED] = Field(
+        description="What its ended runs cost together (USD)."
+    )
+    first_run_at: Annotated[Timestamp, Archive.EXPORTED] = Field(description="When its first run was accepted.")
+    last_run_at: Annotated[Timestamp, Archive.EXPORTED] = Field(description="When its newest run was accepted.")
+
+    # The `seq` of its newest run: sessions are listed by it.
+    last_run_seq: int = Field(exclude=True)
+
+    @classmethod
+    def to_columns(cls, shown: Mapping[str, Any]) -> dict[str, Any]:
+        """Turn values under their names in the API into those of columns. No metadata is an empty object."""
+        return super().to_columns({**shown, "metadata": shown["metadata"] or {}} if "metadata" in shown else shown)

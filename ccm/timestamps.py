@@ -1,0 +1,18 @@
+"""Times as the database and the API hold them."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from functools import lru_cache
+
+
+def timestamp(ahead: float = 0.0) -> str:
+    """Now, or so many seconds from now, as ISO 8601 in UTC with milliseconds; sorts as text."""
+    seconds, milliseconds = divmod(time.time_ns() // 1_000_000 + round(ahead * 1_000), 1_000)
+    return f"{_second(seconds)}.{milliseconds:03}Z"
+
+
+@lru_cache(maxsize=2)
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat().removesuffix("+00:00")

@@ -1,0 +1,78 @@
+"""What each route takes and answers with is declared beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+from pydantic import TypeAdapter
+from werkzeug.routing import Rule
+
+from app import create_app
+from ccm.api.http.route import EVENT_STREAM, Route
+
+# Fields that a body shares with the resource that is made of it.
+SHARED = [
+    *(("/api/runs/start", name) for name in ("timeoutMs", "approvals", "approvalTimeoutMs", "webhookUrl", "prompt")),
+    *(("/api/sessions/<session_id>", name) for name in ("title", "metadata")),
+    *(("/api/approvals/<approval_id>", name) for name in ("updatedInput", "remember", "message", "interrupt")),
+]
+
+
+@pytest.fixture(scope="module")
+def app() -> Flask:
+    return create_app()
+
+
+def rules(app: Flask) -> list[Rule]:
+    return [rule for rule in app.url_map.iter_rules() if rule.rule.startswith("/api/")]
+
+
+def declaration(app: Flask, rule: Rule) -> Route:
+    declared = getattr(app.view_functions[rule.endpoint], "declared", None)
+    assert isinstance(declared, Route), f"{rule} is not declared"
+    return declared
+
+
+def test_every_route_of_the_api_is_declared(app: Flask) -> None:
+    for rule in rules(app):
+        declared = declaration(app, rule)
+        methods = (rule.methods or set()) - {"HEAD", "OPTIONS"}
+        assert len(methods) == 1
+        assert (declared.body is not None) == bool(methods & {"POST", "PATCH"}), rule
+        assert declared.query.model_fields is not None
+        if declared.returns != EVENT_STREAM:
+            assert TypeAdapter(declared.returns).json_schema(mode="serialization")
+
+
+def test_every_parameter_is_described(app: Flask) -> None:
+    for rule in rules(app):
+        properties = declaration(app, rule).query.model_json_schema().get("properties", {})
+        for name, described in properties.items():
+            assert "description" in json.dumps(described), f"{rule} says nothing of {name}"
+
+
+@pytest.mark.parametrize(("path", "field"), SHARED, ids=[f"{path} {field}" for path, field in SHARED])
+def test_a_body_and_its_resource_share_the_description_of_a_field(app: Flask, path: str, field: str) -> None:
+    [declared] = [
+        declared for rule in rules(app) if rule.rule == path and (declared := declaration(app, rule)).body is not None
+    ]
+    assert declared.body is not None
+    asked: dict[str, Any] = declared.body.model_json_schema()["properties"][field]
+    shown: dict[str, Any] = declared.returns.model_json_schema(mode="serialization")["properties"][field]
+    assert description(asked) == description(shown)
+
+
+def description(schema: dict[str, Any]) -> object:
+    """The description of a field, wherever it stands in the choice of types."""
+    return schema.get("description") or next(part["description"] for part in schema["anyOf"] if "description" in part)
+
+
+def test_query_parameters_are_checked_by_nothing_else() -> None:
+    folder = Path(__file__).parents[2] / "ccm" / "api"
+    readers = {file.name for file in folder.rglob("*.py") if "request.args" in file.read_text(encoding="utf-8")}
+    # The guard looks for tokens; pages write the query into the address of the next one.
+    assert readers == {"route.py", "paging.py", "guard.py"}

@@ -1,0 +1,198 @@
+"""dataset and SQLAlchemy: what ccm's `Database` leans on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dataset
+import pytest
+import sqlalchemy
+from sqlalchemy import event
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+ENGINE = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 0, "connect_args": {"isolation_level": None}}
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Any]:
+    database = dataset.connect(
+        f"sqlite:///{tmp_path}/db.sqlite",
+        ensure_schema=False,
+        engine_kwargs=dict(ENGINE),
+        on_connect_statements=["PRAGMA user_version = 7"],
+    )
+    yield database
+    database.close()
+
+
+# ---- dataset
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "used"),
+    [
+        ("engine", sqlalchemy.Engine, "Database takes connections from it"),
+        ("connections", dict, "Database._take_connection and _release put a connection in and take it out"),
+        ("local", threading.local, "Database._release resets its `tx`"),
+        ("lock", type(threading.RLock()), "Database holds it around `connections`"),
+        ("is_sqlite", bool, "Transaction reads it"),
+    ],
+)
+def test_a_database_has_the_attribute(database: Any, name: str, kind: type, used: str) -> None:
+    assert isinstance(getattr(database, name, None), kind), f"dataset's Database.{name} is gone or else: {used}"
+
+
+def test_the_connection_of_a_thread_is_the_one_that_was_put_there(database: Any) -> None:
+    connection = database.engine.connect()
+    database.connections[threading.get_ident()] = connection
+
+    assert database.executable is connection, "Transaction would run on another connection than Database has taken"
+    database.begin()
+    assert database.local.tx, "begin() notes its transaction elsewhere: Database._release resets `local.tx`"
+    database.commit()
+    assert database.connections == {}, "commit() keeps the connection: Database would have to give it back"
+
+
+def test_a_connection_that_was_taken_out_is_forgotten(database: Any) -> None:
+    database.begin()
+    database.local.tx = []
+    connection = database.connections.pop(threading.get_ident())
+    connection.close()
+
+    assert not database.in_transaction, "Database._release leaves a transaction behind"
+    database.begin()
+    database.rollback()
+
+
+def test_the_statements_run_on_each_new_connection_and_the_journal_is_a_log(database: Any) -> None:
+    with database.engine.connect() as connection:
+        values = [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("user_version", "journal_mode")]
+
+    assert values == [7, "wal"], "dataset runs no on_connect_statements, or no longer switches to WAL by itself"
+
+
+def test_alembic_is_not_needed_to_import_dataset() -> None:
+    code = """
+import sys
+from ccm.db.driver.alembic_free import without_alembic
+with without_alembic():
+    import dataset
+assert "alembic" not in sys.modules
+import alembic.migration, alembic.operations
+alembic.migration.MigrationContext, alembic.operations.Operations
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+
+    assert result.returncode == 0, f"dataset imports more of alembic than without_alembic() knows: {result.stderr}"
+
+
+# ---- SQLAlchemy
+
+
+@pytest.mark.parametrize("name", ["begin", "connect", "do_connect"])
+def test_the_engine_tells_of_the_event(database: Any, name: str) -> None:
+    def listener(*_: Any) -> None:
+        told.append(name)
+
+    told: list[str] = []
+    event.listen(database.engine, name, listener)
+    database.begin()
+    database.rollback()
+
+    assert told == [name], f"SQLAlchemy's event `{name}` is gone: Database opens connections and transactions with it"
+
+
+@pytest.mark.parametrize(
+    ("name", "used"),
+    [
+        ("info", "Database keeps there which files a connection has open"),
+        ("connection", "Transaction takes the driver's cursor from it"),
+        ("invalidate", "Database._release closes a broken connection with it"),
+        ("closed", "Database._release reads it"),
+        ("exec_driver_sql", "Transaction.insert_many calls it"),
+    ],
+)
+def test_a_connection_has_the_attribute(database: Any, name: str, used: str) -> None:
+    with database.engine.connect() as connection:
+        assert hasattr(connection, name), f"SQLAlchemy's Connection.{name} is gone: {used}"
+
+
+def test_the_drivers_own_connection_can_be_reached(database: Any) -> None:
+    with database.engine.connect() as connection:
+        cursor = connection.connection.cursor()
+        cursor.execute("SELECT 1 AS one")
+        assert cursor.description[0][0] == "one", "Transaction.rows reads the columns' names of the driver's cursor"
+        cursor.close()
+        assert callable(connection.connection.dbapi_connection.interrupt), "Database._interrupt calls sqlite3's"
+
+
+def test_the_info_of_a_connection_is_that_of_its_record(database: Any) -> None:
+    def note(_connection: Any, record: Any) -> None:
+        record.info["files"] = "noted"
+
+    event.listen(database.engine, "connect", note)
+    with database.engine.connect() as connection:
+        assert connection.info.get("files") == "noted", "Database._sqlite_opened's note does not reach the connection"
+
+
+def test_rows_go_to_the_driver_as_they_are(database: Any) -> None:
+    with database.engine.connect() as connection:
+        connection.exec_driver_sql("CREATE TABLE t (a, b)")
+        connection.exec_driver_sql("INSERT INTO t (a, b) VALUES (?, ?)", [(1, ":x"), (2, "%s")])
+        rows = connection.exec_driver_sql("SELECT a, b FROM t ORDER BY a").fetchall()
+        connection.rollback()
+
+    assert [tuple(row) for row in rows] == [(1, ":x"), (2, "%s")], "Transaction.insert_many relies on it"
+
+
+def test_an_error_of_the_driver_is_wrapped_once(database: Any) -> None:
+    with database.engine.connect() as connection, pytest.raises(OperationalError) as raised:
+        connection.exec_driver_sql("SELECT * FROM no_such_table")
+
+    assert isinstance(raised.value, SQLAlchemyError), "storage_error() knows SQLAlchemy's errors by this class"
+    assert getattr(raised.value.orig, "sqlite_errorname", None) == "SQLITE_ERROR", (
+        "storage_error() reads the driver's error in `orig`"
+    )
+
+
+def test_a_pool_without_a_free_connection_refuses_at_once(database: Any) -> None:
+    with database.engine.connect(), pytest.raises(PoolTimeout):
+        database.engine.connect()
+
+
+def test_an_invalidated_connection_is_not_used_again(database: Any) -> None:
+    connection = database.engine.connect()
+    first = connection.connection.dbapi_connection
+    connection.invalidate()
+    connection.close()
+    with database.engine.connect() as second:
+        assert second.connection.dbapi_connection is not first, "Database._release would give back a broken connection"
+
+
+def test_a_disposed_pool_closes_what_is_in_it_and_opens_anew(database: Any) -> None:
+    opened: list[Any] = []
+    event.listen(database.engine, "connect", lambda connection, _record: opened.append(connection))
+    with database.engine.connect():
+        pass
+    database.engine.pool.dispose()
+
+    with pytest.raises(Exception, match="closed"):
+        opened[0].execute("SELECT 1")
+
+
+def test_postgresql_means_psycopg_3() -> None:
+    engine = sqlalchemy.create_engine("postgresql://user@localhost/none")
+
+    assert engine.dialect.driver == "psycopg", "DATABASE_URL would be opened with another driver"
+
+
+def test_a_url_is_shown_without_its_password() -> None:
+    shown = sqlalchemy.make_url("postgresql://user:secret@localhost/db").render_as_string(hide_password=True)
+
+    assert shown == "postgresql://user:***@localhost/db", "the log would show the password"

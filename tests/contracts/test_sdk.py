@@ -1,0 +1,385 @@
+"""claude-agent-sdk, and the Claude Code that it brings: what ccm's module `sdk` and its neighbours lean on."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import mmap
+import os
+import re
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import anyio
+import claude_agent_sdk
+import pytest
+from claude_agent_sdk import (
+    ClaudeAgentOptions,
+    CLIConnectionError,
+    CLIJSONDecodeError,
+    CLINotFoundError,
+    PermissionResultAllow,
+    PermissionResultDeny,
+    PermissionUpdate,
+    ProcessError,
+    ResultError,
+    SessionStore,
+    ToolPermissionContext,
+    Transport,
+)
+from claude_agent_sdk._internal.query import Query
+from claude_agent_sdk._internal.sessions import _sanitize_path
+from claude_agent_sdk._internal.transport.subprocess_cli import SubprocessCLITransport
+
+from ccm.core.claude.locations import bundled_cli, project_name
+from ccm.core.claude.options import RENAMED
+from ccm.core.claude.run_context import user_message
+from ccm.core.claude.sdk import Client, explain
+from ccm.core.transcripts.store import Mirror
+
+SESSION = "6f3a0a5e-3a35-4a44-8b8e-0a1f4a3f1a11"
+
+
+class Wire(Transport):
+    """Stands where the SDK has the CLI's process: answers control requests, says `lines`, and keeps what is written."""
+
+    def __init__(self, *lines: dict[str, Any], error: Exception | None = None) -> None:
+        self.written: list[dict[str, Any]] = []
+        self.input_ended = False
+        self._lines = lines
+        self._error = error
+        self._answers = asyncio.Queue[dict[str, Any] | None]()
+
+    async def connect(self) -> None: ...
+
+    async def write(self, data: str) -> None:
+        message = json.loads(data)
+        self.written.append(message)
+        if message["type"] == "control_request":
+            response = {"subtype": "success", "request_id": message["request_id"], "response": {}}
+            self._answers.put_nowait({"type": "control_response", "response": response})
+
+    async def read_messages(self) -> AsyncIterator[dict[str, Any]]:
+        initialized = await self._answers.get()
+        assert initialized is not None
+        yield initialized
+        for line in self._lines:
+            yield line
+        while (answer := await self._answers.get()) is not None:
+            yield answer
+        if self._error is not None:
+            raise self._error
+
+    async def close(self) -> None: ...
+
+    def is_ready(self) -> bool:
+        return True
+
+    async def end_input(self) -> None:
+        self.input_ended = True
+        self._answers.put_nowait(None)
+
+
+def converse(wire: Wire, act: Callable[[Client], Coroutine[Any, Any, None]]) -> list[dict[str, Any]]:
+    """Connect a client to the wire, act, end the input, and return what came in."""
+    taken: list[dict[str, Any]] = []
+
+    async def take(message: dict[str, Any]) -> None:
+        taken.append(message)
+
+    async def run() -> None:
+        client = Client(ClaudeAgentOptions(), transport=wire)
+        await client.connect()
+        try:
+            await act(client)
+            await client.end_input()
+            await client.receive_raw(take)
+        finally:
+            await client.disconnect()
+
+    anyio.run(run)
+    return taken
+
+
+async def nothing(_client: Client) -> None: ...
+
+
+# ---- what Client reaches into
+
+
+@pytest.mark.parametrize("name", ["_query", "_transport"])
+def test_the_client_has_the_attribute(name: str) -> None:
+    attributes = vars(claude_agent_sdk.ClaudeSDKClient(ClaudeAgentOptions()))
+
+    assert name in attributes, f"ClaudeSDKClient.{name} is gone: every method of Client reads it"
+    assert attributes[name] is None, f"ClaudeSDKClient.{name} is set before connect(): Client takes it for connected"
+
+
+@pytest.fixture
+def query() -> Iterator[Query]:
+    query = Query(transport=Wire(), is_streaming_mode=True)
+    yield query
+    for stream in (query._message_send, query._message_receive):
+        stream.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "used"),
+    [
+        ("_message_send", anyio.streams.memory.MemoryObjectSendStream, "Client.receive_raw puts _Tap in its place"),
+        ("_message_receive", anyio.streams.memory.MemoryObjectReceiveStream, "Client.receive_raw empties it"),
+        ("_send_control_request", Callable, "Client.interrupt calls it"),
+    ],
+)
+def test_the_query_has_the_attribute(query: Query, name: str, kind: type, used: str) -> None:
+    assert isinstance(getattr(query, name, None), kind), f"Query.{name} is gone or something else: {used}"
+
+
+def test_the_reader_does_with_its_stream_what_the_tap_offers() -> None:
+    calls = set(re.findall(r"self\._message_send\.(\w+)", inspect.getsource(Query)))
+
+    assert calls == {"send", "send_nowait", "close"}, "_Tap stands in for the stream and has these three only"
+
+
+def test_the_transport_has_a_process() -> None:
+    transport = SubprocessCLITransport(prompt="", options=ClaudeAgentOptions())
+
+    assert "_process" in vars(transport), "SubprocessCLITransport._process is gone: Client signals and waits for it"
+
+
+@pytest.mark.parametrize(
+    ("reach", "used"),
+    [
+        (lambda process: process._process._transport.close, "Client.disconnect closes the pipes with it"),
+        (lambda process: process.stdout._stream._transport.get_extra_info("pipe").fileno(), "Client.output names it"),
+        (lambda process: process.send_signal, "Client.signal calls it"),
+        (lambda process: process.wait, "Client.wait_for_exit calls it"),
+    ],
+    ids=["transport", "pipe", "signal", "wait"],
+)
+def test_a_process_of_anyio_can_be_reached_into(reach: Callable[[Any], object], used: str) -> None:
+    async def run() -> None:
+        process = await anyio.open_process(["cat"], stderr=None)
+        try:
+            assert process.returncode is None, "a process that runs has a return code: Client.signal reads it"
+            reach(process)
+        except AttributeError as error:
+            pytest.fail(f"anyio's process is built otherwise ({error}): {used}")
+        finally:
+            process.kill()
+            await process.aclose()
+
+    anyio.run(run)
+
+
+# ---- the wire
+
+
+def test_what_the_cli_says_comes_as_it_is() -> None:
+    # They come together with the answer to `initialize`: the reader is about to send while its stream is taken over.
+    said: list[dict[str, Any]] = [
+        {"type": "of_no_known_type", "n": 1},
+        {"type": "system", "subtype": "x", "unknown_field": [None]},
+    ]
+
+    assert converse(Wire(*said), nothing) == said, "the SDK alters messages before _Tap gets them"
+
+
+def test_what_the_user_says_goes_as_it_is() -> None:
+    wire = Wire()
+    message = {**user_message(SESSION, "Hello", ()), "uuid": SESSION}
+
+    async def say(client: Client) -> None:
+        async def messages() -> AsyncIterator[dict[str, Any]]:
+            yield message
+
+        await client.query(messages())
+
+    converse(wire, say)
+    written = next(line for line in wire.written if line["type"] == "user")
+    assert message.items() <= written.items(), "the SDK drops fields of a user's message: Execution needs its uuid"
+
+
+def test_an_interrupt_can_drop_the_queue() -> None:
+    wire = Wire()
+    converse(wire, lambda client: client.interrupt())
+
+    request = wire.written[-1]["request"]
+    assert request == {"subtype": "interrupt", "cancel_queued": True}, "Client.interrupt sends something else"
+
+
+def test_the_input_can_be_ended() -> None:
+    wire = Wire()
+    converse(wire, nothing)
+
+    assert wire.input_ended, "Client.end_input does not reach the transport: a run that is over would have to be killed"
+
+
+def test_an_error_of_the_reader_is_raised_as_it_is() -> None:
+    broken = ProcessError("broken", exit_code=7)
+    with pytest.raises(ProcessError) as raised:
+        converse(Wire(error=broken), nothing)
+
+    assert raised.value is broken, "the reader's last message carries no `exception` any more: _Tap looks for it"
+
+
+def test_an_error_result_makes_the_error_of_the_reader_a_result_error() -> None:
+    result = {"type": "result", "is_error": True, "subtype": "x", "errors": ["No conversation found with session ID"]}
+    with pytest.raises(ResultError) as raised:
+        converse(Wire(result, error=ProcessError("exit", exit_code=1)), nothing)
+
+    assert raised.value.errors == result["errors"], "ResultError.errors is gone: explain() tells it to the client"
+    code, _ = explain(raised.value, "", 0)
+    assert code == "SESSION_NOT_RESUMABLE", "explain() no longer knows a session that cannot be resumed"
+
+
+# ---- errors, as explain() tells them apart
+
+
+@pytest.mark.parametrize(
+    ("narrow", "wide"),
+    [(CLINotFoundError, CLIConnectionError), (ResultError, ProcessError)],
+    ids=["not found", "result"],
+)
+def test_an_error_is_a_kind_of_another(narrow: type, wide: type) -> None:
+    assert issubclass(narrow, wide), f"{narrow.__name__} is no {wide.__name__}: look at the order in explain()"
+
+
+def test_a_message_that_is_too_large_is_told_by_its_text() -> None:
+    source = inspect.getsource(SubprocessCLITransport._read_messages_impl)
+
+    assert "maximum buffer size" in source, "explain() looks for these words in CLIJSONDecodeError.line"
+    assert CLIJSONDecodeError("a line", ValueError()).line == "a line", "CLIJSONDecodeError.line is gone"
+
+
+def test_a_cli_that_does_not_answer_is_told_by_its_text() -> None:
+    source = inspect.getsource(Query._send_control_request)
+
+    assert "Control request timeout" in source, "explain() looks for these words: the SDK raises a plain Exception"
+
+
+def test_the_loggers_of_the_sdk_have_one_name() -> None:
+    names = {"claude_agent_sdk", Query.__module__.partition(".")[0]}
+
+    assert names == {claude_agent_sdk.logger.name}, "ccm's module `log` silences this logger"
+
+
+# ---- options and permissions
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        {
+            *RENAMED.values(),
+            *("agents", "can_use_tool", "cli_path", "cwd", "env", "extra_args", "fork_session", "max_buffer_size"),
+            *("mcp_servers", "resume", "resume_session_at", "session_id", "session_store", "session_store_flush"),
+            *("settings", "system_prompt", "thinking"),
+        }
+    ),
+)
+def test_the_options_have_the_field(name: str) -> None:
+    assert name in {field.name for field in fields(ClaudeAgentOptions)}, f"sdk_options() or RENAMED sets {name}"
+
+
+def command(**options: Any) -> list[str]:
+    transport = SubprocessCLITransport(prompt="", options=ClaudeAgentOptions(cli_path="/cli", **options))
+    transport._cli_path = "/cli"
+    return transport._build_command()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"extra_args": {"replay-user-messages": None}}, ["--replay-user-messages"]),
+        ({"system_prompt": {"type": "file", "path": "/file"}}, ["--system-prompt-file", "/file"]),
+        ({"settings": "/file"}, ["--settings", "/file"]),
+        ({"mcp_servers": "/file"}, ["--mcp-config", "/file"]),
+        ({"session_id": SESSION}, [f"--session-id={SESSION}"]),
+        ({"resume": SESSION, "fork_session": True}, [f"--resume={SESSION}", "--fork-session"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_option_becomes_an_argument_and_nothing_more(options: dict[str, Any], words: list[str]) -> None:
+    made = command(**options)
+
+    assert [word for word in words if word in made] == words, f"sdk_options() relies on {words}; the SDK makes {made}"
+
+
+def test_a_preset_prompt_is_no_empty_prompt() -> None:
+    preset = {"type": "preset", "preset": "claude_code"}
+
+    assert "--system-prompt" not in command(system_prompt=preset), (
+        "CLAUDE_CODE_PROMPT is not Claude Code's own any more"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (
+            ToolPermissionContext,
+            {
+                *("tool_use_id", "suggestions", "title", "display_name", "description", "blocked_path"),
+                *("decision_reason", "agent_id"),
+            },
+        ),
+        (PermissionResultAllow, {"updated_input", "updated_permissions"}),
+        (PermissionResultDeny, {"message", "interrupt"}),
+        (PermissionUpdate, {"destination"}),
+    ],
+)
+def test_what_permission_callback_reads_and_makes_is_there(kind: type, names: set[str]) -> None:
+    assert is_dataclass(kind), f"{kind.__name__} is no dataclass: permission_callback() uses replace()"
+    assert names <= {field.name for field in fields(kind)}, f"permission_callback() uses {names} of {kind.__name__}"
+
+
+def test_a_session_store_of_ours_is_one_of_the_sdks() -> None:
+    for name in ("append", "load"):
+        ours, theirs = (list(inspect.signature(getattr(kind, name)).parameters) for kind in (Mirror, SessionStore))
+        assert len(ours) == len(theirs), f"the SDK calls Mirror.{name} with {theirs}"
+
+
+# ---- where the program and its files are
+
+
+def test_the_bundled_cli_is_where_the_sdk_looks_for_it() -> None:
+    found = SubprocessCLITransport(prompt="", options=ClaudeAgentOptions())._find_bundled_cli()
+
+    assert str(bundled_cli()) == found, "bundled_cli() names another path"
+
+
+@pytest.mark.parametrize("cwd", ["/", "/home/me/a project", "/x_y.z", "/" + "long/" * 60, "/ünï/" + "cödé" * 60])
+def test_a_project_has_the_name_that_the_sdk_gives_it(cwd: str) -> None:
+    assert project_name(cwd) == _sanitize_path(os.path.realpath(cwd)), "project_name() names another directory"
+
+
+@pytest.fixture(scope="module")
+def claude() -> Iterator[mmap.mmap]:
+    with bundled_cli().open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
+        yield code
+
+
+@pytest.mark.parametrize(
+    ("name", "used"),
+    [
+        ("CLAUDE_CODE_EMIT_SESSION_STATE_EVENTS", "sdk_options() sets it, and Execution ends runs by what it brings"),
+        ("session_state_changed", "Execution ends runs by it"),
+        ("CLAUDE_CODE_TMPDIR", "sdk_options() sets it, and the run's directory is removed with all that is in it"),
+        ("replay-user-messages", "sdk_options() passes it, or a run's messages lack the user's side"),
+        ("system-prompt-file", "sdk_arguments() passes it, to keep prompts out of the list of processes"),
+        ("append-system-prompt-file", "sdk_arguments() passes it, to keep prompts out of the list of processes"),
+        ("cancel_queued", "Client.interrupt() sends it, or a run goes on with its queue after a cancel"),
+        ("command_lifecycle", "InputQueue learns from it what has become of a message"),
+        ("command_uuid", "Execution and InputQueue read it"),
+        ("user_message_uuids", "InputQueue learns from it which messages a turn has answered"),
+        ("model_usage_since_last_result", "cost() sums it: the total counts the resumed history too"),
+        ("api_retry", "Execution counts refused logins by it"),
+        ("No conversation found", "explain() tells SESSION_NOT_RESUMABLE by it"),
+        ("The user sent a new message while you were working:", "the stand-in for the Messages API knows it"),
+    ],
+)
+def test_the_bundled_cli_knows_the_name(claude: mmap.mmap, name: str, used: str) -> None:
+    assert claude.find(name.encode()) != -1, f"the bundled Claude Code does not contain {name!r}: {used}"

@@ -1,0 +1,336 @@
+"""Every public function of `ccm.db` that works on a database, called on the one of tests/db/sample.py.
+
+A name is `module.function`, followed by what is particular where a function is called in several ways. A function that
+has no line here fails tests/db/test_contract.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ccm.db import approvals, archive, deliveries, events, heartbeat, messages, runs, sessions, transcripts, trees
+from ccm.db.driver import migrate
+from ccm.db.driver.database import Database
+from ccm.db.driver.transaction import Transaction
+from ccm.db.transcripts import Entry
+from ccm.models import IdempotencyKey
+from tests.db.sample import AT, KEY, LATER, OWNER, SUBAGENT, approval_row, message, run_row, session_row
+
+ANY: Final = object()
+# Why a statement may read a whole table.
+SMALL = "the table has one row, or one for each table"
+PRUNING = "`flask prune` goes through all that it deletes, and through the tables that it clears"
+SEARCH = "a search within texts reads them"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One way to call a function.
+
+    Attributes:
+        function: what is called in a transaction; its value is compared, and may be cut down for that.
+        result: its value on the sample. ANY for one that changes with the time or says nothing.
+        writes: it needs the right to write.
+        scans: why it may do without an index. Empty if it may not.
+        untouched: the dialects in which it reads no table, so that neither a lock nor damage concerns it.
+    """
+
+    function: Callable[[Transaction], object]
+    result: object = ANY
+    writes: bool = False
+    scans: str = ""
+    untouched: tuple[str, ...] = ()
+
+
+def reads(function: Callable[[Transaction], object], result: object, *, scans: str = "") -> Call:
+    return Call(function, result, scans=scans)
+
+
+def writes(function: Callable[[Transaction], object], result: object = None, *, scans: str = "") -> Call:
+    return Call(function, result, writes=True, scans=scans)
+
+
+def then(
+    write: Callable[[Transaction], object], read: Callable[[Transaction], object]
+) -> Callable[[Transaction], object]:
+    """Return a function that writes and returns what it then reads."""
+
+    def call(transaction: Transaction) -> object:
+        write(transaction)
+        return read(transaction)
+
+    return call
+
+
+def ids(found: list[Any]) -> list[Any]:
+    return [one.id for one in found]
+
+
+def _beat(transaction: Transaction) -> object:
+    heartbeat.beat(transaction, 3)
+    return transaction.value("SELECT padding FROM ccr_heartbeat")
+
+
+def _tried(transaction: Transaction) -> object:
+    deliveries.tried(transaction, 1, "[]", status="failed", reason="x", next_attempt_at=None)
+    delivery = deliveries.find(transaction, 1)
+    return None if delivery is None else (delivery.status, delivery.reason, delivery.next_attempt_at)
+
+
+def _transcript(transaction: Transaction, key: transcripts.TranscriptKey) -> list[str]:
+    return transcripts.texts(transaction, key, -1, 10)
+
+
+def _delivered(transaction: Transaction) -> object:
+    events.insert(transaction, "run.created", runs.get(transaction, "w"))
+    deliveries.insert(transaction, "w", "run", "evt_9", "h:80", reason=None, now=AT)
+    return len(deliveries.page(transaction, "w", limit=10, after=None))
+
+
+def _gone_on(transaction: Transaction) -> object:
+    deliveries.tried(transaction, 1, "[]", status="delivered", reason=None, next_attempt_at=None)
+    deliveries.go_on(transaction, "r", "run", LATER)
+    return [delivery.next_attempt_at for delivery in deliveries.page(transaction, "r", limit=10, after=2)]
+
+
+def _measured(transaction: Transaction) -> object:
+    tree = trees.measure(transaction, "s")
+    return sorted(tree.sessions), tree.runs, tree.messages, tree.transcripts, tree.unfinished
+
+
+ENTRIES = [Entry("u1", "{}"), Entry("u3", '{"sessionId":"s-sdk","n":3}')]
+RUN_FILTERS: list[tuple[dict[str, str], list[str]]] = [
+    ({}, ["x", "w", "r", "e"]),
+    ({"status": "running"}, ["x", "w", "r"]),
+    ({"sessionId": "s"}, ["r", "e"]),
+    ({"cwd": "/srv"}, ["x", "w", "r", "e"]),
+    ({"mode": "fresh"}, ["x", "e"]),
+    ({"status": "completed", "cwd": "/srv", "mode": "fresh"}, ["e"]),
+]
+APPROVAL_FILTERS: list[tuple[dict[str, str], list[str]]] = [
+    ({}, ["a", "b"]),
+    ({"runId": "r"}, ["a", "b"]),
+    ({"sessionId": "s"}, ["a", "b"]),
+    ({"status": "pending"}, ["a"]),
+    ({"status": "denied"}, ["b"]),
+    ({"sessionId": "s", "status": "pending"}, ["a"]),
+]
+SESSION_FILTERS: list[tuple[dict[str, str], list[str]]] = [
+    ({}, ["o", "f", "s"]),
+    ({"cwd": "/srv"}, ["o", "f", "s"]),
+    ({"parentSessionId": "s"}, ["f"]),
+]
+
+CALLS: dict[str, Call] = {
+    # ---- runs
+    "runs.find": reads(lambda t: [runs.find(t, "nobody"), runs.get(t, "r").session_id], [None, "s"]),
+    "runs.get": reads(lambda t: (runs.get(t, "w").queue_position, runs.get(t, "r").message_count), (1, 2)),
+    "runs.find_by_sdk_session": reads(lambda t: runs.find_by_sdk_session(t, "s-sdk") == runs.find(t, "e"), result=True),
+    "runs.find_by_idempotency_key": reads(
+        lambda t: runs.find_by_idempotency_key(t, IdempotencyKey("key", "digest")) == runs.find(t, "e"), result=True
+    ),
+    **{
+        f"runs.page {filters} {after}": reads(
+            lambda t, f=filters, a=after: ids(runs.page(t, f, limit=10, after=a)),  # type: ignore[misc]
+            [run_id for run_id in found if after is None or run_id in "er"],
+        )
+        for filters, found in RUN_FILTERS
+        for after in (None, 3)
+    },
+    **{
+        f"runs.page {filters} {after} oldest first": reads(
+            lambda t, f=filters, a=after: ids(runs.page(t, f, limit=10, after=a, oldest_first=True)),  # type: ignore[misc]
+            [run_id for run_id in reversed(found) if after is None or run_id in "wx"],
+        )
+        for filters, found in RUN_FILTERS
+        for after in (None, 2)
+    },
+    "runs.links": reads(lambda t: [(link.id, link.message_count) for link in runs.links(t, "s")], [("e", 3), ("r", 2)]),
+    "runs.get_link": reads(
+        lambda t: (runs.get_link(t, "w").parent_run_id, runs.get_link(t, "w").fork_at_index), ("e", 1)
+    ),
+    "runs.next_seq": reads(runs.next_seq, 5),
+    "runs.insert": writes(
+        then(lambda t: runs.insert(t, run_row("n", 9, "s"), "[]"), lambda t: runs.get(t, "n").seq), 9
+    ),
+    "runs.find_images_json": reads(lambda t: [runs.find_images_json(t, run_id) for run_id in "re"], ["[]", None]),
+    "runs.running": reads(lambda t: ids(runs.running(t, "s")), ["r"]),
+    "runs.find_first_running": reads(lambda t: [runs.find_first_running(t, one) for one in ("s", "no")], ["r", None]),
+    "runs.queue": reads(lambda t: runs.queue(t, OWNER), (1, "w")),
+    "runs.count_waiting": reads(runs.count_waiting, 1),
+    "runs.start": writes(lambda t: runs.start(t, runs.get(t, "w"), "e", OWNER) == runs.get(t, "w"), result=True),
+    "runs.end": writes(
+        lambda t: [runs.end(t, runs.get(t, one), {"status": "cancelled"}) for one in "re"], [True, False]
+    ),
+    "runs.end_alone": writes(
+        then(lambda t: runs.end_alone(t, "r", "EXECUTION_ERROR", "x"), lambda t: runs.get(t, "r").message_count), 2
+    ),
+    "runs.started": reads(lambda t: ids(runs.started(t, OWNER)), ["r"]),
+    "runs.started_elsewhere": reads(lambda t: runs.started_elsewhere(t, OWNER), ["x"]),
+    # ---- sessions
+    "sessions.find": reads(lambda t: [sessions.find(t, "s-sdk"), sessions.find(t, "s") is not None], [None, True]),
+    "sessions.get": reads(lambda t: [sessions.get(t, one).id for one in ("s", "s-sdk", "w-sdk")], ["s", "s", "f"]),
+    **{
+        f"sessions.page {filters} {after}": reads(
+            lambda t, f=filters, a=after: ids(sessions.page(t, f, limit=10, after=a)),  # type: ignore[misc]
+            [session_id for session_id in found if after is None or session_id != "o"],
+        )
+        for filters, found in SESSION_FILTERS
+        for after in (None, 4)
+    },
+    "sessions.page of a search": reads(
+        lambda t: [ids(sessions.page(t, {"q": text}, limit=10, after=None)) for text in ("docs", "HELLO", "%")],
+        [["o", "f", "s"], ["o", "f", "s"], []],
+        scans=SEARCH,
+    ),
+    "sessions.insert": writes(
+        then(lambda t: sessions.insert(t, session_row("n", 9)), lambda t: sessions.get(t, "n").run_count), 1
+    ),
+    "sessions.run_added": writes(
+        then(lambda t: sessions.run_added(t, "o", 9, LATER), lambda t: sessions.get(t, "o").run_count), 2
+    ),
+    "sessions.run_ended": writes(
+        then(lambda t: sessions.run_ended(t, "f", 7, 0.5, None), lambda t: sessions.get(t, "f").message_count), 7
+    ),
+    "sessions.update": writes(
+        lambda t: [sessions.update(t, one, {"title": "x"}) for one in ("s", "no")], [True, False]
+    ),
+    # ---- messages
+    "messages.insert_many": writes(
+        then(
+            lambda t: messages.insert_many(t, [message("r", "s", index, "user") for index in range(2, 120)]),
+            lambda t: messages.last_index(t, "r"),
+        ),
+        119,
+    ),
+    "messages.last_index": reads(lambda t: [messages.last_index(t, one) for one in "erw"], [2, 1, -1]),
+    "messages.indexes": reads(lambda t: messages.indexes(t, "e", -1, 10, types=[], limit=10), [0, 1, 2]),
+    "messages.indexes of types": reads(
+        lambda t: messages.indexes(t, "e", -1, 10, types=["system", "result"], limit=10), [0, 2]
+    ),
+    "messages.sizes": reads(lambda t: messages.sizes(t, "r", -1, 10, 10), [(0, 7), (1, 7)]),
+    "messages.texts": reads(lambda t: messages.texts(t, "r", 0, 10), ['{"n":1}']),
+    "messages.texts_before": reads(lambda t: messages.texts_before(t, "r", 1, "assistant", 5), ['{"n":0}']),
+    "messages.holding": reads(lambda t: messages.holding(t, "r", '"n":1'), [(1, '{"n":1}')]),
+    # ---- approvals
+    "approvals.find": reads(lambda t: [approvals.find(t, "no"), approvals.find(t, "a") is not None], [None, True]),
+    "approvals.get": reads(lambda t: [approvals.get(t, one).pending for one in "ab"], [True, False]),
+    **{
+        f"approvals.page {filters} {after}": reads(
+            lambda t, f=filters, a=after: ids(approvals.page(t, f, limit=10, after=a)),  # type: ignore[misc]
+            [approval_id for approval_id in found if after is None or approval_id == "b"],
+        )
+        for filters, found in APPROVAL_FILTERS
+        for after in (None, 1)
+    },
+    "approvals.pending": reads(lambda t: ids(approvals.pending(t, "r")), ["a"]),
+    "approvals.pending_or_resolved_since": reads(
+        lambda t: ids(approvals.pending_or_resolved_since(t, "r", 0)), ["a", "b"]
+    ),
+    "approvals.count_other_waiting_runs": reads(
+        lambda t: [approvals.count_other_waiting_runs(t, one) for one in "re"], [0, 1]
+    ),
+    "approvals.insert": writes(
+        then(lambda t: approvals.insert(t, approval_row("n")), lambda t: approvals.get(t, "n").seq), ANY
+    ),
+    "approvals.resolve": writes(
+        lambda t: [approvals.resolve(t, one, {"status": "denied", "message": "x"}) for one in "ab"], [True, False]
+    ),
+    "approvals.last_event": reads(lambda t: [approvals.last_event(t, one) for one in "re"], [2, 0]),
+    "approvals.changes": reads(
+        lambda t: [(number, shown["id"]) for number, shown in approvals.changes(t, "r", 0)], [(2, "b")]
+    ),
+    # ---- events and deliveries
+    "events.insert": writes(
+        then(lambda t: events.insert(t, "run.started", runs.get(t, "r")), lambda t: events.last_id(t) > 2), result=True
+    ),
+    "events.last_id": reads(events.last_id, 2),
+    "events.last_given": Call(lambda t: events.last_given(t) >= 2, result=True, scans=SMALL, untouched=("postgresql",)),
+    "events.sizes": reads(lambda t: [number for number, _ in events.sizes(t, 0, 10)], [1, 2]),
+    "events.read": reads(
+        lambda t: [event.type for event in events.read(t, 0, 10)], ["run.started", "approval.resolved"]
+    ),
+    "events.find_text": reads(lambda t: [events.find_text(t, 9), bool(events.find_text(t, 1))], [None, True]),
+    "deliveries.insert": writes(_delivered, 1),
+    "deliveries.find": reads(lambda t: [deliveries.find(t, 9), deliveries.find(t, 1) is not None], [None, True]),
+    "deliveries.page": reads(lambda t: ids(deliveries.page(t, "r", limit=10, after=None)), [1, 2, 4]),
+    "deliveries.find_disabled_reason": reads(
+        lambda t: [deliveries.find_disabled_reason(t, one, "service") for one in "er"], ["gone", None]
+    ),
+    **{
+        f"deliveries.due {again} {without}": reads(
+            lambda t, a=again, w=without: deliveries.due(t, LATER, again=a, without=w, limit=10),  # type: ignore[misc]
+            [] if again else [(2, "")] if without else [(2, ""), (1, "h:80")],
+        )
+        for again in (False, True)
+        for without in ((), ("h:80", "b:80"))
+    },
+    "deliveries.find_next_due": reads(lambda t: [deliveries.find_next_due(t, at) for at in ("", LATER)], [AT, None]),
+    "deliveries.bring_back": writes(lambda t: deliveries.bring_back(t, "2026-01-01", AT), 2),
+    "deliveries.tried": writes(_tried, ("failed", "x", None)),
+    "deliveries.go_on": writes(_gone_on, [LATER]),
+    "deliveries.disable_run": writes(
+        then(
+            lambda t: deliveries.disable_run(t, "r", "run", "x"),
+            lambda t: deliveries.find_disabled_reason(t, "r", "run"),
+        ),
+        "x",
+    ),
+    "deliveries.disable_service": writes(lambda t: deliveries.disable_service(t, "gone"), 1),
+    # ---- transcripts
+    "transcripts.append": writes(
+        then(lambda t: transcripts.append(t, KEY, ENTRIES), lambda t: transcripts.length(t, KEY)), 3
+    ),
+    "transcripts.replace": writes(
+        then(lambda t: transcripts.replace(t, KEY, ENTRIES), lambda t: _transcript(t, KEY)),
+        [one.text for one in ENTRIES],
+    ),
+    "transcripts.insert_at": writes(
+        then(lambda t: transcripts.insert_at(t, 2, "s-sdk", 1, ENTRIES), lambda t: transcripts.length(t, SUBAGENT)), 3
+    ),
+    "transcripts.insert": writes(lambda t: transcripts.insert(t, transcripts.TranscriptKey("n", "p"), 17), 3),
+    "transcripts.length": reads(lambda t: transcripts.length(t, KEY), 2),
+    "transcripts.uuids": reads(lambda t: transcripts.uuids(t, KEY), ["u1"]),
+    "transcripts.find": reads(
+        lambda t: [transcripts.find(t, one) for one in (KEY, KEY._replace(subpath="x"))], [1, None]
+    ),
+    "transcripts.of_session": reads(lambda t: list(transcripts.of_session(t, "s-sdk")), [KEY, SUBAGENT]),
+    "transcripts.sizes": reads(lambda t: transcripts.sizes(t, KEY, -1, 10), [(0, 17), (1, 2)]),
+    "transcripts.texts": reads(lambda t: _transcript(t, KEY), ['{"sessionId":"s-sdk"}', "{}"]),
+    # ---- archive and trees
+    "archive.hold_snapshot": Call(archive.hold_snapshot, None, untouched=("sqlite", "postgresql")),
+    "archive.find_first_seq": reads(archive.find_first_seq, 1),
+    "archive.sessions_beyond": reads(lambda t: archive.sessions_beyond(t, 1, 10), [(3, "f"), (4, "o")]),
+    "archive.dated_texts": reads(lambda t: archive.dated_texts(t, "r", 0, 10), [(1, AT, '{"n":1}')]),
+    "archive.has_idempotency_key": reads(
+        lambda t: [archive.has_idempotency_key(t, one) for one in ("key", "no")], [True, False]
+    ),
+    "archive.find_run_at": reads(lambda t: [archive.find_run_at(t, seq) for seq in (2, 9)], ["r", None]),
+    "archive.find_last_seq_of_session": reads(
+        lambda t: [archive.find_last_seq_of_session(t, one) for one in ("s", "no")], [2, None]
+    ),
+    "archive.has_gone_on": reads(lambda t: archive.has_gone_on(t, "s", "e"), result=False),
+    "archive.complete_run": writes(
+        then(lambda t: archive.complete_run(t, "e", {"messageCount": 7}), lambda t: runs.get(t, "e").message_count), 7
+    ),
+    "heartbeat.beat": writes(_beat, "...", scans=SMALL),
+    "trees.roots": reads(lambda t: trees.roots(t, 0, 10), [("s", 1), ("o", 4)]),
+    "trees.get_root": reads(lambda t: trees.get_root(t, "f"), "s", scans=PRUNING),
+    "trees.get_last_run_at": reads(lambda t: trees.get_last_run_at(t, "s"), AT, scans=PRUNING),
+    "trees.measure": reads(
+        _measured,
+        (["f", "s"], 3, 5, 2, 2),
+        scans=PRUNING,
+    ),
+    "trees.run_places": reads(lambda t: ids(trees.run_places(t, "s", 1)), ["r", "w"], scans=PRUNING),
+}
+
+# Those that make their own transactions.
+OPERATIONS: dict[str, Callable[[Database], object]] = {
+    "trees.delete": lambda database: trees.delete(database, "s"),
+    "trees.delete_unused_texts": trees.delete_unused_texts,
+    "migrate.pending": migrate.pending,
+    "migrate.migrate": migrate.migrate,
+}

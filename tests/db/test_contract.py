@@ -1,0 +1,237 @@
+"""The contract of `ccm.db`, held by each kind of database: what each function returns, and what it does in a fault.
+
+In a fault a function raises what it is to raise, changes nothing, and leaves the database usable for the thread.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+
+import ccm.db
+from ccm.db import trees
+from ccm.db.driver.database import Database
+from ccm.db.driver.transaction import Transaction
+from ccm.errors import DatabaseDamaged, DatabaseRefused, NotFound, StorageDown
+from ccm.models import IdempotencyKey
+from tests.db import sample
+from tests.db.conftest import perform
+from tests.db.storage_calls import ANY, CALLS, OPERATIONS, Call
+from tests.storage_faults import content, cut_off, damaged, impatient, locked, path_of
+
+GONE = "the database server cannot be reached"
+LOCKED = "another program has locked the database"
+
+on_sqlite = pytest.mark.parametrize("sample_url", ["sqlite"], indirect=True)
+on_postgresql = pytest.mark.parametrize("sample_url", ["postgresql"], indirect=True)
+
+
+@pytest.fixture
+def before(sample_url: str) -> Iterator[dict[str, list[object]]]:
+    """The content of the sample. After the test it is the same."""
+    stored = content(sample_url)
+    yield stored
+    assert content(sample_url) == stored
+
+
+def database_of(sample_url: str, call: Call) -> Database:
+    return Database(sample_url, writable=call.writes, pool_size=1)
+
+
+def assert_as_usual(database: Database, call: Call) -> None:
+    result = perform(database, call.function)
+    if call.result is not ANY:
+        assert result == call.result
+
+
+# ---- the tables of the tests are complete
+
+
+def public_functions() -> set[str]:
+    """Every function of `ccm.db` that takes a transaction or a database, as `module.function`."""
+    found = set()
+    for module_info in pkgutil.walk_packages(ccm.db.__path__, "ccm.db."):
+        module = importlib.import_module(module_info.name)
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            first = next(iter(inspect.signature(function).parameters), None)
+            own = function.__module__ == module.__name__ and not name.startswith("_")
+            if own and first in ("transaction", "database"):
+                found.add(f"{module.__name__.rpartition('.')[2]}.{name}")
+    return found
+
+
+def test_every_function_of_db_is_under_contract() -> None:
+    assert {name.partition(" ")[0] for name in (*CALLS, *OPERATIONS)} == public_functions()
+
+
+@on_sqlite
+def test_only_what_writes_is_said_to_write(sample_url: str) -> None:
+    """SQLite counts the rows that a connection has changed; PostgreSQL refuses what a reader would write."""
+    with closing(Database(sample_url, writable=True, pool_size=1)) as database:
+        for name, call in CALLS.items():
+
+            def changed(transaction: Transaction, call: Call = call) -> bool:
+                changes = transaction.value("SELECT total_changes()")
+                call.function(transaction)
+                return bool(transaction.value("SELECT total_changes()") != changes)
+
+            assert perform(database, changed) == call.writes, name
+
+
+# ---- in order
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_function_returns_the_same_on_each_kind_of_database(sample_url: str, name: str) -> None:
+    with closing(database_of(sample_url, CALLS[name])) as database:
+        assert_as_usual(database, CALLS[name])
+
+
+def test_get_raises_where_find_returns_none(sample_url: str) -> None:
+    """Each `get` is asked for what is missing."""
+    # The sample has runs, so that its first and its last seq are not missing.
+    names = [name for name in public_functions() if re.search(r"\.(get|find)(?!_(last|first)_seq)", name)]
+    extra: dict[str, tuple[object, ...]] = {
+        "runs.find_by_idempotency_key": (IdempotencyKey("none", "digest"),),
+        "deliveries.find": (0,),
+        "events.find_text": (0,),
+        "deliveries.find_disabled_reason": ("nobody", "run"),
+        "transcripts.find": (sample.KEY._replace(subpath="none"),),
+        "archive.find_run_at": (0,),
+        "deliveries.find_next_due": ("9",),
+    }
+    with closing(Database(sample_url)) as database:
+        for name in names:
+            module, _, function_name = name.partition(".")
+            function = getattr(importlib.import_module(f"ccm.db.{module}"), function_name)
+            arguments = extra.get(name, ("nobody",))
+            with database.transaction() as transaction:
+                if function_name.startswith("find"):
+                    assert function(transaction, *arguments) is None, name
+                else:
+                    with pytest.raises(NotFound, match=r"There is no (run|session|approval) nobody"):
+                        function(transaction, *arguments)
+
+
+# ---- another program has locked the database
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_function_on_a_locked_database(
+    sample_url: str, before: object, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = CALLS[name]
+    with closing(database_of(impatient(sample_url, monkeypatch), call)) as database:
+        assert_as_usual(database, call)
+        with locked(sample_url):
+            if database.dialect in call.untouched or (database.is_sqlite and not call.writes):
+                assert_as_usual(database, call)  # the lock does not concern it
+            else:
+                with pytest.raises(StorageDown) as fault, database.transaction() as transaction:
+                    call.function(transaction)
+                assert (type(fault.value), fault.value.summary) == (StorageDown, LOCKED)
+                assert not fault.value.may_be_committed
+        assert_as_usual(database, call)
+
+
+@on_postgresql
+@pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call.writes])
+def test_what_a_transaction_did_before_it_met_a_lock_is_undone(
+    sample_url: str, before: object, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On SQLite none gets so far: a writer has the lock from the beginning of its transaction."""
+    with closing(database_of(impatient(sample_url, monkeypatch), CALLS[name])) as database:
+        with pytest.raises(StorageDown) as fault, database.transaction() as transaction:
+            transaction.execute("UPDATE ccr_migrations SET name = 'half-written' WHERE number = 1")
+            with locked(sample_url, spared="ccr_migrations"):
+                CALLS[name].function(transaction)
+        assert fault.value.summary == LOCKED
+        assert_as_usual(database, CALLS[name])
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_on_a_locked_database(
+    sample_url: str, before: object, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(Database(impatient(sample_url, monkeypatch), writable=True, pool_size=1)) as database:
+        database.rows("SELECT 1")
+        refusal = DatabaseRefused if name.startswith("migrate.") else StorageDown
+        with locked(sample_url), pytest.raises(refusal):
+            OPERATIONS[name](database)
+        assert database.rows("SELECT COUNT(*) AS n FROM ccr_runs") == [{"n": 4}]
+
+
+def test_a_locked_database_is_not_cleared(sample_url: str, before: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trees, "CLEAR_TIMEOUT", 0.02)
+    with locked(sample_url), pytest.raises(StorageDown):
+        trees.clear(impatient(sample_url, monkeypatch), deleted=True)
+    trees.clear(sample_url, deleted=True)
+
+
+# ---- the database is broken: the file damaged, or the connection to the server lost
+
+
+@on_sqlite
+@pytest.mark.parametrize("name", CALLS)
+def test_a_function_on_a_damaged_file(sample_url: str, before: object, name: str) -> None:
+    call = CALLS[name]
+    with damaged(path_of(sample_url)), closing(database_of(sample_url, call)) as database:
+        if database.dialect in call.untouched:
+            assert_as_usual(database, call)
+        else:
+            with pytest.raises(DatabaseDamaged), database.transaction() as transaction:
+                call.function(transaction)
+            with pytest.raises(DatabaseDamaged):  # the thread has lost nothing: it is told the same again
+                perform(database, call.function)
+    with closing(database_of(sample_url, call)) as database:
+        assert_as_usual(database, call)
+
+
+@on_sqlite
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_on_a_damaged_file(sample_url: str, before: object, name: str) -> None:
+    refusal = DatabaseRefused if name.startswith("migrate.") else DatabaseDamaged
+    with damaged(path_of(sample_url)), closing(Database(sample_url, writable=True, pool_size=1)) as database:
+        for _ in range(2):
+            with pytest.raises(refusal):
+                OPERATIONS[name](database)
+
+
+@on_sqlite
+def test_a_damaged_file_is_not_cleared(sample_url: str, before: object) -> None:
+    with damaged(path_of(sample_url)), pytest.raises(DatabaseDamaged):
+        trees.clear(sample_url, deleted=True)
+
+
+@on_postgresql
+@pytest.mark.parametrize("name", CALLS)
+def test_a_function_whose_connection_is_lost(sample_url: str, before: object, name: str) -> None:
+    call = CALLS[name]
+    with closing(database_of(sample_url, call)) as database:
+        with cut_off(database), pytest.raises(StorageDown) as fault, database.transaction() as transaction:
+            call.function(transaction)
+        assert (type(fault.value), fault.value.summary) == (StorageDown, GONE)
+        assert not fault.value.may_be_committed
+        assert_as_usual(database, call)
+
+
+@on_postgresql
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_whose_connection_is_lost(sample_url: str, before: object, name: str) -> None:
+    refusal = DatabaseRefused if name.startswith("migrate.") else StorageDown
+    with closing(Database(sample_url, writable=True, pool_size=1)) as database:
+        with cut_off(database), pytest.raises(refusal):
+            OPERATIONS[name](database)
+        assert database.rows("SELECT COUNT(*) AS n FROM ccr_runs") == [{"n": 4}]
+
+
+def test_a_server_out_of_reach_is_not_cleared() -> None:
+    with pytest.raises(StorageDown) as fault:
+        trees.clear("postgresql://u@127.0.0.1:1/db", deleted=True)
+    assert fault.value.summary == GONE

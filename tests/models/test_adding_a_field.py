@@ -1,0 +1,123 @@
+"""What there is to do for a further field of a resource: a line in its model, and a column in migrations.sql.
+
+(One that clients give has a line in the body that takes it, too.)
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import Field
+
+from ccm import models
+from ccm.core.archive.exporting import archived
+from ccm.core.archive.fields import Line, columns
+from ccm.db import approvals, deliveries, runs, sessions
+from ccm.db.columns import select_list
+from ccm.db.driver.database import Database
+from ccm.models.json_field import JsonText
+from ccm.models.stored import StoredModel
+from tests.models.test_stored import GOLDEN
+
+CCM = Path(__file__).parents[2] / "ccm"
+# Of each model: its table, what its statements compute, and the columns that it does not have.
+TABLES: list[tuple[type[StoredModel], str, set[str], set[str]]] = [
+    (models.Run, "ccr_runs", {"queuePosition", "pendingApprovals"}, {"owner"}),
+    (models.Session, "ccr_sessions", {"status"}, set()),
+    (models.Approval, "ccr_approvals", set(), set()),
+    (models.Delivery, "ccr_deliveries", {"eventType"}, {"again"}),
+]
+
+
+class Painted(models.Run):
+    paint_colour: str | None = Field(description="The colour.")
+    paint_layers: JsonText[list[dict[str, Any]]] = Field(description="The layers.")
+
+
+ROW = {**GOLDEN[0]["row"], "paintColour": "red", "paintLayersJson": '[{"thin": true}]'}
+
+
+def test_a_further_field_is_read_and_shown() -> None:
+    run = Painted.from_row(ROW)
+
+    assert (run.paint_colour, run.paint_layers.value) == ("red", [{"thin": True}])
+    shown = run.to_json()
+    assert shown | {"paintColour": "red", "paintLayers": [{"thin": True}]} == shown
+    described = Painted.model_json_schema(mode="serialization")
+    assert described["properties"]["paintColour"]["description"] == "The colour."
+    assert described["properties"]["paintLayers"]["type"] == "array"
+
+
+def test_a_further_field_is_selected_and_written() -> None:
+    assert 'r."paintColour"' in select_list(Painted, "r")
+    assert 'r."paintLayersJson"' in select_list(Painted, "r")
+    written = Painted.to_columns(Painted.from_row(ROW).to_json())
+    assert (written["paintColour"], json.loads(written["paintLayersJson"])) == ("red", [{"thin": True}])
+
+
+def test_a_further_field_is_exported_and_imported() -> None:
+    told = archived(Painted.from_row(ROW))
+    assert (told["paintColour"], told["paintLayers"]) == ("red", [{"thin": True}])
+
+    read = columns(Line(1, told), Painted)
+
+    assert (read["paintColour"], json.loads(read["paintLayersJson"])) == ("red", [{"thin": True}])
+
+
+@pytest.mark.parametrize(("model", "table", "computed", "unread"), TABLES, ids=[table for _, table, *_ in TABLES])
+def test_a_table_has_the_columns_of_its_model(
+    writable: Database, model: type[StoredModel], table: str, computed: set[str], unread: set[str]
+) -> None:
+    sql = "SELECT name FROM pragma_table_info(:name)"
+    if not writable.is_sqlite:
+        sql = "SELECT column_name AS name FROM information_schema.columns WHERE table_name = :name"
+    there = {row["name"] for row in writable.rows(sql, name=table)}
+    assert there == (set(model.shape.columns) - computed) | unread
+
+
+def test_every_select_reads_what_its_model_has() -> None:
+    for statement, model in (
+        (runs.SELECT, models.Run),
+        (sessions.SELECT, models.Session),
+        (approvals.SELECT, models.Approval),
+        (deliveries.SELECT, models.Delivery),
+    ):
+        assert all(f'"{column}"' in statement for column in model.shape.columns)
+
+
+def test_a_field_that_nothing_computes_with_stands_in_its_model_and_its_body_alone() -> None:
+    # It once stood in nine places.
+    assert places("approvalTimeoutMs", "approval_timeout_ms") == {
+        "api/http/bodies.py",
+        "models/run.py",
+        "core/approvals/requests.py",  # which waits for so long
+    }
+    assert places("decisionReason", "decision_reason") == {
+        "models/approval.py",
+        "core/claude/sdk.py",  # the SDK's own name for it
+        "core/approvals/transitions.py",  # which makes it storable
+    }
+
+
+def places(*names: str) -> set[str]:
+    """The files that have one of some names in their code."""
+    return {str(path.relative_to(CCM)) for path in CCM.rglob("*.py") if set(names) & words(path)}
+
+
+def words(path: Path) -> set[str]:
+    """Every name, and every string, in the code of a file."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.keyword | ast.arg) and node.arg:
+            found.add(node.arg)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+    return found

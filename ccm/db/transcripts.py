@@ -144,11 +144,6 @@ def of_session(transaction: Transaction, sdk_session_id: str) -> dict[Transcript
     return {TranscriptKey(*key): updated_at_ms for *key, updated_at_ms in transaction.tuples(sql, id=sdk_session_id)}
 
 
-def updated_at_ms(transaction: Transaction, key: TranscriptKey) -> int:
-    """When a transcript that is there was last written (ms since 1970)."""
-    return int(transaction.value(f'SELECT "updatedAtMs" FROM ccr_transcripts WHERE {OF_KEY}', **key._asdict()))
-
-
 def sizes(transaction: Transaction, key: TranscriptKey, after: int, limit: int) -> list[tuple[int, int]]:
     """Index and bytes of the first `limit` entries of a transcript after an index, in order."""
     sql = (

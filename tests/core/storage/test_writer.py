@@ -250,7 +250,7 @@ def down(fault: str, harness: Harness) -> Iterator[None]:
 @pytest.fixture
 def stopped(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Harness]:
     """A writer that is not started and waits for nothing for long."""
-    monkeypatch.setattr("ccm.core.storage.writer.PATIENCE", 0.1)
+    monkeypatch.setattr("ccm.core.storage.writer.WRITE_TIMEOUT", 0.1)
     database = Database(impatient(database_url, monkeypatch), writable=True, pool_size=1)
     migrate(database)
     yield Harness(database)
@@ -378,7 +378,7 @@ def test_a_damaged_file_is_written_to_no_more(
 
 
 def test_who_gives_up_waiting_has_provably_stored_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ccm.core.storage.writer.PATIENCE", 0.1)
+    monkeypatch.setattr("ccm.core.storage.writer.WRITE_TIMEOUT", 0.1)
     url = f"sqlite:///{tmp_path}/db.sqlite"
     database, reader = Database(url, writable=True, pool_size=1), Database(url)
     migrate(database)
@@ -398,7 +398,7 @@ def test_who_gives_up_waiting_has_provably_stored_nothing(tmp_path: Path, monkey
 def test_who_gives_up_a_write_in_hand_is_told_as_soon_as_it_has_come_to_nothing(
     harness: Harness, reader: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ccm.core.storage.writer.PATIENCE", 0.1)
+    monkeypatch.setattr("ccm.core.storage.writer.WRITE_TIMEOUT", 0.1)
     given_up = threading.Event()
     tries: list[int] = []
 
@@ -497,7 +497,7 @@ def test_postgresql_that_drops_its_connections_loses_nothing(postgresql: str) ->
 
 
 def test_what_may_be_stored_is_never_called_not_stored(postgresql: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ccm.core.storage.writer.PATIENCE", 0.1)
+    monkeypatch.setattr("ccm.core.storage.writer.WRITE_TIMEOUT", 0.1)
     monkeypatch.setattr("ccm.core.storage.writer.OUTCOME_TIMEOUT", 0.1)
     with psycopg.connect(f"{postgresql}/postgres", autocommit=True) as admin:
         admin.execute("CREATE DATABASE unknown_outcome")
@@ -540,7 +540,7 @@ def test_what_may_be_stored_is_never_called_not_stored(postgresql: str, monkeypa
 def test_a_commit_that_a_server_swallows_is_answered_in_a_bounded_time(
     postgresql_server: PostgreSQLServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ccm.core.storage.writer.PATIENCE", 0.1)
+    monkeypatch.setattr("ccm.core.storage.writer.WRITE_TIMEOUT", 0.1)
     monkeypatch.setattr("ccm.core.storage.writer.OUTCOME_TIMEOUT", 0.1)
     url = postgresql_server.new_database()
     database, reader = Database(url, writable=True, pool_size=1), Database(url)
@@ -566,7 +566,7 @@ def test_a_commit_that_a_server_swallows_is_answered_in_a_bounded_time(
 def test_a_full_disk_is_not_forgotten_when_nobody_waits_any_more(
     small_disk: SmallDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ccm.core.storage.writer.PATIENCE", 0.1)
+    monkeypatch.setattr("ccm.core.storage.writer.WRITE_TIMEOUT", 0.1)
     url = f"sqlite:///{small_disk.path}/db.sqlite"
     database, reader = Database(url, writable=True, pool_size=1), Database(url)
     migrate(database)
@@ -602,7 +602,7 @@ def test_a_full_disk_is_not_forgotten_when_nobody_waits_any_more(
 
 
 def test_stop_waits_for_nothing_that_nobody_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ccm.core.storage.writer.PATIENCE", 0.1)
+    monkeypatch.setattr("ccm.core.storage.writer.WRITE_TIMEOUT", 0.1)
     database = Database(f"sqlite:///{tmp_path}/db.sqlite", writable=True, pool_size=1)
     migrate(database)
     harness = Harness(database)

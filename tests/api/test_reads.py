@@ -298,11 +298,11 @@ def test_a_search_knows_upper_and_lower_case_beyond_ascii(api: Client, project: 
 
 
 def test_a_search_in_texts_that_nearly_match_everywhere_is_quick(api: Client, project: Path) -> None:
-    for _ in range(8):
+    for _ in range(32):
         api.start(project, "a" * 900_000, wait=0)
     begun = time.monotonic()
     assert found(api, project, "a" * 990 + "b") == []
-    assert time.monotonic() - begun < 5  # LIKE takes up to 20 seconds
+    assert time.monotonic() - begun < LONG  # LIKE takes more than a minute
 
 
 # ---- changing a session

@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
+from pydantic import BaseModel
+
 PACKAGE = "ccm.core"
 # Not on a run's way: the archive, and what sends webhooks. What stores them is.
 EXCLUDED = ("ccm.core.archive", "ccm.core.webhooks")
@@ -166,7 +168,7 @@ def boundary(callee: Any, module: str) -> str | None:
     if home == module:
         return None  # its own calls are looked at
     if isinstance(callee, type) and (
-        issubclass(callee, BaseException | tuple | enum.Enum | PurePath) or dataclasses.is_dataclass(callee)
+        issubclass(callee, BaseException | tuple | enum.Enum | PurePath | BaseModel) or dataclasses.is_dataclass(callee)
     ):
         return None
     full = f"{home}.{name}"

@@ -6,22 +6,19 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from ccm.errors import CommandRefused
 from ccm.testing.messages_api import MessagesAPI
+from ccm.testing.service_process import ServiceProcess, credential_free_environment
 
-APP = Path(__file__).parents[2] / "app.py"
-START_TIMEOUT = 60.0
 SERVE_PORT = "3000"
 SHOWN_FIELDS = ("runId", "sessionId", "mode", "status", "parentRunId", "parentSessionId", "messageCount", "costUsd")
 
@@ -32,81 +29,6 @@ WRITE_FILE = (
 )
 RESUME_PROMPT = "What did you just do? [[text In the turn before this one I wrote haiku.txt.]]"
 FORK_PROMPT = 'Another way: read it out. [[tool Bash {"command": "cat haiku.txt"}]] [[text There it is.]]'
-
-
-def credential_free_environment(messages_api: str, home: str) -> dict[str, str]:
-    """An environment made from nothing, in which Claude Code runs whole, offline and without a login."""
-    return {
-        "PATH": os.environ.get("PATH", os.defpath),
-        "LANG": "C.UTF-8",
-        "HOME": home,
-        "ANTHROPIC_BASE_URL": messages_api,
-        "ANTHROPIC_API_KEY": "a-stand-in-asks-for-no-key",
-        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-        "DISABLE_AUTOUPDATER": "1",
-        "DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1,localhost",
-    }
-
-
-class ServiceProcess:
-    """A service as a process of its own on a free port; a context manager.
-
-    Args:
-        environ: its environment, whole.
-        on_line: called with each line of its log, in a thread of this object's own.
-        through: a program that starts it, with its arguments.
-    """
-
-    def __init__(
-        self,
-        environ: Mapping[str, str],
-        on_line: Callable[[str], None] | None = None,
-        through: Sequence[str] = (),
-    ) -> None:
-        self.log: list[str] = []
-        self.url = ""
-        self._on_line = on_line
-        self._settled = threading.Event()
-        self.process = subprocess.Popen(
-            [*through, sys.executable, str(APP)], env={"PORT": "0", **environ}, stderr=subprocess.PIPE, text=True
-        )
-        self._reader = threading.Thread(target=self._read, name="service-log", daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        for line in self.process.stderr or ():
-            self.log.append(line.rstrip())
-            before, marker, url = self.log[-1].partition("listening on ")
-            if before and marker:
-                self.url = url
-                self._settled.set()
-            if self._on_line is not None:
-                self._on_line(self.log[-1])
-        self._settled.set()
-
-    def __enter__(self) -> ServiceProcess:
-        """
-        Raises:
-            RuntimeError: it did not start; with what it said.
-        """
-        if not self._settled.wait(START_TIMEOUT) or not self.url:
-            self.process.kill()
-            self.wait()
-            raise RuntimeError("the service did not start:\n" + "\n".join(self.log))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        self.wait()
-
-    def wait(self) -> int:
-        """Its exit code, once it has ended and its log is read to the end."""
-        code = self.process.wait()
-        self._reader.join()
-        if self.process.stderr is not None:
-            self.process.stderr.close()
-        return code
 
 
 class Tour:

@@ -14,10 +14,10 @@ import pytest
 from ccm.api.http.bodies import ForkBody, ImageBody, ResumeBody, SessionBody, StartBody
 from ccm.api.http.options import SERVICE_OWNED, Agent, Options
 from ccm.core.policy.options import check_policy
-from ccm.demo.tour import ServiceProcess
 from ccm.errors import Forbidden
 from ccm.models import RUN_ID
 from ccm.settings.settings import PRIVILEGED_OPTIONS, Settings
+from ccm.testing.service_process import ServiceProcess
 from tests.api.conftest import NOWHERE, announced, connect, folder_of, read_all, refused, stack_traces
 from tests.client import Client
 from tests.conftest import ServeFunction

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ccm.core.claude.processes import marked
-from ccm.demo.tour import ServiceProcess
+from ccm.testing.service_process import ServiceProcess
 from tests.api.conftest import NOWHERE, folder_of, refused
 from tests.client import Client
 from tests.conftest import ServeFunction, stand_in_cli

@@ -20,12 +20,12 @@ from waitress.adjustments import Adjustments
 from waitress.channel import ClientDisconnected
 
 from ccm.core.claude.processes import marked
-from ccm.demo.tour import APP, ServiceProcess
 from ccm.errors import BadSetting
 from ccm.server.server import _Channel
 from ccm.settings.access import check_access
 from ccm.settings.settings import Settings
 from ccm.settings.token_file import add_token
+from ccm.testing.service_process import APP, ServiceProcess
 from tests.api.conftest import (
     announced,
     connect,

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from ccm.demo.tour import ServiceProcess
+from ccm.testing.service_process import ServiceProcess
 from tests.api.conftest import folder_of, script, until
 from tests.browser import Browser, chromium
 from tests.client import Client

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from ccm.core.claude.processes import marked
-from ccm.demo.tour import ServiceProcess
 from ccm.models import timestamp
+from ccm.testing.service_process import ServiceProcess
 from tests.client import Client
 from tests.conftest import ServeFunction, stand_in_cli
 from tests.e2e.test_endings import until

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from ccm.demo.tour import APP, ServiceProcess
+from ccm.testing.service_process import APP, ServiceProcess
 from tests.api.conftest import connect, held, read_all, script, until
 from tests.client import Client
 from tests.conftest import ServeFunction, stand_in_cli

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from waitress import wasyncore
 
-from ccm.demo.tour import APP, ServiceProcess
 from ccm.server import connections
 from ccm.server.connections import Channel, open_server, serve
+from ccm.testing.service_process import APP, ServiceProcess
 
 # Starts the service as app.py does. When somebody opens the pipe $BREAK, the socket that it listens on breaks.
 BREAKABLE = """

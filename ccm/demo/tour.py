@@ -1,4 +1,4 @@
-"""The tour: start, resume and fork real runs over HTTP, told as curl lines with their answers."""
+"""The tour: starts, resumes and forks real runs over HTTP, and prints each step as a curl command with its answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ccm.testing.service_process import ServiceProcess, credential_free_environm
 SERVE_PORT = "3000"
 SHOWN_FIELDS = ("runId", "sessionId", "mode", "status", "parentRunId", "parentSessionId", "messageCount", "costUsd")
 
-# What the stand-in has Claude do (ccm/testing/script.py). A real model needs no such script.
+# The [[directives]] script the stand-in (ccm/testing/script.py). Prompts for a real model have none.
 WRITE_FILE = (
     'Write a haiku into haiku.txt. [[tool Write {"file_path": "%s/haiku.txt", "content": "a run becomes rows\\n'
     'every turn begins as fork\\nnothing is rewritten\\n"}]] [[text I wrote the haiku into haiku.txt.]]'
@@ -32,7 +32,7 @@ FORK_PROMPT = 'Another way: read it out. [[tool Bash {"command": "cat haiku.txt"
 
 
 class Tour:
-    """Shows the main job, each step as the curl line that does it.
+    """The tour through the main features, each step shown as a curl command.
 
     Args:
         echo: prints a line.
@@ -43,15 +43,15 @@ class Tour:
         self._url = ""
 
     def run(self, serve: bool) -> int:
-        """Show it all; with `serve`, leave the service running until Ctrl-C. The exit code.
+        """Run the tour. With `serve`, keep the service running until Ctrl-C. Return the exit code.
 
-        Of the shell's environment it heeds PATH alone, and with `serve` PORT: a token that is set there would lock the
-        tour out, and a webhook's address would be told of its runs.
+        The service gets only PATH from the shell's environment, and with `serve` PORT. Otherwise a CCM_API_TOKEN would
+        lock the tour out, and a CCM_WEBHOOK_URL would get the events of its runs.
 
         Raises:
-            CommandRefused: the service did not start; with what it said.
+            CommandRefused: the service did not start; the message has its log.
         """
-        # Left alone, SIGTERM and a closed terminal would end this process and leave the service behind.
+        # Without handlers, SIGTERM or a closed terminal would end this process and leave the service behind.
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda number, _: sys.exit(128 + number))
         with ExitStack() as stack:
@@ -65,34 +65,36 @@ class Tour:
                 "LOG_LEVEL": "info",
             }
             if serve:
-                # The port of the README's samples, unless the shell names another.
+                # The port of the README's samples, unless the shell sets another.
                 environ["PORT"] = os.environ.get("PORT") or SERVE_PORT
             try:
                 service = stack.enter_context(ServiceProcess(environ, self._echo if serve else None))
             except RuntimeError as error:
-                advice = "\nAnother port is taken with PORT=3001, a free one with PORT=0." if serve else ""
+                advice = (
+                    "\nSet PORT to use another port, such as PORT=3001, or a free one with PORT=0." if serve else ""
+                )
                 raise CommandRefused(f"The demo ends: {error}{advice}") from None
             self._url = service.url
             self._echo("The real Claude Code, a stand-in for the model, no login. The service listens on " + self._url)
-            self._tell(str(project))
-            self._how_to_go_on()
+            self._show_steps(str(project))
+            self._show_next_steps()
             if serve:
                 self._serve(service, project)
         return 0
 
-    def _tell(self, project: str) -> None:
-        self._echo("\n1. Start a run; it writes a file. ?wait= holds the answer until the run has ended.")
+    def _show_steps(self, project: str) -> None:
+        self._echo("\n1. Start a run; it writes a file. ?wait= delays the answer until the run has ended.")
         first = self._request("POST", "/api/runs/start?wait=60", {"cwd": project, "prompt": WRITE_FILE % project})
-        self._echo(f"\n   The file is really there:\n{_indent(Path(project, 'haiku.txt').read_text())}")
+        self._echo(f"\n   The file exists:\n{_indent(Path(project, 'haiku.txt').read_text())}")
 
-        self._echo("\n2. Read what happened: every message of the SDK, as the SDK gave it.")
+        self._echo("\n2. Read what happened: every message of the SDK, unchanged.")
         self._request("GET", f"/api/runs/{first['id']}/messages?type=assistant")
 
-        self._echo("\n3. Resume: the session goes on, in a fork of its transcript.")
+        self._echo("\n3. Resume: the session continues, in a fork of its transcript.")
         body = {"sessionId": first["sessionId"], "prompt": RESUME_PROMPT}
         self._request("POST", "/api/runs/resume?wait=60", body)
 
-        self._echo("\n4. Fork from the first run: a new session that knows nothing of the resume.")
+        self._echo("\n4. Fork from the first run: a new session, without the resume.")
         body = {"sessionId": first["sessionId"], "atRunId": first["id"], "prompt": FORK_PROMPT}
         self._request("POST", "/api/runs/fork?wait=60", body | {"title": "Another way"})
 
@@ -100,7 +102,7 @@ class Tour:
         self._tree()
 
     def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """Send it, print it as a curl line, print what matters of the answer."""
+        """Send a request, print it as a curl command with the main fields of its answer, and return the answer."""
         words = ["curl", "-s"]
         if body is not None:
             words += ["-X", method, "-H", "Content-Type: application/json", "-d", json.dumps(body)]
@@ -141,15 +143,15 @@ class Tour:
 
         branch(None, 0)
 
-    def _how_to_go_on(self) -> None:
+    def _show_next_steps(self) -> None:
         self._echo(
-            "\nTo go on with a real login: log in once with Claude Code as this user (run `claude`, then /login), or\n"
-            "set ANTHROPIC_API_KEY, and start the service with `python app.py`. The requests stay the same; the\n"
-            "[[directives]] in the prompts above are for the stand-in only (ccm/testing/script.py has them all)."
+            "\nTo continue with a real login, log in to Claude Code once as this user (run `claude`, then /login)\n"
+            "or set ANTHROPIC_API_KEY, and start the service with `python app.py`. The requests stay the same; the\n"
+            "[[directives]] in the prompts above are for the stand-in only (ccm/testing/script.py lists them all)."
         )
 
     def _serve(self, service: ServiceProcess, project: Path) -> None:
-        self._echo(f"\nServing on {self._url} until Ctrl-C; {project} is there to work in.")
+        self._echo(f"\nServing on {self._url} until Ctrl-C; use {project} as `cwd`.")
         try:
             service.wait()
         except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""A service as a process of its own, and an environment in which Claude Code needs no login."""
+"""The service as a process, and an environment in which Claude Code needs no login."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 APP = Path(__file__).parents[2] / "app.py"
-# Seconds.
+# Seconds; a generous bound for busy machines.
 START_TIMEOUT = 60.0
 
 
 def credential_free_environment(messages_api: str, home: str) -> dict[str, str]:
-    """An environment made from nothing, in which Claude Code runs whole, offline and without a login."""
+    """Return an environment, built from scratch, in which Claude Code runs offline and without a login."""
     return {
         "PATH": os.environ.get("PATH", os.defpath),
         "LANG": "C.UTF-8",
@@ -30,12 +30,16 @@ def credential_free_environment(messages_api: str, home: str) -> dict[str, str]:
 
 
 class ServiceProcess:
-    """A service as a process of its own on a free port; a context manager.
+    """A service as a process on a free port; a context manager.
 
     Args:
-        environ: its environment, whole.
-        on_line: called with each line of its log, in a thread of this object's own.
-        through: a program that starts it, with its arguments.
+        environ: the complete environment of the process.
+        on_line: called with each line of its log, in a separate thread.
+        through: a command that the service's command line is appended to.
+
+    Attributes:
+        log: the lines of the log so far.
+        url: the address of the service, once it listens.
     """
 
     def __init__(
@@ -66,9 +70,10 @@ class ServiceProcess:
         self._settled.set()
 
     def __enter__(self) -> ServiceProcess:
-        """
+        """Wait until the service listens.
+
         Raises:
-            RuntimeError: it did not start; with what it said.
+            RuntimeError: it did not start; the message has its log.
         """
         if not self._settled.wait(START_TIMEOUT) or not self.url:
             self.process.kill()
@@ -81,7 +86,7 @@ class ServiceProcess:
         self.wait()
 
     def wait(self) -> int:
-        """Its exit code, once it has ended and its log is read to the end."""
+        """Wait until the process has ended and its log is complete. Return the exit code."""
         code = self.process.wait()
         self._reader.join()
         if self.process.stderr is not None:

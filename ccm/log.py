@@ -36,7 +36,7 @@ def configure(level: str) -> None:
     handler.setFormatter(OneLineFormatter())
     logging.basicConfig(level=LEVELS[level], handlers=[handler], force=True)
     logging.getLogger("claude_agent_sdk").setLevel(logging.CRITICAL)  # the runs' own errors report them
-    # The SDK warns that an option makes some permission questions unnecessary; its user knows.
+    # The SDK warns that an option makes some permission questions unnecessary, which is why it was set.
     warnings.filterwarnings("ignore", "can_use_tool will not be invoked")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("werkzeug").setLevel(logging.INFO)

@@ -22,7 +22,7 @@ from ccm.testing.service_process import ServiceProcess, credential_free_environm
 SERVE_PORT = "3000"
 SHOWN_FIELDS = ("runId", "sessionId", "mode", "status", "parentRunId", "parentSessionId", "messageCount", "costUsd")
 
-# The [[directives]] script the stand-in (ccm/testing/script.py). Prompts for a real model have none.
+# The [[directives]] tell the stand-in what to answer (ccm/testing/script.py). A real model needs none.
 WRITE_FILE = (
     'Write a haiku into haiku.txt. [[tool Write {"file_path": "%s/haiku.txt", "content": "a run becomes rows\\n'
     'every turn begins as fork\\nnothing is rewritten\\n"}]] [[text I wrote the haiku into haiku.txt.]]'

@@ -199,10 +199,10 @@ class Server:
     def _shut_down(self) -> bool:
         """Stop in four steps. Return False if runs or writes had to be given up.
 
-        1. The runs end. Until then clients can connect: new runs get 503, and streams show how the others end.
+        1. The runs end. Clients can still connect: new runs get 503, and streams show how the others end.
         2. When the last final state is stored, `?wait=` requests are answered and streams are closed.
         3. The listening socket closes, and the answers in flight are sent.
-        4. The database closes, because those answers no longer read it.
+        4. The database closes, last because those answers may read it.
         """
         log.info("stopping: interrupting the runs and storing their final states", extra={"event": "service_stopping"})
         clean = self._service.end_runs()

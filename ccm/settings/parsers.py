@@ -1,8 +1,8 @@
 """Parsers of environment variables: one function for each kind of value.
 
 Each takes the variable's text and returns its value. For an invalid text it raises a ValueError. The message continues
-a sentence that begins with the variable's name, and says what the value must be. It does not quote the text: the caller
-does, unless the text is a secret.
+a sentence that begins with the variable's name, and says what the value must be. The caller adds the text itself,
+except for secrets; their parsers never quote it.
 """
 
 from __future__ import annotations
@@ -196,7 +196,8 @@ def database_url(value: str) -> str:
     except ValueError:
         # Without the original message, which quotes a part of the URL, maybe of the password.
         raise ValueError(
-            "must be postgresql://user:password@host:port/name, with special characters in the password as in %40"
+            "must be postgresql://user:password@host:port/name, with special characters in the password "
+            "percent-encoded, such as %40"
         ) from None
     return f"postgresql://{rest}"
 

@@ -29,7 +29,7 @@ def web_address(url: str) -> str:
     if "#" in url:
         raise ValueError("must have no fragment (#...), which would not be sent")
     if "@" in re.split("[/?]", rest)[0]:
-        raise ValueError("must have no user or password: runs show it. Receivers verify the signature instead")
+        raise ValueError("must have no user or password, because runs show it; receivers can verify the signature")
     if not URL.fullmatch(url):
         raise ValueError(
             "must have a host, a port only as a number, and no blanks, control or non-ASCII characters: encode those "

@@ -1,4 +1,4 @@
-"""CC Manager's entry: `python app.py` serves, `flask run --debug` develops, `flask migrate` and `flask demo` help."""
+"""CC Manager's entry points: `python app.py` serves, `flask run --debug` is for development, `flask` runs commands."""
 
 import sys
 
@@ -23,10 +23,10 @@ from ccm.settings.settings import Settings
 
 
 def create_app(settings: Settings | None = None) -> Flask:
-    """The app over one service, with its commands. Opens nothing and starts no thread: the first request does.
+    """Return the Flask app of a new service, with its commands. Nothing is opened or started before the first request.
 
     Args:
-        settings: those of the environment if left out.
+        settings: read from the environment if None.
     """
     from ccm.cli import commands  # noqa: PLC0415  # `python app.py` needs neither the commands nor what they import
 
@@ -40,8 +40,8 @@ def _make_app(settings: Settings | None) -> Flask:
         settings = _settings()
         configure(settings.log_level)
     app = Flask("ccm", static_folder=None)
-    app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # no CORS: OPTIONS is as unknown as any other method
-    app.url_map.merge_slashes = False  # no redirects: they would name a Host that may be none
+    app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # no CORS: OPTIONS gets 405 like any other unknown method
+    app.url_map.merge_slashes = False  # no redirects: their Location would repeat an unchecked Host
     service = Service(settings)
     api.register(app, service)
     atexit.register(service.close)
@@ -49,7 +49,7 @@ def _make_app(settings: Settings | None) -> Flask:
 
 
 def _settings() -> Settings:
-    """Those of the environment. Ends the program with a sentence if one cannot be used."""
+    """Read the settings from the environment. Exit with a message if one is invalid."""
     try:
         return Settings.from_env(os.environ)
     except StartRefused as refusal:
@@ -58,7 +58,11 @@ def _settings() -> Settings:
 
 
 def main() -> int:
-    """Serve with waitress until SIGTERM or SIGINT. The exit code: 2 for a bad setting, 3 for a refused database."""
+    """Serve with waitress until SIGTERM or SIGINT.
+
+    Returns:
+        The exit code: 1 after a failure, 2 for an invalid setting, 3 for a database that cannot be used.
+    """
     app = _make_app(None)
     service: Service = app.extensions["ccm"]
     settings = service.settings
@@ -73,26 +77,29 @@ def main() -> int:
             print(f"CC Manager does not start: {refusal}", file=sys.stderr)
             return refusal.exit_code
         except Exception:
-            log.exception("CC Manager does not start, because of a fault")
+            log.exception("CC Manager does not start: unexpected error", extra={"event": "start_failed"})
             return 1
         for sentence in access_warnings(settings):
-            log.warning("%s", sentence)
+            log.warning("%s", sentence, extra={"event": "access_unrestricted"})
 
         def on_ready() -> None:
-            # Said when a signal is heeded already: who reads it may send one at once.
-            log.info("listening on %s", shown_address(bound))
-            # Only now: it takes longer than the rest of a start, and requests are answered meanwhile.
+            # Logged once signals are handled, because a supervisor that reads this line may send one at once.
+            log.info("listening on %s", shown_address(bound), extra={"event": "listening_started"})
+            # Only now, because it takes longer than the rest of a start. Requests are answered meanwhile.
             service.import_sdk()
 
         try:
             return 0 if server.run(on_ready) else 1
         except ImportError:
-            log.exception("the Claude Agent SDK cannot be imported, so the service stops: reinstall claude-agent-sdk")
+            log.exception(
+                "the Claude Agent SDK cannot be imported, so the service stops: reinstall claude-agent-sdk",
+                extra={"event": "sdk_import_failed"},
+            )
             return 1
 
 
 def flush_log() -> None:
-    """Write out what is left of the log. Where nobody takes it any more, Python itself would end with 120."""
+    """Flush stderr. If its reader is gone, discard the rest, because Python would exit with 120 instead of our code."""
     try:
         sys.stderr.flush()
     except OSError:

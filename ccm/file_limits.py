@@ -1,4 +1,4 @@
-"""File descriptors: how many there are, what they are needed for, and whether some are left."""
+"""File descriptors: the limit, what needs them, and a check that enough are left for a run."""
 
 from __future__ import annotations
 
@@ -8,65 +8,70 @@ import resource
 
 from ccm.errors import BadSetting, OutOfDescriptors
 
-# The listening socket, logs, lock files, the database's connections (20 readers, each with up to 3 files), webhooks on
-# their way (16) and what libraries open for a moment.
+# For the listening socket, logs, lock files, the database's connections (20 readers with up to 3 files each), up to 16
+# webhooks in progress, and files that libraries open for a moment.
 RESERVED = 126
-# A run's pipes and its event loop, with those that live only while Claude Code is started.
+# A run's pipes and its event loop, including those that are open only while Claude Code starts.
 PER_RUN = 16
-# A connection, and the temporary file in which a large body is kept.
+# A connection, and the temporary file for a large body.
 PER_CONNECTION = 2
-FEWEST_CONNECTIONS = 20
-# Where there is no limit to raise it to: macOS takes no higher number.
-ENOUGH = 10_240
+MIN_CONNECTIONS = 20
+# The limit to set where the hard one is infinite, because macOS accepts no higher number.
+MAX_FILES = 10_240
+# The error numbers for "no descriptors left", in this process and in the system.
 SHORTAGES = (errno.EMFILE, errno.ENFILE)
 
 
 def limit() -> int | None:
-    """How many files this process may have open; None for any number."""
+    """Return how many files this process may have open; None for any number."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return None if soft == resource.RLIM_INFINITY else soft
 
 
 def raise_limit() -> int:
-    """Raise this process's own limit as far as it may. Gives the limit that holds now."""
+    """Raise this process's limit of open files as far as it is allowed to, and return the new limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
-        return ENOUGH
-    highest = ENOUGH if hard == resource.RLIM_INFINITY else hard
+        return MAX_FILES
+    highest = MAX_FILES if hard == resource.RLIM_INFINITY else hard
     if soft < highest:
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
     return max(soft, highest)
 
 
 def connections_that_fit(files: int, runs: int) -> int:
-    """How many connections can be open at once beside so many runs. waitress must be kept from accepting more: with
-    no descriptor left it would try again and again, at full load.
+    """Return how many connections can be open at once without taking descriptors from the runs.
+
+    Args:
+        files: the limit of open files.
+        runs: the number of concurrent runs.
 
     Raises:
-        BadSetting: hardly any.
+        BadSetting: fewer than MIN_CONNECTIONS.
     """
-    room = (files - RESERVED - runs * PER_RUN) // PER_CONNECTION
-    if room < FEWEST_CONNECTIONS:
-        needed = RESERVED + runs * PER_RUN + FEWEST_CONNECTIONS * PER_CONNECTION
+    connections = (files - RESERVED - runs * PER_RUN) // PER_CONNECTION
+    if connections < MIN_CONNECTIONS:
+        needed = RESERVED + runs * PER_RUN + MIN_CONNECTIONS * PER_CONNECTION
         raise BadSetting(
-            f"{files} open files are too few for {runs} runs at once: raise the limit to {needed} at least (ulimit -n, "
-            "LimitNOFILE in systemd), or lower CCM_MAX_CONCURRENT_RUNS."
+            f"{files} open files are too few for {runs} concurrent runs: raise the limit to at least {needed} (ulimit "
+            "-n, LimitNOFILE in systemd), or lower CCM_MAX_CONCURRENT_RUNS."
         )
-    return room
+    return connections
 
 
 def check_spare() -> None:
-    """
+    """Check that enough descriptors are left to start a run.
+
     Raises:
-        OutOfDescriptors: not enough are left to start a run with.
+        OutOfDescriptors: too few are left.
     """
     most = limit()
     try:
         is_short = most is not None and len(os.listdir("/dev/fd")) + PER_RUN > most
     except OSError as error:
-        is_short = error.errno in SHORTAGES  # else they cannot be counted here, and the run itself will tell
+        is_short = error.errno in SHORTAGES  # otherwise they cannot be counted here, and the run itself will fail
     if is_short:
         raise OutOfDescriptors(
-            "The service has too many files open to start a run, and nothing was stored. Try again later; "
-            "a higher limit (ulimit -n, LimitNOFILE in systemd) mends it."
+            "The service has too many files open to start a run; nothing was stored. Try again later, or ask the "
+            "operator to raise the limit (ulimit -n, LimitNOFILE in systemd)."
         )

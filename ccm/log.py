@@ -1,4 +1,4 @@
-"""Logs on stderr: one line a record, whatever is in it."""
+"""Logs on stderr: one line for each record, whatever it contains."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import time
 import warnings
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
-
-
-# Werkzeug colours what `flask run` says.
+# Werkzeug colours its log lines under `flask run`.
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
-class OneLine(logging.Formatter):
-    """Escapes what would end or forge a line: control characters come from prompts, paths and headers."""
+class OneLineFormatter(logging.Formatter):
+    """A formatter that escapes control characters, because those from prompts, paths and headers could forge lines."""
 
     converter = staticmethod(time.gmtime)  # UTC, as everywhere
     default_time_format = "%Y-%m-%dT%H:%M:%S"
@@ -33,12 +31,12 @@ class OneLine(logging.Formatter):
 
 
 def configure(level: str) -> None:
-    """Send everything of `level` and above to stderr. Called by programs, never by a library or a test."""
+    """Log records of `level` and above to stderr. For entry points only, because it replaces the process's handlers."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(OneLine())
+    handler.setFormatter(OneLineFormatter())
     logging.basicConfig(level=LEVELS[level], handlers=[handler], force=True)
-    logging.getLogger("claude_agent_sdk").setLevel(logging.CRITICAL)  # its errors come back as the run's own
-    # That an option makes some questions needless is no news to who has set it.
+    logging.getLogger("claude_agent_sdk").setLevel(logging.CRITICAL)  # the runs' own errors report them
+    # The SDK warns that an option makes some permission questions unnecessary, which is why it was set.
     warnings.filterwarnings("ignore", "can_use_tool will not be invoked")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("werkzeug").setLevel(logging.INFO)

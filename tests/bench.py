@@ -33,9 +33,9 @@ from ccm.core.storage.notifier import Notifier
 from ccm.core.storage.writer import Writer
 from ccm.db.driver import migrate, sqlite_file
 from ccm.db.driver.database import Database
-from ccm.demo.tour import ServiceProcess, credential_free_environment
 from ccm.models import Message
 from ccm.testing.messages_api import MessagesAPI
+from ccm.testing.service_process import ServiceProcess, credential_free_environment
 from ccm.timestamps import timestamp
 from tests.client import Client
 from tests.conftest import stand_in_cli

@@ -14,8 +14,8 @@ import pytest
 from ccm.db.driver import sqlite_file
 from ccm.db.driver.database import Database
 from ccm.db.driver.migrate import migrate
-from ccm.demo.tour import ServiceProcess, credential_free_environment
 from ccm.testing.messages_api import MessagesAPI
+from ccm.testing.service_process import ServiceProcess, credential_free_environment
 from tests.client import Client
 from tests.disks import SmallDisk
 from tests.postgresql import PostgreSQLServer, drop_database, new_database

@@ -48,7 +48,7 @@ def test_create_app_opens_nothing_and_starts_no_thread(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_flask_migrate_says_what_it_did_and_may_run_twice(environ: dict[str, str], tmp_path: Path) -> None:
+def test_flask_migrate_prints_what_it_applied_and_can_run_twice(environ: dict[str, str], tmp_path: Path) -> None:
     path = tmp_path / "db.sqlite"
     status = call([*FLASK, "migrate", "--status"], environ, DATABASE_PATH=path)
     first = call([*FLASK, "migrate"], environ, DATABASE_PATH=path)
@@ -62,7 +62,7 @@ def test_flask_migrate_says_what_it_did_and_may_run_twice(environ: dict[str, str
     assert [run.returncode for run in (status, first, second, after)] == [0] * 4
 
 
-def test_flask_migrate_by_two_at_once(environ: dict[str, str], tmp_path: Path) -> None:
+def test_concurrent_flask_migrate_applies_each_migration_once(environ: dict[str, str], tmp_path: Path) -> None:
     variables = {**environ, "DATABASE_PATH": str(tmp_path / "db.sqlite")}
     processes = [
         subprocess.Popen([*FLASK, "migrate"], env=variables, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -74,12 +74,12 @@ def test_flask_migrate_by_two_at_once(environ: dict[str, str], tmp_path: Path) -
     assert sum(output.count("applied") for output in outputs) == len(MIGRATIONS)
 
 
-def test_flask_migrate_refuses_beside_a_running_service_only_if_there_is_something_to_do(
+def test_flask_migrate_beside_a_running_service_succeeds_if_nothing_is_missing(
     serve: ServeFunction, environ: dict[str, str], tmp_path: Path
 ) -> None:
     serve()
-    beside = call([*FLASK, "migrate"], environ, DATABASE_PATH=tmp_path / "db.sqlite")
-    assert [beside.returncode, beside.stdout] == [0, "The schema is up to date.\n"]
+    result = call([*FLASK, "migrate"], environ, DATABASE_PATH=tmp_path / "db.sqlite")
+    assert [result.returncode, result.stdout] == [0, "The schema is up to date.\n"]
 
 
 def test_flask_migrate_on_postgresql(environ: dict[str, str], postgresql: str) -> None:
@@ -108,7 +108,7 @@ def test_flask_run_starts_the_service_with_the_first_request(
     )
     try:
         assert process.stderr is not None
-        # The reloader's child is the one that serves: it comes second.
+        # The reloader's child serves, and prints its line second.
         waiting_for = iter(["Debugger PIN", None])
         word = next(waiting_for)
         for line in process.stderr:
@@ -151,8 +151,8 @@ def test_ctrl_c_under_flask_run_interrupts_the_runs(environ: dict[str, str], tmp
     assert ended == [("error", "INTERRUPTED")]
 
 
-def test_flask_demo_shows_the_whole_story(environ: dict[str, str], tmp_path: Path) -> None:
-    # From any directory, and with nothing in the environment but what a shell has, settings for a service included.
+def test_flask_demo_shows_every_step(environ: dict[str, str], tmp_path: Path) -> None:
+    # From another directory, with a shell's environment that also has settings for a service.
     own = {name: environ[name] for name in ("PATH", "LANG")} | {"HOME": str(tmp_path)}
     with Receiver() as receiver:
         settings = {
@@ -204,8 +204,8 @@ def test_flask_demo_serve_stays_until_ctrl_c(environ: dict[str, str], tmp_path: 
 
 
 @pytest.mark.parametrize("variables", [{}, {"PORT": ""}, {"PORT": "3000"}])
-def test_flask_demo_serve_says_that_its_port_is_taken(environ: dict[str, str], variables: dict[str, str]) -> None:
-    # Without PORT it is the one of the README's samples, which another program may have already.
+def test_flask_demo_serve_reports_a_port_in_use(environ: dict[str, str], variables: dict[str, str]) -> None:
+    # Without PORT it uses the port of the README's samples, which another program may have taken.
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         with contextlib.suppress(OSError):
@@ -220,7 +220,7 @@ def test_flask_demo_serve_says_that_its_port_is_taken(environ: dict[str, str], v
 
 
 @pytest.mark.parametrize(
-    ("variables", "code", "says"),
+    ("variables", "code", "expected"),
     [
         ({"PORT": "x"}, 2, "PORT must be a whole number"),
         ({"HOST": "0.0.0.0"}, 2, "HOST 0.0.0.0 needs a token"),
@@ -228,17 +228,15 @@ def test_flask_demo_serve_says_that_its_port_is_taken(environ: dict[str, str], v
         ({"DATABASE_URL": "postgresql://u@127.0.0.1:1/db"}, 3, "PostgreSQL cannot be reached"),
     ],
 )
-def test_a_start_that_is_refused_says_why(
-    environ: dict[str, str], variables: dict[str, str], code: int, says: str
-) -> None:
+def test_a_refused_start_says_why(environ: dict[str, str], variables: dict[str, str], code: int, expected: str) -> None:
     result = call([sys.executable, "app.py"], environ | variables)
 
     assert result.returncode == code
-    assert says in result.stderr
+    assert expected in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_a_taken_port_is_said(serve: ServeFunction, environ: dict[str, str], tmp_path: Path) -> None:
+def test_a_port_in_use_refuses_the_start(serve: ServeFunction, environ: dict[str, str], tmp_path: Path) -> None:
     port = Client(serve().url).port
     result = call([sys.executable, "app.py"], environ, PORT=port, DATABASE_PATH=tmp_path / "other.sqlite")
 
@@ -246,7 +244,7 @@ def test_a_taken_port_is_said(serve: ServeFunction, environ: dict[str, str], tmp
     assert "Address already in use" in result.stderr
 
 
-def test_another_programs_file_is_refused_untouched(environ: dict[str, str], tmp_path: Path) -> None:
+def test_another_programs_database_file_is_refused_untouched(environ: dict[str, str], tmp_path: Path) -> None:
     text, foreign = tmp_path / "notes.txt", tmp_path / "foreign.sqlite"
     text.write_text("Dear diary.")
     subprocess.run(
@@ -266,7 +264,7 @@ def test_another_programs_file_is_refused_untouched(environ: dict[str, str], tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign.sqlite", "notes.txt"]
 
 
-def test_what_the_service_writes_is_its_owners_alone(serve: ServeFunction, tmp_path: Path) -> None:
+def test_only_the_owner_can_read_the_files_of_the_service(serve: ServeFunction, tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         serve()

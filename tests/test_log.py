@@ -1,17 +1,17 @@
-"""The log: one line a record, whatever is in it."""
+"""The log: one line for each record, whatever it contains."""
 
 from __future__ import annotations
 
 import logging
 import sys
 
-from ccm.log import OneLine
+from ccm.log import OneLineFormatter
 
 
 def formatted(message: str, **extra: object) -> str:
     record = logging.LogRecord("ccm", logging.INFO, __file__, 1, message, None, None)
     record.__dict__.update(extra)
-    return OneLine().format(record)
+    return OneLineFormatter().format(record)
 
 
 def test_a_message_cannot_forge_a_second_line() -> None:

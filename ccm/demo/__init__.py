@@ -1,1 +1,1 @@
-"""A demonstration without a login: a stand-in for the Messages API, and a tour."""
+"""The tour of `flask demo`: real Claude Code against a stand-in for the Messages API, without a login."""

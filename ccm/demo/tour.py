@@ -1,4 +1,4 @@
-"""The tour: start, resume and fork real runs over HTTP, told as curl lines with their answers."""
+"""The tour: starts, resumes and forks real runs over HTTP, and prints each step as a curl command with its answer."""
 
 from __future__ import annotations
 
@@ -6,26 +6,23 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from ccm.errors import CommandRefused
 from ccm.testing.messages_api import MessagesAPI
+from ccm.testing.service_process import ServiceProcess, credential_free_environment
 
-APP = Path(__file__).parents[2] / "app.py"
-START_TIMEOUT = 60.0
 SERVE_PORT = "3000"
 SHOWN_FIELDS = ("runId", "sessionId", "mode", "status", "parentRunId", "parentSessionId", "messageCount", "costUsd")
 
-# What the stand-in has Claude do (ccm/testing/script.py). A real model needs no such script.
+# The [[directives]] tell the stand-in what to answer (ccm/testing/script.py). A real model needs none.
 WRITE_FILE = (
     'Write a haiku into haiku.txt. [[tool Write {"file_path": "%s/haiku.txt", "content": "a run becomes rows\\n'
     'every turn begins as fork\\nnothing is rewritten\\n"}]] [[text I wrote the haiku into haiku.txt.]]'
@@ -34,83 +31,8 @@ RESUME_PROMPT = "What did you just do? [[text In the turn before this one I wrot
 FORK_PROMPT = 'Another way: read it out. [[tool Bash {"command": "cat haiku.txt"}]] [[text There it is.]]'
 
 
-def credential_free_environment(messages_api: str, home: str) -> dict[str, str]:
-    """An environment made from nothing, in which Claude Code runs whole, offline and without a login."""
-    return {
-        "PATH": os.environ.get("PATH", os.defpath),
-        "LANG": "C.UTF-8",
-        "HOME": home,
-        "ANTHROPIC_BASE_URL": messages_api,
-        "ANTHROPIC_API_KEY": "a-stand-in-asks-for-no-key",
-        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-        "DISABLE_AUTOUPDATER": "1",
-        "DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1,localhost",
-    }
-
-
-class ServiceProcess:
-    """A service as a process of its own on a free port; a context manager.
-
-    Args:
-        environ: its environment, whole.
-        on_line: called with each line of its log, in a thread of this object's own.
-        through: a program that starts it, with its arguments.
-    """
-
-    def __init__(
-        self,
-        environ: Mapping[str, str],
-        on_line: Callable[[str], None] | None = None,
-        through: Sequence[str] = (),
-    ) -> None:
-        self.log: list[str] = []
-        self.url = ""
-        self._on_line = on_line
-        self._settled = threading.Event()
-        self.process = subprocess.Popen(
-            [*through, sys.executable, str(APP)], env={"PORT": "0", **environ}, stderr=subprocess.PIPE, text=True
-        )
-        self._reader = threading.Thread(target=self._read, name="service-log", daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        for line in self.process.stderr or ():
-            self.log.append(line.rstrip())
-            before, marker, url = self.log[-1].partition("listening on ")
-            if before and marker:
-                self.url = url
-                self._settled.set()
-            if self._on_line is not None:
-                self._on_line(self.log[-1])
-        self._settled.set()
-
-    def __enter__(self) -> ServiceProcess:
-        """
-        Raises:
-            RuntimeError: it did not start; with what it said.
-        """
-        if not self._settled.wait(START_TIMEOUT) or not self.url:
-            self.process.kill()
-            self.wait()
-            raise RuntimeError("the service did not start:\n" + "\n".join(self.log))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        self.wait()
-
-    def wait(self) -> int:
-        """Its exit code, once it has ended and its log is read to the end."""
-        code = self.process.wait()
-        self._reader.join()
-        if self.process.stderr is not None:
-            self.process.stderr.close()
-        return code
-
-
 class Tour:
-    """Shows the main job, each step as the curl line that does it.
+    """The tour through the main features, each step shown as a curl command.
 
     Args:
         echo: prints a line.
@@ -121,15 +43,15 @@ class Tour:
         self._url = ""
 
     def run(self, serve: bool) -> int:
-        """Show it all; with `serve`, leave the service running until Ctrl-C. The exit code.
+        """Run the tour. With `serve`, keep the service running until Ctrl-C. Return the exit code.
 
-        Of the shell's environment it heeds PATH alone, and with `serve` PORT: a token that is set there would lock the
-        tour out, and a webhook's address would be told of its runs.
+        The service gets only PATH from the shell's environment, and with `serve` PORT. Otherwise a CCM_API_TOKEN would
+        lock the tour out, and a CCM_WEBHOOK_URL would get the events of its runs.
 
         Raises:
-            CommandRefused: the service did not start; with what it said.
+            CommandRefused: the service did not start; the message has its log.
         """
-        # Left alone, SIGTERM and a closed terminal would end this process and leave the service behind.
+        # Without handlers, SIGTERM or a closed terminal would end this process and leave the service behind.
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda number, _: sys.exit(128 + number))
         with ExitStack() as stack:
@@ -143,34 +65,36 @@ class Tour:
                 "LOG_LEVEL": "info",
             }
             if serve:
-                # The port of the README's samples, unless the shell names another.
+                # The port of the README's samples, unless the shell sets another.
                 environ["PORT"] = os.environ.get("PORT") or SERVE_PORT
             try:
                 service = stack.enter_context(ServiceProcess(environ, self._echo if serve else None))
             except RuntimeError as error:
-                advice = "\nAnother port is taken with PORT=3001, a free one with PORT=0." if serve else ""
+                advice = (
+                    "\nSet PORT to use another port, such as PORT=3001, or a free one with PORT=0." if serve else ""
+                )
                 raise CommandRefused(f"The demo ends: {error}{advice}") from None
             self._url = service.url
             self._echo("The real Claude Code, a stand-in for the model, no login. The service listens on " + self._url)
-            self._tell(str(project))
-            self._how_to_go_on()
+            self._show_steps(str(project))
+            self._show_next_steps()
             if serve:
                 self._serve(service, project)
         return 0
 
-    def _tell(self, project: str) -> None:
-        self._echo("\n1. Start a run; it writes a file. ?wait= holds the answer until the run has ended.")
+    def _show_steps(self, project: str) -> None:
+        self._echo("\n1. Start a run; it writes a file. ?wait= delays the answer until the run has ended.")
         first = self._request("POST", "/api/runs/start?wait=60", {"cwd": project, "prompt": WRITE_FILE % project})
-        self._echo(f"\n   The file is really there:\n{_indent(Path(project, 'haiku.txt').read_text())}")
+        self._echo(f"\n   The file exists:\n{_indent(Path(project, 'haiku.txt').read_text())}")
 
-        self._echo("\n2. Read what happened: every message of the SDK, as the SDK gave it.")
+        self._echo("\n2. Read what happened: every message of the SDK, unchanged.")
         self._request("GET", f"/api/runs/{first['id']}/messages?type=assistant")
 
-        self._echo("\n3. Resume: the session goes on, in a fork of its transcript.")
+        self._echo("\n3. Resume: the session continues, in a fork of its transcript.")
         body = {"sessionId": first["sessionId"], "prompt": RESUME_PROMPT}
         self._request("POST", "/api/runs/resume?wait=60", body)
 
-        self._echo("\n4. Fork from the first run: a new session that knows nothing of the resume.")
+        self._echo("\n4. Fork from the first run: a new session, without the resume.")
         body = {"sessionId": first["sessionId"], "atRunId": first["id"], "prompt": FORK_PROMPT}
         self._request("POST", "/api/runs/fork?wait=60", body | {"title": "Another way"})
 
@@ -178,7 +102,7 @@ class Tour:
         self._tree()
 
     def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """Send it, print it as a curl line, print what matters of the answer."""
+        """Send a request, print it as a curl command with the main fields of its answer, and return the answer."""
         words = ["curl", "-s"]
         if body is not None:
             words += ["-X", method, "-H", "Content-Type: application/json", "-d", json.dumps(body)]
@@ -219,15 +143,15 @@ class Tour:
 
         branch(None, 0)
 
-    def _how_to_go_on(self) -> None:
+    def _show_next_steps(self) -> None:
         self._echo(
-            "\nTo go on with a real login: log in once with Claude Code as this user (run `claude`, then /login), or\n"
-            "set ANTHROPIC_API_KEY, and start the service with `python app.py`. The requests stay the same; the\n"
-            "[[directives]] in the prompts above are for the stand-in only (ccm/testing/script.py has them all)."
+            "\nTo continue with a real login, log in to Claude Code once as this user (run `claude`, then /login)\n"
+            "or set ANTHROPIC_API_KEY, and start the service with `python app.py`. The requests stay the same; the\n"
+            "[[directives]] in the prompts above are for the stand-in only (ccm/testing/script.py lists them all)."
         )
 
     def _serve(self, service: ServiceProcess, project: Path) -> None:
-        self._echo(f"\nServing on {self._url} until Ctrl-C; {project} is there to work in.")
+        self._echo(f"\nServing on {self._url} until Ctrl-C; use {project} as `cwd`.")
         try:
             service.wait()
         except KeyboardInterrupt:

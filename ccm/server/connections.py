@@ -1,13 +1,13 @@
-"""waitress' connections, with bounds on how long a client may be slow, on how many there are, and on their memory.
+"""Waitress's connections, with limits on slow clients, on descriptors and on memory.
 
-A client that dawdles holds no thread (waitress reads in its one listening thread), but it holds a connection, and one
-that takes no answer holds a thread as well. A proxy in front is slow with nobody; these bounds are for when there is
-none.
+A client that sends slowly holds no thread, because waitress reads in its one listening thread, but it holds a
+connection. A client that reads slowly holds a thread as well. A reverse proxy shields the service from both; these
+limits are for services without one.
 
-This file and server/server.py alone reach into waitress: this one into its connections and its loop, that one into its
-tasks and its end. tests/contracts/test_waitress.py fails first when an upgrade takes something of it away.
+Large bodies and answers are buffered in temporary files. Agents can fill the disk that holds them.
 
-Large bodies and answers are kept in temporary files as long as there is room for such files. Agents can fill it.
+Only this file and server/server.py use waitress's private parts: this one those of its connections and its loop, the
+other one those of its tasks and its shutdown. tests/contracts/test_waitress.py names them.
 """
 
 from __future__ import annotations
@@ -34,27 +34,28 @@ from ccm.file_limits import SHORTAGES
 
 log = logging.getLogger(__name__)
 
-# Seconds from the first byte of a request until its headers are there, and until all of its body is.
+# Seconds from the first byte of a request to the end of its headers, and to the end of its body.
 HEADER_TIMEOUT = 30.0
 REQUEST_TIMEOUT = 600.0
-# Seconds in which a client neither sends nor takes a byte that it should. More than a proxy keeps an idle connection.
+# Seconds without a byte in either direction, or with an answer that the client does not read. It is longer than a proxy
+# keeps an idle connection, so that the proxy never sends a request on a connection that is being closed.
 IDLE_TIMEOUT = 120
-# How often the connections are looked through.
+# Seconds between two checks of all connections.
 POLL_INTERVAL = 5
-# How long nobody is let in after a connection could not be accepted, and how soon a second fault of the loop has to
-# come to be answered with a pause.
+# Seconds without accepting after a connection could not be accepted. The listener also pauses so long when its loop
+# fails twice within this time.
 ACCEPT_DELAY = 1.0
-# Larger pieces of an answer wait in a file for the client that takes them.
-FILE_BYTES = 2**20
+# Chunks of an answer from this size on are buffered in a file until the client has read them.
+LARGE_CHUNK_BYTES = 2**20
 
 
-class _NoRoom(Error):  # type: ignore[misc]  # waitress has no type hints
+class _OutOfDisk(Error):  # type: ignore[misc]  # waitress has no type hints
     code = 503
     reason = "Service Unavailable"
 
 
-class _Body(OverflowableBuffer):  # type: ignore[misc]
-    """The body of a request, in memory or in a file. It is dropped if there is no room for the file."""
+class _RequestBody(OverflowableBuffer):  # type: ignore[misc]
+    """The body of a request, in memory or in a file. It is dropped if the disk has no room for the file."""
 
     dropped = False
 
@@ -65,104 +66,112 @@ class _Body(OverflowableBuffer):  # type: ignore[misc]
             super().append(data)
         except OSError as error:
             self.dropped = True
-            log.warning("a request is refused: its body cannot be kept in a temporary file: %s", error.strerror)
+            log.warning(
+                "request refused: its body does not fit into a temporary file: %s",
+                error.strerror,
+                extra={"event": "request_body_dropped"},
+            )
             self.close()
 
     def close(self) -> None:
         try:
             super().close()
         except OSError:
-            # The file is closed all the same. Bytes that found no room are written once more then.
-            log.debug("a temporary file could not be written to its end")
+            # The file is closed all the same: only the flush of its unwritten bytes failed, on a full disk.
+            log.debug("a temporary file could not be flushed")
 
 
 class Parser(HTTPRequestParser):  # type: ignore[misc]
-    """A request on its way. One whose body has been dropped is refused when the whole body has been received: a client
-    reads no answer while it sends."""
+    """A request that is being received.
 
-    # Waitress logs it of each client that leaves before it is answered, and fails where a request had none.
+    A request whose body was dropped is refused only at the end of its body, because a client that is sending reads no
+    answer.
+    """
+
+    # Waitress logs the path of each client that leaves early, and raises AttributeError if the request had none.
     path = ""
     error: Error | None = None
 
     def parse_header(self, header_plus: bytes) -> None:
         super().parse_header(header_plus)
         if self.body_rcv is not None:
-            self.body_rcv.buf = _Body(self.adj.inbuf_overflow)
+            self.body_rcv.buf = _RequestBody(self.adj.inbuf_overflow)
 
     def received(self, data: bytes) -> int:
         consumed = int(super().received(data))
         if self.completed and self.error is None and self.body_rcv is not None and self.body_rcv.buf.dropped:
-            self.error = _NoRoom("no room for temporary files")
+            self.error = _OutOfDisk("no room for temporary files")
         return consumed
 
 
 class Channel(HTTPChannel):  # type: ignore[misc]
-    """One connection, which knows since when a request is on its way."""
+    """One connection, with the times that its limits are measured from."""
 
-    _since = 0.0
-    # When bytes were first seen to wait for the client, and its last activity then.
-    _waiting: tuple[float, float] | None = None
+    _request_started = 0.0
+    # When unsent bytes were first seen, and the connection's `last_activity` at that time.
+    _unsent_since: tuple[float, float] | None = None
 
     def received(self, data: bytes) -> bool:
         before = self.request
-        taken = bool(super().received(data))
+        accepted = bool(super().received(data))
         if self.request is not before:
-            self._since = time.monotonic()
-        return taken
+            self._request_started = time.monotonic()
+        return accepted
 
     def write_soon(self, data: Any) -> int:
-        if len(data) >= FILE_BYTES and not isinstance(data, ReadOnlyFileBasedBuffer):
-            data = ReadOnlyFileBasedBuffer(_file_of(data))
+        if len(data) >= LARGE_CHUNK_BYTES and not isinstance(data, ReadOnlyFileBasedBuffer):
+            data = ReadOnlyFileBasedBuffer(_to_file(data))
             data.prepare()
         return int(super().write_soon(data))
 
     def is_too_slow(self) -> bool:
-        """Whether its request is too long under way, or its answer is not being taken. Asked every POLL_INTERVAL."""
+        """Return whether the client sends its request or reads its answer too slowly. Called every POLL_INTERVAL."""
         now = time.monotonic()
         if self.total_outbufs_len:
-            # Not since the last activity alone: an answer that was waited for has only just begun.
-            if self._waiting is None or self._waiting[1] != self.last_activity:
-                self._waiting = now, self.last_activity
-            return now - self._waiting[0] > IDLE_TIMEOUT
-        self._waiting = None
+            # Measured from here and not from the last activity, which may be long ago: after a `?wait=` the answer has
+            # only just begun.
+            if self._unsent_since is None or self._unsent_since[1] != self.last_activity:
+                self._unsent_since = now, self.last_activity
+            return now - self._unsent_since[0] > IDLE_TIMEOUT
+        self._unsent_since = None
         if self.request is None or self.requests:
             return False
-        return now - self._since > (REQUEST_TIMEOUT if self.request.headers_finished else HEADER_TIMEOUT)
+        return now - self._request_started > (REQUEST_TIMEOUT if self.request.headers_finished else HEADER_TIMEOUT)
 
 
-def _file_of(data: bytes) -> IO[bytes]:
-    """A piece of an answer as a file; in memory, where there is no room for a temporary one."""
-    with ExitStack() as opened:
+def _to_file(data: bytes) -> IO[bytes]:
+    """Return a chunk of an answer as a temporary file, or in memory if the disk has no room for it."""
+    with ExitStack() as stack:
         try:
-            file = opened.enter_context(tempfile.TemporaryFile(buffering=0))
+            file = stack.enter_context(tempfile.TemporaryFile(buffering=0))
             if file.write(data) == len(data):
                 file.seek(0)
-                opened.pop_all()
+                stack.pop_all()
                 return file
         except OSError as error:
-            log.debug("there is no room for a temporary file: %s", error.strerror)
+            log.debug("a large chunk is kept in memory, no temporary file: %s", error.strerror)
     return BytesIO(data)
 
 
-class _Bounds:
-    """What a listening server does about slow clients and a lack of descriptors; waitress' own class comes behind."""
+class _ServerLimits:
+    """A mixin for waitress's servers: drops slow clients, and survives a lack of descriptors and failed connections."""
 
-    _no_accept_before = 0.0
-    _short = False
-    # The last fault that was logged, so that one which stays is logged once.
-    _fault = ""
+    _accept_after = 0.0
+    _out_of_descriptors = False
+    # The last exception that was logged: one that repeats is logged once.
+    _last_error = ""
     active_channels: dict[int, Channel]
 
     def maintenance(self, now: float) -> None:
         super().maintenance(now)  # type: ignore[misc]
         for channel in list(self.active_channels.values()):
             if channel.is_too_slow():
-                # Not by `will_close`: that waits until the client takes what there is to send.
+                # Not `will_close`, which waits until the client has read the rest of its answer.
                 channel.handle_close()
 
     def readable(self) -> bool:
-        wanted = super().readable()  # type: ignore[misc]
-        return bool(wanted) and time.monotonic() >= self._no_accept_before
+        readable = super().readable()  # type: ignore[misc]
+        return bool(readable) and time.monotonic() >= self._accept_after
 
     def accept(self) -> Any:
         try:
@@ -170,51 +179,54 @@ class _Bounds:
         except OSError as error:
             if error.errno not in SHORTAGES:
                 raise
-            # The connection stays in the backlog: tried again at once, this would go on at full load.
-            self._no_accept_before = time.monotonic() + ACCEPT_DELAY
-            if not self._short:
-                log.error("no new connection can be accepted: %s", error.strerror)  # noqa: TRY400  # no trace needed
-            self._short = True
+            # The connection stays in the backlog. Without a pause the loop would retry it at full load.
+            self._accept_after = time.monotonic() + ACCEPT_DELAY
+            if not self._out_of_descriptors:
+                log.error(  # noqa: TRY400  # no trace needed
+                    "cannot accept new connections: %s", error.strerror, extra={"event": "accept_failed"}
+                )
+            self._out_of_descriptors = True
             return None
-        if accepted is not None and self._short:
-            self._short = False
-            log.warning("new connections are accepted again")
+        if accepted is not None and self._out_of_descriptors:
+            self._out_of_descriptors = False
+            log.warning("new connections are accepted again", extra={"event": "accept_recovered"})
         return accepted
 
     def handle_error(self) -> None:
-        """Go on after a fault with one new connection: waitress would close the listening socket."""
-        self._no_accept_before = time.monotonic() + ACCEPT_DELAY
-        fault = repr(sys.exception())
-        if fault != self._fault:
-            self._fault = fault
-            log.exception("a new connection could not be taken in")
+        """Log why a new connection failed and keep listening. Waitress would close the listening socket."""
+        self._accept_after = time.monotonic() + ACCEPT_DELAY
+        error = repr(sys.exception())
+        if error != self._last_error:
+            self._last_error = error
+            log.exception("a new connection failed and was dropped", extra={"event": "connection_failed"})
 
     def handle_close(self) -> None:
-        """End the loop, as the listening socket is broken. A stop closes it otherwise."""
+        """End the loop: the listening socket is broken. A regular stop calls `close` instead."""
         raise wasyncore.ExitNow
 
 
-class _TcpServer(_Bounds, TcpWSGIServer):  # type: ignore[misc]
+class _TcpServer(_ServerLimits, TcpWSGIServer):  # type: ignore[misc]
     pass
 
 
-class _UnixServer(_Bounds, UnixWSGIServer):  # type: ignore[misc]
+class _UnixServer(_ServerLimits, UnixWSGIServer):  # type: ignore[misc]
     pass
 
 
 def open_server(app: Any, bound: socket.socket, channel: type[Channel], threads: int, **settings: Any) -> Any:
-    """A waitress server that listens on a bound socket.
+    """Return a waitress server that listens on a bound socket.
 
     Args:
-        settings: of waitress (waitress.adjustments).
+        channel: the class of its connections.
+        settings: more of waitress's settings (waitress.adjustments).
     """
     adjustments = Adjustments(
         sockets=[bound], channel_timeout=IDLE_TIMEOUT, cleanup_interval=POLL_INTERVAL, threads=threads, **settings
     )
     dispatcher = ThreadedTaskDispatcher()
     dispatcher.set_thread_count(threads)
-    kind = _UnixServer if bound.family == socket.AF_UNIX else _TcpServer
-    server = kind(
+    server_class = _UnixServer if bound.family == socket.AF_UNIX else _TcpServer
+    server = server_class(
         app,
         _sock=bound,
         dispatcher=dispatcher,
@@ -227,20 +239,20 @@ def open_server(app: Any, bound: socket.socket, channel: type[Channel], threads:
 
 
 def serve(server: Any) -> None:
-    """Run a server's loop for as long as it can listen, whatever one round of it raises."""
-    told, failed_at = "", -ACCEPT_DELAY
+    """Run a server's loop until its listening socket is closed, restarting the loop after any other exception."""
+    last_error, failed_at = "", -ACCEPT_DELAY
     while True:
         try:
             server.run()
         except wasyncore.ExitNow:
             pass
         except Exception as error:
-            if repr(error) != told:  # a fault that stays is logged once
-                told = repr(error)
-                log.exception("a round of the listener failed, the next one follows")
+            if repr(error) != last_error:  # one that repeats is logged once
+                last_error = repr(error)
+                log.exception("the listener's loop failed and is restarted", extra={"event": "listener_failed"})
             if time.monotonic() < failed_at + ACCEPT_DELAY:
-                time.sleep(ACCEPT_DELAY)  # else it would fail at full load
+                time.sleep(ACCEPT_DELAY)  # a persistent failure would take a whole core
             failed_at = time.monotonic()
             continue
-        log.error("nobody can connect any more: the listening socket is closed")
+        log.error("the listening socket is closed: no client can connect", extra={"event": "listener_closed"})
         return

@@ -1,4 +1,4 @@
-"""The socket that the service listens on: TCP, or a Unix socket that no second instance takes away."""
+"""The socket that the service listens on: TCP, or a Unix socket that a second instance cannot take over."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ccm.settings.settings import Settings
 
 @contextmanager
 def listener(settings: Settings) -> Iterator[socket.socket]:
-    """A bound socket; nobody can connect before its server listens. A Unix socket is removed at the end.
+    """Bind the socket that the settings name, without listening on it. On exit, remove it if it is a Unix socket.
 
     Raises:
-        BadSetting: the address or the path cannot be had.
+        BadSetting: the address or the path cannot be used.
     """
     if settings.unix_socket is not None:
         with _unix(settings.unix_socket, settings.unix_socket_mode) as bound:
@@ -36,7 +36,7 @@ def listener(settings: Settings) -> Iterator[socket.socket]:
 
 
 def shown_address(bound: socket.socket) -> str:
-    """Where a socket listens, as the log and a client of ours name it: `http://127.0.0.1:3000` or `unix:/path`."""
+    """Return a socket's address as the log shows it: `http://127.0.0.1:3000` or `unix:/path`."""
     if bound.family == socket.AF_UNIX:
         return f"unix:{bound.getsockname()}"
     host, port = bound.getsockname()[:2]
@@ -49,21 +49,24 @@ def _unix(path: Path, mode: int) -> Iterator[socket.socket]:
         try:
             _remove_stale(path)
             bound.bind(os.fspath(path))
-            os.chmod(path, mode)  # in time: a socket refuses everybody until its server listens
-            own = os.lstat(path).st_ino
+            os.chmod(path, mode)  # no race: connections are refused until the server listens
+            inode = os.lstat(path).st_ino
         except OSError as error:
             raise BadSetting(f"it cannot listen on CCM_UNIX_SOCKET {path}: {error.strerror or error}.") from None
         try:
             yield bound
         finally:
             with suppress(FileNotFoundError):
-                if os.lstat(path).st_ino == own:
+                if os.lstat(path).st_ino == inode:  # another program may have replaced it
                     os.unlink(path)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """The right to the path. The lock file beside it is never removed: a removed one can be locked twice."""
+    """Hold an exclusive lock on the path.
+
+    The lock file beside it is never removed: two instances could each lock a file of this name, one of them removed.
+    """
     lock = path.with_name(path.name + ".lock")
     try:
         file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -82,20 +85,20 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove the socket of a service that was killed.
+    """Remove the socket that a killed service left behind.
 
     Raises:
-        BadSetting: something else is there; it is left untouched.
+        BadSetting: the path is no socket or another program listens on it; it is left untouched.
     """
     try:
-        found = os.lstat(path)
+        status = os.lstat(path)
     except FileNotFoundError:
         return
-    if not stat.S_ISSOCK(found.st_mode):
-        raise BadSetting(f"CCM_UNIX_SOCKET {path} is there already and is no socket; remove it or name another path.")
-    # Ours are locked; another program's may be alive all the same.
+    if not stat.S_ISSOCK(status.st_mode):
+        raise BadSetting(f"CCM_UNIX_SOCKET {path} exists and is no socket; remove it or name another path.")
+    # The lock excludes another CC Manager only; another program may listen here.
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(0)  # with its backlog full it would be waited for
+        probe.settimeout(0)  # a blocking connect would wait while the backlog is full
         try:
             probe.connect(os.fspath(path))
         except ConnectionRefusedError:

@@ -1,6 +1,6 @@
-"""The production server: waitress, made to answer errors in JSON, to notice clients that leave, and to stop gently.
+"""The server itself: errors in JSON, early notice of clients that leave, and a graceful stop.
 
-It reaches into waitress, as server/connections.py does, and tests/contracts/test_waitress.py names all of that.
+It uses waitress's private parts, as server/connections.py does; tests/contracts/test_waitress.py names them.
 """
 
 from __future__ import annotations
@@ -28,21 +28,23 @@ from ccm.server.connections import Channel, Parser, open_server, serve
 
 log = logging.getLogger(__name__)
 
-# Threads for requests that are answered at once, beside one for each held place.
+# Threads for requests that are answered at once, in addition to one for each request that may be held open. Without
+# them an answer to an approval would queue behind the requests that wait for it.
 PLAIN_THREADS = 16
-# An idle connection costs a descriptor and no thread.
+# Connections in addition to one for each thread. An idle one costs a descriptor and no thread.
 IDLE_CONNECTIONS = 1000
-# Far more than a request of ours has, and than proxies let through.
-HEADER_BYTES = 2**16
-# Bytes that an answer may be ahead of its client before its thread is made to wait. By default they are 16 MiB, which
-# hundreds of slow readers would make gigabytes of; and a long list is read no faster with them.
-AHEAD_BYTES = 2**18
-# That the client has closed its end, whatever of its requests is still unread. Linux tells; others tell a broken
-# connection only.
-HUNG_UP: int = getattr(select, "POLLRDHUP", select.POLLHUP)
-# Seconds that requests in flight get when the service stops.
+# Far more than this API's requests have, and more than proxies let through.
+MAX_HEADER_BYTES = 2**16
+# Bytes of an answer that may be buffered for its client before its thread has to wait. Waitress's default of 16 MiB
+# would be gigabytes with hundreds of slow readers, and transfers a long list no faster.
+UNSENT_BYTES = 2**18
+# The poll event for a client that has closed its end, even if requests of it are still unread. Only Linux has it; other
+# systems report broken connections only.
+HANGUP_EVENT: int = getattr(select, "POLLRDHUP", select.POLLHUP)
+# Seconds that answers in flight may take when the service stops.
 DRAIN_TIMEOUT = 5.0
 
+# Of the errors that waitress itself answers, by HTTP status.
 CODES = {
     413: "BODY_TOO_LARGE",
     431: "HEADERS_TOO_LARGE",
@@ -57,11 +59,12 @@ MESSAGES = {
     501: "This transfer coding is not supported.",
     503: "The service has no room for temporary files and cannot take so large a body; nothing was stored. Try again.",
 }
+# Seconds.
 RETRY_AFTER = "5"
 
 
 class _JsonErrorTask(ErrorTask):  # type: ignore[misc]  # waitress has no type hints
-    """What waitress refuses before the app sees it, in the API's error format."""
+    """The answer to a request that waitress refuses before the app sees it, in the API's error format."""
 
     def execute(self) -> None:
         error = self.request.error
@@ -80,7 +83,7 @@ class _JsonErrorTask(ErrorTask):  # type: ignore[misc]  # waitress has no type h
 
 class _Task(WSGITask):  # type: ignore[misc]
     def finish(self) -> None:
-        """Without the chunk that ends a streamed body where there is no body: waitress sends it after HEAD too."""
+        """Finish the answer. Omit the final chunk of an answer to HEAD: waitress would send it without a body."""
         if not self.wrote_header:
             self.write(b"")
         if self.request.command == "HEAD":
@@ -94,27 +97,30 @@ class _Channel(Channel):
     error_task_class = _JsonErrorTask
 
     def check_client_disconnected(self) -> bool:
-        """Asks the socket too: once a second request waits, waitress reads no further, and not as far as the end."""
-        return super().check_client_disconnected() or _hung_up(self.socket)
+        """Return whether the client has gone.
+
+        Polls the socket too: waitress stops reading once a second request is queued, and then misses the end of input.
+        """
+        return super().check_client_disconnected() or _has_hung_up(self.socket)
 
 
-def _hung_up(connection: socket.socket) -> bool:
+def _has_hung_up(connection: socket.socket) -> bool:
     descriptor = connection.fileno()
-    if descriptor < 0:  # the listener's thread has closed it
+    if descriptor < 0:  # closed by the listener's thread
         return True
     poll = select.poll()
-    poll.register(descriptor, HUNG_UP)
+    poll.register(descriptor, HANGUP_EVENT)
     return bool(poll.poll(0))
 
 
 class Server:
-    """One listening server over an app and its service.
+    """A listening server for an app and its service.
 
     Args:
-        bound: the socket, bound and not listening yet.
+        bound: a socket that is bound and does not listen yet.
 
     Raises:
-        BadSetting: the limit of open files is too low.
+        BadSetting: the limit of open files is too low for any connections.
     """
 
     def __init__(self, app: Flask, service: Service, bound: socket.socket) -> None:
@@ -123,45 +129,50 @@ class Server:
         threads = settings.max_held + PLAIN_THREADS
         files = file_limits.raise_limit()
         wanted = threads + IDLE_CONNECTIONS
-        room = min(wanted, file_limits.connections_that_fit(files, settings.max_concurrent_runs))
-        if room < threads:
+        connections = min(wanted, file_limits.connections_that_fit(files, settings.max_concurrent_runs))
+        if connections < threads:
             log.warning(
-                "%d open files leave room for %d connections, fewer than CCM_MAX_HELD could hold; "
-                "raise the limit (ulimit -n, LimitNOFILE in systemd)",
+                "the limit of %d open files leaves %d connections, fewer than CCM_MAX_HELD allows to hold open; "
+                "raise it (ulimit -n, LimitNOFILE in systemd)",
                 files,
-                room,
+                connections,
+                extra={"event": "connections_limited"},
             )
         self._server = open_server(
             app,
             bound,
             _Channel,
             threads,
-            connection_limit=room,
-            max_request_header_size=HEADER_BYTES,
-            max_request_body_size=settings.max_body_bytes + 1,  # the first size that it refuses
-            # Notices that a client has gone while its request is held.
+            connection_limit=connections,
+            max_request_header_size=MAX_HEADER_BYTES,
+            max_request_body_size=settings.max_body_bytes + 1,  # the first size that waitress refuses
+            # Reads on while a request is held open, and so notices that its client has gone.
             channel_request_lookahead=1,
-            outbuf_high_watermark=AHEAD_BYTES,
-            outbuf_overflow=sys.maxsize,  # the channel itself puts large answers into files
-            # select() dies of a descriptor over 1023, and every Claude Code takes some.
+            outbuf_high_watermark=UNSENT_BYTES,
+            outbuf_overflow=sys.maxsize,  # Channel puts large chunks into files, with a way out when the disk is full
+            # select() fails on a descriptor above 1023, and every Claude Code process takes some.
             asyncore_use_poll=True,
             ident="cc-manager",
-            clear_untrusted_proxy_headers=False,  # api/http/proxy.py does, and knows X-Forwarded-Prefix too
+            clear_untrusted_proxy_headers=False,  # api/http/proxy.py does this, including X-Forwarded-Prefix
         )
-        self._asked_to_stop = False
-        # Whether the listener ended by itself.
-        self._deaf = False
+        self._stop_requested = False
+        # Whether the listener ended without being stopped.
+        self._listener_failed = False
 
     def run(self, on_ready: Callable[[], None]) -> bool:
-        """Serve until SIGTERM or SIGINT, then stop gently; a second signal ends at once. False if not all went well.
+        """Serve until SIGTERM or SIGINT, then stop gracefully. A second signal exits at once.
 
-        A service that nobody can connect to any more stops too, and not well: whoever supervises it starts it again.
+        Also stops when the listener fails, because a supervisor can then restart the service.
 
         Args:
-            on_ready: called once it serves and heeds signals. What it raises is raised here, after a gentle stop.
+            on_ready: called once the server accepts connections and handles signals. What it raises is raised here,
+                after a graceful stop.
+
+        Returns:
+            False if the listener failed, or if runs or writes had to be given up.
         """
-        # The kernel may hand a signal to any thread, and Python's handlers run in the main one when it next wakes: a
-        # byte on this socket wakes it, wherever the signal went.
+        # The kernel may deliver a signal to any thread, but Python's handlers run in the main thread when it next
+        # wakes. A byte on this socket wakes it, whichever thread got the signal.
         waker, wakes = socket.socketpair()
         wakes.settimeout(0)
         signal.set_wakeup_fd(wakes.fileno())
@@ -175,8 +186,8 @@ class Server:
                 self._shut_down()
                 raise
             waker.recv(1)
-            deaf = self._deaf
-            return self._shut_down() and not deaf
+            failed = self._listener_failed
+            return self._shut_down() and not failed
         finally:
             signal.set_wakeup_fd(-1)
             waker.close()
@@ -184,21 +195,24 @@ class Server:
 
     def _listen(self, wakes: socket.socket) -> None:
         serve(self._server)
-        self._deaf = True
-        with contextlib.suppress(OSError):  # the service has stopped meanwhile
+        self._listener_failed = True
+        with contextlib.suppress(OSError):  # the service has stopped in the meantime
             wakes.send(b"\0")
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self._asked_to_stop:
+        if self._stop_requested:
             raise SystemExit(128 + number)
-        self._asked_to_stop = True
+        self._stop_requested = True
 
     def _shut_down(self) -> bool:
-        """The runs end first, and meanwhile new ones get 503 and watchers see the end; with the last end stored, waits
-        are answered and streams closed. Then nobody new is let in, what is under way is sent to its end, and at last
-        the database is closed that it reads.
+        """Stop in four steps. Return False if runs or writes had to be given up.
+
+        1. The runs end. Clients can still connect: new runs get 503, and streams show how the others end.
+        2. When the last final state is stored, `?wait=` requests are answered and streams are closed.
+        3. The listening socket closes, and the answers in flight are sent.
+        4. The database closes, last because those answers may read it.
         """
-        log.info("stopping: the runs are interrupted and their ends stored")
+        log.info("stopping: interrupting the runs and storing their final states", extra={"event": "service_stopping"})
         clean = self._service.end_runs()
         self._server.trigger.pull_trigger(self._stop_listening)
         deadline = time.monotonic() + DRAIN_TIMEOUT
@@ -207,13 +221,13 @@ class Server:
             time.sleep(0.02)
         dispatcher.shutdown(timeout=1)
         self._service.close()
-        log.info("stopped")
+        log.info("stopped", extra={"event": "service_stopped"})
         return clean
 
     def _unsent_bytes(self) -> int:
-        """Bytes of answers that are made and that their clients have not taken yet."""
+        """Return the number of bytes of all answers that are buffered for their clients."""
         return sum(channel.total_outbufs_len for channel in list(self._server.active_channels.values()))
 
     def _stop_listening(self) -> None:
-        # Not the server's own close(): that ends the trigger too, through which answers under way are sent.
+        # Not the server's own close(), which also closes the trigger that wakes the loop to send the answers in flight.
         wasyncore.dispatcher.close(self._server)

@@ -1,4 +1,4 @@
-"""Who is let in: whether the settings have settled it, and what the operator should know of it."""
+"""Access: settings that would let in strangers are refused, and open access is reported to the operator."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ccm.settings.token_file import read_tokens
 
 
 def check_access(settings: Settings) -> None:
-    """Whether it is settled who may use a service with these settings; before it listens.
+    """Check, before the service listens, that strangers on the network cannot use it.
 
     Raises:
-        BadSetting: it is not.
+        BadSetting: the file of tokens cannot be used, or HOST is not loopback and no token is set.
     """
     if settings.api_token_file is not None:
         try:
@@ -24,23 +24,23 @@ def check_access(settings: Settings) -> None:
             ) from None
     if settings.unix_socket is None and not settings.has_tokens and not _is_loopback(settings.host):
         raise BadSetting(
-            f"HOST {settings.host} needs a token, for whoever reaches the service has a shell as its user: set "
-            "CCM_API_TOKEN or CCM_API_TOKEN_FILE (`flask token NAME` makes one), or leave HOST on loopback."
+            f"HOST {settings.host} needs a token, because everyone who can reach the service has a shell as its user: "
+            "set CCM_API_TOKEN or CCM_API_TOKEN_FILE (`flask token NAME` makes one), or leave HOST on loopback."
         )
 
 
 def access_warnings(settings: Settings) -> list[str]:
-    """What the operator should know of who is let in, a sentence each."""
+    """Return warnings about who can use the service without a token, one sentence each."""
     if settings.has_tokens:
         return []
     who = "every user of this host"
     if settings.unix_socket is not None:
-        who = f"whoever may open {settings.unix_socket} (mode {settings.unix_socket_mode:04o})"
+        who = f"anyone with access to {settings.unix_socket} (mode {settings.unix_socket_mode:04o})"
         if not settings.unix_socket_mode & 0o066:
-            who = f"root, and this user alone by {settings.unix_socket} (mode {settings.unix_socket_mode:04o}),"
+            who = f"only root and this user, through {settings.unix_socket} (mode {settings.unix_socket_mode:04o}),"
     if settings.trusted_proxy:
-        who = f"everybody whom the proxy lets in, and {who}"
-    return [f"no token is set: {who} may use the service, and so has a shell as its user; CCM_API_TOKEN sets one"]
+        who = f"everyone whom the proxy lets in, and {who}"
+    return [f"no token is set: {who} can use the service and so has a shell as its user; CCM_API_TOKEN sets a token"]
 
 
 def _is_loopback(address: str) -> bool:

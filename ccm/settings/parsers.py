@@ -1,7 +1,8 @@
-"""How the value of an environment's variable is read: one function for each kind of value.
+"""Parsers of environment variables: one function for each kind of value.
 
-Each takes the text and gives what it means. It raises a ValueError that goes on after the variable's name and says what
-the value must be; what it has is left to the caller, who knows whether it is a secret.
+Each takes the variable's text and returns its value. For an invalid text it raises a ValueError. The message continues
+a sentence that begins with the variable's name, and says what the value must be. The caller adds the text itself,
+except for secrets; their parsers never quote it.
 """
 
 from __future__ import annotations
@@ -21,23 +22,23 @@ from ccm.settings.webhook_urls import host_pattern
 
 LOG_LEVELS = ("debug", "info", "warn", "error")
 HOST_NAME = re.compile(r"[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_-])?|\[[0-9a-f:.]+\]", re.ASCII)
-# Of durations, in seconds.
+# The units of a duration, in seconds.
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
-# The longest CCM_RUN_TIMEOUT (seconds): thirty days.
+# The longest duration of a setting, in seconds: thirty days.
 LONGEST_RUN = 30 * 24 * 3600
-# Whoever comes through the Unix socket, among the addresses of CCM_TRUSTED_PROXY.
+# Stands for every client of the Unix socket, among the addresses of CCM_TRUSTED_PROXY.
 UNIX_PEER = "unix"
-# Nothing that would need quoting in an address or a header, and no dots that a client resolves.
+# No characters that need quoting in a URL or a header, and no `.` or `..` segments, which clients resolve.
 URL_PREFIX = re.compile(r"(?=.{1,200}\Z)(?:/(?!\.{1,2}(?:/|\Z))[\w.~-]+)+", re.ASCII)
-# A secret as https://www.standardwebhooks.com writes it, and how many bytes it may have.
-SECRET_PREFIX = "whsec_"  # noqa: S105  # what a secret begins with
+# The format of https://www.standardwebhooks.com for secrets, and the lengths of a key that it allows.
+SECRET_PREFIX = "whsec_"  # noqa: S105  # a prefix, no secret
 SECRET_BYTES = (24, 64)
-# What Linux takes as the path of a socket.
+# The longest path that Linux accepts for a socket.
 UNIX_PATH_BYTES = 107
 
 
 def integer(lowest: int, highest: int) -> Callable[[str], int]:
-    """A whole number within these bounds, both included."""
+    """Return a parser of whole numbers from `lowest` to `highest`, inclusive."""
 
     def parse(value: str) -> int:
         try:
@@ -52,7 +53,7 @@ def integer(lowest: int, highest: int) -> Callable[[str], int]:
 
 
 def money(value: str) -> float:
-    """An amount above 0, in US dollars."""
+    """Parse a positive amount of US dollars."""
     try:
         amount = float(value)
     except ValueError:
@@ -69,7 +70,7 @@ def seconds_in(value: str, units: Sequence[str]) -> int | None:
 
 
 def duration(value: str) -> int:
-    """Seconds, written with a unit (`90s`, `30m`, `2h`, `3d`) or without; LONGEST_RUN at the most."""
+    """Parse seconds, or a number with a unit (`90s`, `30m`, `2h`, `3d`), to seconds; at most LONGEST_RUN."""
     seconds = seconds_in(value.strip(), ("", "s", "m", "h", "d"))
     if seconds is None:
         raise ValueError("must be a duration: whole seconds, or a whole number with a unit, such as 90s, 30m, 2h or 3d")
@@ -79,7 +80,7 @@ def duration(value: str) -> int:
 
 
 def one_of(*allowed: str) -> Callable[[str], str]:
-    """One of these words."""
+    """Return a parser that accepts one of these words."""
 
     def parse(value: str) -> str:
         if value not in allowed:
@@ -90,12 +91,12 @@ def one_of(*allowed: str) -> Callable[[str], str]:
 
 
 def log_level(value: str) -> str:
-    """One of LOG_LEVELS, in lower case however it is written."""
+    """Parse one of LOG_LEVELS in any case to lower case."""
     return one_of(*LOG_LEVELS)(value.lower())
 
 
 def some_of(*allowed: str, wildcard: bool = False) -> Callable[[str], tuple[str, ...]]:
-    """Some of these words, separated by commas; none, if it is empty. `wildcard` lets `*` stand for all."""
+    """Return a parser of lists of these words, separated by commas. With `wildcard`, `*` stands for all of them."""
 
     def parse(value: str) -> tuple[str, ...]:
         if wildcard and value.strip() == "*":
@@ -110,7 +111,7 @@ def some_of(*allowed: str, wildcard: bool = False) -> Callable[[str], tuple[str,
 
 
 def address(value: str) -> str:
-    """An IP address in its one form, or `localhost`."""
+    """Parse `localhost`, or an IP address to its canonical form."""
     try:
         return value if value == "localhost" else str(ipaddress.ip_address(value))
     except ValueError:
@@ -118,23 +119,23 @@ def address(value: str) -> str:
 
 
 def token(value: str) -> str:
-    """A token as a header can carry it."""
+    """Check a token that fits into a header unquoted."""
     if not TOKEN.fullmatch(value):
-        raise ValueError("must have 16 to 512 visible characters and no blanks; `flask token NAME` makes one")
+        raise ValueError("must have 16 to 512 visible ASCII characters and no spaces; `flask token NAME` makes one")
     return value
 
 
 def hosts(value: str) -> tuple[str, ...]:
-    """Names of hosts, separated by commas, in lower case."""
+    """Parse host names, separated by commas, to lower case."""
     names = tuple(name.strip().lower() for name in value.split(","))
     for name in names:
         if not HOST_NAME.fullmatch(name):
-            raise ValueError(f"has {name!r}, which is no host's name or address (without a port, IPv6 in brackets)")
+            raise ValueError(f"has {name!r}, which is not a host name or address (no port; IPv6 in brackets)")
     return names
 
 
 def peers(value: str) -> tuple[str, ...]:
-    """IP addresses in their one form, and UNIX_PEER, separated by commas."""
+    """Parse IP addresses and UNIX_PEER, separated by commas; addresses to their canonical form."""
     names = []
     for name in (name.strip() for name in value.split(",")):
         try:
@@ -145,37 +146,37 @@ def peers(value: str) -> tuple[str, ...]:
 
 
 def url_prefix(value: str) -> str:
-    """A path without a slash at its end; empty for `/`."""
+    """Parse a path to one without a trailing slash; empty for `/`."""
     prefix = value.rstrip("/")
     if prefix and not URL_PREFIX.fullmatch(prefix):
         raise ValueError("must be a path such as /agents, of letters, digits, '.', '_', '~' and '-'")
     if prefix.split("/")[1:2] in (["api"], ["health"]):
-        raise ValueError("must not begin like the service's own paths, /api and /health")
+        raise ValueError("must not begin with the service's own paths, /api and /health")
     return prefix
 
 
 def unix_socket(value: str) -> Path:
-    """The absolute path of a Unix socket, short enough for the system."""
+    """Parse the absolute path of a Unix socket."""
     path = file(value)
     if len(os.fsencode(value)) > UNIX_PATH_BYTES:
-        raise ValueError(f"must have {UNIX_PATH_BYTES} bytes at most: the system takes no longer path of a socket")
+        raise ValueError(f"must have {UNIX_PATH_BYTES} bytes at most, the limit of the system for paths of sockets")
     return path
 
 
 def file_mode(value: str) -> int:
-    """Permission bits, written in octal."""
+    """Parse permission bits, written in octal."""
     if not re.fullmatch(r"0?[67][0-7]{2}", value, re.ASCII):
-        raise ValueError("must be an octal mode that lets its owner in, such as 0600 or 0660")
+        raise ValueError("must be an octal mode with read and write permission for the owner, such as 0600 or 0660")
     return int(value, 8)
 
 
 def host_patterns(value: str) -> tuple[str, ...]:
-    """Hosts as ccm/webhook_urls.py matches them, separated by commas."""
+    """Parse patterns of hosts (webhook_urls.py), separated by commas."""
     return tuple(host_pattern(part) for part in value.split(","))
 
 
 def signing_secrets(value: str) -> tuple[bytes, ...]:
-    """The keys of secrets for webhooks, separated by blanks."""
+    """Parse secrets for webhooks, separated by spaces, to their keys."""
     lowest, highest = SECRET_BYTES
     keys = []
     for secret in value.split():
@@ -186,29 +187,30 @@ def signing_secrets(value: str) -> tuple[bytes, ...]:
         if not secret.startswith(SECRET_PREFIX) or not lowest <= len(key) <= highest:
             raise ValueError(
                 f"must be {SECRET_PREFIX} and {lowest} to {highest} random bytes in base64, such as "
-                f'"{SECRET_PREFIX}$(openssl rand -base64 32)"; several for a rotation, separated by blanks'
+                f'"{SECRET_PREFIX}$(openssl rand -base64 32)"; several during a rotation, separated by spaces'
             )
         keys.append(key)
     return tuple(keys)
 
 
 def database_url(value: str) -> str:
-    """The URL of a PostgreSQL database, its scheme in the form that SQLAlchemy takes."""
+    """Parse the URL of a PostgreSQL database to the scheme that SQLAlchemy accepts."""
     scheme, _, rest = value.partition("://")
     if scheme not in ("postgresql", "postgres"):
         raise ValueError("must begin with postgresql://; DATABASE_PATH names a SQLite file")
     try:
-        urlsplit(value).port  # noqa: B018  # it looks whether it is one
+        urlsplit(value).port  # noqa: B018  # raises ValueError if it is no number
     except ValueError:
-        # Without their words, which show a part of it: that may be the password.
+        # Without the original message, which quotes a part of the URL, maybe of the password.
         raise ValueError(
-            "must be postgresql://user:password@host:port/name, with what is special in the password written as in %40"
+            "must be postgresql://user:password@host:port/name, with special characters in the password "
+            "percent-encoded, such as %40"
         ) from None
     return f"postgresql://{rest}"
 
 
 def directories(value: str) -> tuple[Path, ...]:
-    """Directories that exist, with links resolved, separated as in PATH."""
+    """Parse existing directories, separated as in PATH; links are resolved."""
     roots = []
     for part in value.split(os.pathsep):
         path = Path(part)
@@ -219,14 +221,14 @@ def directories(value: str) -> tuple[Path, ...]:
 
 
 def sqlite_path(value: str) -> Path:
-    """The path of a SQLite file."""
+    """Parse the path of a SQLite file."""
     if "?" in value:
-        raise ValueError("must not contain a question mark, which would begin the options of a database's URL")
+        raise ValueError("must not contain a question mark, which would start the options of the database's URL")
     return Path(value)
 
 
 def file(value: str) -> Path:
-    """An absolute path."""
+    """Parse an absolute path."""
     path = Path(value)
     if not path.is_absolute():
         raise ValueError("must be an absolute path")

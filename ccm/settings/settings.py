@@ -1,4 +1,4 @@
-"""The one reader of the environment. Every setting stands here once, with its default and its reason."""
+"""The settings, read from the environment. Each is defined once, with its variable, default and description."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ PRIVILEGED_OPTIONS = (
     "settingSources",
     "settings",
 )
-# Variables whose value is never shown.
+# Variables whose values are never shown.
 SECRETS = ("DATABASE_URL", "CCM_API_TOKEN", "CCM_WEBHOOK_URL", "CCM_WEBHOOK_SECRET")
-# What the service itself puts into a run's environment (core/claude/processes.py): inherited when an agent starts a
-# service.
-OWN_MARKS = ("CCM_RUN_ID",)
+# Variables that the service itself sets for its runs (core/claude/processes.py). A service inherits them if an agent
+# starts it.
+RUN_VARIABLES = ("CCM_RUN_ID",)
 
 
 def _setting(variable: str, default: Any, parser: Callable[[str], Any], about: str, shown: str | None = None) -> Any:
-    """A field read from `variable`; `shown` is how the README writes the default."""
+    """Return a field that is read from `variable`. `shown` is the default as the README shows it."""
     metadata = {
         "variable": variable,
         "parse": parser,
@@ -52,7 +52,7 @@ class Settings:
 
     port: int = _setting("PORT", 3000, parse.integer(0, 65535), "TCP port; 0 takes a free one and logs it")
     host: str = _setting(
-        "HOST", "127.0.0.1", parse.address, "Address to listen on. One that is not loopback needs a token as well"
+        "HOST", "127.0.0.1", parse.address, "Address to listen on. Any but a loopback address requires a token"
     )
     database_path: Path = _setting("DATABASE_PATH", Path("db.sqlite"), parse.sqlite_path, "SQLite file", "./db.sqlite")
     database_url: str | None = _setting(
@@ -67,23 +67,23 @@ class Settings:
         "CCM_API_TOKEN",
         None,
         parse.token,
-        "The token that clients send as `Authorization: Bearer TOKEN`. Without one, whoever reaches the service may "
-        "use it",
+        "The token that clients send as `Authorization: Bearer TOKEN`. Without one, everyone who can reach the "
+        "service may use it",
         "(empty)",
     )
     api_token_file: Path | None = _setting(
         "CCM_API_TOKEN_FILE",
         None,
         parse.file,
-        "A file with a token for each client, `NAME:TOKEN` a line (`flask token NAME`). Read again when it changes. "
-        "Only its owner may write it, and others may not read it: mode `0600`, or `0640`",
+        "A file with a token for each client, one `NAME:TOKEN` per line (`flask token NAME` adds one). It is reread "
+        "when it changes. Only its owner may write it, and others may not read it: mode `0600` or `0640`",
         "(empty)",
     )
     allowed_hosts: tuple[str, ...] = _setting(
         "CCM_ALLOWED_HOSTS",
         ("localhost", "127.0.0.1", "[::1]"),
         parse.hosts,
-        "Names that the service may be called by (the `Host` header, whatever the port), separated by commas",
+        "Accepted names in the `Host` header, with any port, separated by commas",
         "localhost,127.0.0.1,[::1]",
     )
     trusted_proxy: tuple[str, ...] = _setting(
@@ -91,15 +91,15 @@ class Settings:
         (),
         parse.peers,
         "Addresses of the reverse proxies, separated by commas, whose `X-Forwarded-For`, `-Proto`, `-Host` and "
-        f"`-Prefix` are believed; `{parse.UNIX_PEER}` for whoever comes through the Unix socket",
+        f"`-Prefix` are trusted; `{parse.UNIX_PEER}` for all clients of the Unix socket",
         "(empty: none)",
     )
     url_prefix: str = _setting(
         "CCM_URL_PREFIX",
         "",
         parse.url_prefix,
-        "The path under which clients find the service, such as `/agents`, where the proxy sends no "
-        "`X-Forwarded-Prefix`. The proxy may take it off the request's path, or not",
+        "The path under which clients reach the service, such as `/agents`, for a proxy that sends no "
+        "`X-Forwarded-Prefix`. The proxy may strip it from the request's path or not",
         "(empty)",
     )
     unix_socket: Path | None = _setting(
@@ -113,14 +113,14 @@ class Settings:
         "CCM_UNIX_SOCKET_MODE",
         0o600,
         parse.file_mode,
-        "Who may open the socket: `0600` this user, `0660` its group as well. It is the guard, so no token is demanded",
+        "Who may open the socket: `0600` this user, `0660` its group as well. A socket requires no token",
         "0600",
     )
     max_concurrent_runs: int = _setting(
         "CCM_MAX_CONCURRENT_RUNS",
         8,
         parse.integer(1, 1000),
-        "Runs at once. Each is a Claude Code process of 100-200 MB that takes a core while it starts",
+        "Concurrent runs. Each is a Claude Code process of 100-200 MB that takes a core while it starts",
     )
     max_queued_runs: int = _setting(
         "CCM_MAX_QUEUED_RUNS", 1000, parse.integer(0, 1_000_000), "Runs that may wait for a worker; beyond that 429"
@@ -145,22 +145,22 @@ class Settings:
         "CCM_MESSAGE_BUDGET_BYTES",
         64 * 2**20,
         parse.integer(2**16, 2**34),
-        "Messages that may wait for the database, in memory; beyond that the agents are made to wait",
+        "Messages that may wait in memory for the database; beyond that the agents have to wait",
     )
     allowed_roots: tuple[Path, ...] = _setting(
         "CCM_ALLOWED_ROOTS",
         (),
         parse.directories,
-        f"Directories, separated by `{os.pathsep}`, in one of which every `cwd` must lie, that of a session which goes "
-        "on too. It prevents mistakes; it is no sandbox",
+        f"Directories, separated by `{os.pathsep}`, one of which must contain the `cwd` of every run, resumed and "
+        "forked ones included. It prevents mistakes; it is no sandbox",
         "(empty: any directory)",
     )
     privileged_options: tuple[str, ...] = _setting(
         "CCM_PRIVILEGED_OPTIONS",
         (),
         parse.some_of(*PRIVILEGED_OPTIONS, wildcard=True),
-        "Options that run programs or widen access and that clients may use all the same: names separated by commas, "
-        "or `*`. They are " + ", ".join(f"`{name}`" for name in PRIVILEGED_OPTIONS),
+        "Options that clients may use although they run programs or widen access, separated by commas, or `*` for all. "
+        "They are " + ", ".join(f"`{name}`" for name in PRIVILEGED_OPTIONS),
         "(empty: none)",
     )
     permission_mode: str = _setting(
@@ -174,52 +174,51 @@ class Settings:
         "CCM_SETTING_SOURCES",
         SETTING_SOURCES,
         parse.some_of(*SETTING_SOURCES),
-        "Which of the host's Claude Code settings runs load; `project` brings CLAUDE.md. Empty for none",
+        "Which of the host's Claude Code settings runs load; `project` includes CLAUDE.md. Empty for none",
         ",".join(SETTING_SOURCES),
     )
     max_turns: int | None = _setting(
         "CCM_MAX_TURNS",
         None,
         parse.integer(1, 1_000_000),
-        "Most turns of a run, and of each agent that its request defines; a request may name fewer in `maxTurns`",
+        "Maximum turns of a run, and of each agent that its request defines; a request may set fewer with `maxTurns`",
         "(empty: no ceiling)",
     )
     max_budget_usd: float | None = _setting(
         "CCM_MAX_BUDGET_USD",
         None,
         parse.money,
-        "What a run alone may cost at the most; a request may name less in `maxBudgetUsd`",
+        "Maximum cost of a single run, in US dollars; a request may set less with `maxBudgetUsd`",
         "(empty: no ceiling)",
     )
     run_timeout: int | None = _setting(
         "CCM_RUN_TIMEOUT",
         None,
         parse.duration,
-        "Longest time from a run's start to its end, in seconds or as `90s`, `30m`, `2h`, `3d`; a request may name "
-        "less in `timeoutMs`",
+        "Maximum time from a run's start to its end, in seconds or as `90s`, `30m`, `2h`, `3d`; a request may set less "
+        "with `timeoutMs`",
         "(empty: no ceiling)",
     )
     approval_timeout: int = _setting(
         "CCM_APPROVAL_TIMEOUT",
         3600,
         parse.duration,
-        "How long an approval waits for its answer where the request names no `approvalTimeoutMs`, in seconds or as "
-        "`90s`, `30m`, `2h`, `3d`; then it is denied",
+        "How long an approval waits for its answer if the request sets no `approvalTimeoutMs`, in seconds or as `90s`, "
+        "`30m`, `2h`, `3d`; then it is denied",
         "1h",
     )
     webhook_url: str | None = _setting(
         "CCM_WEBHOOK_URL",
         None,
         web_address,
-        "An http(s) address that is told of every run, beside the `webhookUrl` that a request may name",
+        "An http(s) address that gets the events of every run, in addition to the `webhookUrl` of a request",
         "(empty)",
     )
     webhook_secret: tuple[bytes, ...] = _setting(
         "CCM_WEBHOOK_SECRET",
         (),
         parse.signing_secrets,
-        "Signs webhooks: `whsec_` and 24 to 64 random bytes in base64. Several, separated by blanks, while receivers "
-        "change to a new one",
+        "Signs webhooks: `whsec_` and 24 to 64 random bytes in base64. Several, separated by spaces, during a rotation",
         "(empty: unsigned)",
     )
     webhook_allow: tuple[str, ...] = _setting(
@@ -227,26 +226,26 @@ class Settings:
         (),
         parse.host_patterns,
         "Hosts, separated by commas, that a `webhookUrl` may have: `hooks.example.com` (any port), "
-        "`hooks.example.com:8443`, `*.example.com`. `CCM_WEBHOOK_URL` is free of it",
+        "`hooks.example.com:8443`, `*.example.com`. `CCM_WEBHOOK_URL` is exempt",
         "(empty: any host)",
     )
     cli_path: Path | None = _setting(
         "CCM_CLI_PATH",
         None,
         parse.file,
-        "A Claude Code other than the one that comes with the SDK",
+        "The Claude Code to run instead of the one that comes with the SDK",
         "(empty: the bundled one)",
     )
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
-        """The settings of an environment.
+        """Read the settings from an environment.
 
         An empty variable counts as unset, as in systemd's `Environment=NAME=`, except for `CCM_SETTING_SOURCES`,
         where empty means none.
 
         Raises:
-            BadSetting: a value cannot be used; the sentence names the variable.
+            BadSetting: a value is invalid. The message names the variable, and shows the value unless it is a secret.
         """
         values: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
@@ -257,9 +256,8 @@ class Settings:
             try:
                 values[field.name] = field.metadata["parse"](raw)
             except ValueError as error:
-                # Not what holds a secret; not twice.
-                known = variable in SECRETS or repr(raw) in str(error)
-                shown = "" if known else f" (it is {raw!r})"
+                omit_value = variable in SECRETS or repr(raw) in str(error)  # no secrets, and nothing twice
+                shown = "" if omit_value else f" (it is {raw!r})"
                 raise BadSetting(f"{variable} {error}{shown}.") from None
         return cls(**values)
 
@@ -269,13 +267,13 @@ class Settings:
 
     @property
     def url(self) -> str:
-        """The database as SQLAlchemy names it."""
-        # Links resolved: two names of one file must not pass for two databases.
+        """The URL of the database, as SQLAlchemy takes it."""
+        # Links are resolved, because two names of one file must not count as two databases with a lock file each.
         return self.database_url or f"sqlite:///{self.database_path.resolve()}"
 
 
 def variables() -> list[dict[str, str]]:
-    """Each setting as the README's table shows it: `variable`, `default`, `about`."""
+    """Return each setting as the README's table shows it: `variable`, `default`, `about`."""
     return [
         {"variable": f.metadata["variable"], "default": f.metadata["shown"], "about": f.metadata["about"]}
         for f in dataclasses.fields(Settings)
@@ -283,11 +281,11 @@ def variables() -> list[dict[str, str]]:
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
-    """A sentence for each `CCM_` variable that is no setting: most likely a typing mistake."""
+    """Return a sentence for each `CCM_` variable that is no setting, because it is probably misspelled."""
     known = [entry["variable"] for entry in variables()]
     sentences = []
     for name in sorted(environ):
-        if name.startswith("CCM_") and name not in known and name not in OWN_MARKS:
+        if name.startswith("CCM_") and name not in known and name not in RUN_VARIABLES:
             near = difflib.get_close_matches(name, known, n=1)
             sentences.append(f"{name} is not a setting" + (f"; did you mean {near[0]}?" if near else "."))
     return sentences

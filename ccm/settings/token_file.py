@@ -1,4 +1,4 @@
-"""The file that CCM_API_TOKEN_FILE names: a line `NAME:TOKEN` for each client. Empty lines and `#` comments may be."""
+"""The file of CCM_API_TOKEN_FILE: a line `NAME:TOKEN` for each client; empty lines and `#` comments are skipped."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pathlib import Path
 from ccm.errors import BadSetting
 
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
-# What an HTTP header carries without quoting; long enough not to be guessed.
+# The characters that an HTTP header carries unquoted; long enough not to be guessed.
 TOKEN = re.compile(r"[\x21-\x7e]{16,512}", re.ASCII)
 TOKEN_BYTES = 32
-# Permissions that make it unsafe: any for others, and writing for its group. Its group may read it, because an operator
-# may have a file of root's that the service's group reads (0640).
+# Permissions that make the file unsafe: any for others, and write for its group. The group may read it (0640), because
+# the file may belong to root while the service reads it through its group.
 UNSAFE_MODE = 0o027
 
 
 def read_tokens(file: Path) -> dict[str, str]:
-    """The tokens by their names.
+    """Return the tokens by client name.
 
     Raises:
-        OSError: it cannot be read.
-        BadSetting: other users may read or change it, or a line is none; the sentence names the line by its number,
-            for it may hold a token.
+        OSError: the file cannot be read.
+        BadSetting: other users may read or change the file, or a line is invalid. The message names that line by its
+            number only, because it may contain a token.
     """
     with file.open("rb") as stream:
         _check_mode(file, stream.fileno())
@@ -37,13 +37,13 @@ def _check_mode(file: Path, descriptor: int) -> None:
     """Refuse a file that other users may read or change.
 
     Args:
-        descriptor: the opened file: under its path there may be another one by now.
+        descriptor: the open file. Its path may name another file by now.
     """
     mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
     if mode & UNSAFE_MODE:
         raise BadSetting(
-            f"CCM_API_TOKEN_FILE {file} has mode {mode:04o}, so other users of this host can take or add tokens, and "
-            f"each token is a shell as the service's user: `chmod 600 {shlex.quote(str(file))}`."
+            f"CCM_API_TOKEN_FILE {file} has mode {mode:04o}, so other users of this host can read or add tokens, and "
+            f"each token gives a shell as the service's user: run `chmod 600 {shlex.quote(str(file))}`."
         )
 
 
@@ -59,28 +59,29 @@ def _parse(file: Path, content: bytes) -> dict[str, str]:
                 "and '-', and a token of 16 to 512 visible characters. `flask token NAME` makes one."
             )
         if name in tokens or token in tokens.values():
-            raise BadSetting(f"CCM_API_TOKEN_FILE {file}, line {number}: this name or token is there already.")
+            raise BadSetting(f"CCM_API_TOKEN_FILE {file}, line {number}: an earlier line has this name or token.")
         tokens[name] = token
     return tokens
 
 
 def new_token() -> str:
+    """Return a random token."""
     return secrets.token_urlsafe(TOKEN_BYTES)
 
 
 def add_token(file: Path, name: str, token: str) -> None:
-    """Add a line. The file is made if it is not there, its owner's alone.
+    """Append a line to the file, which is created with mode 0600 if it does not exist.
 
     Raises:
-        BadSetting: the file is none, has the name already, or other users may read or change it.
-        OSError: it cannot be read or written.
+        BadSetting: the file is invalid or has the name already, or other users may read or change it.
+        OSError: the file cannot be read or written.
     """
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     with open(descriptor, "a+b") as stream:
         _check_mode(file, descriptor)
         stream.seek(0)
-        before = stream.read()
-        if name in _parse(file, before):
-            raise BadSetting(f"There is a token of the name {name} already; delete its line in {file} first.")
-        separator = b"" if not before or before.endswith(b"\n") else b"\n"
+        content = stream.read()
+        if name in _parse(file, content):
+            raise BadSetting(f"A token named {name} already exists; delete its line in {file} first.")
+        separator = b"" if not content or content.endswith(b"\n") else b"\n"
         stream.write(separator + f"{name}:{token}\n".encode("ascii"))

@@ -1,4 +1,4 @@
-"""The addresses of webhooks: which can be used at all, and which the operator allows."""
+"""Addresses of webhooks: their validation, and the operator's list of allowed hosts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ PATTERN = re.compile(rf"((?:\*\.)?{NAME}|{IPV6})(?::([1-9]\d{{0,4}}))?", re.ASCI
 
 
 def web_address(url: str) -> str:
-    """An absolute http or https URL, as it is given.
+    """Return an absolute http or https URL unchanged if webhooks can be sent to it.
 
     Raises:
-        ValueError: it is none that a webhook can be sent to. It says what it must be, and nothing of what it is, which
-            may be a secret.
+        ValueError: they cannot. The message says what the URL must be, without quoting it, because it may be a secret.
     """
     if len(url) > URL_CHARACTERS:
         raise ValueError(f"must have at most {URL_CHARACTERS} characters")
@@ -30,14 +29,14 @@ def web_address(url: str) -> str:
     if "#" in url:
         raise ValueError("must have no fragment (#...), which would not be sent")
     if "@" in re.split("[/?]", rest)[0]:
-        raise ValueError("must have no user or password: it is shown with the run. The signature proves who calls")
+        raise ValueError("must have no user or password, because runs show it; receivers can verify the signature")
     if not URL.fullmatch(url):
         raise ValueError(
-            "must have a host, a port only as a number, and no blanks, control characters or others than ASCII: write "
-            "those in the host as in xn--..., elsewhere as in %20"
+            "must have a host, a port only as a number, and no blanks, control or non-ASCII characters: encode those "
+            "in the host as in xn--..., elsewhere as in %20"
         )
     try:
-        parts = urlsplit(url)  # it knows which IPv6 addresses are some
+        parts = urlsplit(url)  # validates IPv6 addresses
         usable = bool(parts.hostname) and parts.port != 0
     except ValueError:
         usable = False
@@ -47,43 +46,43 @@ def web_address(url: str) -> str:
 
 
 def host_of(url: str) -> str:
-    """Host and port, such as `hooks.example:443`: as much of an address as may be logged."""
-    host, port = _place(url)
+    """Return host and port, such as `hooks.example:443`: the part of an address that may be logged."""
+    host, port = _host_and_port(url)
     return f"{host}:{port}"
 
 
 def host_pattern(text: str) -> str:
-    """A host with or without a port, or `*.` and a domain, in lower case: what `allowed` takes.
+    """Return a pattern for `allowed` in lower case: a host or `*.` and a domain, with or without a port.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is no such pattern.
     """
     pattern = text.strip().lower()
     if not PATTERN.fullmatch(pattern):
         raise ValueError(
-            f"has {text!r}, which is no host: a name or an address (IPv6 in brackets), with :PORT or without, or "
-            "*.example.com"
+            f"has {text!r}, which is no host pattern: a name, an address (IPv6 in brackets) or *.example.com, with "
+            "or without :PORT"
         )
     return pattern
 
 
 def allowed(url: str, patterns: Sequence[str]) -> bool:
-    """Whether an address has one of these hosts; every one does where there are none.
+    """Return whether the host of a URL matches one of these patterns, or there are none.
 
-    `*.example.com` is every host below example.com, not itself. A host without a port goes with every port.
+    `*.example.com` matches every host below example.com, but not itself. A pattern without a port matches any port.
     """
-    return not patterns or any(_fits(*_place(url), pattern) for pattern in patterns)
+    return not patterns or any(_matches(*_host_and_port(url), pattern) for pattern in patterns)
 
 
-def _fits(host: str, port: int, pattern: str) -> bool:
+def _matches(host: str, port: int, pattern: str) -> bool:
     match = PATTERN.fullmatch(pattern)
     if match is None or match[2] not in (None, str(port)):
         return False
     return host.endswith(match[1][1:]) if match[1].startswith("*.") else host == match[1]
 
 
-def _place(url: str) -> tuple[str, int]:
-    """Its host in lower case, in brackets if it is IPv6, and its port."""
+def _host_and_port(url: str) -> tuple[str, int]:
+    """Return a URL's host, in lower case and with IPv6 in brackets, and its port."""
     parts = urlsplit(url)
     name = parts.hostname or ""
     return f"[{name}]" if ":" in name else name, parts.port or PORTS[parts.scheme]

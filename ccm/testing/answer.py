@@ -1,4 +1,4 @@
-"""What the model answers, as the Messages API puts it: whole, or as the events that stream it.
+"""The model's answers in the format of the Messages API: as one object, or as a stream of events.
 
 Events follow https://docs.anthropic.com/en/docs/build-with-claude/streaming.
 """
@@ -16,7 +16,12 @@ STRUCTURED_OUTPUT_TOOL = "StructuredOutput"
 
 
 class Answer:
-    """One answer of the model, as a whole and as the events that stream it."""
+    """One answer of the model.
+
+    Args:
+        request: the body of `POST /v1/messages`.
+        step: the directives that make up the answer.
+    """
 
     def __init__(self, request: dict[str, Any], step: list[Directive]) -> None:
         self._model = request.get("model", "stand-in")
@@ -24,7 +29,7 @@ class Answer:
         self._input_tokens = len(json.dumps(request["messages"])) // 4
         self.pause = 0.0
         self.stalls = step[0].name == "stall"
-        # A block is its kind, its start, and the pieces that make it up.
+        # Each content block as its start and the pieces that are streamed.
         self._blocks: list[tuple[dict[str, Any], list[str]]] = [self._block(directive) for directive in step]
 
     def _block(self, directive: Directive) -> tuple[dict[str, Any], list[str]]:
@@ -61,6 +66,7 @@ class Answer:
         return sum(max(1, len(piece) // 4) for _, pieces in self._blocks for piece in pieces)
 
     def whole(self) -> dict[str, Any]:
+        """Return the answer as one object."""
         content = [
             {**start, "text": "".join(pieces)}
             if start["type"] == "text"
@@ -82,6 +88,7 @@ class Answer:
         }
 
     def events(self) -> Iterator[dict[str, Any]]:
+        """Yield the events that stream the answer."""
         yield {"type": "message_start", "message": self._envelope()}
         for index, (start, pieces) in enumerate(self._blocks):
             yield {"type": "content_block_start", "index": index, "content_block": start}

@@ -1,7 +1,7 @@
-"""A stand-in for the Messages API, so that the real Claude Code CLI runs whole without a credential.
+"""A stand-in for the Messages API, with which the real Claude Code CLI runs without a credential.
 
-It listens on loopback, streams the events that the real API streams, and is scripted by the prompt: script.py has the
-directives, answer.py what the model answers.
+It listens on loopback and streams the same events as the real API. Directives in the prompt script the model's answers:
+script.py parses them, answer.py builds the answers.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ ERROR_TYPES = {
 
 
 class MessagesAPI:
-    """The stand-in as a server of its own thread; a context manager.
+    """The stand-in: an HTTP server with its own thread; a context manager.
 
-    `requests` holds the body of every `POST /v1/messages`, so that a test can see what the model was sent.
+    Attributes:
+        requests: the body of every `POST /v1/messages`, for tests that check the model's input.
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
@@ -41,7 +42,7 @@ class MessagesAPI:
 
     @property
     def url(self) -> str:
-        """What `ANTHROPIC_BASE_URL` is to be."""
+        """The value for `ANTHROPIC_BASE_URL`."""
         host, port = self._server.server_address[:2]
         return f"http://{host!s}:{port}"
 
@@ -62,7 +63,7 @@ class MessagesAPI:
         self.stop()
 
     def prompts(self, request: dict[str, Any]) -> list[str]:
-        """The user's prompts in a recorded request, the oldest first."""
+        """Return the user's prompts in a recorded request, oldest first."""
         prompts = [prompt_of(message["content"]) for message in request["messages"] if message["role"] == "user"]
         return [prompt for prompt in prompts if prompt]
 
@@ -71,7 +72,7 @@ class MessagesAPI:
             self.requests.append(request)
 
     def count_failure(self, prompt: str) -> int:
-        """How often this prompt has been failed, this time included."""
+        """Count a failure of this prompt, and return how many there were, including this one."""
         with self._lock:
             self._failures[prompt] = self._failures.get(prompt, 0) + 1
             return self._failures[prompt]
@@ -86,7 +87,7 @@ class _Server(ThreadingHTTPServer):
         self.api = api
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away in mid-answer is what `cancel` looks like from here: no trace for that."""
+        """Print no traceback: every cancelled run closes its connection in the middle of an answer."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -94,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Silent: the demo prints its own story."""
+        """Log nothing, because the demo prints its own lines."""
 
     def do_HEAD(self) -> None:
         self._send_json(200, {})
@@ -121,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
         if first.name == "status":
             code, _, times = first.argument.partition(" ")
             if not times or self.server.api.count_failure(prompt) <= int(times):
-                self._send_json(int(code), _error(int(code), f"the stand-in was told to answer {code}"))
+                self._send_json(int(code), _error(int(code), f"the stand-in was scripted to answer {code}"))
                 return
             remaining = script[answers + 1 :]
             step = remaining[0] if remaining else [Directive("text", "It worked after all.")]

@@ -1,8 +1,8 @@
-"""What the stand-in for the Messages API does: a prompt is its script.
+"""Scripts for the stand-in for the Messages API, which are written into the prompt.
 
-A prompt without a directive is answered with a sentence that quotes it. A prompt with directives is a script: each call
-of the model takes the next one, in order; once the script is used up it answers "Done.". A directive is
-`[[name argument]]`, its argument plain text or JSON:
+A prompt without directives is answered with a sentence that quotes it. A prompt with directives is a script: each call
+of the model executes the next directive; after the last one the model answers "Done.". A directive is
+`[[name argument]]`, with plain text or JSON as argument:
 
 | directive | the model |
 |---|---|
@@ -11,9 +11,9 @@ of the model takes the next one, in order; once the script is used up it answers
 | `[[chunks N]]` | streams a text of N small pieces |
 | `[[slow N SECONDS]]` | streams N pieces, SECONDS apart |
 | `[[huge N]]` | answers one piece of text of N characters |
-| `[[json {OBJECT}]]` | gives OBJECT as the structured output that was asked for |
+| `[[json {OBJECT}]]` | returns OBJECT as the structured output of the request |
 | `[[status CODE]]` | answers with an HTTP error; `[[status CODE N]]` only the first N times |
-| `[[hang]]` | sends no byte until the client goes away |
+| `[[hang]]` | sends nothing until the client disconnects |
 | `[[stall]]` | streams one piece, then nothing more |
 """
 
@@ -30,14 +30,14 @@ NOTES = ("<system-reminder>", "[Image: ", "The user sent a new message while you
 
 @dataclass(frozen=True)
 class Directive:
-    """One step of a script: what the model does at one call."""
+    """One action of the model."""
 
     name: str
     argument: str = ""
 
 
 def parse_script(prompt: str) -> list[list[Directive]]:
-    """The steps of a prompt, one for each call of the model; a step of several directives is one message."""
+    """Return the steps of a prompt, one for each call of the model. The directives of one step form one message."""
     steps: list[list[Directive]] = []
     joined = False
     at = prompt.find("[[")
@@ -55,7 +55,10 @@ def parse_script(prompt: str) -> list[list[Directive]]:
 
 
 def _parse_directive(prompt: str, start: int) -> tuple[Directive, int]:
-    """The directive that begins at `start`; a JSON argument may hold `]]` itself, so it is decoded, not searched."""
+    """Return the directive after `[[` at `start`, and the offset behind it.
+
+    A JSON argument is decoded to find its end, because it may contain `]]`.
+    """
     close = prompt.find("]]", start)
     close = len(prompt) if close == -1 else close
     name, _, rest = prompt[start:close].partition(" ")
@@ -70,9 +73,9 @@ def _parse_directive(prompt: str, start: int) -> tuple[Directive, int]:
 
 
 def prompt_of(content: Any) -> str:
-    """The user's words in a message: the last text that is no note of Claude Code's own. Empty for a tool's result.
+    """Return the prompt in a user message: its last text that Claude Code did not insert. Empty for a tool's result.
 
-    The last, because Claude Code joins a turn that failed and the one after it into one message.
+    The last one counts, because Claude Code joins a failed turn and the next one into one message.
     """
     if isinstance(content, str):
         return content
@@ -81,7 +84,7 @@ def prompt_of(content: Any) -> str:
 
 
 def current_turn(messages: list[dict[str, Any]]) -> tuple[str, int]:
-    """The user's last prompt, and how many answers the model has given to it already."""
+    """Return the user's last prompt, and how many answers the model has given since."""
     answers = 0
     for message in reversed(messages):
         if message.get("role") == "assistant":
@@ -92,7 +95,7 @@ def current_turn(messages: list[dict[str, Any]]) -> tuple[str, int]:
 
 
 def closing_words(prompt: str, script: list[list[Directive]]) -> str:
-    """What the model answers when nothing of the script is left."""
+    """Return the model's answer after the last step of the script."""
     if script:
         return "Done."
     return f"The stand-in for Claude heard: {prompt[:200]}"

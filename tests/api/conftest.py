@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ccm.demo.tour import APP, ServiceProcess
+from ccm.testing.service_process import APP, ServiceProcess
 from tests.client import Answer, Client
 from tests.conftest import ServeFunction, stand_in_cli
 from tests.postgresql import new_database

@@ -19,7 +19,7 @@ from werkzeug.test import run_wsgi_app
 
 from app import create_app
 from ccm.core.service import Service
-from ccm.log import OneLine
+from ccm.log import OneLineFormatter
 from ccm.settings.settings import Settings
 from tests.client import Answer, Client, prepared
 from tests.conftest import stand_in_cli
@@ -169,7 +169,7 @@ def _capture_log(stack: ExitStack, lines: list[str]) -> None:
             lines.append(self.format(record))
 
     handler, root, own = Lines(), logging.getLogger(), logging.getLogger("ccm")
-    handler.setFormatter(OneLine())
+    handler.setFormatter(OneLineFormatter())
     root.addHandler(handler)
     stack.callback(root.removeHandler, handler)
     stack.callback(own.setLevel, own.level)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ccm.demo.tour import ServiceProcess
+from ccm.testing.service_process import ServiceProcess
 from tests.api.conftest import folder_of, read_all, stack_traces
 from tests.client import Client
 from tests.conftest import ServeFunction

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from app import create_app
-from ccm.demo.tour import ServiceProcess
 from ccm.settings.settings import Settings
+from ccm.testing.service_process import ServiceProcess
 from tests.api.conftest import folder_of, refused
 from tests.api.in_process import InProcessService
 from tests.client import Answer, Client

@@ -25,12 +25,12 @@ from waitress.channel import ClientDisconnected
 
 from app import create_app
 from ccm.core.claude.processes import marked
-from ccm.demo.tour import APP, ServiceProcess
 from ccm.errors import BadSetting, StartRefused
 from ccm.server.server import _Channel
 from ccm.settings.access import check_access
 from ccm.settings.settings import Settings
 from ccm.settings.token_file import add_token
+from ccm.testing.service_process import APP, ServiceProcess
 from tests.api.conftest import announced, connect, folder_of, read_all, refused, script, write_tokens
 from tests.api.in_process import InProcessService
 from tests.api.test_fuzzing import LOG_LINE

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from ccm.demo.tour import ServiceProcess
+from ccm.testing.service_process import ServiceProcess
 from tests.api.conftest import folder_of, script
 from tests.api.in_process import InProcessService
 from tests.browser import Browser, chromium

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ccm.demo.tour import ServiceProcess
+from ccm.testing.service_process import ServiceProcess
 from tests.api.conftest import NOWHERE, folder_of, held, refused
 from tests.client import Client
 from tests.conftest import ServeFunction

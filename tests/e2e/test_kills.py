@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from ccm.core.claude.processes import marked
-from ccm.demo.tour import ServiceProcess
+from ccm.testing.service_process import ServiceProcess
 from ccm.timestamps import timestamp
 from tests.client import Client
 from tests.conftest import ServeFunction, stand_in_cli

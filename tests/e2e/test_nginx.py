@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from ccm.demo.tour import ServiceProcess
+from ccm.testing.service_process import ServiceProcess
 from tests.client import Client
 from tests.conftest import ProgramFunction, ServeFunction
 from tests.event_source import Stream

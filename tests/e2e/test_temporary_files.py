@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ccm.demo.tour import ServiceProcess
+from ccm.testing.service_process import ServiceProcess
 from tests.client import Client
 from tests.conftest import ServeFunction, stand_in_cli
 from tests.disks import SmallDisk

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from ccm.core.claude.processes import marked
-from ccm.demo.tour import ServiceProcess
+from ccm.testing.service_process import ServiceProcess
 from tests.client import Client
 from tests.conftest import stand_in_cli
 from tests.faults.exempt import EXEMPTIONS, STORAGE

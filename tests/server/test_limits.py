@@ -1,4 +1,4 @@
-"""What clients may not use up: time, memory for headers, connections, descriptors. Real services under real limits."""
+"""Limits on clients: time, size of headers, connections, descriptors. Real services under real limits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from ccm.demo.tour import APP, ServiceProcess
+from ccm.testing.service_process import APP, ServiceProcess
 from tests.api.conftest import connect, held, read_all, script
 from tests.client import Client
 from tests.conftest import ServeFunction, stand_in_cli
@@ -23,10 +23,10 @@ from tests.event_source import Stream
 from tests.test_app import call
 from tests.waiting import until
 
-# Starts app.py with the bounds on slow clients made short: a test has no minutes.
+# Starts app.py with short timeouts for slow clients.
 IMPATIENT = """
 import runpy, sys
-from ccm import connections
+from ccm.server import connections
 connections.HEADER_TIMEOUT, connections.REQUEST_TIMEOUT = 1.0, 2.0
 connections.IDLE_TIMEOUT, connections.POLL_INTERVAL = 1, 0.2
 sys.argv = sys.argv[2:]
@@ -41,7 +41,7 @@ def impatient(serve: ServeFunction, home: Path) -> Client:
 
 
 def limited(*words: str) -> tuple[str, ...]:
-    """What starts a service under a limit of open files, in the words of `ulimit`."""
+    """Return a command that starts a service under a limit of open files; `words` are arguments of `ulimit`."""
     return ("sh", "-c", f'ulimit {" ".join(words)} && exec "$@"', "sh")
 
 
@@ -53,7 +53,7 @@ def limited(*words: str) -> tuple[str, ...]:
     [b"GET / HTTP/1.1\r\nX-Slow: ", b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000\r\n\r\n"],
     ids=["headers", "body"],
 )
-def test_a_client_that_sends_a_byte_now_and_then_is_let_go(impatient: Client, head: bytes) -> None:
+def test_a_client_that_sends_a_byte_now_and_then_is_disconnected(impatient: Client, head: bytes) -> None:
     with connect(impatient, head) as connection:
         connection.settimeout(0.1)
         deadline = time.monotonic() + 60
@@ -67,10 +67,10 @@ def test_a_client_that_sends_a_byte_now_and_then_is_let_go(impatient: Client, he
             except ConnectionError:
                 break
         else:
-            pytest.fail("it may go on for ever")
+            pytest.fail("it is never disconnected")
 
 
-def test_a_client_that_says_nothing_is_let_go(impatient: Client) -> None:
+def test_a_silent_client_is_disconnected(impatient: Client) -> None:
     with connect(impatient) as silent, connect(impatient, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n") as idle:
         assert silent.recv(1) == b""
         assert read_all(idle)[0].startswith(b"HTTP/1.1 200")
@@ -83,16 +83,16 @@ def test_slow_clients_hold_no_thread(impatient: Client) -> None:
         assert impatient.request("GET", "/health").status == 200
 
 
-def test_a_client_that_takes_no_answer_frees_its_place(impatient: Client, project: Path) -> None:
+def test_a_client_that_reads_no_answer_frees_its_slot(impatient: Client, project: Path) -> None:
     run = impatient.start(project, script(count=20, pad=2**20))
-    asked = f"GET /api/runs/{run['id']}/messages HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
-    with connect(impatient, asked) as one, connect(impatient, asked) as other:
+    request = f"GET /api/runs/{run['id']}/messages HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    with connect(impatient, request) as one, connect(impatient, request) as other:
         assert [one.recv(12), other.recv(12)] == [b"HTTP/1.1 200"] * 2
         assert impatient.get(f"/api/runs/{run['id']}/stream").status == 503
         until(lambda: impatient.get(f"/api/runs/{run['id']}/stream").status == 200)
 
 
-def test_who_waits_for_what_is_to_come_is_not_slow(impatient: Client, project: Path) -> None:
+def test_a_client_that_waits_for_a_run_or_a_stream_is_not_slow(impatient: Client, project: Path) -> None:
     run = held(impatient, project)
     began = time.monotonic()
     assert impatient.run(run["id"], wait=3)["status"] == "running"
@@ -100,7 +100,7 @@ def test_who_waits_for_what_is_to_come_is_not_slow(impatient: Client, project: P
     with Stream(impatient, f"/api/runs/{run['id']}/stream") as stream:
         assert stream.take(1)[0].id == "0"
         impatient.run(run["id"], wait=0)
-        time.sleep(3)  # longer than a client may be slow
+        time.sleep(3)  # longer than a slow client may take
         impatient.delete(f"/api/runs/{run['id']}")
         assert [event.type for event in stream][-1] == "end"
 
@@ -121,7 +121,7 @@ def cpu_seconds(pid: int) -> float:
 
 @contextmanager
 def at_rest(service: ServiceProcess, seconds: float = 3) -> Iterator[None]:
-    """Checks that a service neither turns in a loop nor floods its log, for so long after the block."""
+    """Check that a service neither spins nor floods its log in the seconds after the block."""
     yield
     lines = len(service.log)
     before = cpu_seconds(service.process.pid)
@@ -130,12 +130,12 @@ def at_rest(service: ServiceProcess, seconds: float = 3) -> Iterator[None]:
     assert len(service.log) - lines < 10, "\n".join(service.log[lines:])
 
 
-def test_more_connections_than_descriptors_wait_and_the_runs_have_theirs(
+def test_connections_beyond_the_limit_wait_and_runs_still_start(
     serve: ServeFunction, home: Path, project: Path
 ) -> None:
     service = serve(*limited("-n", "320"), CCM_CLI_PATH=stand_in_cli(home))
     client = Client(service.url)
-    assert [line for line in service.log if "320 open files leave room for 33 connections" in line]
+    assert [line for line in service.log if "the limit of 320 open files leaves 33 connections" in line]
     inside = client.connection()
     inside.connect()
     with ExitStack() as stack, at_rest(service):
@@ -149,12 +149,12 @@ def test_more_connections_than_descriptors_wait_and_the_runs_have_theirs(
     inside.close()
 
 
-def test_too_low_a_limit_ends_the_start(environ: dict[str, str], tmp_path: Path) -> None:
+def test_a_service_does_not_start_under_too_low_a_limit(environ: dict[str, str], tmp_path: Path) -> None:
     words = [*limited("-n", "200"), sys.executable, "app.py"]
     result = call(words, environ, PORT=0, DATABASE_PATH=tmp_path / "db.sqlite")
 
     assert result.returncode == 2
-    assert "raise the limit to 294 at least" in result.stderr
+    assert "raise the limit to at least 294" in result.stderr
 
 
 def test_the_limit_is_raised_for_the_service_and_not_for_its_agents(
@@ -171,9 +171,7 @@ def test_the_limit_is_raised_for_the_service_and_not_for_its_agents(
     assert (tmp_path / "limit").read_text() == "400\n"
 
 
-def test_a_start_without_descriptors_is_refused_and_stored_nowhere(
-    serve: ServeFunction, home: Path, project: Path
-) -> None:
+def test_a_start_without_descriptors_is_refused_and_not_stored(serve: ServeFunction, home: Path, project: Path) -> None:
     service = serve(CCM_CLI_PATH=stand_in_cli(home))
     connection = Client(service.url).connection()
     assert ask(connection, "GET", "/api/runs") == (200, [])
@@ -185,15 +183,15 @@ def test_a_start_without_descriptors_is_refused_and_stored_nowhere(
     connection.close()
 
 
-def test_without_a_descriptor_for_a_connection_the_service_is_at_rest(serve: ServeFunction) -> None:
+def test_without_a_descriptor_for_a_connection_the_service_does_not_spin(serve: ServeFunction) -> None:
     service = serve()
     client = Client(service.url)
-    assert client.get("/health").status == 200  # now it has opened all that it needs itself
+    assert client.get("/health").status == 200  # by now the service has opened all files of its own
     with short_of_descriptors(service, left=0), ExitStack() as stack:
         with at_rest(service):
-            for _ in range(20):  # some find a descriptor that was free below the limit
+            for _ in range(20):  # some get a descriptor that was free below the limit
                 stack.enter_context(connect(client))
-        until(lambda: [line for line in service.log if "no new connection can be accepted" in line])
+        until(lambda: [line for line in service.log if "cannot accept new connections" in line])
     assert client.get("/health").status == 200
     assert [line for line in service.log if "new connections are accepted again" in line]
 
@@ -203,7 +201,7 @@ def start(connection: http.client.HTTPConnection, cwd: Path, **words: object) ->
 
 
 def ask(connection: http.client.HTTPConnection, method: str, path: str, body: object = None) -> tuple[int, Any]:
-    """One answer on a connection that stays open."""
+    """Send a request on a connection that stays open; return the status and the body of the answer."""
     data = None if body is None else json.dumps(body)
     connection.request(method, path, data, {"Content-Type": "application/json"})
     response = connection.getresponse()
@@ -212,8 +210,8 @@ def ask(connection: http.client.HTTPConnection, method: str, path: str, body: ob
 
 @contextmanager
 def short_of_descriptors(service: ServiceProcess, left: int) -> Iterator[None]:
-    """A running service that may open so many files more, and those that it has closed."""
-    until(lambda: [line for line in service.log if "SDK is imported" in line])  # it opens files for that
+    """Limit a running service to so many more open files, in addition to the descriptors that are free by now."""
+    until(lambda: [line for line in service.log if "SDK is imported" in line])  # the import opens files
     pid = service.process.pid
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     highest = max(int(name) for name in os.listdir(f"/proc/{pid}/fd"))

@@ -1,4 +1,4 @@
-"""The thread that listens: whatever happens in it, clients can connect, or the service ends and says so."""
+"""The listener's thread: clients can connect despite failures in it, or the service stops and logs why."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ from typing import Any
 import pytest
 from waitress import wasyncore
 
-from ccm.demo.tour import APP, ServiceProcess
 from ccm.server import connections
 from ccm.server.connections import Channel, open_server, serve
+from ccm.testing.service_process import APP, ServiceProcess
 
-# Starts the service as app.py does. When somebody opens the pipe $BREAK, the socket that it listens on breaks.
+# Starts the service as app.py does. Opening the pipe $BREAK breaks its listening socket.
 BREAKABLE = """
 import os, socket, sys, threading
-import app, ccm.server
+import app
+from ccm.server import server
 
-def open_server(app, bound, *args, open_server=ccm.server.open_server, **settings):
+def open_server(app, bound, *args, open_server=server.open_server, **settings):
     def wait():
         open(os.environ["BREAK"]).close()
         bound.shutdown(socket.SHUT_RDWR)
     threading.Thread(target=wait, daemon=True).start()
     return open_server(app, bound, *args, **settings)
 
-ccm.server.open_server = open_server
+server.open_server = open_server
 sys.exit(app.main())
 """
 
 
 class Listening:
-    """A server of waitress over a small app, with the thread that serves it."""
+    """A waitress server for a small app, with the thread that runs its loop."""
 
     def __init__(self) -> None:
         self.bound = socket.create_server(("127.0.0.1", 0))
@@ -59,7 +60,7 @@ class Listening:
             connection.close()
 
     def close(self) -> None:
-        """Close all, in the loop if that runs: it ends with its last socket."""
+        """Close all sockets, within the loop if it runs: it ends with its last socket."""
         if self.thread.is_alive():
             self.server.trigger.pull_trigger(lambda: wasyncore.close_all(self.server._map))
             self.thread.join(30)
@@ -68,40 +69,40 @@ class Listening:
 
 
 @pytest.fixture
-def subscribe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Listening]:
+def listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[Listening]:
     monkeypatch.setattr(connections, "ACCEPT_DELAY", 0.05)
     listening = Listening()
     yield listening
     listening.close()
 
 
-def test_a_fault_of_the_loop_is_logged_once_and_clients_are_answered(
+def test_a_failing_loop_is_logged_once_and_restarted(
     listening: Listening, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    faults = iter(range(3))
+    failures = iter(range(3))
 
-    def look_through(now: float) -> None:
-        for _ in faults:
+    def fail(now: float) -> None:
+        for _ in failures:
             listening.server.next_channel_cleanup = 0  # again in the next round
             raise RuntimeError("dictionary changed size during iteration")
 
-    monkeypatch.setattr(listening.server, "maintenance", look_through)
+    monkeypatch.setattr(listening.server, "maintenance", fail)
     listening.thread.start()
 
     assert listening.ask() == b"ok"
-    assert next(faults, None) is None
+    assert next(failures, None) is None
     assert [record.message for record in caplog.records if record.exc_info] == [
-        "a round of the listener failed, the next one follows"
+        "the listener's loop failed and is restarted"
     ]
 
 
-def test_a_fault_with_one_new_connection_does_not_close_the_listening_socket(
+def test_a_failing_new_connection_does_not_close_the_listening_socket(
     listening: Listening, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Failing(Channel):
         def __init__(self, _server: Any, connection: socket.socket, *_args: Any, **_named: Any) -> None:
             listening.server.channel_class = Channel
-            connection.close()  # the interpreter would, but caplog keeps the trace and so the connection
+            connection.close()  # caplog keeps the traceback, and so the connection alive
             raise MemoryError
 
     listening.server.channel_class = Failing
@@ -112,12 +113,12 @@ def test_a_fault_with_one_new_connection_does_not_close_the_listening_socket(
     assert listening.ask() == b"ok"
     assert listening.ask() == b"ok"
     assert [record.message for record in caplog.records if record.exc_info] == [
-        "a new connection could not be taken in"
+        "a new connection failed and was dropped"
     ]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says that a listening socket was shut down")
-def test_a_loop_whose_socket_is_broken_ends(listening: Listening, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports a listening socket that was shut down")
+def test_the_loop_ends_when_its_listening_socket_breaks(listening: Listening, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR, logger="ccm")
     listening.thread.start()
     assert listening.ask() == b"ok"
@@ -126,11 +127,11 @@ def test_a_loop_whose_socket_is_broken_ends(listening: Listening, caplog: pytest
     listening.thread.join(30)
 
     assert not listening.thread.is_alive()
-    assert caplog.messages == ["nobody can connect any more: the listening socket is closed"]
+    assert caplog.messages == ["the listening socket is closed: no client can connect"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says that a listening socket was shut down")
-def test_a_service_that_nobody_can_connect_to_ends_and_says_so(environ: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports a listening socket that was shut down")
+def test_a_service_whose_listening_socket_breaks_logs_it_and_exits(environ: dict[str, str], tmp_path: Path) -> None:
     pipe = tmp_path / "break"
     os.mkfifo(pipe)
     own = {"DATABASE_PATH": str(tmp_path / "db.sqlite"), "BREAK": str(pipe), "PYTHONPATH": str(APP.parent)}
@@ -138,5 +139,5 @@ def test_a_service_that_nobody_can_connect_to_ends_and_says_so(environ: dict[str
         pipe.write_text("")
         code = service.process.wait(60)
     assert code == 1
-    assert [line for line in service.log if "ERROR" in line and "nobody can connect any more" in line]
+    assert [line for line in service.log if "ERROR" in line and "the listening socket is closed" in line]
     assert service.log[-1].endswith("stopped")

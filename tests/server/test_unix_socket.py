@@ -1,4 +1,4 @@
-"""The service on a Unix socket: its mode is the guard, and nobody takes it away."""
+"""The service on a Unix socket: its mode controls access, and a second instance cannot take it over."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ def test_the_service_works_over_a_unix_socket(serve: ServeFunction, path: Path, 
     assert events_of(client, f"/api/runs/{run['id']}/stream")[-1].type == "end"
     until(lambda: [line for line in service.log if "POST /api/runs/start" in line and line.endswith(" from unix")])
     curl = ["curl", "-sS", "--unix-socket", str(path)]
-    said = subprocess.run([*curl, "http://localhost/health"], capture_output=True, text=True, check=True).stdout
-    assert said == '{"status": "ok"}\n'
+    health = subprocess.run([*curl, "http://localhost/health"], capture_output=True, text=True, check=True).stdout
+    assert health == '{"status": "ok"}\n'
     other = subprocess.run([*curl, "http://evil.example/"], capture_output=True, text=True, check=True).stdout
     assert "HOST_FORBIDDEN" in other
 
 
 @pytest.mark.parametrize(
-    ("mode", "bits", "says"),
+    ("mode", "bits", "expected"),
     [
-        (None, 0o600, "root, and this user alone"),
-        ("0660", 0o660, "whoever may open"),
-        ("666", 0o666, "whoever may open"),
+        (None, 0o600, "only root and this user"),
+        ("0660", 0o660, "anyone with access to"),
+        ("666", 0o666, "anyone with access to"),
     ],
 )
-def test_the_sockets_mode_says_who_is_let_in(
-    serve: ServeFunction, path: Path, mode: str | None, bits: int, says: str
+def test_the_sockets_mode_controls_access_and_the_log_says_so(
+    serve: ServeFunction, path: Path, mode: str | None, bits: int, expected: str
 ) -> None:
     before = os.umask(0)
     try:
@@ -58,11 +58,11 @@ def test_the_sockets_mode_says_who_is_let_in(
 
     assert stat.S_IMODE(path.stat().st_mode) == bits
     assert stat.S_IMODE(path.with_name("socket.lock").stat().st_mode) == 0o600
-    warning = f"no token is set: {says}"
+    warning = f"no token is set: {expected}"
     assert [line for line in service.log if warning in line and f"(mode {bits:04o})" in line]
 
 
-def test_it_is_removed_at_a_clean_end(serve: ServeFunction, path: Path) -> None:
+def test_it_is_removed_at_a_clean_stop(serve: ServeFunction, path: Path) -> None:
     service = serve(CCM_UNIX_SOCKET=path)
     service.process.terminate()
 
@@ -97,7 +97,7 @@ def test_a_second_instance_cannot_take_it(
     assert client.get("/health").status == 200
 
 
-def test_another_programs_socket_is_left_alone(environ: dict[str, str], path: Path) -> None:
+def test_another_programs_socket_is_left_untouched(environ: dict[str, str], path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
         other.bind(str(path))
         other.listen(1)
@@ -109,7 +109,7 @@ def test_another_programs_socket_is_left_alone(environ: dict[str, str], path: Pa
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "directory"])
-def test_what_is_no_socket_is_refused_untouched(environ: dict[str, str], path: Path, kind: str) -> None:
+def test_a_path_that_is_no_socket_is_refused_untouched(environ: dict[str, str], path: Path, kind: str) -> None:
     precious = path.with_name("precious.txt")
     precious.write_text("Dear diary.")
     if kind == "directory":
@@ -130,7 +130,7 @@ def test_what_is_no_socket_is_refused_untouched(environ: dict[str, str], path: P
 
 
 @pytest.mark.parametrize(
-    ("variables", "says"),
+    ("variables", "expected"),
     [
         ({"CCM_UNIX_SOCKET": "/tmp/" + "x" * 103}, "CCM_UNIX_SOCKET must have 107 bytes at most"),
         ({"CCM_UNIX_SOCKET": "socket"}, "CCM_UNIX_SOCKET must be an absolute path"),
@@ -139,13 +139,13 @@ def test_what_is_no_socket_is_refused_untouched(environ: dict[str, str], path: P
         ({"CCM_UNIX_SOCKET_MODE": "rw"}, "CCM_UNIX_SOCKET_MODE must be an octal mode"),
     ],
 )
-def test_a_path_or_mode_that_cannot_be_used_ends_the_start(
-    environ: dict[str, str], variables: dict[str, str], says: str
+def test_an_unusable_path_or_mode_refuses_the_start(
+    environ: dict[str, str], variables: dict[str, str], expected: str
 ) -> None:
     result = call([sys.executable, "app.py"], environ | variables)
 
     assert result.returncode == 2
-    assert says in result.stderr
+    assert expected in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -1,4 +1,4 @@
-"""The settings: defaults, bad values, and the README's table."""
+"""The settings: defaults, invalid values, and the README's table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_the_defaults() -> None:
     assert settings.url == f"sqlite:///{Path.cwd()}/db.sqlite"
 
 
-def test_values_are_taken_from_the_environment(tmp_path: Path) -> None:
+def test_values_are_read_from_the_environment(tmp_path: Path) -> None:
     settings = Settings.from_env(
         {
             "PORT": "8080",
@@ -69,7 +69,7 @@ def test_two_names_of_one_file_are_one_database(tmp_path: Path) -> None:
     assert names[0] == names[1]
 
 
-def test_a_refusal_shows_no_password() -> None:
+def test_an_error_shows_no_password() -> None:
     with pytest.raises(BadSetting) as refusal:
         Settings.from_env({"DATABASE_URL": "mysql://user:secret@h/db"})
     assert "secret" not in str(refusal.value)
@@ -84,7 +84,7 @@ def test_a_refusal_shows_no_password() -> None:
         ("CCM_WEBHOOK_URL", "https://hooks.example.com/ secret"),
     ],
 )
-def test_a_refusal_of_a_webhooks_setting_shows_no_secret(variable: str, value: str) -> None:
+def test_an_error_in_a_webhook_setting_shows_no_secret(variable: str, value: str) -> None:
     with pytest.raises(BadSetting) as refusal:
         Settings.from_env({variable: value})
     for part in ("my secret", "c2VjcmV0", "/secret", "/ secret"):
@@ -96,7 +96,7 @@ def test_a_star_allows_every_privileged_option() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "says"),
+    ("variable", "value", "expected"),
     [
         ("PORT", "http", "whole number"),
         ("PORT", "70000", "from 0 to 65535"),
@@ -161,16 +161,18 @@ def test_a_star_allows_every_privileged_option() -> None:
         ("CCM_WEBHOOK_ALLOW", "a.example:0", "no host"),
     ],
 )
-def test_a_bad_value_is_refused_in_a_sentence_that_names_the_variable(variable: str, value: str, says: str) -> None:
+def test_an_invalid_value_is_refused_with_a_message_that_names_the_variable(
+    variable: str, value: str, expected: str
+) -> None:
     with pytest.raises(BadSetting) as refusal:
         Settings.from_env({variable: value})
 
     assert str(refusal.value).startswith(variable)
-    assert says in str(refusal.value)
+    assert expected in str(refusal.value)
     assert refusal.value.exit_code == 2
 
 
-def test_a_mistyped_variable_is_noticed() -> None:
+def test_an_unknown_variable_gets_a_suggestion() -> None:
     environ = {"CCM_ALOWED_ROOTS": "/", "CCM_RUN_ID": "an agent started this service", "CCM_MAX_HELD": "5"}
 
     assert unknown_variables(environ) == ["CCM_ALOWED_ROOTS is not a setting; did you mean CCM_ALLOWED_ROOTS?"]

@@ -1,4 +1,4 @@
-"""Which hosts an operator's list lets webhooks go to."""
+"""The hosts that an operator's list allows webhooks to be sent to."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from ccm.settings.webhook_urls import allowed, host_of, web_address
         ("http://[::2]/", "[::1]", False),
     ],
 )
-def test_a_host_fits_a_pattern_or_not(url: str, pattern: str, is_allowed: bool) -> None:
+def test_hosts_match_patterns(url: str, pattern: str, is_allowed: bool) -> None:
     assert allowed(web_address(url), (pattern,)) is is_allowed
     assert allowed(url, ("other.example", pattern)) is is_allowed
     assert allowed(url, ())
 
 
-def test_a_host_is_said_with_its_port_and_nothing_else() -> None:
+def test_host_of_shows_host_and_port_only() -> None:
     assert host_of("https://Hooks.example.com/path?key=1") == "hooks.example.com:443"
     assert host_of("http://[::1]") == "[::1]:80"

@@ -22,7 +22,7 @@ from ccm.core.transcripts.store import TranscriptStore
 from ccm.core.webhooks.outbox import Outbox
 from ccm.db import runs
 from ccm.db.driver.database import Database
-from ccm.demo.tour import APP
+from ccm.testing.service_process import APP
 from tests.client import Client
 from tests.conftest import ServeFunction
 from tests.core.archive.conftest import of_type

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ccm.demo.tour import ServiceProcess
+from ccm.testing.service_process import ServiceProcess
 from tests.client import Client
 from tests.conftest import ServeFunction, stand_in_cli
 

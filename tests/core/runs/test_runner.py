@@ -19,9 +19,9 @@ from ccm.core.claude.reaper import Reaper
 from ccm.core.runs.request import RunRequest
 from ccm.core.service import Service
 from ccm.core.webhooks.dispatcher import Dispatcher
-from ccm.demo.tour import ServiceProcess
 from ccm.models import Run, RunMode
 from ccm.settings.settings import Settings
+from ccm.testing.service_process import ServiceProcess
 from tests.client import Client
 from tests.conftest import ServeFunction, stand_in_cli
 from tests.disks import SmallDisk

@@ -56,7 +56,7 @@ def messages(session_id: str, query: SessionMessagesQuery) -> Response:
     session = queries.session(session_id)
 
     def measure() -> Extent:
-        current, segments = queries.session_segments(session.id, place, query.queries == "full")
+        current, segments = queries.session_segments(session.id, place, query.history == "full")
         return Extent(
             segments,
             current.status != SessionStatus.RUNNING,

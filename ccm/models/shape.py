@@ -132,8 +132,8 @@ def _fields(model: type[BaseModel]) -> list[StoredField]:
 
     def add(field: StoredField) -> None:
         found.append(field)
-        for subscription in followers.pop(field.name, ()):
-            add(subscription)
+        for follower in followers.pop(field.name, ()):
+            add(follower)
 
     for name, info in model.model_fields.items():
         kind = Kind.of(info.annotation, info.metadata)

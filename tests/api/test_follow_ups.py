@@ -183,7 +183,7 @@ def test_what_cannot_be_recorded_is_not_sent(serve_all: ServeFunction, tmp_path:
 
 def test_a_client_that_leaves_spoils_nothing(client: Client, tmp_path: Path) -> None:
     # An older Claude Code, which says nothing of a message before its turn: so there is something to wait for.
-    run = client.start(folder_of(tmp_path), script(*kinds("a"), seconds=1.5, transitions=False), wait=0)
+    run = client.start(folder_of(tmp_path), script(*kinds("a"), seconds=1.5, lifecycle=False), wait=0)
     client.wait_for_message(run["id"], "a")
     for _ in range(3):
         with pytest.raises(TimeoutError):

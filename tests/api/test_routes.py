@@ -75,4 +75,4 @@ def test_query_parameters_are_checked_by_nothing_else() -> None:
     folder = Path(__file__).parents[2] / "ccm" / "api"
     readers = {file.name for file in folder.rglob("*.py") if "request.args" in file.read_text(encoding="utf-8")}
     # The guard looks for tokens; pages write the query into the address of the next one.
-    assert readers == {"route.py", "paging.py", "guard.py"}
+    assert readers == {"route.py", "pagination.py", "guard.py"}

@@ -70,7 +70,7 @@ def _search(text: str) -> str:
     return text
 
 
-def _queries(text: str) -> str:
+def _history(text: str) -> str:
     if text not in ("own", "full"):
         raise ValueError("must be full, or left out for the session's own runs")
     return text
@@ -204,6 +204,6 @@ class MessagesQuery(Query):
 
 
 class SessionMessagesQuery(MessagesQuery):
-    queries: Annotated[Literal["own", "full"], BeforeValidator(_queries)] = Field(
+    history: Annotated[Literal["own", "full"], BeforeValidator(_history)] = Field(
         default="own", description="`full` puts the messages that the session continued in front."
     )

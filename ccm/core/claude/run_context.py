@@ -1,4 +1,4 @@
-"""What one run is made from: the assignment, the Claude Code that is to do it, and the SDK's options for the two."""
+"""The inputs of one run: its context, the Claude Code to run, and the SDK's options that result from both."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Ask = Callable[[Question], Awaitable[Answer]]
 
 
 class Mirror(Protocol):
-    """The SDK's session store for one run (core/transcripts/store.py). It takes the transcript as it grows."""
+    """The SDK's session store for one run (core/transcripts/store.py). Receives the transcript as it grows."""
 
     @property
     def busy(self) -> bool:
-        """Whether entries are on their way to storage."""
+        """Whether entries are being stored."""
 
 
 @dataclass(frozen=True)
 class CLIConfig:
-    """Which Claude Code runs are made with, and what holds for all of them.
+    """The Claude Code to run, and the settings of all runs.
 
     Args:
-        open_files: the limit of open files that agents get; the service's own if left out.
+        open_files: the agents' limit of open files; None for the service's own.
     """
 
     cli_path: Path
@@ -42,22 +42,22 @@ class CLIConfig:
     open_files: int | None = None
 
     def missing(self) -> str | None:
-        """Why it cannot be started, or None."""
+        """Return why Claude Code cannot be started, or None."""
         if not self.cli_path.is_file():
             return f"Claude Code is not at {self.cli_path}; reinstall claude-agent-sdk or set CCM_CLI_PATH."
         if not os.access(self.cli_path, os.X_OK):
-            return f"Claude Code at {self.cli_path} may not be executed by this user."
+            return f"This user has no permission to execute Claude Code at {self.cli_path}."
         return None
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """One run, as the executor is given it.
+    """One run, as `Execution` receives it.
 
     Args:
-        timeout_ms: the time limit that its request named, or None.
-        resume: the SDK session whose transcript is forked, or None for a fresh one.
-        resume_at: the uuid of the last message of it that counts, or None for all.
+        timeout_ms: the time limit of its request, or None.
+        resume: the SDK session whose transcript is forked, or None for a fresh run.
+        resume_at: the uuid of the last message that is taken from that transcript, or None for all messages.
     """
 
     run_id: str
@@ -75,7 +75,7 @@ class RunContext:
 
 
 def user_message(sdk_session_id: str, prompt: str, images: Sequence[Image]) -> dict[str, Any]:
-    """What a user says, as Claude Code reads it."""
+    """Return a user's message in the format that Claude Code reads."""
     pictures = [
         {"type": "image", "source": {"type": "base64", "media_type": image.media_type, "data": image.data}}
         for image in images
@@ -97,34 +97,34 @@ def sdk_options(
     *,
     ask: Ask | None = None,
 ) -> ClaudeAgentOptions:
-    """The SDK's options of a run.
+    """Return the SDK's options of a run.
 
     Args:
-        environ: what its agent inherits.
-        directory: the run's own.
-        ask: gets Claude Code's questions answered; it is not to ask if left out.
+        environ: the environment that its agent inherits.
+        directory: the run's own directory.
+        ask: answers permission requests; without it Claude Code does not send any.
 
     Raises:
-        UnusableOptionsError: what its request names cannot be used; the message says why.
+        UnusableOptionsError: a value in the request cannot be used; the message says why.
     """
     arguments = sdk_arguments(
         cli_config.ceilings.lower(context.options),
-        # Who wants to be asked wants to be asked about edits too.
+        # With approvals, edits need approval too, so the service's own mode does not apply.
         permission_mode=cli_config.permission_mode if ask is None else "default",
         setting_sources=cli_config.setting_sources,
         directory=directory,
         agent=AgentDefinition,
     )
-    # A run's messages are to read as the whole conversation, the user's side too.
+    # The recorded messages must include the user's, so that they read as the whole conversation.
     arguments["extra_args"]["replay-user-messages"] = None
     inherited = {name: value for name, value in environ.items() if name not in arguments["env"]}
     arguments["env"] |= {
         **launch_environment(
             cli_config.cli_path, context.run_id, inherited, directory / STDERR_FILE, cli_config.open_files
         ),
-        # Tells when a run is over: the first result is not the end while agents work in the background.
+        # Shows when a run is over: the first result is not the end while agents work in the background.
         "CLAUDE_CODE_EMIT_SESSION_STATE_EVENTS": "1",
-        # Claude Code leaves folders in it.
+        # Claude Code leaves files in its temporary directory; here they are removed with the run's.
         "CLAUDE_CODE_TMPDIR": str(directory),
     }
     return ClaudeAgentOptions(
@@ -135,8 +135,8 @@ def sdk_options(
         fork_session=context.resume is not None,
         resume_session_at=context.resume_at,
         max_buffer_size=cli_config.max_message_bytes,
-        session_store=mirror,  # type: ignore[arg-type]  # the SDK wants no more of it, for a store of its own
-        # As it grows: what is kept until the turn's end is lost with a service that is killed.
+        session_store=mirror,  # type: ignore[arg-type]  # the SDK needs only its append and load
+        # Entries that the SDK held back until the end of the turn would be lost if the service were killed.
         session_store_flush="eager",
         can_use_tool=None if ask is None else permission_callback(ask),
         **arguments,

@@ -1,4 +1,4 @@
-"""Ends one Claude Code process: by itself if it can, else by steps that grow harsher, each with a bound."""
+"""Ends one Claude Code process: lets it exit by itself if possible, else forces it in steps, each with a time limit."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ CLOSE_TIMEOUT = 5.0
 TERMINATE_TIMEOUT = 5.0
 # How long the output may stay open after Claude Code has exited (seconds).
 EXIT_DELAY = 0.3
-# How long to wait for the end of a stream from which nothing is on its way to storage (seconds). After that the SDK
-# itself is taken to have failed.
+# How long to wait for the end of a stream while nothing is being stored (seconds). After that the SDK counts as failed.
 SILENT_TIMEOUT = 40.0
 # How often Claude Code is killed before the run gives up on it.
 KILL_TRIES = 10
@@ -33,15 +32,15 @@ STOP_CHECK_INTERVAL = 1.0
 
 
 class Termination:
-    """Waits until a run is over or to be stopped, then ends its Claude Code.
+    """Waits until a run is over or must stop, then ends its Claude Code.
 
-    It only ever asks Claude Code to end; the reader beside it continues until the stream is closed.
+    It does not read Claude Code's output; the run's reader does, until the stream ends.
 
     Args:
         run_id: the mark of the run's processes.
         events: shared with the run's other tasks.
-        recording: whether the reader waits for a message to be stored.
-        storing: whether anything that Claude Code has said is on its way to storage.
+        recording: whether the reader is waiting for a message to be stored.
+        storing: whether any of Claude Code's output is being stored.
         told_to_stop: whether a reason to stop has been given.
         stopping: called once when a run that is not over is about to be stopped.
     """
@@ -62,14 +61,14 @@ class Termination:
         self._storing = storing
         self._told_to_stop = told_to_stop
         self._stopping = stopping
-        # When something was last seen on its way to storage.
+        # When some output was last being stored.
         self._last_sign = time.monotonic()
-        # Whether Claude Code closed its output itself after it had said everything.
+        # Whether Claude Code closed its output itself after its last message.
         self.closed_by_itself = False
 
     def note_sign(self) -> None:
         """Note that a message was stored just now."""
-        if not self._events.exited.is_set():  # after that, another process may be writing in its place
+        if not self._events.exited.is_set():  # after that, the output may be another process's
             self._last_sign = time.monotonic()
 
     async def run(self, client: Client) -> None:
@@ -99,7 +98,7 @@ class Termination:
         await self._force(client)
 
     async def watch_exit(self, client: Client) -> None:
-        """Free the output when Claude Code has exited: a tool that holds it open would keep the run open too."""
+        """Free the output when Claude Code has exited: a tool that holds it open would prevent the run's end."""
         events = self._events
         while not (events.connected.is_set() or client.is_started):
             await asyncio.sleep(SPAWN_INTERVAL)
@@ -109,7 +108,7 @@ class Termination:
             await self._free_output(client, cut_off=code != 0 and not events.over.is_set())
 
     async def kill(self, client: Client) -> None:
-        """Kill Claude Code and its tools. Blocks the loop, which has nothing else to do, and so needs no thread."""
+        """Kill Claude Code and its tools. Blocks the loop, which has nothing else to do, so no thread is needed."""
         for _ in range(KILL_TRIES):
             if self._events.stream_ended.is_set():
                 return
@@ -136,12 +135,12 @@ class Termination:
             if await events.stream_ends_within(TERMINATE_TIMEOUT):
                 return
             if events.stop.is_set() and events.exited.is_set() and self._silence() > CLOSE_TIMEOUT:
-                # A process without the run's mark holds the output, or the SDK has failed. A run that is to stop
-                # waits for neither.
+                # A process without the run's mark holds the output, or the SDK has failed. A stopped run waits for
+                # neither.
                 return
 
     async def _reach_the_end(self) -> None:
-        """Return when the run is over, is to be stopped, or has lost Claude Code."""
+        """Return when the run is over, must stop, or has lost Claude Code."""
         events = self._events
         while not events.ending:
             with suppress(TimeoutError):
@@ -169,7 +168,7 @@ class Termination:
         return True
 
     def _silence(self) -> float:
-        """Seconds since something was last on its way to storage."""
+        """Return the seconds since any output was last being stored."""
         if self._storing():
             self._last_sign = time.monotonic()
         return time.monotonic() - self._last_sign

@@ -233,7 +233,7 @@ def test_a_run_that_gets_no_thread_is_never_run_though_its_end_is_not_stored_at_
 
     with no_new_thread(monkeypatch, "run-"), monkeypatch.context() as patch:
         patch.setattr(service._runner, "_end", refuse)
-        patch.setattr(service._runner, "_end_alone", refuse)
+        patch.setattr(service._runner, "_end_row_only", refuse)
         run = start(service, project)
         until_true(lambda: len(tries) > 6)
         service._runner.catch_up()

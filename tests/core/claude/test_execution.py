@@ -42,13 +42,13 @@ class SlowMirror(Mirror):
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._under_way = 0
+        self._appending = 0
 
     async def append(self, _key: Mapping[str, str], entries: Sequence[Mapping[str, Any]]) -> None:
         if LATE in str(entries):
-            self._under_way += 1
+            self._appending += 1
             await asyncio.sleep(self._seconds)
-            self._under_way -= 1
+            self._appending -= 1
 
 
 class Run:

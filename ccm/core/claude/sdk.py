@@ -255,7 +255,7 @@ def permission_callback(
 
 
 def _suggestions(updates: list[PermissionUpdate]) -> tuple[dict[str, Any], ...]:
-    """Return the suggestions as Claude Code sent them; none if the SDK cannot convert each of them."""
+    """Return the suggestions as Claude Code sent them, or none if the SDK cannot convert one of them."""
     try:
         return tuple(update.to_dict() for update in updates)
     except ValueError as error:

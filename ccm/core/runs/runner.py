@@ -46,7 +46,7 @@ FIRST_DELAY = 0.1
 MAX_DELAY = 10.0
 # The number of attempts to store a run's full end. After that only its row is ended.
 FULL_END_ATTEMPTS = 3
-# The number of consecutive catch-ups after which runs that still cannot be begun are ended.
+# The number of consecutive catch-ups after which runs that still cannot begin are ended.
 MAX_CATCH_UPS = 3
 # How long a stopping service waits for the decisions that were taken before (seconds).
 BARRIER_TIMEOUT = 2.0

@@ -83,8 +83,8 @@ class Execution:
             self._events,
             recording=lambda: self._recording,
             storing=lambda: self._recording or (mirror is not None and mirror.busy),
-            told_to_stop=lambda: self._reason is not None,
-            stopping=self._progress.note_stop,
+            stop_requested=lambda: self._reason is not None,
+            before_stop=self._progress.note_stop,
         )
         self._recording = False
         self._bytes_after_exit = 0
@@ -400,7 +400,7 @@ class Execution:
             return await self._record(message)
         finally:
             self._recording = False
-            self._termination.note_sign()
+            self._termination.note_stored()
 
     async def _ask_and_wait(self, ask: Ask, question: Question) -> Answer:
         """Return the answer to a permission request. The wait does not count towards the run's time limit."""

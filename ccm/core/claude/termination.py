@@ -41,8 +41,8 @@ class Termination:
         events: shared with the run's other tasks.
         recording: whether the reader is waiting for a message to be stored.
         storing: whether any of Claude Code's output is being stored.
-        told_to_stop: whether a reason to stop has been given.
-        stopping: called once when a run that is not over is about to be stopped.
+        stop_requested: whether a reason to stop has been given.
+        before_stop: called once when a run that is not over is about to be stopped.
     """
 
     def __init__(
@@ -52,24 +52,24 @@ class Termination:
         *,
         recording: Callable[[], bool],
         storing: Callable[[], bool],
-        told_to_stop: Callable[[], bool],
-        stopping: Callable[[], None],
+        stop_requested: Callable[[], bool],
+        before_stop: Callable[[], None],
     ) -> None:
         self._run_id = run_id
         self._events = events
         self._recording = recording
         self._storing = storing
-        self._told_to_stop = told_to_stop
-        self._stopping = stopping
+        self._stop_requested = stop_requested
+        self._before_stop = before_stop
         # When some output was last being stored.
-        self._last_sign = time.monotonic()
+        self._last_activity = time.monotonic()
         # Whether Claude Code closed its output itself after its last message.
         self.closed_by_itself = False
 
-    def note_sign(self) -> None:
+    def note_stored(self) -> None:
         """Note that a message was stored just now."""
         if not self._events.exited.is_set():  # after that, the output may be another process's
-            self._last_sign = time.monotonic()
+            self._last_activity = time.monotonic()
 
     async def run(self, client: Client) -> None:
         """Return once the stream has ended, or once waiting longer is pointless."""
@@ -80,7 +80,7 @@ class Termination:
             await events.stream_ends_within(CLOSE_TIMEOUT)
             return
         if events.stop.is_set() and not events.over.is_set():
-            self._stopping()
+            self._before_stop()
             # The interrupt needs a reader: it would hang while the reader waits for storage.
             if events.connected.is_set() and not self._recording():
                 with suppress(Exception):
@@ -146,7 +146,7 @@ class Termination:
             with suppress(TimeoutError):
                 async with asyncio.timeout(STOP_CHECK_INTERVAL):
                     await first(events.over, events.stop, events.stream_ended, events.exited)
-            if self._told_to_stop():
+            if self._stop_requested():
                 events.stop.set()
 
     async def _free_output(self, client: Client, cut_off: bool) -> None:
@@ -159,7 +159,7 @@ class Termination:
         await asyncio.to_thread(end_marked, self._run_id, holding=None if everything else client.output())
 
     async def _closes(self) -> bool:
-        """Whether the stream ends without force. Claude Code gets CLOSE_TIMEOUT, storage as long as it needs."""
+        """Return whether the stream ends without force. Claude Code gets CLOSE_TIMEOUT, storage as long as it needs."""
         events = self._events
         while not await events.stream_ends_within(CLOSE_TIMEOUT):
             waits = self._storing() or (events.exited.is_set() and self._silence() < SILENT_TIMEOUT)
@@ -170,5 +170,5 @@ class Termination:
     def _silence(self) -> float:
         """Return the seconds since any output was last being stored."""
         if self._storing():
-            self._last_sign = time.monotonic()
-        return time.monotonic() - self._last_sign
+            self._last_activity = time.monotonic()
+        return time.monotonic() - self._last_activity

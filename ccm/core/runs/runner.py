@@ -489,7 +489,7 @@ class Runner:
 
 
 def _has_stopped(error: BaseException) -> bool:
-    """Whether the writer has been stopped. The rest is then left to the next start."""
+    """Return whether the writer has been stopped. The rest is then left to the next start."""
     return isinstance(error, Unavailable) and error.code == "SHUTTING_DOWN"
 
 

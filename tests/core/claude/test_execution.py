@@ -34,7 +34,7 @@ from tests.conftest import stand_in_cli
 
 SOON = 30.0
 # The text of the message that the stand-in sends after its input is closed.
-LATE = "said late"
+LATE = "a late message"
 
 
 class SlowMirror(Mirror):
@@ -157,16 +157,16 @@ def end_of(run: Run) -> tuple[str, str]:
 
 
 def test_messages_of_every_kind_are_recorded_as_they_came(tmp_path: Path) -> None:
-    said: list[dict[str, Any]] = [
+    sent: list[dict[str, Any]] = [
         {"type": "tomorrow's type", "payload": [1, 2.5, None, {"deep": "\ud800\0\U0001f600"}]},
         {"type": "system", "subtype": "unheard of", "big": 12345678901234567890},
         {"no": "type at all"},
         {"type": "assistant", "message": {"role": "assistant", "content": "not even a list"}},
     ]
-    run = Run(tmp_path, {"messages": said})
+    run = Run(tmp_path, {"messages": sent})
 
     assert run.end().status == "completed"
-    assert run.messages[:-1] == said
+    assert run.messages[:-1] == sent
     assert run.messages[-1]["type"] == "result"
 
 
@@ -288,7 +288,7 @@ def test_an_error_message_does_not_reset_the_count_of_refused_logins(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("text", "message"),
     [
         (
             "Not logged in \N{MIDDLE DOT} Please run /login",
@@ -297,23 +297,23 @@ def test_an_error_message_does_not_reset_the_count_of_refused_logins(tmp_path: P
         ("Invalid API key.", "Invalid API key. Claude Code has"),
     ],
 )
-def test_a_refused_login_is_reported_in_sentences(tmp_path: Path, said: str, told: str) -> None:
-    result = {"is_error": True, "api_error_status": 401, "result": said}
+def test_a_refused_login_is_reported_in_sentences(tmp_path: Path, text: str, message: str) -> None:
+    result = {"is_error": True, "api_error_status": 401, "result": text}
     outcome = Run(tmp_path, {"result": result}).end()
 
-    assert str(outcome.error_message).startswith(told)
+    assert str(outcome.error_message).startswith(message)
 
 
-@pytest.mark.parametrize(("error", "told"), [("", "no reason is given"), ("the disk is full", "the disk is full")])
+@pytest.mark.parametrize(("error", "reason"), [("", "no reason is given"), ("the disk is full", "the disk is full")])
 def test_a_mirror_error_is_logged_and_not_recorded(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: str, told: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: str, reason: str
 ) -> None:
-    said = {"type": "system", "subtype": "mirror_error", "error": error}
-    run = Run(tmp_path, {"messages": [said], "count": 1})
+    message = {"type": "system", "subtype": "mirror_error", "error": error}
+    run = Run(tmp_path, {"messages": [message], "count": 1})
     run.end()
 
     assert [message["type"] for message in run.messages] == ["assistant", "result"]
-    assert f"could not be mirrored: {told}" in caplog.text
+    assert f"could not be mirrored: {reason}" in caplog.text
 
 
 def test_an_exit_before_the_first_answer_is_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,12 +34,12 @@ def run_ids() -> Iterator[list[str]]:
 def test_the_processes_of_runs_end_when_the_service_is_killed(run_ids: list[str]) -> None:
     released, watched = run_ids
     code = f"{HOLDER}reaper.watch({released!r}); reaper.watch({watched!r}); reaper.release({released!r})\n"
-    code += "print('told', flush=True); sys.stdin.read()"
+    code += "print('ready', flush=True); sys.stdin.read()"
     service = subprocess.Popen(
         [sys.executable, "-c", code, str(ROOT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert service.stdout is not None
-    assert service.stdout.readline() == "told\n"
+    assert service.stdout.readline() == "ready\n"
 
     service.kill()
     service.communicate()

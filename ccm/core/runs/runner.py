@@ -353,7 +353,7 @@ class Runner:
             else:
                 outcome = refusal
         except BaseException as error:
-            log.exception("run %s: the executor failed", run.id, extra={"event": "run_failed", "run_id": run.id})
+            log.exception("run %s: its execution failed", run.id, extra={"event": "run_failed", "run_id": run.id})
             outcome = Outcome(ERROR, "EXECUTION_ERROR", f"{type(error).__name__}: {error}")
         if execution is None or execution.processes_ended:
             self._attempt(lambda: self._reaper.release(run.id), "cannot write to the reaper", run.id)

@@ -1,7 +1,7 @@
-"""Claude Code's questions put to clients, and the clients' answers to Claude Code.
+"""Passes Claude Code's permission requests on to clients, and their answers back.
 
-What this process remembers (who waits in which event loop) is only ever a copy of what is stored: a waiter is told
-after the commit, and told what the row says.
+The database decides: a waiting run gets the stored approval, after the commit. The waiters in memory only say which
+event loop to wake.
 """
 
 from __future__ import annotations
@@ -25,27 +25,28 @@ from ccm.models import Answer, Approval, Question, Resolution, Run
 
 log = logging.getLogger(__name__)
 
-# How often a run that waits looks by itself whether the wait is over (seconds).
+# How often a waiting run checks whether the wait is over, in case the notification was lost (seconds).
 POLL_INTERVAL = 1.0
-NOT_STORED = "This could not be asked, because the service could not store the question; so it is denied."
-# What an answer that comes too late is told, by the resolution that it finds.
-ALREADY = {
+NOT_STORED = "Denied without being asked, because the service could not store the request."
+# The error for an answer that comes too late, by the resolution of the approval.
+RESOLUTIONS = {
     Resolution.ANSWERED: "was answered at {at}: it is '{status}', and the first answer counts.",
     Resolution.TIMED_OUT: "was denied at {at}: nobody had answered in time.",
     Resolution.NO_WORKER: "was denied at {at} without being asked: its `message` says which setting allows more at "
     "once.",
-    Resolution.WITHDRAWN: "expired at {at}: its run ended, or Claude Code took the question back.",
+    Resolution.WITHDRAWN: "expired at {at}: its run ended, or Claude Code withdrew the request.",
 }
 
 
 class Approvals:
-    """
+    """The permission requests of runs, and clients' answers to them.
+
     Args:
-        writer: takes every change.
-        notifier: rung when something is asked or answered.
-        lifecycle: takes the decisions.
-        workers: runs at once.
-        timeout: how long an answer is waited for where a run's request names no time (seconds).
+        writer: stores every change.
+        notifier: notifies subscribers when an approval is requested or resolved.
+        transitions: takes the decisions.
+        workers: the number of runs that execute at once.
+        timeout: how long to wait for an answer if the run's request sets no time (seconds).
     """
 
     def __init__(
@@ -57,27 +58,28 @@ class Approvals:
         self._workers = workers
         self._timeout = timeout
         self._lock = threading.Lock()
-        # Told what became of an approval, in the writer's thread.
+        # By approval id. Resolved in the writer's thread.
         self._waiters: dict[str, _Waiter] = {}
 
     def check_workers(self) -> None:
-        """
+        """Check that a run with approvals can be accepted.
+
         Raises:
-            ApprovalsForbidden: there is no worker to spare, so each question would be denied.
+            Forbidden: APPROVALS_FORBIDDEN: the only worker would be waiting, so each request would be denied.
         """
         if self._workers == 1:
             raise ApprovalsForbidden(
-                "approvals: a run that waits for one holds its worker, and CCM_MAX_CONCURRENT_RUNS gives this service "
-                "only one; it must be 2 or more.",
+                "approvals: a run that waits for an approval occupies its worker, and CCM_MAX_CONCURRENT_RUNS gives "
+                "this service only one. Set it to 2 or more.",
                 field="approvals",
             )
 
     # ---- for runs, in their own loops
 
     async def ask(self, run: Run, question: Question) -> Answer:
-        """Put a question of a run to whoever answers first, and wait for it, as long as the run's request says.
+        """Store a permission request of a run and wait for the first answer, until the run's approval timeout.
 
-        While storage is down the question waits, as the run's messages do.
+        While storage is down the request waits, like the run's messages.
         """
         approval_id = str(uuid.uuid4())
         waiter = _Waiter()
@@ -86,11 +88,15 @@ class Approvals:
         try:
             return (await self._ask(approval_id, run, question, waiter)).answer
         except asyncio.CancelledError:
-            # Claude Code takes its question back: the run is interrupted.
+            # Claude Code withdraws its request, because the run is interrupted.
             self._withdraw(approval_id)
             raise
         except Exception:
-            log.exception("run %s: a question could not be asked", run.id)
+            log.exception(
+                "run %s: cannot store a permission request, denying it",
+                run.id,
+                extra={"event": "approval_failed", "run_id": run.id, "approval_id": approval_id},
+            )
             self._withdraw(approval_id)
             return Answer(allow=False, message=NOT_STORED)
         finally:
@@ -98,7 +104,7 @@ class Approvals:
                 del self._waiters[approval_id]
 
     async def _ask(self, approval_id: str, run: Run, question: Question, waiter: _Waiter) -> Approval:
-        """An approval once it is no longer pending."""
+        """Store a permission request and return the approval once it is no longer pending."""
         seconds = self._timeout if run.approval_timeout_ms is None else run.approval_timeout_ms / 1000
         approval = await self._store(
             partial(
@@ -116,7 +122,7 @@ class Approvals:
             async with asyncio.timeout(seconds):
                 return await waiter.wait()
         except TimeoutError:
-            # An answer may have been first all the same; then it counts.
+            # An answer may have been stored meanwhile; then it counts.
             return await self._store(partial(self._time_out, approval_id))
 
     def _time_out(self, approval_id: str, transaction: Transaction) -> Approval:
@@ -124,15 +130,18 @@ class Approvals:
         return approvals.get(transaction, approval_id)
 
     async def _store(self, work: Callable[[Transaction], Approval]) -> Approval:
-        """Have a change stored, as long as it takes. The loop goes on meanwhile: it may have to take a cancel."""
-        write = self._writer.submit(work, self._follow)
+        """Store a change, however long that takes. The loop keeps running, so that the run can be cancelled."""
+        write = self._writer.submit(work, self._publish)
         stored = _Signal()
         write.future.add_done_callback(lambda _: stored.set())
         await stored.wait(write.future.done)
         return write.future.result()
 
     def _withdraw(self, approval_id: str) -> None:
-        """Have an approval expire that nobody waits for any more. Behind the question in the queue, if that waits."""
+        """Expire an approval whose run no longer waits for it.
+
+        If the request itself is not stored yet, this write is queued behind it.
+        """
 
         def work(transaction: Transaction) -> Approval | None:
             if not self._transitions.expire(transaction, approval_id):
@@ -140,22 +149,26 @@ class Approvals:
             return approvals.get(transaction, approval_id)
 
         try:
-            self._writer.submit(work, lambda expired: None if expired is None else self._follow(expired))
+            self._writer.submit(work, lambda expired: None if expired is None else self._publish(expired))
         except Unavailable:
-            log.debug("approval %s: the service stops; the next start has it expire", approval_id)
+            log.debug(
+                "approval %s: the service is stopping; the next start expires it",
+                approval_id,
+                extra={"event": "approval_left_pending", "approval_id": approval_id},
+            )
 
     # ---- for clients
 
     def answer(self, approval_id: str, answer: Answer, decided_by: str | None) -> Approval:
-        """Give an approval its answer; the first one counts.
+        """Answer an approval. The first answer counts.
 
         Args:
             decided_by: the name of the client's token.
 
         Raises:
-            ApprovalNotFound: there is no such approval.
-            ApprovalResolved: it had one already, or was too late.
-            ValidationError: there is nothing to remember.
+            NotFound: APPROVAL_NOT_FOUND.
+            ApprovalResolved: the approval is no longer pending.
+            ValidationError: `remember` without a suggestion to remember, or an empty `updatedInput`.
         """
         won = False
 
@@ -164,65 +177,69 @@ class Approvals:
             approval = approvals.get(transaction, approval_id)
             if approval.pending and answer.remember and not approval.suggestions.value:
                 raise ValidationError(
-                    "remember: Claude Code has suggested nothing that could be remembered for this question; leave it "
-                    "out.",
+                    "remember: Claude Code has suggested nothing to remember for this request. Leave remember out.",
                     field="remember",
                 )
             if approval.pending and answer.updated_input == {} and approval.input.text != "{}":
                 raise ValidationError(
-                    "updatedInput: must not be empty, for Claude Code would then use the input that it asked about. To "
-                    "allow that, leave updatedInput out.",
+                    "updatedInput: must not be empty, because Claude Code would then use the original input. To allow "
+                    "the original input, leave updatedInput out.",
                     field="updatedInput",
                 )
             resolved = self._transitions.resolve(transaction, approval_id, answer, decided_by)
-            # Where it is not known whether the try before was committed, what is found may be this very answer.
+            # If the previous attempt may have been committed, the stored answer may be this one.
             won = resolved or (won and transaction.uncertain)
             approval = approvals.get(transaction, approval_id)
             if not won:
-                raise ApprovalResolved(f"Approval {approval_id} {_already(approval)}", approval.to_json())
+                raise ApprovalResolved(f"Approval {approval_id} {_resolution(approval)}", approval.to_json())
             return approval
 
-        return self._writer.write(work, self._follow)
+        return self._writer.write(work, self._publish)
 
     # ---- after a commit, in the writer's thread
 
-    def _follow(self, approval: Approval) -> None:
+    def _publish(self, approval: Approval) -> None:
+        """Pass a stored approval to the run that waits for it, and notify subscribers."""
         try:
             if not approval.pending:
-                self._tell(approval)
+                self._resolve_waiter(approval)
         finally:
             self._notifier.notify((approval.run_id, approval.session_id, EVENTS, APPROVALS))
 
-    def _tell(self, approval: Approval) -> None:
+    def _resolve_waiter(self, approval: Approval) -> None:
         with self._lock:
             waiter = self._waiters.get(approval.id)
         if waiter is not None:
-            waiter.tell(approval)
+            waiter.resolve(approval)
 
     def catch_up(self) -> None:
-        """After a fault that has kept a commit from being followed: tell the runs that wait what is stored."""
+        """Pass the stored approvals to the waiting runs, after a fault that prevented it."""
         with self._lock:
             waiting = list(self._waiters)
         if waiting:
             read = self._writer.submit(lambda transaction: [approvals.find(transaction, key) for key in waiting])
-            read.future.add_done_callback(self._caught_up)
+            read.future.add_done_callback(self._resolve_waiters)
 
-    def _caught_up(self, read: Future[list[Approval | None]]) -> None:
+    def _resolve_waiters(self, read: Future[list[Approval | None]]) -> None:
         error = read.exception()
         if error is not None:
-            log.error("the runs that wait for answers could not be told what is stored", exc_info=error)
+            log.error(
+                "cannot read the approvals that runs are waiting for",
+                exc_info=error,
+                extra={"event": "approvals_read_failed"},
+            )
             return
         for approval in read.result():
-            if approval is not None and not approval.pending:  # None: it is still to be stored
-                self._tell(approval)
+            if approval is not None and not approval.pending:  # None: it is not stored yet
+                self._resolve_waiter(approval)
 
 
-def _already(approval: Approval) -> str:
-    return ALREADY[Resolution(str(approval.resolution))].format(at=approval.resolved_at, status=approval.status)
+def _resolution(approval: Approval) -> str:
+    return RESOLUTIONS[Resolution(str(approval.resolution))].format(at=approval.resolved_at, status=approval.status)
 
 
 class _Signal:
-    """Wakes a run's loop from another thread. Made in that loop."""
+    """Wakes a run's event loop from another thread. Created in that loop."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -233,12 +250,10 @@ class _Signal:
         try:
             self._loop.call_soon_threadsafe(self._event.set)
         except RuntimeError:
-            log.debug("a run that waited has ended")
+            log.debug("the waiting run has ended", extra={"event": "waiter_gone"})
 
     async def wait(self, condition: Callable[[], bool]) -> None:
-        """Wait for a condition whose coming true is signalled. It is looked at now and then too: a signal that a fault
-        has kept back must not leave the run waiting for ever.
-        """
+        """Wait until a condition is true. It is checked at each signal, and periodically in case a signal is lost."""
         while not condition():
             with suppress(TimeoutError):
                 async with asyncio.timeout(POLL_INTERVAL):
@@ -246,18 +261,18 @@ class _Signal:
 
 
 class _Waiter:
-    """A question that waits in its run's loop for what becomes of it."""
+    """Waits in a run's event loop until its approval is resolved."""
 
     def __init__(self) -> None:
         self._signal = _Signal()
         self._approval: Approval | None = None
 
-    def tell(self, approval: Approval) -> None:
+    def resolve(self, approval: Approval) -> None:
         """End the wait, from any thread."""
         self._approval = approval
         self._signal.set()
 
     async def wait(self) -> Approval:
         await self._signal.wait(lambda: self._approval is not None)
-        assert self._approval is not None  # noqa: S101  # for mypy: the condition that was waited for
+        assert self._approval is not None  # noqa: S101  # for mypy
         return self._approval

@@ -1,7 +1,7 @@
-"""The decisions in the life of an approval: whether it is asked at all, and what becomes of it.
+"""Decides whether a permission request is passed on to clients, and how it is resolved.
 
-As those on runs (core/runs/transitions.py) each is taken inside the transaction that stores it, in the writer's thread,
-so no two of them race: the first answer wins, whoever gives it.
+Like the decisions on runs (core/runs/transitions.py), each is taken in the writer's thread, inside the transaction that
+stores it. No two of them race, so the first answer counts.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from ccm.json_text import storable, to_json_text
 from ccm.models import Answer, Approval, ApprovalStatus, EventType, Question, Resolution, Run
 from ccm.timestamps import timestamp
 
-# What the model is told where the client gives no reason.
+# The text that the model reads if the client gives no reason.
 UNEXPLAINED = "The user does not allow this."
-TOO_LATE = "Nobody has answered in time whether this may be done, so it is denied."
+TOO_LATE = "Nobody has answered in time, so this is denied."
 
 
 class ApprovalTransitions:
-    """
+    """The decisions on approvals, each a method that is called within a transaction of the writer.
+
     Args:
-        outbox: told of what is asked and answered.
-        workers: runs at once.
+        outbox: receives the events of approvals.
+        workers: the number of runs that execute at once.
     """
 
     def __init__(self, outbox: Outbox, workers: int) -> None:
@@ -36,16 +37,16 @@ class ApprovalTransitions:
     def ask(
         self, transaction: Transaction, approval_id: str, run_id: str, question: Question, *, seconds: float
     ) -> Approval:
-        """Store a question of a run, to be answered; or denied at once, if too many runs wait for answers already.
+        """Store a permission request of a run: pending, or denied at once if too many runs are waiting for answers.
 
         Args:
-            seconds: how long it is to wait.
+            seconds: how long to wait for an answer.
 
         Raises:
             RunAlreadyEnded: the run has ended.
         """
         if transaction.uncertain and (stored := approvals.find(transaction, approval_id)):
-            return stored  # the commit before this try had gone through after all
+            return stored  # the previous attempt was committed after all
         run = runs.get(transaction, run_id)
         if run.ended:
             raise RunAlreadyEnded(f"Run {run.id} has ended.")
@@ -75,9 +76,9 @@ class ApprovalTransitions:
             "expiresAt": timestamp(seconds),
             "resolvedAt": None,
         }
-        # A run that waits holds its worker: if all did, nothing else would ever run until somebody answers.
+        # A waiting run occupies its worker. If all workers were waiting, no other run would start until an answer.
         if approvals.count_other_waiting_runs(transaction, run.id) >= self._workers - 1:
-            message = _crowded(self._workers)
+            message = _no_worker_message(self._workers)
             row |= {
                 "status": ApprovalStatus.DENIED,
                 "resolution": Resolution.NO_WORKER,
@@ -85,12 +86,12 @@ class ApprovalTransitions:
                 "resolvedAt": now,
             }
         approvals.insert(transaction, row)
-        return self._tell(transaction, approval_id)
+        return self._enqueue_event(transaction, approval_id)
 
     def resolve(
         self, transaction: Transaction, approval_id: str, answer: Answer, decided_by: str | None = None
     ) -> bool:
-        """Give a pending approval its answer. False if it has had one already.
+        """Store the answer to a pending approval. Returns False if the approval is not pending.
 
         Args:
             decided_by: the name of the client's token.
@@ -110,7 +111,7 @@ class ApprovalTransitions:
         )
 
     def time_out(self, transaction: Transaction, approval_id: str) -> bool:
-        """Nobody has answered in time. False if somebody has."""
+        """Deny a pending approval because nobody answered in time. Returns False if it is not pending."""
         return self._resolve(
             transaction,
             approval_id,
@@ -118,32 +119,32 @@ class ApprovalTransitions:
         )
 
     def expire(self, transaction: Transaction, approval_id: str) -> bool:
-        """Nobody waits for its answer any more. False if it has had one already."""
+        """Expire a pending approval because its run no longer waits for it. Returns False if it is not pending."""
         return self._resolve(
             transaction, approval_id, {"status": ApprovalStatus.EXPIRED, "resolution": Resolution.WITHDRAWN}
         )
 
     def expire_all(self, transaction: Transaction, run: Run) -> None:
-        """A run has ended: nothing of it may stay pending."""
+        """Expire the pending approvals of a run that ends."""
         for approval in approvals.pending(transaction, run.id) if run.approvals else ():
             self.expire(transaction, approval.id)
 
     def _resolve(self, transaction: Transaction, approval_id: str, values: Mapping[str, Any]) -> bool:
         resolved = approvals.resolve(transaction, approval_id, {**values, "resolvedAt": timestamp()})
         if resolved:
-            self._tell(transaction, approval_id)
+            self._enqueue_event(transaction, approval_id)
         return resolved
 
-    def _tell(self, transaction: Transaction, approval_id: str) -> Approval:
-        """Add the event that tells of an approval's state."""
+    def _enqueue_event(self, transaction: Transaction, approval_id: str) -> Approval:
+        """Add the event of an approval's current state, and return the approval."""
         approval = approvals.get(transaction, approval_id)
         kind = EventType.APPROVAL_REQUESTED if approval.pending else EventType.APPROVAL_RESOLVED
         self._outbox.enqueue(transaction, kind, runs.get(transaction, approval.run_id), approval.to_json())
         return approval
 
 
-def _crowded(workers: int) -> str:
+def _no_worker_message(workers: int) -> str:
     return (
-        f"Denied without being asked: of this service's {workers} workers (CCM_MAX_CONCURRENT_RUNS) all but one at the "
-        "most may wait for approvals, and they do already."
+        f"Denied without being asked: at least one of this service's {workers} workers (CCM_MAX_CONCURRENT_RUNS) must "
+        "stay free, and all others are waiting for approvals already."
     )

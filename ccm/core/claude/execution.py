@@ -22,7 +22,7 @@ from ccm.core.claude.outcome import LOGIN_ADVICE, Outcome, Progress, cost
 from ccm.core.claude.processes import end_marked
 from ccm.core.claude.run_clock import RunClock
 from ccm.core.claude.run_context import Ask, CLIConfig, Mirror, RunContext
-from ccm.core.claude.run_directory import run_directory, said_on_stderr
+from ccm.core.claude.run_directory import read_stderr, run_directory
 from ccm.core.claude.run_events import RunEvents
 from ccm.core.claude.sdk import Client, explain
 from ccm.errors import NotTakenIn, RunEnding, TooLarge
@@ -31,14 +31,13 @@ from ccm.models import Answer, Question, RunStatus
 
 log = logging.getLogger(__name__)
 
-# How much may be read from the output after Claude Code has exited, beside one message. A pipe holds no more, so the
-# rest comes from another process that has the output open.
+# How much may be read from the output after Claude Code has exited, in addition to one message. A pipe holds no more,
+# so the rest comes from another process that has the output open.
 PIPE_BYTES = 2**20
-# How long an idle Claude Code may leave a message that it was sent without an answer (seconds). After that the run is
-# over all the same.
+# How long an idle Claude Code may leave a message unanswered (seconds). After that the run is over anyway.
 SETTLE_TIMEOUT = 10.0
 TMPDIR_ADVICE = (
-    "The directory for the run's temporary files cannot be written: {}. Make room in TMPDIR, or set it to another "
+    "Cannot write to the directory for the run's temporary files: {}. Free space in TMPDIR, or set TMPDIR to another "
     "directory, and start the run again."
 )
 
@@ -54,8 +53,8 @@ class Execution:
 
     Args:
         record: stores a message and returns its index. Called in the run's own loop; the agent waits while it waits.
-        mirror: takes the transcript as it grows. No transcript is taken without one.
-        ask: gets an answer to a permission request, in the run's own loop. Claude Code does not ask without one.
+        mirror: receives the transcript as it grows. Without one no transcript is stored.
+        ask: returns the answer to a permission request, in the run's own loop. Without one Claude Code does not ask.
     """
 
     def __init__(
@@ -85,24 +84,24 @@ class Execution:
             self._events,
             recording=lambda: self._recording,
             storing=lambda: self._recording or (mirror is not None and mirror.busy),
-            told_to_stop=lambda: self._reason is not None,
-            stopping=self._progress.note_stop,
+            stop_requested=lambda: self._reason is not None,
+            before_stop=self._progress.note_stop,
         )
         self._recording = False
         self._bytes_after_exit = 0
         self._prompt = {**context.user_message(), "uuid": str(uuid.uuid4())}
         self._follow_ups = InputQueue(self._prompt, self._keep)
         self._settling: asyncio.TimerHandle | None = None
-        # Why the run is to stop. The first reason given is the one that counts.
+        # Why the run stops. The first reason counts.
         self._reason: Outcome | None = None
         self._stderr = ""
         self._disconnected = True
-        # Whether all processes of the run that should have ended have ended.
-        self.left_nothing = False
+        # Whether every process of the run has ended, except those that may remain.
+        self.processes_ended = False
 
     @property
     def closed_by_itself(self) -> bool:
-        """Whether Claude Code closed its output itself after it had said everything."""
+        """Whether Claude Code closed its output itself after its last message."""
         return self._termination.closed_by_itself
 
     # ---- from any thread
@@ -136,9 +135,9 @@ class Execution:
     # ---- in the run's thread
 
     def run(self) -> Outcome:
-        """Run Claude Code in an event loop of this thread's own and return how the run ended.
+        """Run Claude Code in this thread's own event loop and return how the run ended.
 
-        No process of the run is left then, unless `left_nothing` is False.
+        Its processes have ended then, unless `processes_ended` is False.
         """
         started = time.monotonic()
         try:
@@ -158,17 +157,22 @@ class Execution:
     def _end_processes(self) -> None:
         """End the processes of the run that did not end by themselves."""
         if self._reason is None and self._events.over.is_set() and self._disconnected:
-            self.left_nothing = True
+            self.processes_ended = True
             return
         try:
             end_marked(self._context.run_id)
-            self.left_nothing = True
+            self.processes_ended = True
         except Exception:
-            log.exception("run %s: its processes could not be looked for", self._context.run_id)
+            log.exception(
+                "run %s: cannot find its processes", self._context.run_id, extra=self._extra("process_search_failed")
+            )
+
+    def _extra(self, event: str) -> dict[str, str]:
+        """Return the fields of a log record about this run."""
+        return {"event": event, "run_id": self._context.run_id}
 
     async def _run(self) -> Outcome:
-        # anyio, beneath the SDK, asks several times for each message which event loop this is. Told so, it need not
-        # find out.
+        # The SDK uses anyio, which detects the kind of event loop several times per message. Setting it saves that.
         sniffio.current_async_library_cvar.set("asyncio")
         with self._lock:
             self._loop = asyncio.get_running_loop()
@@ -189,9 +193,7 @@ class Execution:
         if missing is not None:
             return Outcome(RunStatus.ERROR, "CLI_NOT_FOUND", missing)
         if not Path(self._context.cwd).is_dir():
-            return Outcome(
-                RunStatus.ERROR, "CWD_NOT_FOUND", f"The directory {self._context.cwd} is not there any more."
-            )
+            return Outcome(RunStatus.ERROR, "CWD_NOT_FOUND", f"The directory {self._context.cwd} no longer exists.")
         with ExitStack() as stack:
             try:
                 directory = stack.enter_context(run_directory(self._context.run_id))
@@ -201,32 +203,41 @@ class Execution:
             except UnusableOptionsError as unusable:
                 return Outcome(RunStatus.ERROR, "OPTIONS_UNUSABLE", str(unusable))
             except OSError as error:
-                log.error("run %s: its directory cannot be written: %s", self._context.run_id, error)  # noqa: TRY400
+                log.error(  # noqa: TRY400  # the reason is enough
+                    "run %s: cannot write its temporary directory: %s",
+                    self._context.run_id,
+                    error,
+                    extra=self._extra("run_directory_failed"),
+                )
                 return Outcome(RunStatus.ERROR, "TMPDIR_NOT_WRITABLE", TMPDIR_ADVICE.format(error.strerror))
             raised = await self._converse(Client(options))
-            self._stderr = said_on_stderr(directory)
+            self._stderr = read_stderr(directory)
         return self._outcome(raised)
 
     async def _converse(self, client: Client) -> BaseException | None:
-        """Start Claude Code, read what it says, and end it. Returns the exception that the SDK raised, if any."""
+        """Start Claude Code, read its messages, and end it. Returns the exception that the SDK raised, if any."""
         # Not cancelled before the stream has ended: a cancelled disconnect leaks Claude Code and its tools.
         conversation = asyncio.create_task(self._receive(client))
-        # Without this, a conversation that ended without saying so would be waited for.
-        conversation.add_done_callback(self._note_end)
+        # Without this, the run would wait for ever for a task that failed before it set `stream_ended`.
+        conversation.add_done_callback(self._set_stream_ended)
         keeper = asyncio.create_task(self._supervised(partial(self._end, client)))
         await asyncio.wait((keeper,))
         if not conversation.done():
-            # The processes are gone, and the SDK has not noticed it.
+            # The processes have ended, but the SDK has not noticed it.
             conversation.cancel()
             await asyncio.wait((conversation,), timeout=termination.CLOSE_TIMEOUT)
         await self._disconnect(client)
         return None if conversation.cancelled() or not conversation.done() else conversation.exception()
 
-    def _note_end(self, _conversation: asyncio.Task[None]) -> None:
+    def _set_stream_ended(self, _conversation: asyncio.Task[None]) -> None:
         try:
             self._events.stream_ended.set()
         except Exception:
-            log.exception("run %s: the end of its stream could not be noted", self._context.run_id)
+            log.exception(
+                "run %s: cannot note the end of its stream",
+                self._context.run_id,
+                extra=self._extra("stream_end_failed"),
+            )
 
     async def _receive(self, client: Client) -> None:
         sending: asyncio.Task[None] | None = None
@@ -242,11 +253,11 @@ class Execution:
                 sending.cancel()
 
     async def _end(self, client: Client) -> None:
-        """End Claude Code, by force if a step of that fails: nothing else would end it."""
+        """End Claude Code. If that fails, kill it, because nothing else would end it."""
         try:
             await self._terminate(client)
         except Exception as error:
-            self._break(error)
+            self._fail_with(error)
             await self._termination.kill(client)
 
     async def _terminate(self, client: Client) -> None:
@@ -257,15 +268,20 @@ class Execution:
             exit_watch.cancel()
 
     async def _supervised(self, part: Callable[[], Awaitable[None]]) -> None:
-        """Run a task beside the main one. If it fails, the run stops, because otherwise it might never end."""
+        """Run a background task. If it fails, the run stops, because otherwise it might never end."""
         try:
             await part()
         except Exception as error:
-            self._break(error)
+            self._fail_with(error)
 
-    def _break(self, error: Exception) -> None:
+    def _fail_with(self, error: Exception) -> None:
         """Stop the run after a fault in one of its tasks. For the run's own loop."""
-        log.error("run %s failed because of a fault", self._context.run_id, exc_info=error)
+        log.error(
+            "run %s failed because of a fault",
+            self._context.run_id,
+            exc_info=error,
+            extra=self._extra("run_failed"),
+        )
         if self._reason is None:
             self._reason = Outcome(RunStatus.ERROR, "EXECUTION_ERROR", f"{type(error).__name__}: {error}")
         self._events.stop.set()
@@ -280,48 +296,52 @@ class Execution:
         try:
             await client.disconnect()
         except Exception:
-            # The run is over and its outcome known. The processes that are left are ended by their mark.
-            log.exception("run %s: Claude Code could not be let go", self._context.run_id)
+            # The run is over and its outcome is known. Remaining processes are ended by their mark.
+            log.exception(
+                "run %s: cannot disconnect from Claude Code",
+                self._context.run_id,
+                extra=self._extra("disconnect_failed"),
+            )
             self._disconnected = False
 
     # ---- input
 
     def _admit(self, follow_up: FollowUp) -> None:
         try:
-            self._take_on(follow_up)
+            self._queue_or_refuse(follow_up)
         except Exception:
-            log.exception("run %s: a message could not be taken on", self._context.run_id)
-            told = "The message could not be taken on, because of a fault; the service's log says more. Try again."
-            follow_up.refuse(NotTakenIn(told))
+            log.exception("run %s: cannot queue a message", self._context.run_id, extra=self._extra("follow_up_failed"))
+            message = "A fault prevented the message from being sent; the service's log has the reason. Try again."
+            follow_up.refuse(NotTakenIn(message))
 
-    def _take_on(self, follow_up: FollowUp) -> None:
+    def _queue_or_refuse(self, follow_up: FollowUp) -> None:
         """Queue a message for Claude Code, or refuse it.
 
-        The check and the insertion are one step of the loop, so the run cannot end in between: a message that is queued
-        is either taken in or refused at the end.
+        The check and the insertion are one step of the loop, so the run cannot end in between. A queued message is
+        either accepted by Claude Code or refused at the end of the run.
         """
         largest = self._cli_config.max_message_bytes - REPLAY_BYTES
         if self._events.ending:
             follow_up.refuse(_ending())
         elif self._follow_ups.size + follow_up.size > largest:
-            # Messages that share a turn come back in one message, and a larger one ends the run.
+            # Claude Code replays messages that share a turn as one, and a message over the limit ends the run.
             follow_up.refuse(
                 TooLarge(
-                    f"The message has more than {largest} bytes, together with those that have not been answered yet; "
-                    "CCM_MAX_MESSAGE_BYTES sets the limit. Send it when they are."
+                    f"The message and those that are not answered yet have more than {largest} bytes in all; "
+                    "CCM_MAX_MESSAGE_BYTES sets the limit. Send it when they are answered."
                 )
             )
         else:
             self._follow_ups.add(follow_up)
 
     async def _write(self, client: Client) -> None:
-        """Write the prompt and the later messages, one after the other. Only this waits for a slow reader."""
+        """Write the prompt and the later messages in order. Only this task waits if Claude Code reads slowly."""
         try:
             await client.query(self._messages())
         except Exception as error:
-            # A Claude Code that is just ending gives a better reason, and its last messages are still to be read.
+            # If Claude Code is exiting, its last messages and its exit give a better reason.
             if not await self._events.stream_ends_within(termination.CLOSE_TIMEOUT) and not self._events.ending:
-                self.fail("CLI_CRASHED", f"Claude Code takes no input any more: {error}")
+                self.fail("CLI_CRASHED", f"Claude Code no longer accepts input: {error}")
 
     async def _messages(self) -> AsyncIterator[dict[str, Any]]:
         yield self._prompt
@@ -335,19 +355,24 @@ class Execution:
 
     async def _take(self, message: dict[str, Any]) -> None:
         if message.get("command_uuid") == self._prompt["uuid"]:
-            return  # the prompt's own messages and results tell as much
+            return  # the prompt's replay and its result say the same
         if self._events.exited.is_set():
             self._check_source(message)
         if self._settling is not None:
             self._settling.cancel()
         kind, subtype = message.get("type"), message.get("subtype")
         if kind == "system" and subtype == "session_state_changed":
-            pass  # switched on for this service alone, and not part of the record
+            pass  # only this service enables these messages; clients do not get them
         elif kind == "system" and subtype == "mirror_error":
-            # The SDK reports a fault of this service's storage. The transcript is taken from its file instead.
+            # The SDK reports a fault of this service's storage. The transcript is read from its file instead.
             reason = message.get("error") or "no reason is given"
-            log.warning("run %s: its transcript could not be mirrored: %s", self._context.run_id, reason)
-        elif not await self._follow_ups.heed(message):
+            log.warning(
+                "run %s: its transcript could not be mirrored: %s",
+                self._context.run_id,
+                reason,
+                extra=self._extra("transcript_mirror_failed"),
+            )
+        elif not await self._follow_ups.handle(message):
             await self._keep(message)
         self._progress.note(message)
         if self._progress.login_refused:
@@ -356,17 +381,18 @@ class Execution:
             if not self._follow_ups.in_flight:
                 self._events.over.set()
             elif self._progress.reports_idle or kind == "result":
-                # Idle although a message was sent: either it gets a turn now, or Claude Code does not know of it.
+                # Idle although a message was sent: either the message gets a turn soon, or Claude Code has missed it.
                 self._settling = asyncio.get_running_loop().call_later(SETTLE_TIMEOUT, self._events.over.set)
 
     def _check_source(self, message: dict[str, Any]) -> None:
-        """
+        """Check that a message read after the exit of Claude Code can be its own.
+
         Raises:
-            ForeignOutputError: Claude Code has exited and cannot have written that much.
+            ForeignOutputError: more was read after the exit than Claude Code can have written.
         """
         self._bytes_after_exit += len(to_json_text(message))
         if self._bytes_after_exit > PIPE_BYTES + self._cli_config.max_message_bytes:
-            raise ForeignOutputError("another process goes on writing to the output of a Claude Code that has ended")
+            raise ForeignOutputError("another process is writing to the output of Claude Code, which has exited")
 
     async def _keep(self, message: dict[str, Any]) -> int:
         self._recording = True
@@ -374,20 +400,20 @@ class Execution:
             return await self._record(message)
         finally:
             self._recording = False
-            self._termination.note_sign()
+            self._termination.note_stored()
 
     async def _ask_and_wait(self, ask: Ask, question: Question) -> Answer:
-        """Get the answer to a permission request. The wait for it does not count as the run's time."""
+        """Return the answer to a permission request. The wait does not count towards the run's time limit."""
         asking = asyncio.create_task(_awaited(ask(question)))
         stop = asyncio.create_task(self._events.stop.wait())
         try:
             with self._clock.paused():
                 await asyncio.wait((asking, stop), return_when=asyncio.FIRST_COMPLETED)
             if not asking.done():
-                # The run is to stop: nobody is to answer any more, and Claude Code is not to continue with an answer.
+                # The run is stopping: the approval expires, and Claude Code must not continue with an answer.
                 asking.cancel()
                 await self._events.stream_ended.wait()
-                raise asyncio.CancelledError  # as where Claude Code takes its question back: nobody reads an answer
+                raise asyncio.CancelledError  # as if Claude Code had withdrawn its request: nothing reads an answer
         finally:
             asking.cancel()
             stop.cancel()
@@ -397,10 +423,10 @@ class Execution:
         return answer
 
     def _outcome(self, error: BaseException | None) -> Outcome:
-        """How the run ended.
+        """Return how the run ended.
 
         Args:
-            error: the exception that the SDK raised.
+            error: the exception that the SDK raised, if any.
         """
         outcome = self._progress.outcome(
             self._reason, over=self._events.over.is_set(), unanswered=self._follow_ups.unanswered
@@ -409,7 +435,7 @@ class Execution:
             return outcome
         code, message = explain(error, self._stderr, self._cli_config.max_message_bytes)
         if code == "EXECUTION_ERROR":
-            log.error("run %s: %r", self._context.run_id, error, exc_info=error)
+            log.error("run %s: %r", self._context.run_id, error, exc_info=error, extra=self._extra("run_failed"))
         return Outcome(RunStatus.ERROR, code, message)
 
 

@@ -1,11 +1,11 @@
 #!/bin/sh
-# Starts Claude Code for one run (core/processes.py sets the variables).
+# Starts Claude Code for one run (processes.py sets the variables).
 #
-# CCM_LAUNCHER puts it into a session of its own, so that Ctrl-C at the service's terminal does not reach it behind our
-# back, and has the kernel end it when the service dies. CCM_HIDDEN names what is the service's own business and not the
-# agent's. CCM_CLAUDE is the program. CCM_STDERR is a file: the SDK stops reading a pipe at the first byte that is not
-# UTF-8, and the run would hang when it is full. CCM_OPEN_FILES is the limit that the service was started with: the
-# service has raised its own, and some programs cannot do with more than 1024.
+# CCM_LAUNCHER starts it in a session of its own, so that Ctrl-C at the service's terminal does not reach it directly, and
+# makes the kernel end it when the service dies. CCM_HIDDEN names the service's own variables, which the agent must not
+# see. CCM_CLAUDE is the program. CCM_STDERR is a file: the SDK stops reading a pipe at the first byte that is not UTF-8,
+# and the run would hang once the pipe is full. CCM_OPEN_FILES is the limit with which the service was started: the
+# service raises its own, and some programs cannot cope with more than 1024.
 launcher=$CCM_LAUNCHER
 claude=$CCM_CLAUDE
 stderr=$CCM_STDERR

@@ -1,7 +1,7 @@
-"""From a client's options, under their TypeScript names, to the SDK's `ClaudeAgentOptions`.
+"""Translates a client's options, under their TypeScript names, to the SDK's `ClaudeAgentOptions`.
 
-The options have been judged before (api/http/options.py); here they are only carried over. What may be long or secret
-goes to Claude Code in private files: an argument is readable to every user of the host, and Linux allows it 128 KiB.
+The options were validated before (api/http/options.py). Values that may be long or secret reach Claude Code in private
+files, because every user of the host can read a process's arguments, and Linux limits an argument to 128 KiB.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ccm.core.claude.sdk import AgentDefinition, ClaudeAgentOptions, permission_
 
 CLAUDE_CODE_PROMPT = {"type": "preset", "preset": "claude_code"}
 
-# Options that only change their name.
+# Options whose value is passed on unchanged under another name.
 RENAMED = {
     "model": "model",
     "fallbackModel": "fallback_model",
@@ -45,11 +45,11 @@ RENAMED = {
 
 
 class UnusableOptionsError(Exception):
-    """A run cannot be made with its options, as only its start shows; the message says why."""
+    """The options of a run turn out to be unusable when it starts; the message says why."""
 
 
 def private_file(directory: Path, name: str, text: str) -> str:
-    """The path of a new file in `directory` (which is its owner's alone) that holds `text`."""
+    """Write `text` to a new file in `directory`, which only its owner can read, and return the file's path."""
     path = directory / name
     path.write_text(text, encoding="utf-8")
     path.chmod(0o600)
@@ -64,14 +64,17 @@ def sdk_arguments(
     directory: Path,
     agent: Callable[..., Any],
 ) -> dict[str, Any]:
-    """The keyword arguments.
+    """Return the keyword arguments for a run's options.
 
     Args:
-        options: a run's options as the client gave them.
-        permission_mode: where the options name none.
-        setting_sources: where the options name none. Always passed on: the SDK's `skills` would widen them silently.
-        directory: the run's own, where private files may be put.
+        options: the run's options as the client gave them.
+        permission_mode: the default.
+        setting_sources: the default. Always passed on, because the SDK's `skills` would otherwise widen it silently.
+        directory: the run's own directory, for private files.
         agent: the SDK's `AgentDefinition`.
+
+    Raises:
+        UnusableOptionsError: the settings file cannot be read.
     """
     arguments: dict[str, Any] = {
         "permission_mode": permission_mode,
@@ -98,7 +101,7 @@ def sdk_arguments(
 
 
 def _settings(options: Mapping[str, Any], arguments: dict[str, Any], directory: Path) -> None:
-    """The sandbox is a part of the settings; the SDK would join the two in an argument."""
+    """Merge the sandbox into the settings, in a private file; the SDK would merge them in an argument."""
     settings = options.get("settings")
     if isinstance(settings, str) and settings.lstrip().startswith("{"):
         settings = json.loads(settings)
@@ -127,13 +130,13 @@ def _system_prompt(prompt: Any, arguments: dict[str, Any], directory: Path) -> N
     if isinstance(prompt, str):
         prompt = {"type": "custom", "prompt": prompt}
     if prompt is None:
-        # The SDK's own default is an empty prompt, and an agent without one is not Claude Code.
+        # The SDK's default is an empty prompt, with which the agent does not behave like Claude Code.
         arguments["system_prompt"] = dict(CLAUDE_CODE_PROMPT)
     elif prompt["type"] == "custom":
         path = private_file(directory, "system-prompt.txt", prompt["prompt"])
         arguments["system_prompt"] = {"type": "file", "path": path}
         if "snapshot" in prompt:
-            # The SDK passes it on with a preset, or with a prompt that it makes an argument, for every user to read.
+            # The SDK passes `snapshot` on only with a preset, or with a prompt in an argument that every user can read.
             arguments["system_prompt"] = dict(CLAUDE_CODE_PROMPT) | {"snapshot": prompt["snapshot"]}
             arguments["extra_args"]["system-prompt-file"] = path
     else:

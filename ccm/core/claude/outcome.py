@@ -1,4 +1,4 @@
-"""How a run ended, read from its messages: whether it failed, why, and what it cost."""
+"""Derives from a run's messages whether it failed, why, and what it cost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RESULT_ERRORS = {
 # Claude Code retries a refused login for three minutes. Two refusals in a row are enough to know.
 LOGIN_REFUSALS = 2
 LOGIN_ADVICE = (
-    "Claude Code has no login that is accepted. Log in again: run `claude` and /login as the service's user, or set "
+    "Claude Code has no valid login. Log in again: run `claude` and /login as the service's user, or set "
     "ANTHROPIC_API_KEY for the service."
 )
 
@@ -36,13 +36,13 @@ class Outcome:
 
 
 class Progress:
-    """The facts about a run that its messages have told so far. For the run's own event loop."""
+    """The state of a run, collected from its messages so far. For the run's own event loop."""
 
     def __init__(self) -> None:
         self.results: list[dict[str, Any]] = []
-        # The number of results when the run was told to stop; None before that.
+        # The number of results when the run was asked to stop; None before that.
         self._results_before_stop: int | None = None
-        # The last state that Claude Code has reported; None if it reports none, as older versions do.
+        # The last state that Claude Code has reported; None if it reports none, like older versions.
         self._session_state: str | None = None
         self._login_refusals = 0
         # The API error that the last assistant message of the main thread reports.
@@ -62,11 +62,11 @@ class Progress:
 
     @property
     def login_refused(self) -> bool:
-        """Whether the login was refused as often as it takes to give up."""
+        """Whether the login was refused so often in a row that waiting is pointless."""
         return self._login_refusals >= LOGIN_REFUSALS
 
     def note(self, message: Mapping[str, Any]) -> None:
-        """Remember the facts that a message tells."""
+        """Update the state from a message."""
         kind, subtype = message.get("type"), message.get("subtype")
         if kind == "result":
             self.results.append(dict(message))
@@ -82,7 +82,7 @@ class Progress:
                 self._api_error = message.get("error")
 
     def note_stop(self) -> None:
-        """Remember where the run was when it was told to stop."""
+        """Remember how many results there were when the run was asked to stop."""
         self._results_before_stop = len(self.results)
 
     def note_denial(self, answer: Answer) -> None:
@@ -90,16 +90,17 @@ class Progress:
         self._denial = answer
 
     def outcome(self, reason: Outcome | None, *, over: bool, unanswered: bool) -> Outcome | None:
-        """How the run ended, or None if its messages do not say. A result counts for more than how the process went.
+        """Return how the run ended, or None if its messages do not say. A result takes precedence over how the
+        process ended.
 
         Args:
-            reason: why the run was told to stop, if it was.
-            over: Claude Code has done all that it was asked to do.
-            unanswered: a message was taken in whose turn has not ended well.
+            reason: the outcome with which the run was asked to stop, if it was.
+            over: whether Claude Code has done everything that it was asked to do.
+            unanswered: whether Claude Code accepted a follow-up and did not complete it.
         """
         if reason is not None and self._results_before_stop is not None:
             since = self.results[self._results_before_stop :]
-            # A turn that ended well all the same was the last one, unless a message was still to be answered.
+            # A turn that completed despite the stop completes the run, unless a message was still unanswered.
             if not since or unanswered or any(result.get("is_error") for result in since):
                 return reason
         if not (over and self.results):
@@ -120,12 +121,12 @@ class Progress:
 
 
 def _sentences(text: str, advice: str) -> str:
-    """Join two texts as two sentences, whatever the first one ends with."""
+    """Join two texts as sentences. Adds a full stop to the first if needed."""
     return f"{text} {advice}" if text.endswith((".", "!", "?")) else f"{text}. {advice}"
 
 
 def cost(results: Sequence[Mapping[str, Any]], *, fresh: bool) -> float | None:
-    """What the run alone cost (USD), None if it is not known: the SDK's total counts the resumed history too."""
+    """Return the cost of the run alone (USD), or None if unknown: the SDK's total includes the resumed history."""
     if not results:
         return None
     since = [result.get("model_usage_since_last_result") for result in results]
@@ -137,17 +138,17 @@ def cost(results: Sequence[Mapping[str, Any]], *, fresh: bool) -> float | None:
 
 
 def _money(amount: object) -> float | None:
-    """Rounded; None if it is no amount."""
+    """Return an amount rounded, or None if it is not a finite number."""
     if not isinstance(amount, int | float) or not math.isfinite(amount):
         return None
     return round(float(amount), MONEY_DIGITS)
 
 
 def error_code(result: Mapping[str, Any], api_error: str | None) -> str:
-    """Why a result is an error.
+    """Return the error code of a failed result.
 
     Args:
-        api_error: what the last assistant message of the main thread reports as an error of the API.
+        api_error: the API error in the last assistant message of the main thread, if any.
     """
     if result.get("api_error_status") == 401 or api_error == "authentication_failed":
         return "AUTHENTICATION_FAILED"
@@ -157,6 +158,6 @@ def error_code(result: Mapping[str, Any], api_error: str | None) -> str:
 
 
 def error_text(result: Mapping[str, Any]) -> str:
-    """What an error says of itself."""
+    """Return the message of a failed result."""
     errors = [str(error) for error in result.get("errors") or []]
     return "; ".join(errors) or str(result.get("result") or result.get("subtype") or "The run failed.")

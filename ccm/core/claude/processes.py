@@ -1,4 +1,4 @@
-"""The processes of a run: how Claude Code is started, and how nothing of it is left behind."""
+"""The processes of a run: how Claude Code is launched, and how every process of the run is found and ended."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 LAUNCH_SCRIPT = Path(__file__).with_name("launch_claude.sh")
-# Every process of a run inherits it: a tool may leave Claude Code's process group, but not its environment.
+# Every process of a run inherits this variable: a tool may leave Claude Code's process group, but not its environment.
 RUN_MARK = "CCM_RUN_ID"
-# What the agent has no business with: the service's settings, and how to reach its database.
+# Variables that are hidden from the agent: the service's settings, and the access to its database.
 HIDDEN_PREFIXES = ("CCM_", "PG")
 HIDDEN_NAMES = ("DATABASE_URL", "DATABASE_PATH")
 
 
 def launcher() -> str:
-    """The programs that start Claude Code apart from the service; empty where the system has none.
+    """Return the command prefix that separates Claude Code from the service; empty if the system has no such programs.
 
-    Without `setpriv` (it is Linux's) agents outlive a service that is killed; without `setsid` Ctrl-C at the terminal
-    reaches them too.
+    Without `setpriv` (Linux only) agents outlive a killed service. Without `setsid` Ctrl-C at the terminal ends them.
     """
     words = []
     setsid = shutil.which("setsid")
@@ -41,7 +40,7 @@ def launcher() -> str:
 def launch_environment(
     claude: Path, run_id: str, environ: Mapping[str, str], stderr: Path, open_files: int | None = None
 ) -> dict[str, str]:
-    """What the launch script reads, and the mark of the run."""
+    """Return the variables that the launch script reads, and the mark of the run."""
     hidden = [
         name
         for name in environ
@@ -58,10 +57,10 @@ def launch_environment(
 
 
 def marked(run_id: str, holding: str | None = None) -> list[int]:
-    """The pids of all processes that carry a run's mark. Linux only: elsewhere none is found.
+    """Return the pids of all processes that carry a run's mark. Linux only; elsewhere none is found.
 
     Args:
-        holding: only those that have this open, as /proc names it: `pipe:[123]`.
+        holding: only processes that have this file open, as /proc names it: `pipe:[123]`.
     """
     mark = f"{RUN_MARK}={run_id}".encode()
     pids = []
@@ -71,34 +70,38 @@ def marked(run_id: str, holding: str | None = None) -> list[int]:
         try:
             environment = Path(entry.path, "environ").read_bytes()
         except OSError:
-            continue  # it has ended, or is another user's
+            continue  # the process has ended or belongs to another user
         if mark in environment.split(b"\0") and (holding is None or holding in _open_files(entry.path)):
             pids.append(int(entry.name))
     return pids
 
 
 def _open_files(process: str) -> set[str]:
-    """What the process of a folder in /proc has open, by the names that /proc has for it."""
+    """Return the open files of a process, as /proc names them.
+
+    Args:
+        process: the process's directory in /proc.
+    """
     names = set()
     try:
         for entry in os.scandir(Path(process, "fd")):
-            with contextlib.suppress(FileNotFoundError):  # closed since
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
                 names.add(os.readlink(entry.path))
     except OSError:
-        pass  # it has ended, or is another user's
+        pass  # the process has ended or belongs to another user
     return names
 
 
 def end_marked(run_id: str, seconds: float = 5.0, holding: str | None = None) -> None:
-    """Kill what a run has left behind: a tool survives the death of Claude Code in a session of its own.
+    """Kill the remaining processes of a run: a tool in a session of its own survives Claude Code.
 
     Args:
-        seconds: how long to wait for the killed to be gone.
+        seconds: how long to wait until they have ended.
         holding: as for `marked`.
     """
     deadline = time.monotonic() + seconds
     pids = marked(run_id, holding)
-    told: set[int] = set()
+    reported: set[int] = set()
     while pids and time.monotonic() < deadline:
         for pid in pids:
             try:
@@ -106,10 +109,20 @@ def end_marked(run_id: str, seconds: float = 5.0, holding: str | None = None) ->
             except ProcessLookupError:
                 continue
             except PermissionError:
-                if pid not in told:
-                    log.warning("run %s: process %d may not be ended: it is another user's", run_id, pid)
-                told.add(pid)
+                if pid not in reported:
+                    log.warning(
+                        "run %s: no permission to end process %d",
+                        run_id,
+                        pid,
+                        extra={"event": "kill_refused", "run_id": run_id},
+                    )
+                reported.add(pid)
         time.sleep(0.01)
         pids = marked(run_id, holding)
     if pids:
-        log.error("run %s: processes %s would not end", run_id, ", ".join(map(str, pids)))
+        log.error(
+            "run %s: processes %s have not ended",
+            run_id,
+            ", ".join(map(str, pids)),
+            extra={"event": "kill_failed", "run_id": run_id},
+        )

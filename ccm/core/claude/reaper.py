@@ -1,8 +1,8 @@
-"""A small process beside the service that ends what its agents have left when the service is killed.
+"""A small process beside the service that ends the processes of agents when the service is killed.
 
-The kernel tells Claude Code of the service's death (core/launch_claude.sh), and Claude Code ends its tools. What that
-misses is a tool in a session of its own whose Claude Code was killed as well, or was just starting it. So the reaper is
-told which runs are going on; when its input ends, because the service has, it ends what still carries their marks.
+If the service dies, the kernel signals Claude Code (launch_claude.sh), which ends its tools. That misses a tool in a
+session of its own whose Claude Code was killed as well or was just starting it. The reaper therefore knows which runs
+have started. When its input ends, because the service has ended, it kills every process with the mark of one of them.
 """
 
 from __future__ import annotations
@@ -22,17 +22,20 @@ from ccm.core.claude.processes import end_marked, marked
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[3]
-# Seconds that Claude Code gets to end by itself: it has a transcript to write.
+# How long Claude Code may take to end by itself, because it still writes its transcript (seconds).
 GRACE_TIMEOUT = 5.0
-# How long a reaper that has nothing left to do may take to end.
+# How long an idle reaper may take to end (seconds).
 STOP_TIMEOUT = 5.0
 # The reaper's commands, each followed by a run id: the run has started; it has ended and its remaining processes may
-# stay; it has ended and they are to be killed.
-GOING_ON, OVER, END = "+", "-", "!"
+# stay; it has ended and its remaining processes must be killed.
+WATCH, RELEASE, END = "+", "-", "!"
 
 
 class Reaper:
-    """Started with the first run; Linux only, for elsewhere no process shows its mark."""
+    """The service's handle on its reaper process, which starts with the first run.
+
+    Linux only: elsewhere a process's mark cannot be read.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -40,62 +43,63 @@ class Reaper:
         self._runs: set[str] = set()
 
     def watch(self, run_id: str) -> None:
-        """A run begins."""
+        """Watch a run that begins."""
         with self._lock:
             self._runs.add(run_id)
-            self._tell(GOING_ON + run_id)
+            self._send(WATCH + run_id)
 
     def release(self, run_id: str) -> None:
-        """A run is over, and what it has left may stay."""
+        """Forget a run that is over. Its remaining processes may stay."""
         with self._lock:
             self._runs.discard(run_id)
-            self._tell(OVER + run_id)
+            self._send(RELEASE + run_id)
 
     def end(self, run_id: str) -> None:
-        """A run is over, and its processes are to be ended, for the service itself cannot."""
+        """Kill the processes of a run that is over, because the service itself cannot."""
         with self._lock:
-            self._tell(END + run_id)
+            self._send(END + run_id)
             self._runs.discard(run_id)
 
     def stop(self) -> None:
-        """Let it go. Idempotent; it stays as long as runs are going on."""
+        """Close the reaper's input. It ends at once, or after it has ended the runs that it watches. Idempotent."""
         with self._lock:
             process, self._process = self._process, None
             if process is not None and process.stdin is not None:
                 with contextlib.suppress(BrokenPipeError):
                     process.stdin.close()
                 if not self._runs:
-                    _see_it_end(process, STOP_TIMEOUT)
+                    _wait_or_kill(process, STOP_TIMEOUT)
 
-    def _tell(self, line: str) -> None:
+    def _send(self, line: str) -> None:
+        """Send a command. Replaces a reaper that has ended or does not read."""
         if sys.platform != "linux":
             return
         if self._process is not None and self._process.poll() is None:
             if self._write([line]):
                 return
-            # It does not read: whoever waited for it would hold up every run.
-            _see_it_end(self._process, 0)
+            # It does not read. Waiting for it would block every run.
+            _wait_or_kill(self._process, 0)
         if not self._runs:
             return
         if self._process is not None:
-            log.warning("the reaper has ended or stands still; another one takes its place")
+            log.warning("the reaper has ended or does not respond, replacing it", extra={"event": "reaper_replaced"})
         self._process = _start()
-        self._write([*(GOING_ON + run_id for run_id in self._runs), line])
+        self._write([*(WATCH + run_id for run_id in self._runs), line])
 
     def _write(self, lines: list[str]) -> bool:
-        """Write whole lines, without waiting. False if it takes no more."""
+        """Write whole lines without waiting. Returns False if the pipe is full or closed."""
         stream = None if self._process is None else self._process.stdin
         if stream is None:
             return False
         try:
-            # A line is shorter than what a pipe takes or refuses as a whole.
+            # A line is short enough that a pipe takes it whole or not at all.
             return all(stream.write(text) == len(text) for text in (f"{line}\n".encode("ascii") for line in lines))
         except OSError:
             return False
 
 
-def _see_it_end(process: subprocess.Popen[bytes], seconds: float) -> None:
-    """Wait for a reaper's end, and kill it then."""
+def _wait_or_kill(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Wait for a reaper to end. Kill it after `seconds`."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
         return
@@ -104,16 +108,16 @@ def _see_it_end(process: subprocess.Popen[bytes], seconds: float) -> None:
 
 
 def _start() -> subprocess.Popen[bytes]:
-    # -S: it needs no packages, and is to be small. Its own session: Ctrl-C at the terminal is not for it.
+    # -S keeps it small: it needs no packages. In a session of its own, Ctrl-C at the terminal does not reach it.
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from ccm.core.claude.reaper import reap; reap(sys.stdin)"
-    process = subprocess.Popen(  # noqa: S603  # our own words only
+    process = subprocess.Popen(  # noqa: S603  # no input from outside
         [sys.executable, "-I", "-S", "-c", code],
         stdin=subprocess.PIPE,
-        # Who reads what the service says must not wait for the reaper's end.
+        # If it held the service's output open, readers of that output would wait for the reaper's end.
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         bufsize=0,
-        env={},  # it needs none, and a mark in it would be its own end
+        env={},  # with a mark in its environment it would kill itself
         cwd="/",
         start_new_session=True,
     )
@@ -123,16 +127,19 @@ def _start() -> subprocess.Popen[bytes]:
 
 
 def reap(lines: IO[str]) -> None:
-    """The reaper's own life: listen until the input ends, then end what is left of the runs that were going on."""
+    """Execute commands until the input ends, then end the processes of the runs that are still watched.
+
+    Called in the reaper process.
+    """
     runs: set[str] = set()
     for line in lines:
-        sign, run_id = line[:1], line[1:].strip()
-        if sign == GOING_ON:
+        command, run_id = line[:1], line[1:].strip()
+        if command == WATCH:
             runs.add(run_id)
         else:
             runs.discard(run_id)
-            if sign == END:
-                with contextlib.suppress(OSError):  # nobody reads what this process says, and other runs need it
+            if command == END:
+                with contextlib.suppress(OSError):  # this process has no log, and other runs still need it
                     end_marked(run_id)
     deadline = time.monotonic() + GRACE_TIMEOUT
     while runs and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""Files that an agent may have written, or something else in their place."""
+"""Opens files that an agent may have replaced by something else."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from pathlib import Path
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a file to read it. What else an agent may have put there is refused: a FIFO would be waited for, and a
-    device could be read without end.
+    """Open a regular file for reading. Anything else is refused: a FIFO would block, and a device may never end.
 
     Raises:
-        OSError: it cannot be opened, or is no regular file.
+        OSError: the file cannot be opened or is not a regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is no regular file")
+        raise OSError(errno.EINVAL, "it is not a regular file")
     return open(descriptor, "rb")

@@ -1,4 +1,4 @@
-"""The clock that a run's time limit goes by."""
+"""The clock for a run's time limit."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from contextlib import contextmanager, suppress
 
 
 class RunClock:
-    """Runs from when it is made until its time is used up, and stands still while it is paused.
+    """A countdown that starts when it is created and can be paused.
 
-    Made in any thread; then used in the run's own loop only.
+    Created in any thread, then used in the run's own loop only.
 
     Args:
-        seconds: the time that there is; infinite for no limit.
+        seconds: the time limit; infinite for none.
     """
 
     def __init__(self, seconds: float) -> None:
-        # As it was when the clock last began to run.
+        # The remaining time when the clock last began to run.
         self._left = seconds
         self._since = time.monotonic()
         self._pauses = 0
@@ -26,12 +26,12 @@ class RunClock:
 
     @property
     def left(self) -> float:
-        """Seconds that are left; below 0 once they are used up."""
+        """The remaining time (seconds), negative after the limit."""
         return self._left if self._pauses else self._left - (time.monotonic() - self._since)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens within does not count. Pauses may overlap; the clock goes on when the last has ended."""
+        """Pause the clock within the context. Pauses may overlap; the clock runs again after the last one."""
         self._left = self.left
         self._pauses += 1
         try:

@@ -1,4 +1,4 @@
-"""What one run is made from: the assignment, and the Claude Code that is to do it."""
+"""The inputs of one run: its context, and the Claude Code to run."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ Ask = Callable[[Question], Awaitable[Answer]]
 
 
 class Mirror(Protocol):
-    """The SDK's session store for one run (core/transcripts/store.py). It takes the transcript as it grows."""
+    """The SDK's session store for one run (core/transcripts/store.py). Receives the transcript as it grows."""
 
     @property
     def busy(self) -> bool:
-        """Whether entries are on their way to storage."""
+        """Whether entries are being stored."""
 
 
 @dataclass(frozen=True)
 class CLIConfig:
-    """Which Claude Code runs are made with, and what holds for all of them.
+    """The Claude Code to run, and the settings of all runs.
 
     Args:
-        open_files: the limit of open files that agents get; the service's own if left out.
+        open_files: the agents' limit of open files; None for the service's own.
     """
 
     cli_path: Path
@@ -38,22 +38,22 @@ class CLIConfig:
     open_files: int | None = None
 
     def missing(self) -> str | None:
-        """Why it cannot be started, or None."""
+        """Return why Claude Code cannot be started, or None."""
         if not self.cli_path.is_file():
             return f"Claude Code is not at {self.cli_path}; reinstall claude-agent-sdk or set CCM_CLI_PATH."
         if not os.access(self.cli_path, os.X_OK):
-            return f"Claude Code at {self.cli_path} may not be executed by this user."
+            return f"This user has no permission to execute Claude Code at {self.cli_path}."
         return None
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """One run, as the executor is given it.
+    """One run, as `Execution` receives it.
 
     Args:
-        timeout_ms: the time limit that its request named, or None.
-        resume: the SDK session whose transcript is forked, or None for a fresh one.
-        resume_at: the uuid of the last message of it that counts, or None for all.
+        timeout_ms: the time limit of its request, or None.
+        resume: the SDK session whose transcript is forked, or None for a fresh run.
+        resume_at: the uuid of the last message that is taken from that transcript, or None for all messages.
     """
 
     run_id: str
@@ -71,7 +71,7 @@ class RunContext:
 
 
 def user_message(sdk_session_id: str, prompt: str, images: Sequence[Image]) -> dict[str, Any]:
-    """What a user says, as Claude Code reads it."""
+    """Return a user's message in the format that Claude Code reads."""
     pictures = [
         {"type": "image", "source": {"type": "base64", "media_type": image.media_type, "data": image.data}}
         for image in images

@@ -1,4 +1,4 @@
-"""The directory that each run has of its own: what is long or secret is given to Claude Code in it."""
+"""Each run's own directory, which passes long or secret values to Claude Code."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from pathlib import Path
 
 from ccm.core.claude.regular_file import open_regular
 
-# What Claude Code says on its stderr, and how much of it is told.
+# The file that takes Claude Code's stderr, and how much of its end an error message shows (bytes).
 STDERR_FILE = "stderr"
 STDERR_BYTES = 4_000
 
 
 @contextmanager
 def run_directory(run_id: str) -> Iterator[Path]:
-    """The directory, readable by nobody else, gone with the run.
+    """Create the directory, readable by its owner only, and remove it at the end of the context.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
     directory = Path(tempfile.mkdtemp(prefix=f"ccm-{run_id}-"))
     try:
-        # Made here, where it is told why that fails; the shell that starts Claude Code would end without a word.
+        # Created here, where a failure has a reason: the shell that starts Claude Code would exit without one.
         (directory / STDERR_FILE).touch(mode=0o600)
         yield directory
     finally:
@@ -33,13 +33,13 @@ def run_directory(run_id: str) -> Iterator[Path]:
 
 
 def remove_directories(run_id: str) -> None:
-    """Remove what a run has left whose service was killed: its prompts and settings may hold secrets."""
+    """Remove the directory of a run whose service was killed: its prompts and settings may hold secrets."""
     for directory in Path(tempfile.gettempdir()).glob(f"ccm-{run_id}-*"):
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def said_on_stderr(directory: Path) -> str:
-    """The end of what Claude Code said there."""
+def read_stderr(directory: Path) -> str:
+    """Return the end of Claude Code's stderr; empty if it cannot be read."""
     file = directory / STDERR_FILE
     try:
         with open_regular(file) as stream:

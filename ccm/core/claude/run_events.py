@@ -1,4 +1,4 @@
-"""The events in the life of one Claude Code process, as the tasks of its run share them."""
+"""The events of one Claude Code process, which the tasks of its run share."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 @dataclass
 class RunEvents:
-    """Set in the run's own event loop only.
+    """The events of a run, set in its own event loop only.
 
     Attributes:
         connected: Claude Code has answered the SDK's first request.
-        stop: the run is to end early.
-        over: Claude Code has done all that it was asked to do.
+        stop: the run must end early.
+        over: Claude Code has done everything that it was asked to do.
         exited: its process has exited.
         stream_ended: nothing more will be read from it.
     """

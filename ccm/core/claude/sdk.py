@@ -1,8 +1,8 @@
-"""The SDK, and what the service needs of it beyond what it offers. The only importer of claude_agent_sdk.
+"""The SDK, with the extensions that the service needs. The only importer of claude_agent_sdk.
 
-The SDK's own message classes drop what they do not know, whole types and single fields, so the raw dicts are taken
-before they are parsed (`Client.receive_raw`). That reaches into the SDK: its version is pinned, all of it is here, and
-tests/contracts/test_sdk.py fails first when an upgrade takes something of it away.
+The SDK's message classes drop message types and fields that they do not know, so the raw dicts are taken before the SDK
+parses them (`Client.receive_raw`). That uses private parts of the SDK. Its version is therefore pinned, all code that
+uses them is in this file, and tests/contracts/test_sdk.py names them.
 """
 
 from __future__ import annotations
@@ -46,63 +46,66 @@ log = logging.getLogger(__name__)
 
 
 class _Tap:
-    """Stands in for the sending end of the SDK's message stream, and takes each raw message where the SDK reads it.
+    """Replaces the sending end of the SDK's message stream and takes each raw message as soon as the SDK reads it.
 
-    The stream itself would cost two passes of the event loop for each message, half of what the SDK takes for it, and
-    hold a hundred messages that no budget knows of.
+    The stream itself would cost two passes of the event loop per message, half of the SDK's time for it, and would
+    buffer a hundred messages outside of the memory budget.
 
     Args:
-        take: awaited for each message; while it waits the SDK reads nothing.
-        earlier: what had come before the tap was set.
+        take: awaited for each message; the SDK reads nothing meanwhile.
+        earlier: the messages that arrived before the tap was set.
     """
 
     def __init__(self, take: Callable[[dict[str, Any]], Awaitable[None]], earlier: list[dict[str, Any]]) -> None:
         self._take = take
         self._earlier = earlier
-        self._noted: list[dict[str, Any]] = []
+        # Messages of the SDK's own, which it sends without waiting.
+        self._own_messages: list[dict[str, Any]] = []
         self._caught_up = asyncio.Event()
         self.ended = asyncio.Event()
         self.error: Exception | None = None
 
     async def catch_up(self) -> None:
+        """Process the earlier messages. Later ones wait until that is done."""
         for message in self._earlier:
-            await self._sort(message)
+            await self._process(message)
         self._caught_up.set()
 
     async def send(self, message: dict[str, Any]) -> None:
         if not self._caught_up.is_set():
             await self._caught_up.wait()
-        await self.take_noted()
-        await self._sort(message)
+        await self.process_own_messages()
+        await self._process(message)
 
-    async def take_noted(self) -> None:
-        noted, self._noted = self._noted, []
-        for message in noted:
-            await self._sort(message)
+    async def process_own_messages(self) -> None:
+        messages, self._own_messages = self._own_messages, []
+        for message in messages:
+            await self._process(message)
 
-    async def _sort(self, message: dict[str, Any]) -> None:
+    async def _process(self, message: dict[str, Any]) -> None:
         if message.get("type") == "error" and "exception" in message:
-            self.error = message["exception"]  # the SDK's own word for: the reader has failed
+            self.error = message["exception"]  # the SDK's way to report that its reader has failed
         elif message.get("type") != "end":
             await self._take(message)
 
     def send_nowait(self, message: dict[str, Any]) -> None:
-        """The SDK calls it for what it has to say itself: that a transcript could not be mirrored, and the end."""
-        self._noted.append(message)
+        """Take a message of the SDK's own: a transcript could not be mirrored, or the stream has ended."""
+        self._own_messages.append(message)
 
     def close(self) -> None:
         self.ended.set()
 
 
 class Client(ClaudeSDKClient):
-    """The SDK's client with the eight things that it does not offer."""
+    """The SDK's client, extended by raw messages, the CLI's process and its pipes."""
 
     async def receive_raw(self, take: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
-        """Have `take` get all that the CLI says until its stream ends: the messages as they came, those of unknown
-        types too; control messages excepted.
+        """Pass each message to `take`, as the CLI sent it, until the stream ends.
+
+        That includes messages of types that the SDK does not know, but no control messages.
 
         Raises:
-            ClaudeSDKError: how the stream ended, if not well.
+            ClaudeSDKError: the stream ended with an error.
         """
         query = self._query
         if query is None:
@@ -115,22 +118,22 @@ class Client(ClaudeSDKClient):
             while True:
                 earlier.append(query._message_receive.receive_nowait())
         if stream.statistics().open_send_streams == 0:
-            tap.close()  # the reader had ended before
+            tap.close()  # the SDK's reader has ended already
         stream.close()
         await tap.catch_up()
         await tap.ended.wait()
-        await tap.take_noted()
+        await tap.process_own_messages()
         if tap.error is not None:
             raise tap.error
 
     async def interrupt(self) -> None:
-        """Have the CLI end its turn, and drop the messages that it has in its queue: it would go on with them."""
+        """Ask the CLI to end its turn and to drop its queued messages, with which it would otherwise continue."""
         if self._query is None:
             raise CLIConnectionError("not connected")
         await self._query._send_control_request({"subtype": "interrupt", "cancel_queued": True})
 
     async def disconnect(self) -> None:
-        """Let the CLI go, and close its pipes, also where another process holds the other end open."""
+        """Disconnect from the CLI and close its pipes, even if another process holds the other end open."""
         process = getattr(self._transport, "_process", None)
         try:
             await super().disconnect()
@@ -139,12 +142,12 @@ class Client(ClaudeSDKClient):
                 process._process._transport.close()
 
     async def end_input(self) -> None:
-        """Tell the CLI that nothing more will come; it then writes its transcript out and exits."""
+        """Close the CLI's input. It then finishes its transcript and exits."""
         if self._transport is not None:
             await self._transport.end_input()
 
     def signal(self, number: signal.Signals) -> None:
-        """Signal the CLI, if it lives."""
+        """Send a signal to the CLI unless it has exited."""
         process = getattr(self._transport, "_process", None)
         if process is not None and process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
@@ -152,31 +155,31 @@ class Client(ClaudeSDKClient):
 
     @property
     def is_started(self) -> bool:
-        """Whether the CLI's process is there, or was."""
+        """Whether the CLI's process was started."""
         return getattr(self._transport, "_process", None) is not None
 
     async def wait_for_exit(self) -> int:
-        """Return when the CLI's process has gone, though a tool may still hold its output open. Gives its exit code."""
+        """Return the exit code of the CLI once it has exited, although a tool may still hold its output open."""
         process = getattr(self._transport, "_process", None)
         return 0 if process is None else int(await process.wait())
 
     def output(self) -> str:
-        """The pipe that the CLI writes to, as /proc names it; empty once it has been read to its end."""
+        """Return the pipe that the CLI writes to, as /proc names it; empty once it has been read to its end."""
         process = getattr(self._transport, "_process", None)
         if process is None:
             return ""
         pipe = process.stdout._stream._transport.get_extra_info("pipe")
-        # Both ends of a pipe have one inode.
+        # Both ends of a pipe have the same inode.
         return "" if pipe.closed else f"pipe:[{os.fstat(pipe.fileno()).st_ino}]"
 
 
 def permission_callback(
     ask: Callable[[Question], Awaitable[Answer]],
 ) -> Callable[[str, dict[str, Any], ToolPermissionContext], Awaitable[PermissionResultAllow | PermissionResultDeny]]:
-    """What the SDK calls, in the run's own loop, before Claude Code uses a tool that it would ask the user about.
+    """Return the SDK's callback for permission requests, which it calls in the run's own loop.
 
     Args:
-        ask: gets the answer; cancelled when Claude Code takes its question back.
+        ask: returns the answer; cancelled if Claude Code withdraws its request.
     """
 
     async def can_use_tool(
@@ -198,7 +201,7 @@ def permission_callback(
         )
         if not answer.allow:
             return PermissionResultDeny(message=answer.message or "", interrupt=answer.interrupt)
-        # For this run only: as they are they would go into settings files of the host.
+        # Remembered for this run only: unchanged, they would be written to settings files of the host.
         remembered = [replace(update, destination="session") for update in context.suggestions]
         return PermissionResultAllow(
             updated_input=None if answer.updated_input is None else dict(answer.updated_input),
@@ -209,20 +212,22 @@ def permission_callback(
 
 
 def _suggestions(updates: list[PermissionUpdate]) -> tuple[dict[str, Any], ...]:
-    """As Claude Code gave them; none, if the SDK could not give them back: it takes all or none."""
+    """Return the suggestions as Claude Code sent them, or none if the SDK cannot convert one of them."""
     try:
         return tuple(update.to_dict() for update in updates)
     except ValueError as error:
-        log.warning("a permission suggestion of Claude Code's cannot be offered: %s", error)
+        log.warning(
+            "cannot offer Claude Code's permission suggestions: %s", error, extra={"event": "suggestions_dropped"}
+        )
         return ()
 
 
-def explain(error: BaseException | None, said: str, max_message_bytes: int) -> tuple[str, str]:
-    """The code and the sentence for a run that ended without a result.
+def explain(error: BaseException | None, stderr: str, max_message_bytes: int) -> tuple[str, str]:
+    """Return the error code and the message of a run that ended without a result.
 
     Args:
-        error: what the SDK raised, if anything.
-        said: the last lines of the CLI's stderr.
+        error: the exception that the SDK raised, if any.
+        stderr: the end of the CLI's stderr.
     """
     if isinstance(error, CLINotFoundError):
         return "CLI_NOT_FOUND", str(error)
@@ -231,19 +236,19 @@ def explain(error: BaseException | None, said: str, max_message_bytes: int) -> t
             f"Claude Code sent a message of more than {max_message_bytes} bytes; CCM_MAX_MESSAGE_BYTES sets the limit."
         )
     if isinstance(error, CLIJSONDecodeError):
-        return "CLI_CRASHED", "Claude Code sent a message that is no JSON."
+        return "CLI_CRASHED", "Claude Code sent a message that is not JSON."
     if isinstance(error, ResultError):
         code = "SESSION_NOT_RESUMABLE" if "No conversation found" in str(error) else "EXECUTION_ERROR"
-        return code, _with("; ".join(error.errors) or str(error), said)
+        return code, _with("; ".join(error.errors) or str(error), stderr)
     if isinstance(error, ProcessError):
-        return "CLI_CRASHED", _with(f"Claude Code ended with exit code {error.exit_code}.", said)
+        return "CLI_CRASHED", _with(f"Claude Code ended with exit code {error.exit_code}.", stderr)
     if isinstance(error, CLIConnectionError):
-        return "CLI_CRASHED", _with(f"Claude Code could not be started: {error}", said)
+        return "CLI_CRASHED", _with(f"Claude Code could not be started: {error}", stderr)
     if error is not None and "Control request timeout" in str(error):
-        return "CLI_NOT_RESPONDING", _with("Claude Code was started and did not answer.", said)
+        return "CLI_NOT_RESPONDING", _with("Claude Code was started and did not answer.", stderr)
     if error is not None:
-        return "EXECUTION_ERROR", _with(f"{type(error).__name__}: {error}", said)
-    return "CLI_CRASHED", _with("Claude Code ended before it gave a result.", said)
+        return "EXECUTION_ERROR", _with(f"{type(error).__name__}: {error}", stderr)
+    return "CLI_CRASHED", _with("Claude Code ended before it gave a result.", stderr)
 
 
 def _with(message: str, stderr: str) -> str:

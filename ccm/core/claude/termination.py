@@ -1,4 +1,4 @@
-"""Ends one Claude Code process: by itself if it can, else by steps that grow harsher, each with a bound."""
+"""Ends one Claude Code process: lets it exit by itself if possible, else forces it in steps, each with a time limit."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ CLOSE_TIMEOUT = 5.0
 TERMINATE_TIMEOUT = 5.0
 # How long the output may stay open after Claude Code has exited (seconds).
 EXIT_DELAY = 0.3
-# How long to wait for the end of a stream from which nothing is on its way to storage (seconds). After that the SDK
-# itself is taken to have failed.
+# How long to wait for the end of a stream while nothing is being stored (seconds). After that the SDK counts as failed.
 SILENT_TIMEOUT = 40.0
 # How often Claude Code is killed before the run gives up on it.
 KILL_TRIES = 10
@@ -33,17 +32,17 @@ STOP_CHECK_INTERVAL = 1.0
 
 
 class Termination:
-    """Waits until a run is over or to be stopped, then ends its Claude Code.
+    """Waits until a run is over or must stop, then ends its Claude Code.
 
-    It only ever asks Claude Code to end; the reader beside it continues until the stream is closed.
+    It does not read Claude Code's output; the run's reader does, until the stream ends.
 
     Args:
         run_id: the mark of the run's processes.
         events: shared with the run's other tasks.
-        recording: whether the reader waits for a message to be stored.
-        storing: whether anything that Claude Code has said is on its way to storage.
-        told_to_stop: whether a reason to stop has been given.
-        stopping: called once when a run that is not over is about to be stopped.
+        recording: whether the reader is waiting for a message to be stored.
+        storing: whether any of Claude Code's output is being stored.
+        stop_requested: whether a reason to stop has been given.
+        before_stop: called once when a run that is not over is about to be stopped.
     """
 
     def __init__(
@@ -53,24 +52,24 @@ class Termination:
         *,
         recording: Callable[[], bool],
         storing: Callable[[], bool],
-        told_to_stop: Callable[[], bool],
-        stopping: Callable[[], None],
+        stop_requested: Callable[[], bool],
+        before_stop: Callable[[], None],
     ) -> None:
         self._run_id = run_id
         self._events = events
         self._recording = recording
         self._storing = storing
-        self._told_to_stop = told_to_stop
-        self._stopping = stopping
-        # When something was last seen on its way to storage.
-        self._last_sign = time.monotonic()
-        # Whether Claude Code closed its output itself after it had said everything.
+        self._stop_requested = stop_requested
+        self._before_stop = before_stop
+        # When some output was last being stored.
+        self._last_activity = time.monotonic()
+        # Whether Claude Code closed its output itself after its last message.
         self.closed_by_itself = False
 
-    def note_sign(self) -> None:
+    def note_stored(self) -> None:
         """Note that a message was stored just now."""
-        if not self._events.exited.is_set():  # after that, another process may be writing in its place
-            self._last_sign = time.monotonic()
+        if not self._events.exited.is_set():  # after that, the output may be another process's
+            self._last_activity = time.monotonic()
 
     async def run(self, client: Client) -> None:
         """Return once the stream has ended, or once waiting longer is pointless."""
@@ -81,7 +80,7 @@ class Termination:
             await events.stream_ends_within(CLOSE_TIMEOUT)
             return
         if events.stop.is_set() and not events.over.is_set():
-            self._stopping()
+            self._before_stop()
             # The interrupt needs a reader: it would hang while the reader waits for storage.
             if events.connected.is_set() and not self._recording():
                 with suppress(Exception):
@@ -99,7 +98,7 @@ class Termination:
         await self._force(client)
 
     async def watch_exit(self, client: Client) -> None:
-        """Free the output when Claude Code has exited: a tool that holds it open would keep the run open too."""
+        """Free the output when Claude Code has exited: a tool that holds it open would prevent the run's end."""
         events = self._events
         while not (events.connected.is_set() or client.is_started):
             await asyncio.sleep(SPAWN_INTERVAL)
@@ -109,7 +108,7 @@ class Termination:
             await self._free_output(client, cut_off=code != 0 and not events.over.is_set())
 
     async def kill(self, client: Client) -> None:
-        """Kill Claude Code and its tools. Blocks the loop, which has nothing else to do, and so needs no thread."""
+        """Kill Claude Code and its tools. Blocks the loop, which has nothing else to do, so no thread is needed."""
         for _ in range(KILL_TRIES):
             if self._events.stream_ended.is_set():
                 return
@@ -136,18 +135,18 @@ class Termination:
             if await events.stream_ends_within(TERMINATE_TIMEOUT):
                 return
             if events.stop.is_set() and events.exited.is_set() and self._silence() > CLOSE_TIMEOUT:
-                # A process without the run's mark holds the output, or the SDK has failed. A run that is to stop
-                # waits for neither.
+                # A process without the run's mark holds the output, or the SDK has failed. A stopped run waits for
+                # neither.
                 return
 
     async def _reach_the_end(self) -> None:
-        """Return when the run is over, is to be stopped, or has lost Claude Code."""
+        """Return when the run is over, must stop, or has lost Claude Code."""
         events = self._events
         while not events.ending:
             with suppress(TimeoutError):
                 async with asyncio.timeout(STOP_CHECK_INTERVAL):
                     await first(events.over, events.stop, events.stream_ended, events.exited)
-            if self._told_to_stop():
+            if self._stop_requested():
                 events.stop.set()
 
     async def _free_output(self, client: Client, cut_off: bool) -> None:
@@ -160,7 +159,7 @@ class Termination:
         await asyncio.to_thread(end_marked, self._run_id, holding=None if everything else client.output())
 
     async def _closes(self) -> bool:
-        """Whether the stream ends without force. Claude Code gets CLOSE_TIMEOUT, storage as long as it needs."""
+        """Return whether the stream ends without force. Claude Code gets CLOSE_TIMEOUT, storage as long as it needs."""
         events = self._events
         while not await events.stream_ends_within(CLOSE_TIMEOUT):
             waits = self._storing() or (events.exited.is_set() and self._silence() < SILENT_TIMEOUT)
@@ -169,7 +168,7 @@ class Termination:
         return True
 
     def _silence(self) -> float:
-        """Seconds since something was last on its way to storage."""
+        """Return the seconds since any output was last being stored."""
         if self._storing():
-            self._last_sign = time.monotonic()
-        return time.monotonic() - self._last_sign
+            self._last_activity = time.monotonic()
+        return time.monotonic() - self._last_activity

@@ -1,4 +1,4 @@
-"""What a run may use up at the most. A request may lower each ceiling and raise none."""
+"""The operator's ceilings for turns, budget and time. A request may lower a ceiling but not raise it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ccm.errors import Forbidden, OptionForbidden, TimeoutForbidden
 
 @dataclass(frozen=True)
 class TimeLimit:
-    """How long a run may take (seconds), and what is said of one that takes longer."""
+    """The time limit of a run (seconds), and the error message of a run that exceeds it."""
 
     seconds: float
     message: str
@@ -20,10 +20,11 @@ class TimeLimit:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """
+    """The operator's ceilings; None for no ceiling.
+
     Args:
-        max_turns: of a run, and of each agent that its request defines: Claude Code counts an agent's turns apart.
-        max_budget_usd: for the run alone; Claude Code does not count what the resumed history has cost.
+        max_turns: for a run, and for each agent that its request defines: Claude Code counts an agent's turns apart.
+        max_budget_usd: for the run alone; Claude Code does not count the cost of the resumed history.
         run_timeout: seconds.
     """
 
@@ -32,22 +33,23 @@ class Ceilings:
     run_timeout: int | None = None
 
     def check(self, options: Mapping[str, Any], timeout_ms: int | None) -> None:
-        """
+        """Check that a request exceeds no ceiling.
+
         Raises:
-            OptionForbidden, TimeoutForbidden: above a ceiling; names its setting.
+            OptionForbidden, TimeoutForbidden: the error names the setting of the exceeded ceiling.
         """
         turns = [("options.maxTurns", options.get("maxTurns"))]
         for name, agent in options.get("agents", {}).items():
             turns.append((f"options.agents.{name}.maxTurns", agent.get("maxTurns")))
-        for field, asked in turns:
-            _check(field, asked, self.max_turns, "CCM_MAX_TURNS", OptionForbidden)
+        for field, requested in turns:
+            _check(field, requested, self.max_turns, "CCM_MAX_TURNS", OptionForbidden)
         budget = options.get("maxBudgetUsd")
         _check("options.maxBudgetUsd", budget, self.max_budget_usd, "CCM_MAX_BUDGET_USD", OptionForbidden)
         milliseconds = None if self.run_timeout is None else self.run_timeout * 1000
         _check("timeoutMs", timeout_ms, milliseconds, "CCM_RUN_TIMEOUT", TimeoutForbidden)
 
     def lower(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The options that a run is made with: of what was asked and what is allowed, the lower."""
+        """Return the options with each ceiling applied: the lower of the requested value and the ceiling."""
         lowered = dict(options)
         for name, ceiling in (("maxTurns", self.max_turns), ("maxBudgetUsd", self.max_budget_usd)):
             if ceiling is not None:
@@ -61,25 +63,25 @@ class Ceilings:
             yield name, {**agent, "maxTurns": min(agent.get("maxTurns", ceiling), ceiling)}
 
     def time_limit(self, timeout_ms: int | None) -> TimeLimit:
-        """The time limit of a run: of what was asked and what is allowed, the lower.
+        """Return the time limit of a run: the lower of the requested limit and the ceiling.
 
         Args:
-            timeout_ms: what its request asked for, if anything.
+            timeout_ms: the requested limit, if any.
         """
-        asked = math.inf if timeout_ms is None else timeout_ms / 1000
+        requested = math.inf if timeout_ms is None else timeout_ms / 1000
         allowed = math.inf if self.run_timeout is None else self.run_timeout
-        if asked <= allowed:
+        if requested <= allowed:
             limit = f"{timeout_ms} ms, which its request set as timeoutMs"
         else:
             limit = f"{self.run_timeout} s, which CCM_RUN_TIMEOUT sets for every run"
-        message = f"The run was stopped because it took longer than {limit}. Resume or fork its session to go on."
-        return TimeLimit(min(asked, allowed), message)
+        message = f"The run was stopped because it took longer than {limit}. Resume or fork its session to continue."
+        return TimeLimit(min(requested, allowed), message)
 
 
-def _check(field: str, asked: float | None, ceiling: float | None, setting: str, refusal: type[Forbidden]) -> None:
-    if asked is not None and ceiling is not None and asked > ceiling:
+def _check(field: str, requested: float | None, ceiling: float | None, setting: str, refusal: type[Forbidden]) -> None:
+    if requested is not None and ceiling is not None and requested > ceiling:
         raise refusal(
-            f"{field}: {asked} is more than {ceiling}, the ceiling that {setting} sets. Ask for that or less, or leave "
+            f"{field}: {requested} exceeds {ceiling}, the ceiling that {setting} sets. Request that or less, or leave "
             "it out.",
             field=field,
         )

@@ -13,10 +13,11 @@ PATH_BYTES = 2_000
 
 
 def resolve(cwd: str, roots: Sequence[Path]) -> str:
-    """The directory with its symbolic links resolved, as it is stored.
+    """Return the directory with its symbolic links resolved, as it is stored.
 
     Args:
-        roots: where it must lie; anywhere if there are none. This prevents mistakes; an agent can still leave it.
+        roots: the directories in one of which it must lie; empty for anywhere. This prevents mistakes, but an agent can
+            still leave its directory.
 
     Raises:
         ValidationError: it is not the absolute path of a directory that this user can enter.
@@ -34,28 +35,31 @@ def resolve(cwd: str, roots: Sequence[Path]) -> str:
     if not path.is_dir():
         raise ValidationError(f"cwd: {cwd!r} is not a directory.", field="cwd")
     if not os.access(path, os.R_OK | os.X_OK):
-        raise ValidationError(f"cwd: the service's user may not enter {cwd!r}.", field="cwd")
+        raise ValidationError(f"cwd: the service's user has no permission to enter {cwd!r}.", field="cwd")
     try:
         size = len(str(path).encode("utf-8"))
     except UnicodeEncodeError:
-        raise ValidationError(f"cwd: {cwd!r} leads to a directory whose name is not UTF-8.", field="cwd") from None
+        raise ValidationError(f"cwd: {cwd!r} resolves to a path that is not UTF-8.", field="cwd") from None
     if size > PATH_BYTES:
         raise ValidationError(f"cwd: must be at most {PATH_BYTES} bytes long.", field="cwd")
     if not _within(path, roots):
-        raise CwdForbidden(f"cwd: {cwd!r} lies outside the directories that CCM_ALLOWED_ROOTS allows.", field="cwd")
+        raise CwdForbidden(
+            f"cwd: {cwd!r} is outside the directories that CCM_ALLOWED_ROOTS allows.",
+            field="cwd",
+        )
     return str(path)
 
 
 def check_roots(cwd: str, roots: Sequence[Path]) -> None:
-    """A directory that was resolved and stored earlier: the roots may have changed since, and so may its links.
+    """Check a stored directory again: the roots and the directory's symbolic links may have changed since.
 
     Raises:
         CwdForbidden: it lies outside the allowed roots.
     """
     if not _within(Path(os.path.realpath(cwd)), roots):
         raise CwdForbidden(
-            f"The directory {cwd!r} lies outside those that CCM_ALLOWED_ROOTS allows. Name a cwd within them: start a "
-            "fresh run, or fork the session."
+            f"The directory {cwd!r} is outside those that CCM_ALLOWED_ROOTS allows. Start a fresh run or fork the "
+            "session with a cwd within them."
         )
 
 
@@ -64,6 +68,6 @@ def _within(path: Path, roots: Sequence[Path]) -> bool:
 
 
 def canonical(cwd: str) -> str:
-    """A directory as `resolve` would store it, whether it is there or not: for looking runs up by it."""
+    """Return a directory as `resolve` would store it, even if it does not exist. For filtering runs by directory."""
     path = os.path.realpath(cwd)
     return path if path.isprintable() or path.isascii() else path.encode("utf-8", "replace").decode("utf-8")

@@ -1,7 +1,7 @@
-"""What clients and the operator ask of runs: to be started, resumed, forked, cancelled, and recovered after a crash.
+"""Starts, resumes, forks and cancels runs for clients, and recovers runs after a restart.
 
-The decisions are taken by core/runs/transitions.py inside the transactions that store them, and carried out by
-core/runs/runner.py.
+core/runs/transitions.py takes the decisions inside the transactions that store them; core/runs/runner.py carries them
+out.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ log = logging.getLogger(__name__)
 
 
 class RunManager:
-    """Starts, resumes, forks and cancels runs.
+    """Starts, resumes, forks, cancels and recovers runs.
 
     Args:
-        writer: takes every change.
-        lifecycle: takes the decisions.
+        writer: stores every change.
+        transitions: takes the decisions.
         runner: carries them out.
-        transcripts: those of runs, here and in the database.
-        problems: told of runs that cannot be recovered.
+        transcripts: the transcripts of runs, on this host and in the database.
+        problems: receives runs that cannot be recovered.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class RunManager:
         """Accept a fresh run.
 
         Raises:
-            CCMError: it is refused; then nothing is stored.
+            CCMError: the run is refused; nothing is stored.
         """
         session_id = str(uuid.uuid4())
         row = self._row(request, session_id, session_id, cwd)
@@ -74,10 +74,10 @@ class RunManager:
         """Accept a run that continues a session.
 
         Args:
-            head: the run that it would continue if it began now.
+            head: the run that it would continue if it started now.
 
         Raises:
-            CCMError: it is refused; then nothing is stored.
+            CCMError: the run is refused; nothing is stored.
         """
         if head is not None:
             self._check_transcript(head, session, session.cwd, request.options)
@@ -88,16 +88,16 @@ class RunManager:
         """Accept a run that branches off a session into a new one.
 
         Args:
-            cwd: where it runs; the session's own directory if left out.
+            cwd: the run's directory; None for the session's.
 
         Raises:
-            CCMError: it is refused; then nothing is stored.
+            CCMError: the run is refused; nothing is stored.
         """
         parent = point.run
         if not parent.ended:
             raise SessionBusy(
-                f"Run {parent.id} is still going on; only an ended run can be forked. Wait for it, or leave atRunId "
-                "and atMessage out to fork the last ended one."
+                f"Run {parent.id} has not ended, and only ended runs can be forked. Wait for it, or leave out atRunId "
+                "and atMessage to fork the last ended run."
             )
         cwd = cwd or session.cwd
         self._check_transcript(parent, session, cwd, request.options)
@@ -111,11 +111,11 @@ class RunManager:
         return self._submit(row, request, new_session={"parentSessionId": session.id, "forkedFromRunId": parent.id})
 
     def cancel(self, run_id: str) -> Run:
-        """Have a run cancelled: at once if it waits; else it is told to stop, and `ended` says when it has.
+        """Cancel a run. A waiting run ends at once; a started one is asked to stop and ends later.
 
         Raises:
-            RunNotFound: there is no such run.
-            RunAlreadyEnded: otherwise than by being cancelled.
+            NotFound: RUN_NOT_FOUND.
+            Conflict: RUN_ALREADY_ENDED: the run has ended, but was not cancelled.
         """
 
         def work(transaction: Transaction) -> tuple[Run, AfterCommit]:
@@ -125,12 +125,12 @@ class RunManager:
             after_commit = self._transitions.cancel(transaction, run)
             return runs.get(transaction, run_id), after_commit
 
-        # At once: an agent is to stop also while storage takes nothing.
+        # Before the write, so that an agent stops even while storage is down.
         self._runner.cancel(run_id)
-        return self._writer.write(work, lambda done: self._runner.follow(done[1]))[0]
+        return self._writer.write(work, lambda done: self._runner.perform(done[1]))[0]
 
     def describe_session(self, session_id: str, values: Mapping[str, Any]) -> Session:
-        """Change a session's `title` and `metadata`, whichever is given.
+        """Change a session's `title` or `metadata`, or both.
 
         Raises:
             SessionNotFound: there is no such session.
@@ -145,31 +145,39 @@ class RunManager:
 
         return self._writer.write(work)
 
-    # ---- the life of the service
+    # ---- the start of the service
 
     def recover(self) -> None:
-        """After a start: report what the last service left in mid-run, and begin what had not begun.
+        """End the runs that the previous service left unfinished, then start waiting runs.
 
-        Each run is recovered by itself: one that cannot be is reported, and keeps neither the others nor the service.
+        A run that cannot be recovered is reported. It stops neither the recovery of the others nor the service.
 
         Raises:
-            Unavailable: the database takes no writes.
+            Unavailable: the database is not writable.
         """
-        for run_id in self._writer.write(self._transitions.left):
-            log.warning("run %s was cut off by the end of the last service: INTERRUPTED", run_id)
+        for run_id in self._writer.write(self._transitions.unfinished):
+            log.warning(
+                "run %s interrupted when the previous service exited",
+                run_id,
+                extra={"event": "run_interrupted", "run_id": run_id},
+            )
             try:
                 self._recover(run_id)
             except Unavailable:
                 raise
             except Exception:
-                log.exception("run %s cannot be recovered as it is", run_id)
-                self._recover_alone(run_id)
+                log.exception(
+                    "run %s: cannot recover it fully, ending it by its row alone",
+                    run_id,
+                    extra={"event": "run_recovery_failed", "run_id": run_id},
+                )
+                self._recover_row_only(run_id)
         try:
-            self._writer.write(self._transitions.dispatch, self._runner.follow)
+            self._writer.write(self._transitions.dispatch, self._runner.perform)
         except Unavailable:
             raise
         except Exception:
-            log.exception("waiting runs could not be started")
+            log.exception("cannot start waiting runs, retrying", extra={"event": "dispatch_failed"})
             self._runner.catch_up()
 
     def _recover(self, run_id: str) -> None:
@@ -177,22 +185,25 @@ class RunManager:
             end_marked(run_id)
             remove_directories(run_id)
         except Exception:
-            # What is left of it must not keep its end from being told.
-            log.exception("run %s: what it has left cannot be removed", run_id)
+            # Remaining processes or files must not prevent the run's end from being stored.
+            log.exception(
+                "run %s: cannot remove its remaining processes and files",
+                run_id,
+                extra={"event": "run_cleanup_failed", "run_id": run_id},
+            )
         run = self._writer.write(lambda transaction: runs.get(transaction, run_id))
         transcript = self._transcripts.keep(run)
         self._writer.write(
-            partial(self._transitions.recover, run_id=run_id, transcript=transcript), self._runner.follow
+            partial(self._transitions.recover, run_id=run_id, transcript=transcript), self._runner.perform
         )
 
-    def _recover_alone(self, run_id: str) -> None:
+    def _recover_row_only(self, run_id: str) -> None:
         try:
-            self._writer.write(partial(self._transitions.recover_alone, run_id=run_id), self._runner.follow)
+            self._writer.write(partial(self._transitions.recover_row_only, run_id=run_id), self._runner.perform)
         except Unavailable:
             raise
         except Exception as error:
-            told = "a run that the last service left in the middle cannot be recovered"
-            self._problems.report(f"run {run_id}", told, error)
+            self._problems.report(f"run {run_id}", "a run of the previous service cannot be recovered", error)
 
     # ---- accepting
 
@@ -226,15 +237,18 @@ class RunManager:
         def work(transaction: Transaction) -> tuple[Accepted, AfterCommit]:
             return self._transitions.accept(transaction, row, images_json, request, new_session)
 
-        return self._writer.write(work, lambda accepted: self._runner.follow(accepted[1]))[0]
+        return self._writer.write(work, lambda accepted: self._runner.perform(accepted[1]))[0]
 
     def _check_transcript(self, parent: Run, session: Session, cwd: str, options: Mapping[str, Any]) -> None:
-        """
+        """Check that the run's directory and its parent's transcript exist.
+
         Raises:
             SessionNotResumable: the transcript or its directory is missing.
         """
         if not os.path.isdir(cwd):
-            raise not_resumable(session, f"its directory {cwd} is not there any more")
+            raise not_resumable(session, f"its directory {cwd} no longer exists")
         if not self._transcripts.can_provide(parent, cwd, options):
-            lost = "is neither on this host nor whole in the database" if parent.has_transcript else "was never written"
-            raise not_resumable(session, f"the transcript of run {parent.id} {lost}")
+            why = "is neither on this host nor complete in the database"
+            if not parent.has_transcript:
+                why = "was never written"
+            raise not_resumable(session, f"the transcript of run {parent.id} {why}")

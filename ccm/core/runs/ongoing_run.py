@@ -1,4 +1,4 @@
-"""A run that this process carries out, as others reach it."""
+"""The handle by which other threads stop a run and send it messages."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 
 class OngoingRun:
-    """Takes what a run is to be told, also before its execution is made. From any thread."""
+    """A run that has an owner in this process. Accepts a stop before the execution exists. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._execution: Execution | None = None
-        # Why it is to stop: the first reason counts.
+        # Why the run stops. The first reason counts.
         self._reason: Outcome | None = None
 
     def attach(self, execution: Execution) -> None:
-        """Hand on what was told before, and from now on."""
+        """Pass an earlier stop on to the execution, and everything from now on."""
         with self._lock:
             self._execution = execution
             reason = self._reason
@@ -30,7 +30,7 @@ class OngoingRun:
             execution.stop(reason)
 
     def stop(self, reason: Outcome) -> None:
-        """Have the run stop; `reason` is how it ends, unless it is over by itself before."""
+        """Stop the run. It ends with `reason` unless it is over before."""
         with self._lock:
             self._reason = self._reason or reason
             execution = self._execution
@@ -38,7 +38,7 @@ class OngoingRun:
             execution.stop(reason)
 
     def send(self, follow_up: FollowUp) -> None:
-        """Put a user's message into the run. `follow_up.taken_in` tells whether the run takes it in."""
+        """Send a user's message to the run. `follow_up.taken_in` tells whether it was accepted."""
         with self._lock:
             execution = self._execution
         if execution is not None:

@@ -1,9 +1,9 @@
-"""Carries out runs whose start is decided: each has one owner, from the decision to its stored end.
+"""Executes runs whose start is decided. Each has one owner until its end is stored.
 
-The owner is `Runner._own`, in a thread of the pool. Whatever raises on the way (Claude Code, the file system, a fault
-of ours), the run's processes are ended, its end is stored, and with that the worker is free and whoever waits is told.
+The owner is `Runner._own`, in a thread of the pool. Whatever fails on the way (Claude Code, the file system, our own
+code), it ends the run's processes and stores the run's end. That frees the worker and notifies waiting clients.
 
-What this process remembers of runs is only ever a copy of what is stored, updated after the commit.
+The runs that this process holds in memory only copy what is stored. They are updated after the commit.
 """
 
 from __future__ import annotations
@@ -43,38 +43,38 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SHUT_DOWN = Outcome(RunStatus.ERROR, "INTERRUPTED", "The service was shut down while this run was going on.")
-# How often the end of the last run is looked for by a service that stops, should it not be told (seconds).
+SHUT_DOWN = Outcome(RunStatus.ERROR, "INTERRUPTED", "The service was shut down during this run.")
+# How often a stopping service checks whether all runs have ended, in case a notification was lost (seconds).
 POLL_INTERVAL = 0.5
-# Pauses between tries to store an end that was not stored because of a fault (seconds).
+# Delays between attempts to store an end after a fault (seconds).
 FIRST_DELAY = 0.1
 MAX_DELAY = 10.0
-# How often that is tried with all that the end says.
-TRIES_AS_IT_IS = 3
-# How often in a row what was committed is tried to be followed before starts that cannot be are ended.
-MOST_UNFOLLOWED = 3
-# How long a service that stops waits for what was decided before (seconds).
+# The number of attempts to store a run's full end. After that only its row is ended.
+FULL_END_ATTEMPTS = 3
+# The number of consecutive catch-ups after which runs that still cannot begin are ended.
+MAX_CATCH_UPS = 3
+# How long a stopping service waits for the decisions that were taken before (seconds).
 BARRIER_TIMEOUT = 2.0
-# The key of the fault that it cannot be.
+# The key under which it is reported that waiting runs cannot be started.
 PROBLEM = "runner"
 UNSTORED = "the end of a run cannot be stored"
-UNFOLLOWED = "The run was started and could not be carried out, because of a fault; the service's log says more."
+NOT_BEGUN = "The run was started but could not be executed because of a fault; the service's log has the reason."
 
 
 class Runner:
-    """Carries out runs, each in a thread of the pool.
+    """Executes runs, each in a thread of the pool.
 
     Args:
-        writer: takes every change.
-        notifier: rung when a run has started or ended.
-        claude: what runs are made with.
-        transcripts: those of runs, here and in the database.
-        lifecycle: decides what their ends mean.
-        approvals: puts their questions to clients.
-        problems: told of what cannot be handled.
-        workers: runs at once.
-        allow: raises `Forbidden` where a run that is about to begin is not allowed any more.
-        environ: what agents inherit.
+        writer: stores every change.
+        notifier: notifies subscribers when a run has started or ended.
+        cli_config: the Claude Code to run.
+        transcripts: the transcripts of runs, on this host and in the database.
+        transitions: decides how runs end and which start next.
+        approvals: passes permission requests on to clients.
+        problems: receives faults that cannot be handled.
+        workers: the number of runs that execute at once.
+        allow: raises `Forbidden` if the settings no longer allow a run that is about to begin.
+        environ: the environment that agents inherit.
     """
 
     def __init__(
@@ -104,14 +104,14 @@ class Runner:
         self._reaper = Reaper()
         self._lock = threading.Lock()
         self._all_ended = threading.Condition(self._lock)
-        # From the decision to start a run until its end is stored.
+        # The runs that have begun and whose end is not stored yet, by id.
         self._ongoing: dict[str, OngoingRun] = {}
         self._stopping = False
-        # How often in a row what was committed could not be followed.
-        self._unfollowed = 0
-        # The runs whose start was looked at again then.
-        self._decided: set[str] = set()
-        # Set when the service gives up: what is not stored by then is left to the next start.
+        # The number of catch-ups since side effects were last performed without a fault.
+        self._catch_ups = 0
+        # The ids of the runs that the last catch-up tried to begin.
+        self._redispatched: set[str] = set()
+        # Set when the service gives up. Ends that are not stored by then are left to the next start.
         self._given_up = threading.Event()
 
     @property
@@ -119,10 +119,13 @@ class Runner:
         return self._stopping
 
     def stop(self, deadline: float) -> bool:
-        """Interrupt every run and see their ends recorded; runs that wait stay in the queue for the next start.
+        """Interrupt every run and wait until their ends are stored. Waiting runs stay in the queue for the next start.
 
         Args:
-            deadline: the `time.monotonic()` at which to give up. False if runs were still going on then.
+            deadline: the `time.monotonic()` at which to give up.
+
+        Returns:
+            False if the ends of some runs were not stored by then.
         """
         with self._lock:
             self._stopping = True
@@ -130,23 +133,23 @@ class Runner:
             ongoing = dict(self._ongoing)
         try:
             for run_id, run in ongoing.items():
-                if not self._guarded(partial(run.stop, SHUT_DOWN), f"run {run_id} could not be interrupted"):
+                if not self._attempt(partial(run.stop, SHUT_DOWN), "cannot interrupt the run", run_id):
                     self._end_processes(run_id)
-            # A start that was decided before is followed first; it is begun as one that is to stop.
-            self._guarded(lambda: self._await_writer(deadline), "the writer could not be waited for")
+            # Starts that were decided before must begin first. They begin stopped, and so their ends are stored too.
+            self._attempt(lambda: self._await_writer(deadline), "cannot wait for the writer")
             with self._all_ended:
                 while self._ongoing and (remaining := deadline - time.monotonic()) > 0:
                     self._all_ended.wait(min(POLL_INTERVAL, remaining))
         finally:
-            left = list(self._ongoing)
+            remaining_runs = list(self._ongoing)
             self.give_up()
-        return not left
+        return not remaining_runs
 
     def give_up(self) -> None:
-        """End the processes of all runs that are left, and leave their ends to the next start. Idempotent."""
+        """End the processes of all remaining runs, and leave their ends to the next start. Idempotent."""
         for run_id in list(self._ongoing):
             self._end_processes(run_id)
-        self._guarded(self._reaper.stop, "the reaper could not be let go")
+        self._attempt(self._reaper.stop, "cannot stop the reaper")
         self._given_up.set()
 
     def _await_writer(self, deadline: float) -> None:
@@ -155,16 +158,16 @@ class Runner:
             try:
                 write.future.result(max(0.0, min(BARRIER_TIMEOUT, deadline - time.monotonic())))
             except TimeoutError as late:
-                write.give_up(late)  # storage is down, and nothing can have been decided
+                write.give_up(late)  # storage is down, so nothing can have been decided
 
     def refused(self, run_id: str, error: BaseException) -> None:
-        """Fail a run of which a message cannot be stored: its record would have a gap."""
+        """Fail a run because one of its messages cannot be stored: its record would have a gap."""
         self._stop(
             run_id, Outcome(RunStatus.ERROR, "EXECUTION_ERROR", f"A message of this run cannot be stored: {error}.")
         )
 
     def cancel(self, run_id: str) -> None:
-        """Have a run stop, if it goes on here."""
+        """Stop a run if this process executes it."""
         self._stop(run_id, Outcome(RunStatus.CANCELLED))
 
     def _stop(self, run_id: str, reason: Outcome) -> None:
@@ -173,7 +176,7 @@ class Runner:
             ongoing.stop(reason)
 
     def send(self, run_id: str, follow_up: FollowUp) -> bool:
-        """Put a user's message into a run. False if it does not go on here."""
+        """Send a user's message to a run. Returns False if this process does not execute it."""
         ongoing = self._ongoing.get(run_id)
         if ongoing is not None:
             ongoing.send(follow_up)
@@ -181,63 +184,74 @@ class Runner:
 
     # ---- after a commit, in the writer's thread
 
-    def follow(self, after_commit: AfterCommit) -> None:
-        """Do what follows a commit. Never raises: whoever waits for the commit waits for this too."""
+    def perform(self, after_commit: AfterCommit) -> None:
+        """Perform the side effects of a commit. Never raises, because callers that wait for the commit wait for this.
+
+        Runs in the writer's thread, so it must not block.
+        """
         for start in after_commit.starts:
             self._begin(start)
         for run_id in after_commit.cancels:
-            self._guarded(partial(self.cancel, run_id), f"run {run_id} could not be told to stop")
-        self._guarded(lambda: self._notifier.notify(after_commit.news), "whoever waits could not be told of a change")
-        if after_commit.again:
-            self._guarded(self.catch_up, "waiting runs could not be started")
+            self._attempt(partial(self.cancel, run_id), "cannot stop the run", run_id)
+        self._attempt(lambda: self._notifier.notify(after_commit.changed), "cannot notify waiting clients of a change")
+        if after_commit.dispatch_failed:
+            self._attempt(self.catch_up, "cannot start waiting runs")
         elif after_commit.dispatched:
-            self._unfollowed = 0
-            self._guarded(lambda: self._problems.clear(PROBLEM), "a fault that is over is still shown")
+            self._catch_ups = 0
+            self._attempt(lambda: self._problems.clear(PROBLEM), "cannot clear a fault that is over")
 
-    def _guarded(self, step: Callable[[], object], told: str) -> bool:
-        """Take one step of several; a fault in it must not keep the others from being taken. False if it failed."""
+    def _attempt(self, step: Callable[[], object], failure: str, run_id: str | None = None) -> bool:
+        """Run one step of several. A fault is logged as `failure`, so that it does not prevent the other steps.
+
+        Returns:
+            False if the step failed.
+        """
         try:
             step()
         except Exception:
-            log.exception("%s", told)
+            extra = {"event": "runner_step_failed"}
+            if run_id is None:
+                log.exception("%s", failure, extra=extra)
+            else:
+                log.exception("run %s: %s", run_id, failure, extra={**extra, "run_id": run_id})
             return False
         return True
 
     def catch_up(self) -> None:
-        """After a fault: carry out what was decided and not followed, and decide what could not be decided.
+        """Begin runs and take decisions that a fault prevented. Retried until it succeeds.
 
-        It is tried until it succeeds. A start that cannot be followed after all is ended: a run that nobody carries out
-        must not stay `running`.
+        From MAX_CATCH_UPS attempts on, a started run that still has not begun is ended: a run without an owner must
+        not stay `running`.
         """
-        self._unfollowed += 1
-        if self._unfollowed > MOST_UNFOLLOWED:
+        self._catch_ups += 1
+        if self._catch_ups > MAX_CATCH_UPS:
             self._problems.report(PROBLEM, "waiting runs cannot be started")
-        pause = 0.0 if self._unfollowed == 1 else min(FIRST_DELAY * 2 ** min(self._unfollowed, 10), MAX_DELAY)
-        self._writer.call_later(pause, self._decide)
+        pause = 0.0 if self._catch_ups == 1 else min(FIRST_DELAY * 2 ** min(self._catch_ups, 10), MAX_DELAY)
+        self._writer.call_later(pause, self._submit_catch_up)
 
-    def _decide(self) -> None:
-        work = self._fail_unfollowed if self._unfollowed >= MOST_UNFOLLOWED else self._decide_again
-        self._writer.submit(work, self.follow).future.add_done_callback(self._decided_again)
+    def _submit_catch_up(self) -> None:
+        work = self._fail_and_redispatch if self._catch_ups >= MAX_CATCH_UPS else self._redispatch
+        self._writer.submit(work, self.perform).future.add_done_callback(self._retry_catch_up)
 
-    def _decided_again(self, decided: Future[AfterCommit]) -> None:
-        error = decided.exception()
+    def _retry_catch_up(self, caught_up: Future[AfterCommit]) -> None:
+        error = caught_up.exception()
         if error is not None and not isinstance(error, ShuttingDown):
-            log.error("waiting runs could not be started", exc_info=error)
-            self._guarded(self.catch_up, "waiting runs could not be started")
+            log.error("cannot start waiting runs, retrying", exc_info=error, extra={"event": "dispatch_failed"})
+            self._attempt(self.catch_up, "cannot start waiting runs")
 
-    def _decide_again(self, transaction: Transaction) -> AfterCommit:
+    def _redispatch(self, transaction: Transaction) -> AfterCommit:
         after_commit = self._transitions.dispatch_again(transaction)
-        self._decided = {start.run.id for start in after_commit.starts}
+        self._redispatched = {start.run.id for start in after_commit.starts}
         return after_commit
 
-    def _fail_unfollowed(self, transaction: Transaction) -> AfterCommit:
-        # Not those that the same transaction may have started a moment ago: these are yet to be followed.
-        lost = self._decided.difference(self._ongoing)
-        failed = self._transitions.fail_started(transaction, lost, UNFOLLOWED)
-        return failed | self._decide_again(transaction)
+    def _fail_and_redispatch(self, transaction: Transaction) -> AfterCommit:
+        # Only runs of an earlier catch-up: runs that this transaction starts have had no chance to begin yet.
+        not_begun = self._redispatched.difference(self._ongoing)
+        failed = self._transitions.fail_started(transaction, not_begun, NOT_BEGUN)
+        return failed | self._redispatch(transaction)
 
     def _begin(self, start: Start) -> None:
-        """Hand a run to a thread of its own; end it if there is none."""
+        """Hand a run to a thread of the pool. End the run if that fails."""
         run = start.run
         try:
             with self._lock:
@@ -247,25 +261,31 @@ class Runner:
                 stopping = self._stopping
             if stopping:
                 ongoing.stop(SHUT_DOWN)
-            self._pool.submit(partial(self._own, start, ongoing), partial(self._not_owned, run))
+            self._pool.submit(partial(self._own, start, ongoing), partial(self._fail_to_begin, run))
         except Exception as error:
-            self._not_owned(run, error)
+            self._fail_to_begin(run, error)
 
-    def _not_owned(self, run: Run, error: BaseException) -> None:
-        """End a run that could not be begun. Nothing may wait here: it may be the writer's thread.
+    def _fail_to_begin(self, run: Run, error: BaseException) -> None:
+        """End a run that could not begin. Must not block, because the caller may be the writer's thread.
 
-        Until that is stored it counts as one that goes on: it must not be begun after all.
+        The run stays in `_ongoing` until its end is stored, so that it does not begin after all.
         """
-        log.error("run %s could not be begun", run.id, exc_info=error)
+        log.error(
+            "run %s cannot begin, ending it",
+            run.id,
+            exc_info=error,
+            extra={"event": "run_begin_failed", "run_id": run.id},
+        )
         self._end_without_thread(run, _failed(error), 0)
 
     def _end_without_thread(self, run: Run, values: Mapping[str, Any], refused: int) -> None:
-        """
+        """Store the end of a run without waiting for it. Retried until it is stored.
+
         Args:
-            refused: how often it was not stored.
+            refused: the number of failed attempts.
         """
 
-        def settled(stored: Future[AfterCommit]) -> None:
+        def check(stored: Future[AfterCommit]) -> None:
             error = stored.exception()
             if error is None:
                 self._problems.clear(key)
@@ -278,59 +298,79 @@ class Runner:
                 self._writer.call_later(pause, lambda: self._end_without_thread(run, values, refused + 1))
 
         key = f"run {run.id}"
-        end = self._end if refused < TRIES_AS_IT_IS else self._end_alone
+        end = self._end if refused < FULL_END_ATTEMPTS else self._end_row_only
         try:
-            self._writer.submit(partial(end, run, values), self.follow).future.add_done_callback(settled)
+            self._writer.submit(partial(end, run, values), self.perform).future.add_done_callback(check)
         except Unavailable:
             self._forget(run.id)
 
     # ---- in the run's thread
 
     def _own(self, start: Start, ongoing: OngoingRun) -> None:
-        """Take a run from its start to its stored end, whatever is raised by anything."""
+        """Take a run from its start to its stored end, whatever fails on the way."""
         run = start.run
-        log.info("run %s started: %s in session %s", run.id, run.mode, run.session_id)
+        ids = {"run_id": run.id, "session_id": run.session_id}
+        log.info(
+            "run %s started: %s in session %s", run.id, run.mode, run.session_id, extra={"event": "run_started", **ids}
+        )
         transcript: dict[str, Any] = {}
         try:
-            outcome, transcript = self._carry_out(start, ongoing)
+            outcome, transcript = self._execute(start, ongoing)
             values = _columns(outcome) | transcript
         except BaseException as error:
-            log.exception("run %s failed because of a fault", run.id)
+            log.exception("run %s failed because of a fault", run.id, extra={"event": "run_failed", **ids})
             values = _failed(error) | transcript
         if not self._store_end(run, values):
-            # It still counts as one that goes on: it must not be begun again.
-            log.error("run %s: its end is not stored; the next start reports it as INTERRUPTED", run.id)
+            # The run stays in `_ongoing`, so that it does not begin again.
+            log.error(
+                "run %s: its end is not stored; the next start reports it as INTERRUPTED",
+                run.id,
+                extra={"event": "run_end_lost", **ids},
+            )
             return
         self._forget(run.id)
         detail = f", {values['errorCode']}: {values['errorMessage']}" if values["errorCode"] else ""
-        log.info("run %s %s after %s ms%s", run.id, values["status"], values.get("durationMs"), detail)
+        log.info(
+            "run %s %s after %s ms%s",
+            run.id,
+            values["status"],
+            values.get("durationMs"),
+            detail,
+            extra={"event": "run_ended", **ids},
+        )
 
-    def _carry_out(self, start: Start, ongoing: OngoingRun) -> tuple[Outcome, dict[str, Any]]:
-        """Run Claude Code, and see that nothing of it is left. Gives what its row is to say of its transcript too."""
+    def _execute(self, start: Start, ongoing: OngoingRun) -> tuple[Outcome, dict[str, Any]]:
+        """Run Claude Code and end its processes.
+
+        Returns:
+            How the run ended, and the values of `hasTranscript` and `transcriptStored`.
+        """
         run = start.run
         mirror = self._transcripts.mirror(run)
         execution: Execution | None = None
         try:
             self._reaper.watch(run.id)
-            lost = self._forbid(run) or (None if start.parent is None else self._provide(start.parent, run))
-            if lost is None:
-                execution = self._execution(start, mirror)
+            refusal = self._check_allowed(run)
+            if refusal is None and start.parent is not None:
+                refusal = self._provide_transcript(start.parent, run)
+            if refusal is None:
+                execution = self._make_execution(start, mirror)
                 ongoing.attach(execution)
                 outcome = execution.run()
             else:
-                outcome = lost
+                outcome = refusal
         except BaseException as error:
-            log.exception("run %s: the executor failed", run.id)
+            log.exception("run %s: its execution failed", run.id, extra={"event": "run_failed", "run_id": run.id})
             outcome = Outcome(RunStatus.ERROR, "EXECUTION_ERROR", f"{type(error).__name__}: {error}")
-        if execution is None or execution.left_nothing:
-            self._guarded(lambda: self._reaper.release(run.id), f"run {run.id}: the reaper could not be told")
+        if execution is None or execution.processes_ended:
+            self._attempt(lambda: self._reaper.release(run.id), "cannot write to the reaper", run.id)
         else:
             self._end_processes(run.id)
         complete = execution is not None and execution.closed_by_itself
         return outcome, self._transcripts.keep(run, mirror, complete=complete)
 
-    def _execution(self, start: Start, mirror: Mirror) -> Execution:
-        # Not at the top: the SDK beneath it takes longer to import than the rest of a start.
+    def _make_execution(self, start: Start, mirror: Mirror) -> Execution:
+        # Imported here because the SDK takes longer to import than the rest of a start.
         from ccm.core.claude.execution import Execution  # noqa: PLC0415
 
         run, parent = start.run, start.parent
@@ -349,7 +389,7 @@ class Runner:
         return Execution(context, self._cli_config, self._environ, self._record(run), mirror, ask=ask)
 
     def _record(self, run: Run) -> Callable[[dict[str, Any]], Any]:
-        """A function that numbers the messages of a run and hands them to the writer."""
+        """Return a function that numbers the messages of a run and hands them to the writer."""
         index = 0
 
         async def record(raw: dict[str, Any]) -> int:
@@ -368,57 +408,70 @@ class Runner:
 
         return record
 
-    def _forbid(self, run: Run) -> Outcome | None:
-        """How a run ends that the settings forbid by now: it may have waited through a restart that changed them."""
+    def _check_allowed(self, run: Run) -> Outcome | None:
+        """Return how the run ends if the settings forbid it: a restart while it was waiting may have changed them."""
         try:
             self._allow(run)
         except Forbidden as error:
             return Outcome(RunStatus.ERROR, error.code, error.message)
         return None
 
-    def _provide(self, parent: Run, run: Run) -> Outcome | None:
-        """Have the transcript of a parent at hand; how the run ends if there is none."""
+    def _provide_transcript(self, parent: Run, run: Run) -> Outcome | None:
+        """Put the parent's transcript where Claude Code finds it. Return how the run ends if that is impossible."""
         try:
             if self._transcripts.provide(parent, run):
                 return None
-            reason = "it is neither on this host nor whole in the database"
+            reason = "it is neither on this host nor complete in the database"
         except (OSError, StorageError) as error:
-            log.exception("run %s: the transcript of run %s could not be written back", run.id, parent.id)
-            reason = f"it could not be written back: {error}"
-        message = f"The transcript of run {parent.id}, which this one was to continue, is not there: {reason}."
+            log.exception(
+                "run %s: cannot write the transcript of run %s to a file",
+                run.id,
+                parent.id,
+                extra={"event": "transcript_restore_failed", "run_id": run.id},
+            )
+            reason = f"it could not be written to a file: {error}"
+        message = f"The transcript of run {parent.id}, which this run continues, is missing: {reason}."
         return Outcome(RunStatus.ERROR, "SESSION_NOT_RESUMABLE", message)
 
     def _end_processes(self, run_id: str) -> None:
-        """End what is left of a run. The reaper is asked where this process cannot look for it."""
+        """End the remaining processes of a run. If this process cannot find them, the reaper ends them."""
         try:
             end_marked(run_id)
             self._reaper.release(run_id)
         except Exception:
-            log.exception("run %s: its processes could not be looked for; the reaper is to end them", run_id)
-            self._guarded(lambda: self._reaper.end(run_id), f"run {run_id}: the reaper could not be told")
+            log.exception(
+                "run %s: cannot find its processes, leaving them to the reaper",
+                run_id,
+                extra={"event": "process_search_failed", "run_id": run_id},
+            )
+            self._attempt(lambda: self._reaper.end(run_id), "cannot write to the reaper", run_id)
 
     # ---- the end
 
     def _store_end(self, run: Run, values: Mapping[str, Any]) -> bool:
-        """Wait until the end of a run is committed, as long as it takes. False if the service gives up before."""
+        """Store the end of a run and wait until it is committed, however long that takes.
+
+        Returns:
+            False if the service gives up before.
+        """
         stored = False
 
-        def follow(after_commit: AfterCommit) -> None:
-            # Noted first: the end is stored, whatever keeps it from being told.
+        def perform(after_commit: AfterCommit) -> None:
+            # Set first, because the end is stored even if a side effect fails.
             nonlocal stored
             stored = True
-            self.follow(after_commit)
+            self.perform(after_commit)
 
         pause = FIRST_DELAY
         key = f"run {run.id}"
         refused = 0
         while True:
-            end = self._end if refused < TRIES_AS_IT_IS else self._end_alone
+            end = self._end if refused < FULL_END_ATTEMPTS else self._end_row_only
             try:
-                self._writer.submit(partial(end, run, values), follow).future.result()
+                self._writer.submit(partial(end, run, values), perform).future.result()
             except Exception as error:
                 self._problems.report(key, UNSTORED, error)
-                # What storage or its writer does not take at the moment says nothing of this end.
+                # Unavailable storage is no reason to give up the full end: nothing is wrong with the end itself.
                 refused += not isinstance(error, Unavailable)
             if stored:
                 self._problems.clear(key)
@@ -428,6 +481,7 @@ class Runner:
             pause = min(pause * 2, MAX_DELAY)
 
     def _end(self, run: Run, values: Mapping[str, Any], transaction: Transaction) -> AfterCommit:
+        """End a run and decide which starts next. A run of which a message was refused ends in error."""
         refusal = self._writer.broken.get(run.id)
         if refusal is not None:
             message = f"A message of this run cannot be stored: {refusal}."
@@ -437,11 +491,11 @@ class Runner:
                 "errorCode": "EXECUTION_ERROR",
                 "errorMessage": storable(message),
             }
-        return self._transitions.end_surely(transaction, run, values) | self._transitions.dispatch(transaction)
+        return self._transitions.end_or_fail(transaction, run, values) | self._transitions.dispatch(transaction)
 
-    def _end_alone(self, run: Run, _values: Mapping[str, Any], transaction: Transaction) -> AfterCommit:
-        """What is tried after `_end` has failed."""
-        return self._transitions.end_alone(transaction, run) | AfterCommit(again=True)
+    def _end_row_only(self, run: Run, _values: Mapping[str, Any], transaction: Transaction) -> AfterCommit:
+        """End a run by its row alone, because `_end` has failed. Which run starts next is decided separately."""
+        return self._transitions.end_row_only(transaction, run) | AfterCommit(dispatch_failed=True)
 
     def _forget(self, run_id: str) -> None:
         with self._all_ended:
@@ -450,7 +504,7 @@ class Runner:
 
 
 def _columns(outcome: Outcome) -> dict[str, Any]:
-    """The columns of the end of a run."""
+    """Return the columns of a run that ended with `outcome`."""
     return {
         "status": outcome.status,
         "errorCode": outcome.error_code,
@@ -463,6 +517,6 @@ def _columns(outcome: Outcome) -> dict[str, Any]:
 
 
 def _failed(error: BaseException) -> dict[str, Any]:
-    """The columns of the end of a run that a fault has ended."""
+    """Return the columns of a run that ended because of a fault."""
     message = storable(f"{type(error).__name__}: {error}")
     return {"status": RunStatus.ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": message}

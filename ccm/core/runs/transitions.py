@@ -1,7 +1,7 @@
-"""The decisions in the life of runs: which is accepted, which starts next, how one ends.
+"""Decides which runs are accepted, which starts next and how one ends.
 
-Each is taken inside the transaction that stores it, in the writer's thread, and read off the database alone, so no
-two of them race. What is to happen then outside of the database is given back as `Effects`, for after the commit.
+Each decision reads the database alone and is taken in the writer's thread, inside the transaction that stores it, so no
+two of them race. Its side effects are returned as an `AfterCommit`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from ccm.models import RUN_ENDED, EventType, Run, RunMode, RunStatus, Session
 
 log = logging.getLogger(__name__)
 
-UNSTORABLE = "The end of this run could not be stored as it was; the service's log says more."
-UNSTARTABLE = "The run could not be started, because of a fault; the service's log says more."
-UNRECOVERABLE = "The service ended while this run was going on, and it could not be recovered; the log says more."
+UNSTORABLE = "The outcome of this run could not be stored; the service's log has the reason."
+UNSTARTABLE = "The run could not be started because of a fault; the service's log has the reason."
+UNRECOVERABLE = "The service exited during this run, and the run could not be recovered; the log has the reason."
 
 
 @dataclass(frozen=True)
 class Start:
-    """A run whose start is decided: the run as it is now stored, and the parent whose transcript it continues."""
+    """A run whose start is decided, as it is now stored, and the parent whose transcript it continues."""
 
     run: Run
     parent: Run | None
@@ -41,32 +41,40 @@ class Start:
 
 @dataclass(frozen=True)
 class AfterCommit:
-    """What is to follow a commit."""
+    """The side effects of a transaction.
+
+    Attributes:
+        starts: the runs to begin.
+        cancels: the ids of the started runs to stop.
+        changed: the keys whose subscribers are notified.
+        dispatched: the waiting runs that may start were decided.
+        dispatch_failed: a fault prevented that decision.
+    """
 
     starts: tuple[Start, ...] = ()
     cancels: tuple[str, ...] = ()
-    news: tuple[str, ...] = ()
-    # Whether it was decided which waiting runs start; and whether a fault has kept that from being decided.
+    changed: tuple[str, ...] = ()
     dispatched: bool = False
-    again: bool = False
+    dispatch_failed: bool = False
 
     def __or__(self, other: AfterCommit) -> AfterCommit:
         return AfterCommit(
             self.starts + other.starts,
             self.cancels + other.cancels,
-            self.news + other.news,
+            self.changed + other.changed,
             self.dispatched or other.dispatched,
-            self.again or other.again,
+            self.dispatch_failed or other.dispatch_failed,
         )
 
 
 class RunTransitions:
-    """
+    """The decisions on runs, each a method that is called within a transaction of the writer.
+
     Args:
-        workers: runs at once.
-        queue_limit: runs that may wait for a worker.
-        outbox: told of what happens to runs.
-        approvals: has what a run waits for expire when it ends.
+        workers: the number of runs that execute at once.
+        queue_limit: the number of runs that may wait for a worker.
+        outbox: receives the events of runs.
+        approvals: expires the pending approvals of a run that ends.
     """
 
     def __init__(self, workers: int, queue_limit: int, outbox: Outbox, approvals: ApprovalTransitions) -> None:
@@ -74,9 +82,9 @@ class RunTransitions:
         self._queue_limit = queue_limit
         self._outbox = outbox
         self._approvals = approvals
-        # The name of this service in the rows of its runs.
+        # Identifies this service in the rows of the runs that it started.
         self._owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
-        # While it is False no waiting run starts.
+        # No waiting run starts while this is False.
         self.open = True
 
     def accept(
@@ -87,11 +95,11 @@ class RunTransitions:
         request: RunRequest,
         new_session: Mapping[str, Any] | None,
     ) -> tuple[Accepted, AfterCommit]:
-        """Store a run, in the queue or at once started.
+        """Store a run, waiting or already started.
 
         Args:
-            row: the run as far as it is known before it starts.
-            new_session: what is particular to the session that it opens; None if it adds to one.
+            row: the columns of the run that are known before it starts.
+            new_session: `parentSessionId` and `forkedFromRunId` of the session that it opens; None to add to a session.
 
         Raises:
             SessionBusy, SessionNotResumable: the session takes no run.
@@ -99,7 +107,7 @@ class RunTransitions:
             QueueFull: too many runs are waiting.
         """
         if transaction.uncertain and (stored := runs.find(transaction, row["id"])):
-            # The commit before this try had gone through after all; what was to follow it still is.
+            # The previous attempt was committed after all, but its side effects were not performed.
             after_commit = self.dispatch(transaction)
             if request.if_busy == IfBusy.INTERRUPT:
                 others = [run for run in runs.running(transaction, row["sessionId"]) if run.seq < stored.seq]
@@ -108,13 +116,13 @@ class RunTransitions:
         key = request.idempotency_key
         earlier = None if key is None else runs.find_by_idempotency_key(transaction, key)
         if earlier is not None:
-            # Its twin was quicker: both had found nothing when they looked.
+            # A concurrent request with the same key was accepted first. Neither had found a run when it looked.
             return Accepted(earlier, replayed=True), AfterCommit()
         seq = runs.next_seq(transaction)
         session_id = row["sessionId"]
         after_commit = AfterCommit()
         if new_session is None:
-            after_commit |= self._make_way(transaction, session_id, request.if_busy)
+            after_commit |= self._apply_if_busy(transaction, session_id, request.if_busy)
             sessions.run_added(transaction, session_id, seq, row["createdAt"])
         else:
             session = {
@@ -128,17 +136,23 @@ class RunTransitions:
             sessions.insert(transaction, session | dict(new_session))
         runs.insert(transaction, dict(row) | {"seq": seq}, images_json)
         self._outbox.enqueue(transaction, EventType.RUN_CREATED, runs.get(transaction, row["id"]))
-        after_commit |= AfterCommit(news=(EVENTS,)) | self.dispatch(transaction)
-        begun = [start.run for start in after_commit.starts if start.run.id == row["id"]]
-        run = begun[0] if begun else runs.get(transaction, row["id"])
+        after_commit |= AfterCommit(changed=(EVENTS,)) | self.dispatch(transaction)
+        started = [start.run for start in after_commit.starts if start.run.id == row["id"]]
+        run = started[0] if started else runs.get(transaction, row["id"])
         if run.waiting and runs.count_waiting(transaction) > self._queue_limit:
             raise QueueFull(
                 f"{self._queue_limit} runs are waiting already (CCM_MAX_QUEUED_RUNS). Try again when some have ended."
             )
         return Accepted(run, replayed=False), after_commit
 
-    def _make_way(self, transaction: Transaction, session_id: str, if_busy: str) -> AfterCommit:
-        """Within a session runs follow one another: the CLI itself would let two go on and lose a prompt."""
+    def _apply_if_busy(self, transaction: Transaction, session_id: str, if_busy: str) -> AfterCommit:
+        """Refuse a run of a busy session, queue it, or cancel the session's other runs, as its request says.
+
+        Runs of a session must not overlap: the CLI itself would run two at once and lose a prompt.
+
+        Raises:
+            Conflict: SESSION_BUSY, SESSION_NOT_RESUMABLE.
+        """
         session = sessions.get(transaction, session_id)
         first = runs.find_first_running(transaction, session_id)
         if first is None and session.head_run_id is None:
@@ -155,33 +169,39 @@ class RunTransitions:
             after_commit |= self.cancel(transaction, run)
         return after_commit
 
-    def end_surely(self, transaction: Transaction, run: Run, values: Mapping[str, Any]) -> AfterCommit:
-        """Store the final state of a run; without what it means for others, where that fails.
+    def end_or_fail(self, transaction: Transaction, run: Run, values: Mapping[str, Any]) -> AfterCommit:
+        """Store the final state of a run. If that fails, end the run in error, by its row alone if need be.
 
-        A run that stayed `running` would hold its session, its worker and whoever waits for it, for ever.
+        A run that stayed `running` would occupy its session and its worker, and block waiting clients, for ever.
         """
-        plain = {"status": RunStatus.ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": UNSTORABLE}
-        for told in (values, plain):
+        failed = {"status": RunStatus.ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": UNSTORABLE}
+        for state in (values, failed):
             try:
                 with transaction.savepoint():
-                    return self.end(transaction, run, told)
+                    return self.end(transaction, run, state)
             except StorageDown:
                 raise
             except Exception:
-                log.exception("run %s: its end cannot be stored as it is", run.id)
-        return self.end_alone(transaction, run)
+                log.exception(
+                    "run %s: cannot store its end as %s",
+                    run.id,
+                    state["status"],
+                    extra={"event": "run_end_failed", "run_id": run.id},
+                )
+        return self.end_row_only(transaction, run)
 
-    def end_alone(self, transaction: Transaction, run: Run) -> AfterCommit:
-        """End a run in error, whatever keeps its end from being stored as it is."""
-        return self._end_alone(transaction, run.id, "EXECUTION_ERROR", UNSTORABLE) | AfterCommit(news=(run.session_id,))
+    def end_row_only(self, transaction: Transaction, run: Run) -> AfterCommit:
+        """End a run in error by writing to its row alone, because the rest of its end cannot be stored."""
+        after_commit = self._end_row_only(transaction, run.id, "EXECUTION_ERROR", UNSTORABLE)
+        return after_commit | AfterCommit(changed=(run.session_id,))
 
-    def _end_alone(self, transaction: Transaction, run_id: str, code: str, message: str) -> AfterCommit:
-        """End a run in error, and touch nothing else: what its row or its session holds may be the fault."""
+    def _end_row_only(self, transaction: Transaction, run_id: str, code: str, message: str) -> AfterCommit:
+        """End a run in error without reading its row or its session, because their content may be the fault."""
         runs.end_alone(transaction, run_id, code, message)
-        return AfterCommit(news=(run_id, EVENTS))
+        return AfterCommit(changed=(run_id, EVENTS))
 
     def end(self, transaction: Transaction, run: Run, values: Mapping[str, Any]) -> AfterCommit:
-        """Store the final state of a run, once, and what it means for its session."""
+        """Store the final state of a run unless it has ended, and update its session, approvals and events."""
         count = messages.last_index(transaction, run.id) + 1
         if runs.end(transaction, run, {**values, "messageCount": count}):
             head = run.id if values.get("hasTranscript") else None
@@ -189,47 +209,48 @@ class RunTransitions:
             self._approvals.expire_all(transaction, run)
             ended = runs.get(transaction, run.id)
             self._outbox.enqueue(transaction, RUN_ENDED[ended.status], ended)
-        return AfterCommit(news=(run.id, run.session_id, EVENTS, *((APPROVALS,) if run.approvals else ())))
+        return AfterCommit(changed=(run.id, run.session_id, EVENTS, *((APPROVALS,) if run.approvals else ())))
 
     def cancel(self, transaction: Transaction, run: Run) -> AfterCommit:
-        """A waiting run ends at once; a started one is to be told."""
+        """End a waiting run; stop a started one after the commit."""
         if run.waiting:
             return self.end(transaction, run, {"status": RunStatus.CANCELLED})
         return AfterCommit() if run.ended else AfterCommit(cancels=(run.id,))
 
     def dispatch(self, transaction: Transaction) -> AfterCommit:
-        """Decide which waiting runs start now: the first in the queue whose session is free, while workers are.
+        """Decide which waiting runs start now: while workers are free, the first in the queue whose session is free.
 
-        What shares the transaction, the end of another run say, does not fail with it.
+        A fault is reported in the result, so that it does not undo the rest of the transaction, such as the end of
+        another run.
         """
         try:
             with transaction.savepoint():
-                return self._dispatch(transaction, unfollowed=transaction.uncertain)
+                return self._dispatch(transaction, include_started=transaction.uncertain)
         except StorageDown:
             raise
         except Exception:
-            log.exception("it cannot be decided which waiting runs start")
-            return AfterCommit(again=True)
+            log.exception("cannot decide which waiting runs start, retrying", extra={"event": "dispatch_failed"})
+            return AfterCommit(dispatch_failed=True)
 
     def dispatch_again(self, transaction: Transaction) -> AfterCommit:
-        """The same after a fault: with the starts that were decided before and that nobody may have followed."""
-        return self._dispatch(transaction, unfollowed=True)
+        """Do the same after a fault. The result includes every started run, because some may never have begun."""
+        return self._dispatch(transaction, include_started=True)
 
     def fail_started(self, transaction: Transaction, run_ids: Collection[str], reason: str) -> AfterCommit:
-        """End runs that were started and that nobody carries out."""
+        """End started runs that no thread executes."""
         after_commit = AfterCommit()
         values = {"status": RunStatus.ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": reason}
         for run in runs.started(transaction, self._owner):
             if run.id in run_ids:
-                after_commit |= self.end_surely(transaction, run, values)
+                after_commit |= self.end_or_fail(transaction, run, values)
         return after_commit
 
-    def _dispatch(self, transaction: Transaction, *, unfollowed: bool) -> AfterCommit:
+    def _dispatch(self, transaction: Transaction, *, include_started: bool) -> AfterCommit:
         after_commit = AfterCommit(dispatched=True)
-        if unfollowed:
-            # A start that was decided in the try before may have been committed, and nobody has followed it.
+        if include_started:
+            # The previous attempt may have committed starts whose side effects were never performed.
             started_here = runs.started(transaction, self._owner)
-            after_commit |= AfterCommit(starts=tuple(self._start_of(transaction, run) for run in started_here))
+            after_commit |= AfterCommit(starts=tuple(self._make_start(transaction, run) for run in started_here))
         while self.open:
             started, next_id = runs.queue(transaction, self._owner)
             if next_id is None or started >= self._workers:
@@ -240,29 +261,33 @@ class RunTransitions:
             except StorageDown:
                 raise
             except Exception:
-                # It would be the next in the queue again and again, and nothing behind it would ever start.
-                log.exception("run %s cannot be started", next_id)
-                after_commit |= self._end_alone(transaction, next_id, "EXECUTION_ERROR", UNSTARTABLE)
+                # It would stay the first in the queue, and no run behind it would ever start.
+                log.exception(
+                    "run %s cannot be started, ending it",
+                    next_id,
+                    extra={"event": "run_start_failed", "run_id": next_id},
+                )
+                after_commit |= self._end_row_only(transaction, next_id, "EXECUTION_ERROR", UNSTARTABLE)
         return after_commit
 
     def _start(self, transaction: Transaction, run_id: str) -> AfterCommit:
-        """A waiting run leaves the queue."""
+        """Take a waiting run out of the queue. It ends at once if its parent has no transcript."""
         run = runs.get(transaction, run_id)
         parent = self._parent(transaction, run)
         run = runs.start(transaction, run, parent.id if parent else None, self._owner)
         self._outbox.enqueue(transaction, EventType.RUN_STARTED, run)
         if run.mode != RunMode.FRESH and parent is None:
-            lost = "The run that this one was to continue left no transcript."
-            values = {"status": RunStatus.ERROR, "errorCode": "SESSION_NOT_RESUMABLE", "errorMessage": lost}
+            message = "The run that this one continues left no transcript."
+            values = {"status": RunStatus.ERROR, "errorCode": "SESSION_NOT_RESUMABLE", "errorMessage": message}
             return self.end(transaction, run, values)
-        return AfterCommit(starts=(self._start_of(transaction, run),), news=(run.id, run.session_id, EVENTS))
+        return AfterCommit(starts=(self._make_start(transaction, run),), changed=(run.id, run.session_id, EVENTS))
 
-    def _start_of(self, transaction: Transaction, run: Run) -> Start:
+    def _make_start(self, transaction: Transaction, run: Run) -> Start:
         parent = None if run.parent_run_id is None else runs.get(transaction, run.parent_run_id)
         return Start(run, parent, runs.find_images_json(transaction, run.id) if run.image_count else None)
 
     def _parent(self, transaction: Transaction, run: Run) -> Run | None:
-        """The run whose transcript this one continues: chosen when it starts, not when it was accepted."""
+        """Return the run whose transcript this one continues. A resumed session's head is read now, at the start."""
         if run.mode == RunMode.FORK and run.parent_run_id is not None:
             return runs.get(transaction, run.parent_run_id)
         if run.mode == RunMode.RESUME:
@@ -270,22 +295,23 @@ class RunTransitions:
             return None if head is None else runs.get(transaction, head)
         return None
 
-    def left(self, transaction: Transaction) -> list[str]:
-        """The ids of the runs that an earlier service left in the middle, in the order of their acceptance."""
+    def unfinished(self, transaction: Transaction) -> list[str]:
+        """Return the ids of the runs that an earlier service left unfinished, in the order of their acceptance."""
         return runs.started_elsewhere(transaction, self._owner)
 
     def recover(self, transaction: Transaction, run_id: str, transcript: Mapping[str, Any]) -> AfterCommit:
-        """End a run that an earlier service left in the middle.
+        """End a run that an earlier service left unfinished.
 
         Args:
-            transcript: what is to be said of its transcript.
+            transcript: the values of `hasTranscript` and `transcriptStored`.
         """
         return self.end(transaction, runs.get(transaction, run_id), {**runs.INTERRUPTED, **transcript})
 
-    def recover_alone(self, transaction: Transaction, run_id: str) -> AfterCommit:
-        """End such a run though its row, or what belongs to it, cannot be read."""
-        return self._end_alone(transaction, run_id, "INTERRUPTED", UNRECOVERABLE)
+    def recover_row_only(self, transaction: Transaction, run_id: str) -> AfterCommit:
+        """End such a run without reading its row, its session or its transcript."""
+        return self._end_row_only(transaction, run_id, "INTERRUPTED", UNRECOVERABLE)
 
 
 def not_resumable(session: Session, why: str) -> SessionNotResumable:
+    """Return the error for a session that cannot be continued."""
     return SessionNotResumable(f"Session {session.id} cannot be continued: {why}. Start a fresh run.")

@@ -62,7 +62,7 @@ class TranscriptStore:
             raise late from None
 
     def texts(self, key: TranscriptKey) -> Iterator[str]:
-        """The JSON texts of a transcript's entries, in order, read some at a time.
+        """Yield the JSON texts of a transcript's entries, in order. They are read in chunks.
 
         Raises:
             StorageError: the database cannot be read.
@@ -73,7 +73,7 @@ class TranscriptStore:
             after += len(found)
 
     def of_session(self, sdk_session_id: str) -> list[TranscriptKey]:
-        """The transcripts that are stored of an SDK session, the main one first.
+        """Return the keys of the stored transcripts of an SDK session, the main one first.
 
         Raises:
             StorageError: the database cannot be read.
@@ -81,7 +81,7 @@ class TranscriptStore:
         return list(self._read(lambda transaction: transcripts.of_session(transaction, sdk_session_id)))
 
     def uuids(self, key: TranscriptKey) -> list[str]:
-        """The uuids of a transcript's entries, in order.
+        """Return the uuids of a transcript's entries, in order.
 
         Raises:
             StorageError: the database cannot be read.
@@ -109,11 +109,11 @@ class TranscriptStore:
 
 
 class Mirror:
-    """What a run gets as its session store: it takes everything in and gives nothing out.
+    """A run's session store, which stores every entry and never loads any.
 
-    A session that the SDK loaded from a store would be resumed in a temporary configuration directory, which has none
-    of the user's settings and is deleted with the only copy of the new transcript in it. With nothing to load, Claude
-    Code works on its own files, and this is a second copy.
+    The SDK resumes a session that it has loaded from a store in a temporary configuration directory. That directory has
+    none of the user's settings, and is deleted with the only copy of the new transcript. If nothing can be loaded,
+    Claude Code works on its own files, and the store holds a second copy.
     """
 
     def __init__(self, store: TranscriptStore, sdk_session_id: str) -> None:
@@ -121,35 +121,35 @@ class Mirror:
         self._sdk_session_id = sdk_session_id
         self._begun = False
         self._failed = False
-        # How many entries are being stored: Claude Code's output stands still meanwhile.
-        self._under_way = 0
+        # The number of appends in progress. The SDK reads nothing from Claude Code meanwhile.
+        self._appending = 0
 
     @property
     def busy(self) -> bool:
-        """Whether something is on its way to storage."""
-        return self._under_way > 0
+        """Whether entries are being stored."""
+        return self._appending > 0
 
     @property
     def failed(self) -> bool:
-        """Whether something could not be stored, or not in time."""
+        """Whether entries could not be stored, or not in time."""
         return self._failed
 
     @property
     def whole(self) -> bool:
-        """Whether the main transcript has arrived, and nothing has failed."""
+        """Whether entries of the main transcript were stored, and no append failed."""
         return self._begun and not self._failed
 
     async def append(self, key: Mapping[str, str], entries: Sequence[Mapping[str, Any]]) -> None:
-        self._under_way += 1
+        self._appending += 1
         try:
             await self._store.append(key, entries)
         except BaseException:
             self._failed = True
             raise
         finally:
-            self._under_way -= 1
+            self._appending -= 1
         self._begun = self._begun or (key["session_id"] == self._sdk_session_id and not key.get("subpath"))
 
     async def load(self, _key: Mapping[str, str]) -> list[dict[str, Any]] | None:
-        """Nothing, ever."""
+        """Return None: nothing is ever loaded."""
         return None

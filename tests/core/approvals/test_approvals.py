@@ -1,4 +1,4 @@
-"""Asking and answering as storage fails, and what is told of it."""
+"""Permission requests, answers and their events, with storage that fails."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ QUESTION = Question("Bash", "toolu_1", {"command": "make"})
 
 
 class Desk:
-    """A run that asks, in a loop of its own, and whoever answers."""
+    """A run that sends permission requests, in an event loop of its own."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
@@ -52,7 +52,7 @@ class Desk:
             runs.insert(transaction, row | {"approvals": 1}, None)
             self.run = runs.get(transaction, "r")
         self.ticks = 0
-        self._take_back = threading.Event()
+        self._withdraw = threading.Event()
         self._pool = ThreadPoolExecutor(1)
         self.writer.start()
 
@@ -64,15 +64,15 @@ class Desk:
         while not asking.done():
             await asyncio.sleep(0.01)
             self.ticks += 1
-            if self._take_back.is_set():
+            if self._withdraw.is_set():
                 asking.cancel()
         return await asking
 
-    def take_back(self) -> None:
-        self._take_back.set()
+    def withdraw(self) -> None:
+        self._withdraw.set()
 
     def close(self) -> None:
-        self.take_back()  # or a test that fails would wait for its answer for ever
+        self.withdraw()  # otherwise a failed test would wait for its answer for ever
         self.writer.stop(time.monotonic() + SOON)
         self._pool.shutdown()
 
@@ -88,31 +88,33 @@ def stored(reader: Database) -> list[tuple[str, str]]:
     return [(row["id"], row["status"]) for row in reader.rows("SELECT id, status FROM ccr_approvals ORDER BY seq")]
 
 
-def told(reader: Database) -> list[tuple[str, str, int]]:
-    """The kinds of the events, with the approval's status and how many the run waits for."""
-    events = [json.loads(row["eventJson"]) for row in reader.rows('SELECT "eventJson" FROM ccr_events ORDER BY id')]
+def events(reader: Database) -> list[tuple[str, str, int]]:
+    """Return each event's type, with the approval's status and the run's number of pending approvals."""
+    stored_events = [
+        json.loads(row["eventJson"]) for row in reader.rows('SELECT "eventJson" FROM ccr_events ORDER BY id')
+    ]
     return [
         (event["type"], event["data"]["approval"]["status"], event["data"]["run"]["pendingApprovals"])
-        for event in events
+        for event in stored_events
     ]
 
 
-def test_each_change_is_told_with_the_state_that_it_tells_of(desk: Desk, reader: Database) -> None:
-    with desk.notifier.subscribe(APPROVALS) as asked:
+def test_each_event_has_the_state_at_its_time(desk: Desk, reader: Database) -> None:
+    with desk.notifier.subscribe(APPROVALS) as requested:
         waiting = desk.ask()
-        assert asked.wait(SOON)
+        assert requested.wait(SOON)
     ((approval_id, status),) = stored(reader)
-    assert [status, told(reader)] == ["pending", [("approval.requested", "pending", 1)]]
+    assert [status, events(reader)] == ["pending", [("approval.requested", "pending", 1)]]
 
     with ExitStack() as stack:
-        rung = [stack.enter_context(desk.notifier.subscribe(key)) for key in ("r", "s", EVENTS, APPROVALS)]
+        subscriptions = [stack.enter_context(desk.notifier.subscribe(key)) for key in ("r", "s", EVENTS, APPROVALS)]
         desk.approvals.answer(approval_id, Answer(allow=True), "alice")
-        assert all(bell.wait(SOON) for bell in rung)
+        assert all(subscription.wait(SOON) for subscription in subscriptions)
     assert waiting.result(SOON) == Answer(allow=True)
-    assert told(reader)[1:] == [("approval.resolved", "allowed", 0)]
+    assert events(reader)[1:] == [("approval.resolved", "allowed", 0)]
 
 
-def test_the_first_answer_is_what_claude_code_is_told(desk: Desk, reader: Database) -> None:
+def test_claude_code_gets_the_first_answer(desk: Desk, reader: Database) -> None:
     waiting = desk.ask()
     ((approval_id, _),) = until(lambda: stored(reader))
     first = Answer(allow=False, message="No.", interrupt=True)
@@ -125,19 +127,19 @@ def test_the_first_answer_is_what_claude_code_is_told(desk: Desk, reader: Databa
     assert desk.approvals._waiters == {}
 
 
-def test_what_is_taken_back_has_expired(desk: Desk, reader: Database) -> None:
+def test_a_withdrawn_request_expires(desk: Desk, reader: Database) -> None:
     waiting = desk.ask()
     until(lambda: stored(reader))
-    desk.take_back()
+    desk.withdraw()
 
     with pytest.raises(asyncio.CancelledError):
         waiting.result(SOON)
     until(lambda: [status for _, status in stored(reader)] == ["expired"])
-    assert told(reader)[-1] == ("approval.resolved", "expired", 0)
+    assert events(reader)[-1] == ("approval.resolved", "expired", 0)
     assert desk.approvals._waiters == {}
 
 
-def test_what_cannot_be_stored_is_denied_and_said_in_the_log(
+def test_a_request_that_cannot_be_stored_is_denied_and_logged(
     desk: Desk, reader: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
     with desk.database.transaction() as transaction:
@@ -145,28 +147,28 @@ def test_what_cannot_be_stored_is_denied_and_said_in_the_log(
     answer = desk.ask().result(SOON)
 
     assert answer.allow is False
-    assert "could not store the question" in str(answer.message)
+    assert "could not store the request" in str(answer.message)
     assert [record.levelname for record in caplog.records] == ["ERROR"]
-    assert [stored(reader), told(reader)] == [[], []]
+    assert [stored(reader), events(reader)] == [[], []]
 
 
-def test_nothing_is_asked_any_more_once_the_recorder_has_stopped(desk: Desk) -> None:
+def test_a_request_after_the_writer_has_stopped_is_denied(desk: Desk) -> None:
     desk.writer.stop(time.monotonic() + SOON)
     assert desk.ask().result(SOON).allow is False
 
 
-def test_the_sdk_tells_of_a_question_no_more_than_is_stored() -> None:
-    told = {field.name for field in dataclasses.fields(ToolPermissionContext)} - {"signal"}
-    assert told | {"tool_name", "input"} == {field.name for field in dataclasses.fields(Question)}
+def test_every_field_of_the_sdks_permission_request_is_stored() -> None:
+    sent = {field.name for field in dataclasses.fields(ToolPermissionContext)} - {"signal"}
+    assert sent | {"tool_name", "input"} == {field.name for field in dataclasses.fields(Question)}
 
 
-def test_an_answer_to_nothing_is_refused(desk: Desk) -> None:
+def test_an_answer_to_an_unknown_approval_is_refused(desk: Desk) -> None:
     with pytest.raises(NotFound, match="There is no approval x"):
         desk.approvals.answer("x", Answer(allow=True), None)
 
 
-@pytest.mark.parametrize("taken_back", [False, True])
-def test_a_locked_database_only_makes_the_question_wait(tmp_path: Path, taken_back: bool) -> None:
+@pytest.mark.parametrize("withdrawn", [False, True])
+def test_a_request_waits_while_the_database_is_locked(tmp_path: Path, withdrawn: bool) -> None:
     url = f"sqlite:///{tmp_path}/db.sqlite"
     with ExitStack() as stack:
         database = stack.enter_context(closing(Database(url, writable=True, pool_size=1)))
@@ -178,13 +180,13 @@ def test_a_locked_database_only_makes_the_question_wait(tmp_path: Path, taken_ba
             waiting = desk.ask()
             until(lambda: desk.writer.last_error)
             before = desk.ticks
-            until(lambda: desk.ticks > before + 5)  # its loop goes on
-            if taken_back:
-                desk.take_back()
+            until(lambda: desk.ticks > before + 5)  # its loop keeps running
+            if withdrawn:
+                desk.withdraw()
                 with pytest.raises(asyncio.CancelledError):
                     waiting.result(SOON)
             assert stored(reader) == []
-        if taken_back:
+        if withdrawn:
             desk.writer.submit(lambda _: None).future.result(SOON)
             assert [status for _, status in stored(reader)] == ["expired"]
         else:
@@ -193,7 +195,7 @@ def test_a_locked_database_only_makes_the_question_wait(tmp_path: Path, taken_ba
             assert waiting.result(SOON) == Answer(allow=True)
 
 
-def test_after_an_uncertain_commit_nothing_is_asked_twice_and_who_was_first_is_told_so(postgresql: str) -> None:
+def test_after_an_uncertain_commit_a_request_is_stored_once_and_the_first_answer_counts(postgresql: str) -> None:
     with psycopg.connect(f"{postgresql}/postgres", autocommit=True) as admin:
         admin.execute("CREATE DATABASE uncertain_approvals")
     url = f"{postgresql}/uncertain_approvals"
@@ -223,4 +225,4 @@ def test_after_an_uncertain_commit_nothing_is_asked_twice_and_who_was_first_is_t
         assert waiting.result(SOON) == answer
         assert sum(lost) >= 2
         assert [status for _, status in stored(reader)] == ["allowed"]
-        assert [kind for kind, _, _ in told(reader)] == ["approval.requested", "approval.resolved"]
+        assert [kind for kind, _, _ in events(reader)] == ["approval.requested", "approval.resolved"]

@@ -1,4 +1,4 @@
-"""One execution, with a CLI that says just what a test has it say, and the contract with the SDK's insides."""
+"""One execution, with a stand-in CLI that each test scripts, and the contract with the SDK's private parts."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ from tests.conftest import stand_in_cli
 from tests.waiting import until
 
 SOON = 60.0
-# What the stand-in says when its input is closed, with the run over.
-LATE = "said late"
+# The text of the message that the stand-in sends after its input is closed.
+LATE = "a late message"
 
 
 class SlowMirror(Mirror):
-    """Takes its time for what comes late."""
+    """A mirror that is slow to store the late message."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._under_way = 0
+        self._appending = 0
 
     async def append(self, _key: Mapping[str, str], entries: Sequence[Mapping[str, Any]]) -> None:
         if LATE in str(entries):
-            self._under_way += 1
+            self._appending += 1
             await asyncio.sleep(self._seconds)
-            self._under_way -= 1
+            self._appending -= 1
 
 
 class Run:
-    """One execution in a thread of its own, with what it recorded."""
+    """One execution in a thread of its own, with the messages that it recorded."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Run:
     ) -> None:
         self.messages: list[dict[str, Any]] = []
         self.gate: asyncio.Event | None = None
-        # How long the record of what comes late takes.
+        # How long it takes to record the late message.
         self.late_seconds = 0.0
         self.run_id = str(uuid.uuid4())
         prompt = script if isinstance(script, str) else json.dumps(script)
@@ -102,24 +102,25 @@ class Run:
         return self
 
     def end(self, left: Sequence[str] = ()) -> Outcome:
-        """
+        """Wait for the end and check which processes remain.
+
         Args:
-            left: the commands of the processes that it is to leave behind; they are ended then.
+            left: the commands of the expected remaining processes; they are ended afterwards.
         """
         if not self._thread.ident:
             self.start()
         self._thread.join(SOON)
-        assert self.outcome is not None, "it did not end"
+        assert self.outcome is not None, "the run has not ended"
         pids = marked(self.run_id)
         commands = [Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " ").strip() for pid in pids]
         end_marked(self.run_id)
-        assert commands == list(left), "it left other processes behind"
+        assert commands == list(left), "other processes remain"
         return self.outcome
 
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The SDK passes on this process's own environment."""
+    """Clear variables of this process, because the SDK passes them on."""
     for name in os.environ:
         if name.startswith(("CLAUDE", "ANTHROPIC", "CCM_")):
             monkeypatch.delenv(name)
@@ -127,37 +128,38 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def is_there(run: Run) -> bool:
-    """Whether the CLI of a run lives."""
+    """Whether the CLI of a run is alive."""
     for pid in marked(run.run_id):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
+        with contextlib.suppress(OSError):  # the process has ended meanwhile
             if b"stand_in_cli" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 return True
     return False
 
 
-def tell(run: Run, **fields: Any) -> tuple[str, str]:
+def end_of(run: Run) -> tuple[str, str]:
+    """Return the status and the error code with which a run ends."""
     outcome = run.end()
     return outcome.status, str(outcome.error_code)
 
 
-# ---- what is recorded
+# ---- recorded messages
 
 
 def test_messages_of_every_kind_are_recorded_as_they_came(tmp_path: Path) -> None:
-    said: list[dict[str, Any]] = [
+    sent: list[dict[str, Any]] = [
         {"type": "tomorrow's type", "payload": [1, 2.5, None, {"deep": "\ud800\0\U0001f600"}]},
         {"type": "system", "subtype": "unheard of", "big": 12345678901234567890},
         {"no": "type at all"},
         {"type": "assistant", "message": {"role": "assistant", "content": "not even a list"}},
     ]
-    run = Run(tmp_path, {"messages": said})
+    run = Run(tmp_path, {"messages": sent})
 
     assert run.end().status == "completed"
-    assert run.messages[:-1] == said
+    assert run.messages[:-1] == sent
     assert run.messages[-1]["type"] == "result"
 
 
-def test_what_the_cli_says_before_the_first_prompt_is_recordedfirst(tmp_path: Path) -> None:
+def test_messages_before_the_first_prompt_are_recorded_first(tmp_path: Path) -> None:
     early = tmp_path / "early"
     early.write_text(
         f'#!/bin/sh\nread line\nprintf \'%s\\n\' \'{{"type": "system", "subtype": "hook_started"}}\'\n'
@@ -176,18 +178,18 @@ def test_what_the_cli_says_before_the_first_prompt_is_recordedfirst(tmp_path: Pa
     ]
 
 
-def test_the_session_states_are_acted_on_and_not_recorded(tmp_path: Path) -> None:
+def test_session_states_are_not_recorded(tmp_path: Path) -> None:
     run = Run(tmp_path, {"count": 1})
     run.end()
 
     assert [message["type"] for message in run.messages] == ["assistant", "result"]
 
 
-def test_a_cli_that_tells_no_states_ends_with_its_result(tmp_path: Path) -> None:
-    assert tell(Run(tmp_path, {"states": False, "count": 1})) == ("completed", "None")
+def test_without_session_states_a_run_ends_with_its_result(tmp_path: Path) -> None:
+    assert end_of(Run(tmp_path, {"states": False, "count": 1})) == ("completed", "None")
 
 
-def test_several_results_count_together_and_the_last_is_the_runs(tmp_path: Path) -> None:
+def test_costs_of_results_add_up_and_the_last_result_is_the_runs(tmp_path: Path) -> None:
     first = {"type": "result", "is_error": False, "model_usage_since_last_result": {"m": {"costUSD": 0.5}}}
     outcome = Run(tmp_path, {"messages": [first], "result": {"result": "The second."}}).end()
 
@@ -203,10 +205,10 @@ def test_is_error_decides_and_not_the_subtype(tmp_path: Path) -> None:
     assert (outcome.status, outcome.error_code, outcome.error_message) == ("error", "API_ERROR", "Overloaded.")
 
 
-# ---- how it fails
+# ---- failures
 
 
-def test_a_crash_tells_the_exit_code_and_what_was_said_on_stderr(tmp_path: Path) -> None:
+def test_a_crash_is_reported_with_exit_code_and_stderr(tmp_path: Path) -> None:
     outcome = Run(tmp_path, {"count": 1, "stderr": "out of luck", "exit": 7}).end()
 
     assert (outcome.status, outcome.error_code) == ("error", "CLI_CRASHED")
@@ -215,17 +217,17 @@ def test_a_crash_tells_the_exit_code_and_what_was_said_on_stderr(tmp_path: Path)
 
 def test_an_end_without_a_result_is_a_crash(tmp_path: Path) -> None:
     run = Run(tmp_path, {"count": 1, "exit": 0})
-    assert tell(run) == ("error", "CLI_CRASHED")
+    assert end_of(run) == ("error", "CLI_CRASHED")
     assert len(run.messages) == 1
 
 
-def test_a_killed_cli_is_a_crash_and_its_tool_is_ended(tmp_path: Path) -> None:
+def test_a_killed_cli_counts_as_a_crash_and_its_tool_is_ended(tmp_path: Path) -> None:
     run = Run(tmp_path, {"hold": True, "count": 1, "tool": 300}).start()
     until(lambda: run.messages and len(marked(run.run_id)) == 2)
     claude = next(pid for pid in marked(run.run_id) if b"stand_in_cli" in Path(f"/proc/{pid}/cmdline").read_bytes())
     os.kill(claude, signal.SIGKILL)
 
-    assert tell(run) == ("error", "CLI_CRASHED")
+    assert end_of(run) == ("error", "CLI_CRASHED")
 
 
 def test_a_message_over_the_limit_ends_the_run(tmp_path: Path) -> None:
@@ -235,18 +237,18 @@ def test_a_message_over_the_limit_ends_the_run(tmp_path: Path) -> None:
     assert "CCM_MAX_MESSAGE_BYTES" in str(outcome.error_message)
 
 
-def test_a_line_that_is_no_json_ends_the_run(tmp_path: Path) -> None:
-    assert tell(Run(tmp_path, {"raw": '{"type": "assist'})) == ("error", "CLI_CRASHED")
+def test_a_line_that_is_not_json_ends_the_run(tmp_path: Path) -> None:
+    assert end_of(Run(tmp_path, {"raw": '{"type": "assist'})) == ("error", "CLI_CRASHED")
 
 
-def test_noise_between_the_messages_is_passed_over(tmp_path: Path) -> None:
-    assert tell(Run(tmp_path, {"raw": "[SandboxDebug] hello"})) == ("completed", "None")
+def test_noise_between_messages_is_ignored(tmp_path: Path) -> None:
+    assert end_of(Run(tmp_path, {"raw": "[SandboxDebug] hello"})) == ("completed", "None")
 
 
-def test_a_cli_that_is_not_there_or_not_a_program(tmp_path: Path) -> None:
-    assert tell(Run(tmp_path, "x", cli_path=tmp_path / "none")) == ("error", "CLI_NOT_FOUND")
+def test_a_missing_or_non_executable_cli_is_reported(tmp_path: Path) -> None:
+    assert end_of(Run(tmp_path, "x", cli_path=tmp_path / "none")) == ("error", "CLI_NOT_FOUND")
     (tmp_path / "text").write_text("no program")
-    assert tell(Run(tmp_path, "x", cli_path=tmp_path / "text")) == ("error", "CLI_NOT_FOUND")
+    assert end_of(Run(tmp_path, "x", cli_path=tmp_path / "text")) == ("error", "CLI_NOT_FOUND")
 
 
 def test_a_second_refusal_of_the_login_ends_the_run(tmp_path: Path) -> None:
@@ -257,16 +259,14 @@ def test_a_second_refusal_of_the_login_ends_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("good", [{"type": "assistant"}, {"type": "stream_event", "event": {"type": "message_start"}}])
-def test_a_login_that_was_refreshed_between_two_refusals_is_none_to_end_a_run(
-    tmp_path: Path, good: dict[str, Any]
-) -> None:
+def test_a_login_refreshed_between_two_refusals_does_not_end_the_run(tmp_path: Path, good: dict[str, Any]) -> None:
     refusal = {"type": "system", "subtype": "api_retry", "error_status": 401}
     outcome = Run(tmp_path, {"messages": [refusal, good, refusal, good]}).end()
 
     assert (outcome.status, outcome.error_code) == ("completed", None)
 
 
-def test_an_answer_that_is_an_error_does_not_make_a_refused_login_good(tmp_path: Path) -> None:
+def test_an_error_message_does_not_reset_the_count_of_refused_logins(tmp_path: Path) -> None:
     refusal = {"type": "system", "subtype": "api_retry", "error_status": 401}
     bad = {"type": "assistant", "error": "authentication_failed"}
     outcome = Run(tmp_path, {"messages": [refusal, bad, refusal], "hold": True}).end()
@@ -275,7 +275,7 @@ def test_an_answer_that_is_an_error_does_not_make_a_refused_login_good(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("text", "message"),
     [
         (
             "Not logged in \N{MIDDLE DOT} Please run /login",
@@ -284,35 +284,35 @@ def test_an_answer_that_is_an_error_does_not_make_a_refused_login_good(tmp_path:
         ("Invalid API key.", "Invalid API key. Claude Code has"),
     ],
 )
-def test_a_refused_login_is_told_in_sentences(tmp_path: Path, said: str, told: str) -> None:
-    result = {"is_error": True, "api_error_status": 401, "result": said}
+def test_a_refused_login_is_reported_in_sentences(tmp_path: Path, text: str, message: str) -> None:
+    result = {"is_error": True, "api_error_status": 401, "result": text}
     outcome = Run(tmp_path, {"result": result}).end()
 
-    assert str(outcome.error_message).startswith(told)
+    assert str(outcome.error_message).startswith(message)
 
 
-@pytest.mark.parametrize(("error", "told"), [("", "no reason is given"), ("the disk is full", "the disk is full")])
-def test_a_fault_of_the_mirror_is_told_to_the_operator_and_is_no_message_of_the_run(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: str, told: str
+@pytest.mark.parametrize(("error", "reason"), [("", "no reason is given"), ("the disk is full", "the disk is full")])
+def test_a_mirror_error_is_logged_and_not_recorded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: str, reason: str
 ) -> None:
-    said = {"type": "system", "subtype": "mirror_error", "error": error}
-    run = Run(tmp_path, {"messages": [said], "count": 1})
+    message = {"type": "system", "subtype": "mirror_error", "error": error}
+    run = Run(tmp_path, {"messages": [message], "count": 1})
     run.end()
 
     assert [message["type"] for message in run.messages] == ["assistant", "result"]
-    assert f"could not be mirrored: {told}" in caplog.text
+    assert f"could not be mirrored: {reason}" in caplog.text
 
 
-def test_a_cli_that_exits_before_it_has_answered_is_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exit_before_the_first_answer_is_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ccm.core.claude.termination.CLOSE_TIMEOUT", 0.2)
     program = tmp_path / "exits"
     program.write_text("#!/bin/sh\nread line\nexit 0\n")
     program.chmod(0o755)
 
-    assert tell(Run(tmp_path, "x", cli_path=program)) == ("error", "CLI_CRASHED")
+    assert end_of(Run(tmp_path, "x", cli_path=program)) == ("error", "CLI_CRASHED")
 
 
-# A process without the run's mark, which goes on where Claude Code has ended.
+# Starts a process without the run's mark that writes to the output once Claude Code has exited.
 FLOOD = """#!/bin/sh
 (env -i setsid {python} -I -S -c '
 import json, os, sys
@@ -324,7 +324,7 @@ exec {stand_in} "$@"
 """
 
 
-def test_who_goes_on_writing_to_the_output_of_a_cli_that_has_gone_does_not_keep_the_run(tmp_path: Path) -> None:
+def test_a_process_that_keeps_writing_to_the_output_after_the_exit_does_not_delay_the_end(tmp_path: Path) -> None:
     program = tmp_path / "flooded"
     program.write_text(FLOOD.format(python=sys.executable, stand_in=stand_in_cli(tmp_path)))
     program.chmod(0o755)
@@ -335,21 +335,21 @@ def test_who_goes_on_writing_to_the_output_of_a_cli_that_has_gone_does_not_keep_
     assert sum(len(str(message)) for message in run.messages) < 10 * 2**20
 
 
-def test_a_fifo_in_place_of_what_is_said_on_stderr_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_fifo_in_place_of_the_stderr_file_does_not_block(tmp_path: Path) -> None:
     program = tmp_path / "fifo"
     program.write_text(
         f'#!/bin/sh\nfile=$(readlink /proc/self/fd/2)\nrm "$file"\nmkfifo "$file"\nexec {stand_in_cli(tmp_path)} "$@"\n'
     )
     program.chmod(0o755)
 
-    assert tell(Run(tmp_path, "hello", cli_path=program)) == ("completed", "None")
+    assert end_of(Run(tmp_path, "hello", cli_path=program)) == ("completed", "None")
 
 
-# ---- parts of it that fail
+# ---- faults of the run's own tasks
 
 
 class BrokenError(Exception):
-    """No exception that any code of ours knows."""
+    """An exception that no code handles by its type."""
 
 
 def broken(*_: object, **__: object) -> None:
@@ -363,7 +363,7 @@ def broken(*_: object, **__: object) -> None:
         *((Execution, part) for part in ("_keep_time", "_write")),
     ],
 )
-def test_a_task_that_fails_ends_the_run(
+def test_a_failed_task_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: type[object], part: str
 ) -> None:
     monkeypatch.setattr(owner, part, broken)
@@ -376,11 +376,11 @@ def test_a_task_that_fails_ends_the_run(
     assert (outcome.status, outcome.error_code) in (("error", "EXECUTION_ERROR"), ("cancelled", None))
 
 
-def test_a_client_that_cannot_be_let_go_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_disconnect_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disconnect = ClaudeSDKClient.disconnect
 
     async def disconnect_and_fail(client: ClaudeSDKClient) -> None:
-        await disconnect(client)  # or the SDK's own streams would be left open
+        await disconnect(client)  # otherwise the SDK's streams would stay open
         raise BrokenError
 
     monkeypatch.setattr(ClaudeSDKClient, "disconnect", disconnect_and_fail)
@@ -389,7 +389,7 @@ def test_a_client_that_cannot_be_let_go_leaves_no_process(tmp_path: Path, monkey
     assert outcome.status == "completed"
 
 
-def test_a_stream_whose_end_the_sdk_does_not_tell_ends_with_the_processes(
+def test_a_run_ends_with_its_processes_if_the_sdk_does_not_end_the_stream(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ccm.core.claude.sdk._Tap.close", lambda _tap: None)
@@ -401,17 +401,17 @@ def test_a_stream_whose_end_the_sdk_does_not_tell_ends_with_the_processes(
     assert outcome.status == "completed"
 
 
-# ---- how it is stopped
+# ---- cancels and stops
 
 
-def test_a_cancel_before_the_start_lets_nothing_through(tmp_path: Path) -> None:
+def test_a_cancel_before_the_start_cancels_the_run(tmp_path: Path) -> None:
     run = Run(tmp_path, {"count": 1})
     run.execution.cancel()
 
-    assert tell(run) == ("cancelled", "None")
+    assert end_of(run) == ("cancelled", "None")
 
 
-def test_an_interrupt_that_is_heard_ends_it_at_once(tmp_path: Path) -> None:
+def test_an_interrupt_ends_a_run(tmp_path: Path) -> None:
     run = Run(tmp_path, {"count": 1, "hold": True}).start()
     until(lambda: run.messages)
     run.execution.cancel()
@@ -428,7 +428,7 @@ def test_a_cli_that_ignores_the_interrupt_is_terminated(tmp_path: Path, monkeypa
     until(lambda: run.messages)
     run.execution.cancel()
 
-    assert tell(run) == ("cancelled", "None")
+    assert end_of(run) == ("cancelled", "None")
 
 
 def test_a_cli_that_ignores_the_terminate_too_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,10 +441,10 @@ def test_a_cli_that_ignores_the_terminate_too_is_killed(tmp_path: Path, monkeypa
     until(lambda: run.messages)
     run.execution.cancel()
 
-    assert tell(run) == ("cancelled", "None")
+    assert end_of(run) == ("cancelled", "None")
 
 
-def test_a_cancel_under_back_pressure_ends_the_process_though_nothing_is_read(tmp_path: Path) -> None:
+def test_a_cancel_under_back_pressure_ends_the_process(tmp_path: Path) -> None:
     run = Run(tmp_path, {"count": 1, "hold": True, "tool": 300})
     run.gate = asyncio.Event()
     run.start()
@@ -455,10 +455,10 @@ def test_a_cancel_under_back_pressure_ends_the_process_though_nothing_is_read(tm
     loop = run.execution._loop
     assert loop is not None
     loop.call_soon_threadsafe(run.gate.set)
-    assert tell(run) == ("cancelled", "None")
+    assert end_of(run) == ("cancelled", "None")
 
 
-def test_a_stop_for_a_reason_ends_with_that_reason(tmp_path: Path) -> None:
+def test_a_run_ends_with_the_first_reason_to_stop(tmp_path: Path) -> None:
     run = Run(tmp_path, {"count": 1, "hold": True}).start()
     until(lambda: run.messages)
     run.execution.fail("INTERRUPTED", "The service was shut down.")
@@ -472,11 +472,11 @@ def test_a_stop_for_a_reason_ends_with_that_reason(tmp_path: Path) -> None:
     )
 
 
-# ---- what it leaves
+# ---- remaining processes
 
 
 @pytest.mark.parametrize("slow", ["the mirror", "the record"])
-def test_what_a_run_that_ended_by_itself_left_stays_however_slow_storage_is(
+def test_background_processes_stay_however_slow_storage_is(
     slow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("EXIT_DELAY", "CLOSE_TIMEOUT", "TERMINATE_TIMEOUT"):
@@ -496,7 +496,7 @@ def test_what_a_run_that_ended_by_itself_left_stays_however_slow_storage_is(
     assert run.execution.closed_by_itself
 
 
-def test_only_what_holds_the_output_of_an_ended_cli_open_is_ended_with_it(tmp_path: Path) -> None:
+def test_only_processes_that_hold_the_output_open_end_with_the_cli(tmp_path: Path) -> None:
     outcome = Run(tmp_path, {"count": 1, "tool": 301, "server": 300}).end(left=["sleep 300"])
 
     assert outcome.status == "completed"
@@ -504,7 +504,7 @@ def test_only_what_holds_the_output_of_an_ended_cli_open_is_ended_with_it(tmp_pa
     assert outcome.duration_ms < 4_000
 
 
-def test_a_crash_ends_what_was_to_stay_too_while_storage_is_slow(tmp_path: Path) -> None:
+def test_a_crash_ends_background_processes_while_storage_is_slow(tmp_path: Path) -> None:
     run = Run(tmp_path, {"count": 1, "server": 300, "exit": 7})
     run.gate = asyncio.Event()
     run.start()
@@ -513,10 +513,10 @@ def test_a_crash_ends_what_was_to_stay_too_while_storage_is_slow(tmp_path: Path)
     loop = run.execution._loop
     assert loop is not None
     loop.call_soon_threadsafe(run.gate.set)
-    assert tell(run) == ("error", "CLI_CRASHED")
+    assert end_of(run) == ("error", "CLI_CRASHED")
 
 
-# ---- how it runs out of time
+# ---- time limits
 
 
 def test_a_run_over_its_time_is_interrupted_and_keeps_its_result(tmp_path: Path) -> None:
@@ -533,7 +533,7 @@ def test_a_run_over_its_time_is_interrupted_and_keeps_its_result(tmp_path: Path)
 
 
 @pytest.mark.parametrize("timeout_ms", [None, 60_000])
-def test_the_services_time_limit_holds_where_the_request_named_none_or_a_longer_one(
+def test_the_services_time_limit_applies_if_the_request_sets_none_or_a_longer_one(
     tmp_path: Path, timeout_ms: int | None
 ) -> None:
     run = Run(tmp_path, {"count": 1, "hold": True}, timeout_ms=timeout_ms, ceilings=Ceilings(run_timeout=1))
@@ -543,31 +543,31 @@ def test_the_services_time_limit_holds_where_the_request_named_none_or_a_longer_
     assert "longer than 1 s, which CCM_RUN_TIMEOUT sets" in str(outcome.error_message)
 
 
-def test_a_run_that_is_quick_enough_does_not_notice_its_limit(tmp_path: Path) -> None:
-    assert tell(Run(tmp_path, {"count": 1}, timeout_ms=60_000)) == ("completed", "None")
+def test_a_run_within_its_time_limit_completes(tmp_path: Path) -> None:
+    assert end_of(Run(tmp_path, {"count": 1}, timeout_ms=60_000)) == ("completed", "None")
 
 
 def time_runs_out_with(run: Run, *events: asyncio.Event) -> Run:
-    """Have a run's time be used up at the moment when one of its events is set."""
+    """Let a run's time run out when one of the events is set."""
     run.execution._clock.run_out = lambda: first(*events)  # type: ignore[method-assign]
     return run
 
 
-def test_no_time_left_at_the_start_ends_it_while_it_connects(tmp_path: Path) -> None:
+def test_a_run_times_out_while_it_connects(tmp_path: Path) -> None:
     run = Run(tmp_path, {"count": 1, "hold": True}, timeout_ms=1)
     until(lambda: run.execution._clock.left < 0)
 
-    assert tell(run) == ("error", "TIMEOUT")
+    assert end_of(run) == ("error", "TIMEOUT")
     assert run.messages == []
 
 
-def test_a_cli_that_never_answers_runs_out_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cli_that_never_answers_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ccm.core.claude.termination.TERMINATE_TIMEOUT", 0.2)
     mute = tmp_path / "mute"
     mute.write_text('#!/bin/sh\ntrap "" TERM\nsleep 300 &\nwait\nsleep 300\n')
     mute.chmod(0o755)
 
-    assert tell(Run(tmp_path, "x", cli_path=mute, timeout_ms=300)) == ("error", "TIMEOUT")
+    assert end_of(Run(tmp_path, "x", cli_path=mute, timeout_ms=300)) == ("error", "TIMEOUT")
 
 
 def test_a_cli_that_ignores_everything_is_killed_when_its_time_is_up(
@@ -580,10 +580,10 @@ def test_a_cli_that_ignores_everything_is_killed_when_its_time_is_up(
     stubborn.chmod(0o755)
     script = {"count": 1, "hold": True, "ignore_interrupt": True, "tool": 300}
 
-    assert tell(Run(tmp_path, script, cli_path=stubborn, timeout_ms=1000)) == ("error", "TIMEOUT")
+    assert end_of(Run(tmp_path, script, cli_path=stubborn, timeout_ms=1000)) == ("error", "TIMEOUT")
 
 
-def test_time_runs_out_under_back_pressure_too(tmp_path: Path) -> None:
+def test_a_run_times_out_under_back_pressure(tmp_path: Path) -> None:
     run = Run(tmp_path, {"count": 1, "hold": True, "tool": 300}, timeout_ms=3000)
     run.gate = asyncio.Event()
     run.start()
@@ -593,7 +593,7 @@ def test_time_runs_out_under_back_pressure_too(tmp_path: Path) -> None:
     loop = run.execution._loop
     assert loop is not None
     loop.call_soon_threadsafe(run.gate.set)
-    assert tell(run) == ("error", "TIMEOUT")
+    assert end_of(run) == ("error", "TIMEOUT")
 
 
 def test_a_cancel_before_the_time_is_up_counts(tmp_path: Path) -> None:
@@ -602,16 +602,16 @@ def test_a_cancel_before_the_time_is_up_counts(tmp_path: Path) -> None:
     until(lambda: run.messages)
     run.execution.cancel()
 
-    assert tell(run) == ("cancelled", "None")
+    assert end_of(run) == ("cancelled", "None")
 
 
-def test_a_cancel_after_the_time_is_up_comes_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cancel_after_the_time_is_up_is_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ccm.core.claude.termination.INTERRUPT_TIMEOUT", 0.2)
     run = Run(tmp_path, {"count": 1, "hold": True, "ignore_interrupt": True}, timeout_ms=500).start()
     until(run.execution._events.stop.is_set)
     run.execution.cancel()
 
-    assert tell(run) == ("error", "TIMEOUT")
+    assert end_of(run) == ("error", "TIMEOUT")
 
 
 @pytest.mark.parametrize(
@@ -621,27 +621,25 @@ def test_a_cancel_after_the_time_is_up_comes_too_late(tmp_path: Path, monkeypatc
         ({"is_error": True, "subtype": "error_max_turns"}, ("error", "MAX_TURNS_REACHED")),
     ],
 )
-def test_a_run_that_is_over_has_no_more_time_to_run_out_of(
-    tmp_path: Path, result: dict[str, object], end: tuple[str, str]
-) -> None:
+def test_a_run_that_is_over_does_not_time_out(tmp_path: Path, result: dict[str, object], end: tuple[str, str]) -> None:
     run = Run(tmp_path, {"count": 1, "result": result})
 
-    assert tell(time_runs_out_with(run, run.execution._events.over)) == end
+    assert end_of(time_runs_out_with(run, run.execution._events.over)) == end
 
 
-def test_a_crash_before_the_time_is_up_is_told_as_the_crash(tmp_path: Path) -> None:
+def test_a_crash_before_the_time_is_up_is_reported_as_a_crash(tmp_path: Path) -> None:
     run = Run(tmp_path, {"count": 1, "exit": 7})
 
-    assert tell(time_runs_out_with(run, run.execution._events.exited, run.execution._events.stream_ended)) == (
+    assert end_of(time_runs_out_with(run, run.execution._events.exited, run.execution._events.stream_ended)) == (
         "error",
         "CLI_CRASHED",
     )
 
 
-# ---- what the agent's processes see
+# ---- the agent's environment
 
 
-def test_the_agent_sees_nothing_of_the_services_own_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_agent_does_not_see_the_services_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secrets = {"CCM_ALLOWED_ROOTS": "/", "DATABASE_URL": "postgresql://u:p@h/d", "PGPASSWORD": "p", "KEPT": "yes"}
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
@@ -659,7 +657,7 @@ def test_the_agent_sees_nothing_of_the_services_own_variables(tmp_path: Path, mo
     assert not Path(environ["CLAUDE_CODE_TMPDIR"]).exists()
 
 
-def test_the_cli_is_in_a_session_of_its_own_and_dies_with_the_service(tmp_path: Path) -> None:
+def test_the_cli_runs_in_a_session_of_its_own(tmp_path: Path) -> None:
     run = Run(tmp_path, {"count": 1, "hold": True}).start()
     until(lambda: run.messages)
     (claude,) = marked(run.run_id)
@@ -668,7 +666,7 @@ def test_the_cli_is_in_a_session_of_its_own_and_dies_with_the_service(tmp_path: 
     run.end()
 
 
-# ---- schedules and inputs that have failed once
+# ---- regressions
 
 
 def test_a_cancel_while_the_cli_never_answers_ends_its_children_too(
@@ -682,21 +680,21 @@ def test_a_cancel_while_the_cli_never_answers_ends_its_children_too(
     until(lambda: len(marked(run.run_id)) == 2)
     run.execution.cancel()
 
-    assert tell(run) == ("cancelled", "None")
+    assert end_of(run) == ("cancelled", "None")
 
 
-def test_bytes_on_stderr_that_are_no_text_do_not_hang_the_run(tmp_path: Path) -> None:
+def test_binary_data_on_stderr_does_not_hang_the_run(tmp_path: Path) -> None:
     noisy = tmp_path / "noisy"
     noisy.write_text(
         f'#!/bin/sh\nprintf "\\377" >&2\nhead -c 300000 /dev/zero >&2\nexec {stand_in_cli(tmp_path)} "$@"\n'
     )
     noisy.chmod(0o755)
 
-    assert tell(Run(tmp_path, {"count": 1}, cli_path=noisy)) == ("completed", "None")
+    assert end_of(Run(tmp_path, {"count": 1}, cli_path=noisy)) == ("completed", "None")
 
 
 @pytest.mark.parametrize("usage", [{"m": None}, {"m": {"costUSD": "free"}}, {"m": {"costUSD": 1e999}}, [1]])
-def test_an_odd_cost_does_not_spoil_a_good_result(tmp_path: Path, usage: object) -> None:
+def test_an_invalid_cost_does_not_fail_a_completed_run(tmp_path: Path, usage: object) -> None:
     result = {"model_usage_since_last_result": usage, "total_cost_usd": None}
     outcome = Run(tmp_path, {"result": result}).end()
 

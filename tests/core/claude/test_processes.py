@@ -1,4 +1,4 @@
-"""Starting Claude Code, and finding what a run has left behind."""
+"""The launch environment of Claude Code, and the search for the processes of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from ccm.core.claude.processes import RUN_MARK, end_marked, launch_environment, marked
 
 
-def test_marked_processes_are_found_and_ended_wherever_they_hide() -> None:
+def test_marked_processes_are_found_and_ended_in_any_session() -> None:
     mine, other = str(uuid.uuid4()), str(uuid.uuid4())
     hidden = subprocess.Popen(
         ["sleep", "300"], env={RUN_MARK: mine, "PATH": os.environ["PATH"]}, start_new_session=True
@@ -30,7 +30,7 @@ def test_marked_processes_are_found_and_ended_wherever_they_hide() -> None:
             process.wait()
 
 
-def test_what_is_hidden_from_the_agent() -> None:
+def test_the_services_variables_are_hidden_from_the_agent() -> None:
     environ = {"CCM_X": "1", "PGHOST": "h", "DATABASE_URL": "u", "PATH": "/bin", RUN_MARK: "outer", "CCM_BAD-NAME": "1"}
     launch = launch_environment(Path("/claude"), "inner", environ, Path("/stderr"))
 

@@ -1,4 +1,4 @@
-"""What outlives a service that is killed is ended by the process beside it."""
+"""The reaper ends the processes that outlive a killed service."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HOLDER = "import sys; sys.path.insert(0, sys.argv[1]); from ccm.core.claude.reap
 
 @pytest.fixture
 def run_ids() -> Iterator[list[str]]:
-    """Two runs, each with a process that nobody else would end."""
+    """Yield the ids of two runs, each with a process that only the reaper would end."""
     ids = [str(uuid.uuid4()) for _ in range(2)]
     processes = [subprocess.Popen(["sleep", "300"], env={RUN_MARK: run_id}, start_new_session=True) for run_id in ids]
     yield ids
@@ -31,24 +31,24 @@ def run_ids() -> Iterator[list[str]]:
         process.wait()
 
 
-def test_when_the_service_is_killed_what_is_left_of_its_runs_is_ended(run_ids: list[str]) -> None:
-    over, going_on = run_ids
-    code = f"{HOLDER}reaper.watch({over!r}); reaper.watch({going_on!r}); reaper.release({over!r})\n"
-    code += "print('told', flush=True); sys.stdin.read()"
+def test_the_processes_of_runs_end_when_the_service_is_killed(run_ids: list[str]) -> None:
+    released, watched = run_ids
+    code = f"{HOLDER}reaper.watch({released!r}); reaper.watch({watched!r}); reaper.release({released!r})\n"
+    code += "print('ready', flush=True); sys.stdin.read()"
     service = subprocess.Popen(
         [sys.executable, "-c", code, str(ROOT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert service.stdout is not None
-    assert service.stdout.readline() == "told\n"
+    assert service.stdout.readline() == "ready\n"
 
     service.kill()
     service.communicate()
 
-    until(lambda: not _alive(going_on))
-    assert _alive(over)  # it ended by itself, and what it has left may stay
+    until(lambda: not _alive(watched))
+    assert _alive(released)  # its run was released, so its process may stay
 
 
-def test_a_reaper_that_was_killed_is_replaced(run_ids: list[str]) -> None:
+def test_a_killed_reaper_is_replaced(run_ids: list[str]) -> None:
     reaper = Reaper()
     reaper.watch(run_ids[0])
     first = reaper._process
@@ -68,13 +68,13 @@ def test_a_reaper_that_was_killed_is_replaced(run_ids: list[str]) -> None:
         process.stdin.close()
 
 
-def test_a_reaper_that_stands_still_holds_up_nobody_and_is_replaced(run_ids: list[str]) -> None:
+def test_a_stopped_reaper_blocks_nothing_and_is_replaced(run_ids: list[str]) -> None:
     reaper = Reaper()
     reaper.watch(run_ids[0])
     first = reaper._process
     assert first is not None
     os.kill(first.pid, signal.SIGSTOP)
-    for _ in range(10_000):  # more than its pipe takes
+    for _ in range(10_000):  # more than its pipe holds
         reaper.release("another")
     second = reaper._process
     assert second is not None
@@ -91,7 +91,7 @@ def test_a_reaper_that_stands_still_holds_up_nobody_and_is_replaced(run_ids: lis
         process.stdin.close()
 
 
-def test_it_ends_with_the_service_where_nothing_is_left() -> None:
+def test_an_idle_reaper_ends_with_the_service() -> None:
     reaper = Reaper()
     run_id = str(uuid.uuid4())
     reaper.watch(run_id)
@@ -105,5 +105,5 @@ def test_it_ends_with_the_service_where_nothing_is_left() -> None:
 
 
 def _alive(run_id: str) -> bool:
-    """Whether a process of a run goes on; one that is dead and not yet waited for has no environment."""
+    """Whether a process of a run is alive. A zombie does not count: it has no environment."""
     return bool(marked(run_id))

@@ -1,4 +1,4 @@
-"""The clock of a run: it runs out, and it stands still."""
+"""The clock of a run: its limit and its pauses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ async def runs_out_within(clock: RunClock, seconds: float) -> bool:
     return True
 
 
-def test_it_runs_out_after_its_time_and_not_before() -> None:
+def test_the_clock_runs_out_after_its_time_and_not_before() -> None:
     async def measure() -> float:
         begun = time.monotonic()
         assert await runs_out_within(RunClock(0.1), 30)
@@ -29,13 +29,13 @@ def test_it_runs_out_after_its_time_and_not_before() -> None:
     assert asyncio.run(measure()) >= 0.1
 
 
-def test_it_runs_from_when_it_is_made() -> None:
+def test_the_clock_starts_when_it_is_created() -> None:
     clock = RunClock(0)
     assert clock.left <= 0
     assert asyncio.run(runs_out_within(clock, 30))
 
 
-def test_without_a_limit_it_never_runs_out() -> None:
+def test_a_clock_without_a_limit_never_runs_out() -> None:
     clock = RunClock(math.inf)
     assert not asyncio.run(runs_out_within(clock, 0.05))
     assert clock.left == math.inf
@@ -53,7 +53,7 @@ def test_a_pause_does_not_count() -> None:
     asyncio.run(pause())
 
 
-def test_after_a_pause_there_is_as_much_time_as_before() -> None:
+def test_the_remaining_time_is_the_same_after_a_pause() -> None:
     async def pause() -> None:
         begun = time.monotonic()
         clock = RunClock(60)
@@ -66,7 +66,7 @@ def test_after_a_pause_there_is_as_much_time_as_before() -> None:
     asyncio.run(pause())
 
 
-def test_a_pause_holds_up_one_who_waits_already() -> None:
+def test_a_pause_delays_a_task_that_is_already_waiting() -> None:
     async def pause() -> None:
         clock = RunClock(0.1)
         waiting = asyncio.create_task(clock.run_out())
@@ -94,7 +94,7 @@ def test_overlapping_pauses_end_with_the_last() -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, asyncio.CancelledError])
-def test_a_pause_that_fails_is_over_too(error: type[BaseException]) -> None:
+def test_a_pause_ends_if_its_block_raises(error: type[BaseException]) -> None:
     clock = RunClock(0)
     with pytest.raises(error), clock.paused():
         raise error

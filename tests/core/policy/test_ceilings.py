@@ -1,4 +1,4 @@
-"""The ceilings: the lower of what was asked and what is allowed, and a refusal of more."""
+"""The ceilings: a run gets the lower of request and ceiling, and a request above a ceiling is refused."""
 
 from __future__ import annotations
 
@@ -28,19 +28,17 @@ CEILINGS = Ceilings(max_turns=5, max_budget_usd=0.5, run_timeout=60)
         ),
     ],
 )
-def test_a_run_gets_the_lower_of_what_was_asked_and_what_is_allowed(
-    options: dict[str, Any], lowered: dict[str, Any]
-) -> None:
+def test_a_run_gets_the_lower_of_request_and_ceiling(options: dict[str, Any], lowered: dict[str, Any]) -> None:
     assert CEILINGS.lower(options) == lowered
 
 
-def test_without_ceilings_the_options_stay_as_they_are() -> None:
+def test_without_ceilings_the_options_are_unchanged() -> None:
     options = {"maxTurns": 1_000_000, "agents": {"a": {"prompt": "x"}}}
     assert Ceilings().lower(options) == options
     Ceilings().check(options, 86_400_000)
 
 
-def test_what_was_asked_is_not_changed() -> None:
+def test_the_requested_options_are_not_modified() -> None:
     options = {"maxTurns": 9, "agents": {"a": {"maxTurns": 9}}}
     CEILINGS.lower(options)
     assert options == {"maxTurns": 9, "agents": {"a": {"maxTurns": 9}}}
@@ -57,7 +55,7 @@ def test_what_was_asked_is_not_changed() -> None:
         (None, None, float("inf"), ""),
     ],
 )
-def test_the_time_limit_says_where_it_comes_from(
+def test_the_message_of_a_time_limit_names_its_source(
     ceiling: int | None, asked: int | None, seconds: float, source: str
 ) -> None:
     limit = Ceilings(run_timeout=ceiling).time_limit(asked)
@@ -74,7 +72,7 @@ def test_the_time_limit_says_where_it_comes_from(
         ({}, 60_001, "timeoutMs", "CCM_RUN_TIMEOUT"),
     ],
 )
-def test_more_than_a_ceiling_is_refused(
+def test_a_request_above_a_ceiling_is_refused(
     options: dict[str, Any], timeout_ms: int | None, field: str, setting: str
 ) -> None:
     with pytest.raises(Forbidden, match=setting) as refusal:
@@ -82,5 +80,5 @@ def test_more_than_a_ceiling_is_refused(
     assert refusal.value.field == field
 
 
-def test_as_much_as_a_ceiling_is_not_refused() -> None:
+def test_a_request_for_exactly_a_ceiling_is_accepted() -> None:
     CEILINGS.check({"maxTurns": 5, "maxBudgetUsd": 0.5, "agents": {"a": {"maxTurns": 5}}}, 60_000)

@@ -18,7 +18,7 @@ def test_a_directory_is_stored_resolved(tmp_path: Path) -> None:
     assert resolve(f"{tmp_path}/link/../link/", ()) == str(tmp_path / "real")
 
 
-def test_what_is_no_usable_directory(tmp_path: Path) -> None:
+def test_unusable_directories_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for cwd, says in {
@@ -34,7 +34,7 @@ def test_what_is_no_usable_directory(tmp_path: Path) -> None:
         assert refusal.value.field == "cwd"
 
 
-def test_a_link_does_not_lead_out_of_the_roots(tmp_path: Path) -> None:
+def test_a_symbolic_link_out_of_the_roots_is_refused(tmp_path: Path) -> None:
     root = tmp_path / "root"
     (root / "below").mkdir(parents=True)
     (root / "out").symlink_to("/")
@@ -48,7 +48,7 @@ def test_a_link_does_not_lead_out_of_the_roots(tmp_path: Path) -> None:
         assert refusal.value.code == "CWD_FORBIDDEN"
 
 
-def test_a_link_to_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+def test_a_symbolic_link_to_a_path_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     odd = os.fsencode(tmp_path) + b"/\xff"
     os.mkdir(odd)
     os.symlink(odd, tmp_path / "link")
@@ -58,7 +58,7 @@ def test_a_link_to_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     canonical(f"{tmp_path}/link").encode("utf-8")
 
 
-def test_a_name_that_an_index_cannot_hold_is_refused(tmp_path: Path) -> None:
+def test_a_path_too_long_for_an_index_is_refused(tmp_path: Path) -> None:
     deep = tmp_path
     while len(str(deep)) < 2_000:
         deep = deep / ("x" * 200)

@@ -1,4 +1,4 @@
-"""The life of runs under races, with a CLI that answers at once."""
+"""Runs under races, with a stand-in CLI that answers at once."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_waiting_runs_start_in_the_order_of_their_acceptance(serve: ServeFunctio
     assert [run["startedAt"] for run in ended] == sorted(run["startedAt"] for run in ended)
 
 
-def test_a_fork_of_a_run_that_goes_on_is_refused(serve: ServeFunction, home: Path, project: Path) -> None:
+def test_a_fork_of_an_unfinished_run_is_refused(serve: ServeFunction, home: Path, project: Path) -> None:
     client = Client(service(serve, home).url)
     run = client.start(project, json.dumps({"hold": True, "count": 1}), wait=0)
     client.wait_for_message(run["id"], "assistant")
@@ -88,7 +88,7 @@ def test_a_fork_of_a_run_that_goes_on_is_refused(serve: ServeFunction, home: Pat
     client.delete(f"/api/runs/{run['id']}")
 
 
-def test_an_enqueued_run_whose_parent_left_no_transcript_says_so(
+def test_an_enqueued_run_whose_parent_left_no_transcript_ends_in_error(
     serve: ServeFunction, home: Path, project: Path
 ) -> None:
     client = Client(service(serve, home, CCM_MAX_CONCURRENT_RUNS=1).url)
@@ -104,7 +104,7 @@ def test_an_enqueued_run_whose_parent_left_no_transcript_says_so(
     assert [answer.status, answer.error["code"]] == [409, "SESSION_NOT_RESUMABLE"]
 
 
-def test_images_of_a_waiting_run_survive_a_restart_and_are_gone_after_it(
+def test_images_of_a_waiting_run_survive_a_restart_and_are_deleted_after_the_run(
     serve: ServeFunction, home: Path, project: Path, tmp_path: Path
 ) -> None:
     from tests.e2e.test_runs import PNG
@@ -132,10 +132,10 @@ def test_images_of_a_waiting_run_survive_a_restart_and_are_gone_after_it(
     database.close()
 
 
-# ---- schedules and inputs that have failed once
+# ---- regressions
 
 
-def test_an_end_that_no_column_takes_is_stored_all_the_same(serve: ServeFunction, home: Path, project: Path) -> None:
+def test_an_end_with_unstorable_text_is_stored(serve: ServeFunction, home: Path, project: Path) -> None:
     client = Client(service(serve, home).url)
     results: list[dict[str, object]] = [
         {"is_error": True, "result": "bad \ud800 and \0"},
@@ -149,7 +149,7 @@ def test_an_end_that_no_column_takes_is_stored_all_the_same(serve: ServeFunction
         assert client.resume(run["sessionId"], "and on")["status"] == "completed"
 
 
-def test_a_type_that_no_column_takes_is_recorded_all_the_same(
+def test_a_message_with_an_unstorable_type_is_recorded(
     serve: ServeFunction, home: Path, project: Path, database_url: str
 ) -> None:
     server = {"DATABASE_URL": database_url} if database_url.startswith("postgresql") else {}
@@ -159,7 +159,7 @@ def test_a_type_that_no_column_takes_is_recorded_all_the_same(
     assert client.messages(run["id"])[0]["type"] == "a\0b\ud800"
 
 
-def test_a_start_whose_commit_was_uncertain_is_followed(home: Path, project: Path, tmp_path: Path) -> None:
+def test_a_run_whose_start_had_an_uncertain_commit_is_executed(home: Path, project: Path, tmp_path: Path) -> None:
     import psycopg
 
     from ccm.core.runs.request import RunRequest
@@ -197,7 +197,7 @@ def test_a_start_whose_commit_was_uncertain_is_followed(home: Path, project: Pat
         running.close()
 
 
-def test_a_run_of_which_a_message_was_refused_ends_in_error_though_it_went_well(
+def test_a_successful_run_ends_in_error_if_a_message_cannot_be_stored(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ccm.core.runs.request import RunRequest
@@ -208,7 +208,7 @@ def test_a_run_of_which_a_message_was_refused_ends_in_error_though_it_went_well(
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     running = Service(Settings(database_path=tmp_path / "r.sqlite", cli_path=stand_in_cli(tmp_path)), environ)
     running.start()
-    # A text that no driver binds stands for whatever storage will never take.
+    # No driver can bind this text, so storage refuses the message.
     monkeypatch.setattr("ccm.core.runs.runner.storable", lambda text: text)
     try:
         prompt = json.dumps({"messages": [{"type": "\ud800"}]})

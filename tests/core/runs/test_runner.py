@@ -1,4 +1,4 @@
-"""Every run ends, whatever is raised by anything: the faults that were met. tests/faults walks every boundary."""
+"""Every run ends, whatever fails: regression tests of real faults. tests/faults covers every call."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def environ_in_process(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def service_for(tmp_path: Path, environ_in_process: dict[str, str]) -> Iterator[Callable[..., Service]]:
-    """Makes services in this process, on one SQLite database unless a test says otherwise; closes them afterwards."""
+    """Yield a function that makes services in this process, by default on one SQLite database, and close them."""
     services: list[Service] = []
 
     def make(**settings: Any) -> Service:
@@ -59,14 +59,14 @@ def start(service: Service, cwd: Path, prompt: str = "hello") -> Run:
 
 
 def ended(service: Service, run_id: str) -> Run:
-    """A run once it has ended; it is waited for as a client waits."""
+    """Wait for a run to end, as a client waits."""
 
     def look() -> Run | None:
         run = service.queries.run(run_id)
         return run if run.ended else None
 
     run = service.queries.wait(run_id, 60, look, lambda: False)
-    assert run is not None, "it does not end"
+    assert run is not None, "the run has not ended"
     return run
 
 
@@ -80,7 +80,7 @@ def code_of(run: Run) -> tuple[str, str | None]:
 def check_that_service_is_well(
     serve: ServeFunction, service: ServiceProcess, project: Path, **settings: object
 ) -> None:
-    """Another run works, SIGTERM ends the service with 0, and the next start reports nothing and works."""
+    """Check that another run completes, SIGTERM ends the service with 0, and the next start works without reports."""
     assert Client(service.url).start(project, "hello")["status"] == "completed"
     service.process.terminate()
     assert service.wait() == 0
@@ -91,11 +91,11 @@ def check_that_service_is_well(
 
 
 def stack_traces(service: ServiceProcess) -> list[str]:
-    """Those of the service itself; what Claude Code said at its end may hold one too."""
+    """Return the service's own stack traces: the stderr of a crashed Claude Code may contain others."""
     return [line for line in service.log if "Traceback" in line and "CLI_CRASHED" not in line]
 
 
-def test_a_run_whose_transcript_has_too_long_a_path_ends(serve: ServeFunction, home: Path, project: Path) -> None:
+def test_a_run_ends_if_the_path_of_its_transcript_is_too_long(serve: ServeFunction, home: Path, project: Path) -> None:
     settings = {"CCM_CLI_PATH": stand_in_cli(home), "CCM_MAX_CONCURRENT_RUNS": 1, "CCM_PRIVILEGED_OPTIONS": "env"}
     service = serve(**settings)
 
@@ -105,7 +105,7 @@ def test_a_run_whose_transcript_has_too_long_a_path_ends(serve: ServeFunction, h
     check_that_service_is_well(serve, service, project, **settings)
 
 
-def test_a_run_whose_transcript_may_not_be_read_ends(
+def test_a_run_ends_if_its_transcript_is_unreadable(
     serve: ServeFunction, home: Path, project: Path, tmp_path: Path
 ) -> None:
     own_home = tmp_path / "home"
@@ -119,16 +119,16 @@ def test_a_run_whose_transcript_may_not_be_read_ends(
 
     run = client.start(project, "hello")
     assert run["status"] == "error"
-    # What is in the database is written back, which fails here: it is told, and nothing is lost.
+    # The stored transcript must be written to a file, which fails here. The run ends with the reason.
     resumed = client.resume(first["sessionId"], "and on")
     assert (resumed["status"], resumed["error"]["code"]) == ("error", "SESSION_NOT_RESUMABLE")
 
     (own_home / ".claude").chmod(0o700)
-    service.log[:] = [line for line in service.log if "Traceback" not in line]  # of the write that failed
+    service.log[:] = [line for line in service.log if "Traceback" not in line]  # of the failed write
     check_that_service_is_well(serve, service, project, **settings)
 
 
-def test_a_service_recovers_a_run_whose_transcript_may_not_be_read(
+def test_a_service_recovers_a_run_whose_transcript_is_unreadable(
     serve: ServeFunction, home: Path, project: Path, tmp_path: Path
 ) -> None:
     own_home = tmp_path / "home"
@@ -154,7 +154,7 @@ def test_a_service_recovers_a_run_whose_transcript_may_not_be_read(
 
 @contextmanager
 def no_new_thread(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[None]:
-    """The system gives no thread of a name meanwhile, as where a cgroup's pids.max is reached."""
+    """Refuse new threads whose name begins with `name`, as the system does if a cgroup's pids.max is reached."""
     start_thread = threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:
@@ -168,14 +168,14 @@ def no_new_thread(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[None]:
 
 
 def counting_cli(folder: Path) -> tuple[Path, Path]:
-    """A stand-in CLI, and the file to which each start of it adds an empty line."""
+    """Return a stand-in CLI, and the file to which each of its starts adds an empty line."""
     program, begun = folder / "spy", folder / "begun"
     program.write_text(f'#!/bin/sh\necho >> {begun}\nexec {stand_in_cli(folder)} "$@"\n')
     program.chmod(0o755)
     return program, begun
 
 
-def test_a_run_that_gets_no_thread_ends_and_is_not_run_later(
+def test_a_run_without_a_thread_ends_and_is_not_executed_later(
     service_for: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, project: Path
 ) -> None:
     spy, begun = counting_cli(tmp_path)
@@ -192,7 +192,7 @@ def test_a_run_that_gets_no_thread_ends_and_is_not_run_later(
     assert service.end_runs()
 
 
-def test_the_next_run_in_the_queue_starts_when_one_gets_no_thread(
+def test_the_next_run_starts_after_one_without_a_thread(
     service_for: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, project: Path
 ) -> None:
     service = service_for(max_concurrent_runs=2)
@@ -207,7 +207,7 @@ def test_the_next_run_in_the_queue_starts_when_one_gets_no_thread(
     assert code_of(ended(service, first.id)) == ("cancelled", None)
 
 
-def test_a_run_that_gets_no_process_ends(
+def test_a_run_without_a_process_ends(
     service_for: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, project: Path
 ) -> None:
     service = service_for(max_concurrent_runs=1)
@@ -223,7 +223,7 @@ def test_a_run_that_gets_no_process_ends(
     assert code_of(ended(service, start(service, project).id)) == ("completed", None)
 
 
-def test_a_run_that_gets_no_thread_is_never_run_though_its_end_is_not_stored_at_once(
+def test_a_run_without_a_thread_is_never_executed_even_if_its_end_is_stored_late(
     service_for: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, project: Path
 ) -> None:
     spy, begun = counting_cli(tmp_path)
@@ -237,7 +237,7 @@ def test_a_run_that_gets_no_thread_is_never_run_though_its_end_is_not_stored_at_
 
     with no_new_thread(monkeypatch, "run-"), monkeypatch.context() as patch:
         patch.setattr(service._runner, "_end", refuse)
-        patch.setattr(service._runner, "_end_alone", refuse)
+        patch.setattr(service._runner, "_end_row_only", refuse)
         run = start(service, project)
         until(lambda: len(tries) > 6)
         service._runner.catch_up()
@@ -246,7 +246,7 @@ def test_a_run_that_gets_no_thread_is_never_run_though_its_end_is_not_stored_at_
     assert begun.read_text() == "\n"  # the second run alone
 
 
-def test_what_could_not_be_decided_is_decided_when_the_fault_is_over(
+def test_waiting_runs_start_when_the_fault_that_prevented_it_is_over(
     service_for: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, project: Path
 ) -> None:
     service = service_for(max_concurrent_runs=1)
@@ -263,7 +263,7 @@ def test_what_could_not_be_decided_is_decided_when_the_fault_is_over(
         assert service.problems.sentences() == ["waiting runs cannot be started"]
         assert service.queries.run(run.id).waiting
 
-    # Nothing else happens that could remind anybody.
+    # No other event triggers the decision.
     assert code_of(ended(service, run.id)) == ("completed", None)
     until(lambda: not service.problems.sentences())
 
@@ -271,14 +271,14 @@ def test_what_could_not_be_decided_is_decided_when_the_fault_is_over(
 # ---- rows that cannot be used
 
 
-def spoil(database: Path, run_id: str) -> None:
-    """Make a row unusable, as no writer of ours does."""
+def corrupt(database: Path, run_id: str) -> None:
+    """Make a run's row unusable, by text that is not JSON."""
     with sqlite3.connect(database) as connection:
         connection.execute("UPDATE ccr_runs SET optionsJson = '{' WHERE id = ?", (run_id,))
     connection.close()
 
 
-def test_one_bad_row_keeps_neither_the_service_nor_the_other_runs(
+def test_one_unusable_row_affects_neither_the_service_nor_other_runs(
     serve: ServeFunction, home: Path, project: Path, tmp_path: Path
 ) -> None:
     settings = {"CCM_CLI_PATH": stand_in_cli(home), "CCM_MAX_CONCURRENT_RUNS": 2}
@@ -291,7 +291,7 @@ def test_one_bad_row_keeps_neither_the_service_nor_the_other_runs(
     service.process.kill()
     service.wait()
     for run in (started[0], waiting[0]):
-        spoil(tmp_path / "db.sqlite", run["id"])
+        corrupt(tmp_path / "db.sqlite", run["id"])
 
     client = Client(serve(**settings).url)
 
@@ -303,7 +303,7 @@ def test_one_bad_row_keeps_neither_the_service_nor_the_other_runs(
     assert rows == {started[0]["id"]: "INTERRUPTED", waiting[0]["id"]: "EXECUTION_ERROR"}
 
 
-def test_a_start_whose_commits_are_uncertain_recovers_and_begins_each_run_once(
+def test_recovery_with_uncertain_commits_begins_each_run_once(
     service_for: Callable[..., Service], postgresql: str, monkeypatch: pytest.MonkeyPatch, project: Path
 ) -> None:
     url = new_database(postgresql)
@@ -312,7 +312,7 @@ def test_a_start_whose_commits_are_uncertain_recovers_and_begins_each_run_once(
     left = start(first, project, HOLD)
     ended_before = start(first, project)  # waits
     first.close()
-    # As if it had been killed: the first goes on, the second waits.
+    # The state after a kill: the first run has started, the second waits.
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(
             'UPDATE ccr_runs SET status = \'running\', "endedAt" = NULL, "errorCode" = NULL WHERE id = %s', [left.id]
@@ -336,10 +336,10 @@ def test_a_start_whose_commits_are_uncertain_recovers_and_begins_each_run_once(
     assert sum(lost) > 1
 
 
-# ---- a start that fails
+# ---- a failed start of the service
 
 
-def test_a_start_that_fails_leaves_no_thread_and_no_lock(
+def test_a_failed_start_of_the_service_leaves_no_thread_and_no_lock(
     service_for: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, project: Path
 ) -> None:
     def fail(_dispatcher: Dispatcher) -> None:
@@ -361,17 +361,17 @@ def test_a_start_that_fails_leaves_no_thread_and_no_lock(
 # ---- temporary files
 
 
-def test_a_run_that_finds_no_room_for_its_files_says_so(
+def test_a_full_temporary_directory_ends_a_run_with_the_reason(
     serve: ServeFunction, home: Path, project: Path, small_disk: SmallDisk
 ) -> None:
     settings = {"CCM_CLI_PATH": stand_in_cli(home), "TMPDIR": small_disk.path}
     service = serve(**settings)
     client = Client(service.url)
-    # Python chooses its directory with the first file: one that is full by then is left out by itself.
+    # Python chooses its temporary directory at the first file and skips a full one, so it must choose now.
     assert client.start(project, "hello")["status"] == "completed"
     small_disk.fill()
 
-    # A prompt of the service's own is put into a file.
+    # A custom system prompt is passed in a file.
     run = client.start(project, "hello", options={"systemPrompt": "x" * 100_000})
 
     assert (run["status"], run["error"]["code"]) == ("error", "TMPDIR_NOT_WRITABLE")
@@ -381,10 +381,10 @@ def test_a_run_that_finds_no_room_for_its_files_says_so(
     assert client.start(project, "hello", options={"systemPrompt": "x" * 100_000})["status"] == "completed"
 
 
-# ---- what nobody can handle
+# ---- faults that cannot be handled
 
 
-def test_an_end_that_cannot_be_stored_is_shown_until_it_is(
+def test_an_unstorable_end_is_reported_until_it_is_stored(
     service_for: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, project: Path
 ) -> None:
     service = service_for(max_concurrent_runs=1)
@@ -428,7 +428,7 @@ def test_a_problem_is_shown_in_health(serve: ServeFunction, home: Path) -> None:
         service.close()
 
 
-def test_a_run_is_interrupted_though_it_was_not_told(
+def test_a_cancel_whose_notification_is_lost_still_ends_the_run(
     service_for: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, project: Path
 ) -> None:
     import asyncio

@@ -1,4 +1,4 @@
-"""Transcripts in the database: the SDK's own conformance suite, and what it does not ask for."""
+"""Transcripts in the database: the SDK's conformance suite, the mirror, and transcript files."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_an_entry_is_not_stored_twice_by_its_uuid(store: TranscriptStore) -> Non
     assert asyncio.run(twice()) == [entry("a"), entry("b"), entry("c"), {"type": "mode"}, {"type": "mode"}]
 
 
-def test_whatever_is_in_an_entry_comes_back(store: TranscriptStore) -> None:
+def test_an_entry_is_loaded_as_it_was_stored(store: TranscriptStore) -> None:
     odd: list[dict[str, Any]] = [
         {"type": "x", "uuid": "\0 \ud800", "text": "NUL \0, lone \ud800, mark \x01, emoji 😀", "n": [1.5, None, {}]},
         {"type": "x", "uuid": 7, SESSION: SESSION + SESSION},
@@ -144,7 +144,7 @@ def test_whatever_is_in_an_entry_comes_back(store: TranscriptStore) -> None:
     assert loaded(store) == odd
 
 
-def test_more_entries_than_are_looked_up_at_once(store: TranscriptStore) -> None:
+def test_more_entries_than_one_lookup_takes(store: TranscriptStore) -> None:
     many = [entry(f"{number}") for number in range(2_500)]
     asyncio.run(store.append(KEY, many))
     asyncio.run(store.append(KEY, [*many, entry("last")]))
@@ -152,7 +152,7 @@ def test_more_entries_than_are_looked_up_at_once(store: TranscriptStore) -> None
     assert loaded(store) == [*many, entry("last")]
 
 
-def test_what_a_fork_copies_is_stored_once(store: TranscriptStore, reader: Database) -> None:
+def test_text_that_a_fork_copies_is_stored_once(store: TranscriptStore, reader: Database) -> None:
     queries = [entry(f"{number}", text="x" * 10_000 + str(number)) for number in range(20)]
     asyncio.run(store.append(KEY, queries))
     before = count(reader, "SUM(LENGTH(text)) FROM ccr_transcript_texts")
@@ -164,10 +164,10 @@ def test_what_a_fork_copies_is_stored_once(store: TranscriptStore, reader: Datab
     assert loaded(store) == queries
 
 
-def test_an_append_whose_commit_was_uncertain_is_there_once(
+def test_an_append_with_an_uncertain_commit_is_stored_once(
     store: TranscriptStore, writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each write is done twice, as after a COMMIT whose answer was lost: with and without its first try's effect."""
+    """Each write runs twice, as after a COMMIT whose answer was lost."""
     submit = writer.submit
     first = [entry("a"), {"type": "mode"}, entry("b")]
     second = [{"type": "mode"}, entry("b"), {"type": "mode"}, entry("c")]
@@ -184,7 +184,7 @@ def test_an_append_whose_commit_was_uncertain_is_there_once(
     assert asyncio.run(both()) == [*first, {"type": "mode"}, {"type": "mode"}, entry("c")]
 
 
-def test_what_a_run_gets_stores_and_never_loads(store: TranscriptStore) -> None:
+def test_a_mirror_stores_and_never_loads(store: TranscriptStore) -> None:
     mirror = Mirror(store, SESSION)
     asyncio.run(mirror.append({**KEY, "subpath": "subagents/agent-1"}, [entry("s")]))
     with_a_subagents_only = mirror.whole
@@ -195,7 +195,7 @@ def test_what_a_run_gets_stores_and_never_loads(store: TranscriptStore) -> None:
     assert asyncio.run(mirror.load(KEY)) is None
 
 
-def test_a_refused_entry_makes_a_mirror_not_whole(store: TranscriptStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mirror_is_not_whole_after_a_refused_entry(store: TranscriptStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise StorageRejected("no")
 
@@ -208,7 +208,7 @@ def test_a_refused_entry_makes_a_mirror_not_whole(store: TranscriptStore, monkey
     assert not mirror.whole
 
 
-# ---- the files
+# ---- files
 
 
 class Host:
@@ -237,9 +237,11 @@ def lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_files_that_the_mirror_lacks_are_taken_over_and_written_back(store: TranscriptStore, tmp_path: Path) -> None:
+def test_entries_that_the_mirror_lacks_are_stored_from_files_and_restored_elsewhere(
+    store: TranscriptStore, tmp_path: Path
+) -> None:
     here, there = Host(tmp_path / "here", store), Host(tmp_path / "there", store)
-    asyncio.run(store.append({**KEY, "project_key": "-one"}, [entry("b")]))  # all that had come before it was killed
+    asyncio.run(store.append({**KEY, "project_key": "-one"}, [entry("b")]))  # all entries before the kill
     main = here.write("/one", entry("a"), {"type": "cost-state"}, entry("b"), {"type": "api-request-blob"}, entry("c"))
     with main.open("a") as file:
         file.write('{"type": "torn')
@@ -265,15 +267,15 @@ def test_files_that_the_mirror_lacks_are_taken_over_and_written_back(store: Tran
 STORED = [entry(f"uuid-{n}", parentUuid=f"uuid-{n - 1}" if n else None) for n in range(3)]
 FILES: dict[str, list[Any]] = {
     "whole": [*STORED, entry("uuid-3", parentUuid="uuid-2")],
-    "a stump, begun anew": STORED[1:],
-    "cut": STORED[:1],
-    "without what was in its middle": [STORED[0], STORED[2]],
+    "started anew": STORED[1:],
+    "truncated": STORED[:1],
+    "without its middle": [STORED[0], STORED[2]],
     "empty": [],
 }
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_what_is_stored_is_never_replaced_by_less(store: TranscriptStore, tmp_path: Path, kind: str) -> None:
+def test_stored_entries_are_never_lost(store: TranscriptStore, tmp_path: Path, kind: str) -> None:
     host = Host(tmp_path, store)
     asyncio.run(store.append({**KEY, "project_key": "-one"}, STORED))
     host.write("/one", *FILES[kind])
@@ -285,7 +287,9 @@ def test_what_is_stored_is_never_replaced_by_less(store: TranscriptStore, tmp_pa
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_file_that_lacks_what_is_stored_is_moved_aside(store: TranscriptStore, tmp_path: Path, kind: str) -> None:
+def test_a_file_that_lacks_stored_entries_is_renamed_and_replaced(
+    store: TranscriptStore, tmp_path: Path, kind: str
+) -> None:
     host = Host(tmp_path, store)
     asyncio.run(store.append({**KEY, "project_key": "-one"}, STORED))
     path = host.write("/one", *FILES[kind])
@@ -298,7 +302,7 @@ def test_a_file_that_lacks_what_is_stored_is_moved_aside(store: TranscriptStore,
     assert [file.read_bytes() for file in aside] == ([] if kind == "whole" else [before])
 
 
-def test_what_was_mirrored_is_all_there_is_where_the_file_is_gone(store: TranscriptStore, tmp_path: Path) -> None:
+def test_without_a_file_the_mirrored_entries_are_kept(store: TranscriptStore, tmp_path: Path) -> None:
     host = Host(tmp_path, store)
     asyncio.run(store.append({**KEY, "project_key": "-one"}, STORED))
 
@@ -309,7 +313,7 @@ def test_what_was_mirrored_is_all_there_is_where_the_file_is_gone(store: Transcr
     assert host.files.keep(run(), failed) == {"hasTranscript": 0, "transcriptStored": 0}
 
 
-def test_a_transcript_is_found_wherever_claude_code_has_put_it(store: TranscriptStore, tmp_path: Path) -> None:
+def test_a_transcript_is_found_in_any_project(store: TranscriptStore, tmp_path: Path) -> None:
     host = Host(tmp_path, store)
     host.write("/a-key-of-its-own", entry("a"))
 
@@ -317,13 +321,13 @@ def test_a_transcript_is_found_wherever_claude_code_has_put_it(store: Transcript
     assert host.files.keep(run()) == {"hasTranscript": 1, "transcriptStored": 1}
 
 
-def test_the_project_of_a_directory_is_named_as_claude_code_names_it() -> None:
+def test_the_name_of_a_project_is_claude_codes() -> None:
     names = {"/a/é😀b": "-a----b", "/a/e\u0301": "-a-e-", "/a.b c": "-a-b-c"}
     for cwd, name in names.items():
         assert transcript_path(cwd, SESSION, {"HOME": "/h"}).parent.name == name.replace("é", "-")
 
 
-def test_a_file_that_is_there_is_never_touched(store: TranscriptStore, tmp_path: Path) -> None:
+def test_a_complete_file_is_not_changed(store: TranscriptStore, tmp_path: Path) -> None:
     host = Host(tmp_path, store)
     asyncio.run(store.append({**KEY, "project_key": "-one"}, [entry("stored")]))
     path = host.write("/one", entry("stored"), entry("local"))
@@ -335,7 +339,7 @@ def test_a_file_that_is_there_is_never_touched(store: TranscriptStore, tmp_path:
     assert not host.path("/two").exists()
 
 
-def test_what_is_stored_whole_is_not_looked_for_on_this_host(
+def test_a_fully_stored_transcript_is_not_searched_for_on_this_host(
     store: TranscriptStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host = Host(tmp_path, store)
@@ -348,7 +352,7 @@ def test_what_is_stored_whole_is_not_looked_for_on_this_host(
     assert looked != []
 
 
-def test_what_is_stored_in_part_only_is_not_provided(store: TranscriptStore, tmp_path: Path) -> None:
+def test_a_partly_stored_transcript_is_not_provided(store: TranscriptStore, tmp_path: Path) -> None:
     host = Host(tmp_path, store)
     asyncio.run(store.append({**KEY, "project_key": "-one"}, [entry("a")]))
     parent = run(transcript_stored=False)
@@ -358,7 +362,7 @@ def test_what_is_stored_in_part_only_is_not_provided(store: TranscriptStore, tmp
     assert not host.path("/one").exists()
 
 
-def test_a_stored_path_that_leads_elsewhere_is_not_written(store: TranscriptStore, tmp_path: Path) -> None:
+def test_a_stored_path_outside_the_session_is_not_written(store: TranscriptStore, tmp_path: Path) -> None:
     host = Host(tmp_path / "home", store)
     key = {**KEY, "project_key": "-one"}
     asyncio.run(store.append(key, [entry("a")]))
@@ -371,7 +375,7 @@ def test_a_stored_path_that_leads_elsewhere_is_not_written(store: TranscriptStor
     assert list(tmp_path.rglob("*evil*")) == []
 
 
-def test_two_forks_at_once_find_one_whole_file(
+def test_two_concurrent_forks_find_one_complete_file(
     store: TranscriptStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host = Host(tmp_path, store)
@@ -381,7 +385,7 @@ def test_two_forks_at_once_find_one_whole_file(
     uuids = store.uuids
 
     def together(key: Any) -> list[str]:
-        """The second look at what the file lacks comes with the first, where nothing keeps them apart."""
+        """Let both forks check the file at the same time, unless a lock separates them."""
         with suppress(threading.BrokenBarrierError):
             both.wait(1)
         return uuids(key)
@@ -397,7 +401,7 @@ def test_two_forks_at_once_find_one_whole_file(
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "directory"])
 @pytest.mark.parametrize("place", ["main", "subagent", "metadata"])
-def test_what_is_no_regular_file_is_not_read(store: TranscriptStore, tmp_path: Path, kind: str, place: str) -> None:
+def test_only_regular_files_are_read(store: TranscriptStore, tmp_path: Path, kind: str, place: str) -> None:
     host = Host(tmp_path, store)
     asyncio.run(store.append({**KEY, "project_key": "-one"}, STORED))
     main = host.write("/one", *STORED)
@@ -413,7 +417,7 @@ def test_what_is_no_regular_file_is_not_read(store: TranscriptStore, tmp_path: P
     else:
         path.mkdir()
 
-    # What has been mirrored is all that there is, where the file itself cannot be had.
+    # The mirrored entries count if the file itself cannot be read.
     assert host.files.keep(run())["hasTranscript"] == 1
     if place == "main":
         with pytest.raises(OSError, match=r"regular|directory"):

@@ -86,18 +86,27 @@ def test_kills_at_any_moment_lose_nothing_and_leave_nobody(
         service = serve(CCM_CLI_PATH=stand_in_cli(home), CCM_MAX_CONCURRENT_RUNS=WORKERS, LOG_LEVEL="info", **database)
         return service, Client(service.url)
 
-    for _ in range(number):
+    def kill(pid: int, delay: float, seen: int | None) -> None:
+        """Kill a service, in every other round only when clients have seen more messages than before."""
+        if seen is not None:
+            until(lambda: sum(map(len, list(witness.seen.values()))) > seen)
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)
+
+    for round_number in range(number):
         born = timestamp()
         service, client = serve_again()
         runs = client.get("/api/runs", limit=1000).json
         going_on = [run for run in runs if run["status"] == "running" and run["startedAt"] is not None]
         assert [run for run in going_on if run["startedAt"] < born] == []
         assert not any(marked(run["id"]) for run in runs if run["error"])
-        killer = threading.Timer(chance.random() * 0.8, os.kill, (service.process.pid, signal.SIGKILL))
+        at_work = sum(map(len, witness.seen.values())) if round_number % 2 == 0 else None
+        killer = threading.Thread(target=kill, args=(service.process.pid, chance.random() * 0.8, at_work))
         killer.start()
         for _ in range(4):
             witness.start(client, project, chance.choice(PROMPTS))
         service.wait()
+        killer.join()
         witness.join()
 
     _, client = serve_again()

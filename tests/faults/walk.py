@@ -28,6 +28,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -313,7 +314,8 @@ class Walk:
             for module in done:
                 # What is imported late would be imported anew in each process.
                 if module not in sys.modules and not module.startswith("__"):
-                    importlib.import_module(module)
+                    with suppress(ImportError):  # parts of an extension module have names that cannot be imported
+                        importlib.import_module(module)
         work = {scenario.name: self._tracing(scenario) for scenario in SCENARIOS}
         reached: dict[str, dict[str, str]] = {}
         for name, found, how in self._processes.each(work):

@@ -108,7 +108,7 @@ class World:
         return self.deliveries(run_id)
 
     def close(self) -> None:
-        if hasattr(self, "sender"):
+        if hasattr(self, "dispatcher"):
             self.dispatcher.stop(time.monotonic())
         self.writer.stop(time.monotonic() + 10)
 

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import threading
+import time
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any

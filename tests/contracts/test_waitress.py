@@ -155,7 +155,7 @@ def test_a_body_is_kept_in_a_buffer_that_can_be_replaced() -> None:
     buffer = parser.body_rcv.buf
     parser.received(b"abc")
 
-    assert type(buffer).__name__ == "_Body", "Parser.parse_header does not replace the buffer"
+    assert type(buffer).__name__ == "_RequestBody", "Parser.parse_header does not replace the buffer"
     assert len(buffer) == 3, "waitress keeps the body somewhere else than in body_rcv.buf"
     assert parser.completed, "waitress does not end a request with its last byte"
     parser.close()

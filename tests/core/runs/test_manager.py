@@ -184,7 +184,7 @@ def test_a_start_whose_commit_was_uncertain_is_followed(home: Path, project: Pat
     database._pool.commit = commit_and_lose_the_answer  # type: ignore[method-assign]
     try:
         run = running.runs.start(RunRequest(mode=RunMode.FRESH, prompt="hello"), str(project)).run
-        ended = running.queries.wait(
+        ended = running.notifier.wait(
             run.id,
             30,
             lambda: next(iter([r for r in [running.queries.run(run.id)] if r.ended]), None),
@@ -213,7 +213,7 @@ def test_a_run_of_which_a_message_was_refused_ends_in_error_though_it_went_well(
     try:
         prompt = json.dumps({"messages": [{"type": "\ud800"}]})
         run = running.runs.start(RunRequest(mode=RunMode.FRESH, prompt=prompt), str(project)).run
-        ended = running.queries.wait(
+        ended = running.notifier.wait(
             run.id,
             30,
             lambda: next(iter([r for r in [running.queries.run(run.id)] if r.ended]), None),

@@ -109,7 +109,7 @@ def test_a_database_that_answers_nobody_is_told_to_those_who_wait() -> None:
     first, second = Thread(permits.take), Thread(permits.take)
     until(lambda: len(permits._waiting) == 2)
 
-    permits.give_back(answered=False)  # one of them has it now
+    permits.release(answered=False)  # one of them has it now
 
     until(lambda: not (first.is_alive() or second.is_alive()))
     refusal = first.error or second.error

@@ -72,7 +72,7 @@ def find_last_seq_of_session(transaction: Transaction, session_id: str) -> int |
     return seq
 
 
-def has_gone_on(transaction: Transaction, session_id: str, parent_run_id: str) -> bool:
+def was_continued(transaction: Transaction, session_id: str, parent_run_id: str) -> bool:
     """Return whether a session has been continued after one of its runs."""
     return transaction.value(CONTINUED, session=session_id, parent=parent_run_id) is not None
 

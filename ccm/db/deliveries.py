@@ -90,12 +90,12 @@ def find_next_due(transaction: Transaction, now: str) -> str | None:
     return min((at for at in times if at is not None), default=None)
 
 
-def bring_back(transaction: Transaction, latest: str, now: str) -> int:
+def advance(transaction: Transaction, latest: str, now: str) -> int:
     """Make deliveries due now whose next attempt is later than `latest`. Return how many there are."""
     return sum(transaction.execute(ADVANCE, latest=latest, now=now, again=again) for again in (0, 1))
 
 
-def tried(
+def record_attempt(
     transaction: Transaction,
     delivery_id: int,
     attempts_json: str,
@@ -120,7 +120,7 @@ def tried(
     )
 
 
-def go_on(transaction: Transaction, run_id: str, target: str, now: str) -> None:
+def make_next_due(transaction: Transaction, run_id: str, target: str, now: str) -> None:
     """Make the oldest pending delivery of a run and target due."""
     transaction.execute(
         'UPDATE ccr_deliveries SET "nextAttemptAt" = :now WHERE id = :id AND "nextAttemptAt" IS NULL',

@@ -32,9 +32,9 @@ SCENARIOS = (
 KNOWN = (
     *("tempfile.mkdtemp", "subprocess.Popen", "threading.Thread.start", "posix.scandir", "time.monotonic"),
     *("shutil.rmtree", "asyncio.runners.run", "pathlib.Path.is_dir", "uuid.uuid4", "json.loads"),
-    *("Writer.append", "Writer.submit", "Reaper.watch", "Reaper.release", "models.timestamp"),
+    *("Writer.append", "Writer.submit", "Reaper.watch", "Reaper.release", "timestamps.timestamp"),
     *("ClaudeSDKClient.connect", "ClaudeSDKClient.query", "ClaudeSDKClient.disconnect", "Client.receive_raw"),
-    *("locations.find_transcript", "Database.transaction", "messages.insert_many", "runs.end", "Outbox.tell"),
+    *("locations.find_transcript", "Database.transaction", "messages.insert_many", "runs.end", "Outbox.enqueue"),
 )
 
 

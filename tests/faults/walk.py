@@ -28,6 +28,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -313,7 +314,9 @@ class Walk:
             for module in done:
                 # What is imported late would be imported anew in each process.
                 if module not in sys.modules and not module.startswith("__"):
-                    importlib.import_module(module)
+                    # An extension may register a module that cannot be imported by its name (`_openssl`).
+                    with suppress(ImportError):
+                        importlib.import_module(module)
         work = {scenario.name: self._tracing(scenario) for scenario in SCENARIOS}
         reached: dict[str, dict[str, str]] = {}
         for name, found, how in self._processes.each(work):

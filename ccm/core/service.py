@@ -117,7 +117,7 @@ class Service:
                     undo.pop_all()  # from now on `end_runs` stops the parts
             except Unavailable as error:
                 self._parts.close()
-                raise DatabaseRefused(f"The database takes no writes: {error.message}") from None
+                raise DatabaseRefused(f"The database cannot be written: {error.message}") from None
             except BaseException:
                 self._parts.close()
                 raise

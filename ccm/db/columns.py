@@ -7,10 +7,10 @@ from types import MappingProxyType
 
 from ccm.models.stored import StoredModel
 
-NONE: Mapping[str, str] = MappingProxyType({})
+NO_EXPRESSIONS: Mapping[str, str] = MappingProxyType({})
 
 
-def select_list(model: type[StoredModel], table: str, computed: Mapping[str, str] = NONE) -> str:
+def select_list(model: type[StoredModel], table: str, computed: Mapping[str, str] = NO_EXPRESSIONS) -> str:
     """Return the expressions that a SELECT needs for a model: each of its columns, stored or computed.
 
     Args:

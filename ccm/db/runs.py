@@ -94,7 +94,7 @@ def find_by_idempotency_key(transaction: Transaction, key: IdempotencyKey) -> Ru
     run = None if row is None else find(transaction, row["id"])
     if row is not None and run is not None and row["requestDigest"] != key.digest:
         raise KeyReused(
-            f"This Idempotency-Key was used for another request, which made run {run.id}. Use a new key for a new "
+            f"This Idempotency-Key was used for another request, which created run {run.id}. Use a new key for a new "
             "request; a retry must have the same path and body."
         )
     return run

@@ -74,7 +74,7 @@ class StorageHealth:
             return writer.last_error or (SILENCE if silent else None)
         except Exception as error:
             log.warning("the heartbeat failed: %s", error, extra={"event": "heartbeat_failed"})
-            return writer.last_error or "the database refuses to be written"
+            return writer.last_error or "the database refuses writes"
         return writer.last_error
 
     def _submit_heartbeat(self, now: float) -> WriteTask[None]:

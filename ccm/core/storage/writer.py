@@ -171,8 +171,8 @@ class Writer:
             refusal = StorageUnavailable(f"Nothing was stored: {reason}. Try again.")
             write.give_up(refusal)
         raise OutcomeUnknown(
-            "The database does not answer, and it is not known whether this was stored. Send it again with the same "
-            "Idempotency-Key, which is safe; without one, look first whether it has happened."
+            "The database does not answer, so it is not known whether this was stored. Send it again with the same "
+            "Idempotency-Key, which is safe; without one, first check whether it has happened."
         )
 
     async def append(self, message: Message) -> None:

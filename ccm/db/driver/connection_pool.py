@@ -40,7 +40,7 @@ class ConnectionPool:
     transactions. So each transaction gets a connection with `take` and returns it with `release`.
 
     Args:
-        size: the most connections. `take` fails at once if none is free.
+        size: the maximum number of connections. `take` fails at once if none is free.
         writable: transactions begin by taking the write lock.
         answer_seconds: how long the database may take for a statement; None for no limit.
         watch: the watch of the SQLite file; None for PostgreSQL.

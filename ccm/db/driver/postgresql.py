@@ -99,8 +99,8 @@ def connect(
         if writable:
             _take_right_to_write(connection)
         else:
-            # Let each transaction read one snapshot, as on SQLite. A stream reads the pending approvals and then the
-            # event that they include; it must not miss a change committed in between.
+            # Let each transaction read one snapshot, as on SQLite. A stream reads the last event and the approvals as
+            # of that event; it must not miss a change committed in between.
             connection.execute(READ_SNAPSHOT)
         connection.commit()
     except BaseException:

@@ -201,7 +201,7 @@ class Service:
         except OSError as error:
             # A temporary condition, such as a lack of file descriptors, must not end the service.
             log.warning(
-                "the Claude Agent SDK cannot be imported at present, the first run retries: %s",
+                "the Claude Agent SDK cannot be imported at present, the first run imports it: %s",
                 error,
                 extra={"event": "sdk_import_failed"},
             )

@@ -33,12 +33,10 @@ class MessageBudget:
 
     async def charge(self, size: int) -> None:
         """Charge the bytes of a message, waiting in the caller's event loop until there is room."""
-        if self._try_charge(size, None):
-            return
         room = asyncio.Event()
         waiter = asyncio.get_running_loop(), room
         try:
-            while not self._try_charge(size, waiter):
+            while not self.try_charge(size, waiter):
                 # The wait is bounded: if a fault prevents the wake-up, the run would otherwise wait forever.
                 with suppress(TimeoutError):
                     async with asyncio.timeout(ROOM_INTERVAL):
@@ -48,8 +46,8 @@ class MessageBudget:
             with self._lock:
                 self._waiters.discard(waiter)
 
-    def _try_charge(self, size: int, waiter: Waiter | None) -> bool:
-        """Return False if the budget is spent; `release` then wakes the waiter."""
+    def try_charge(self, size: int, waiter: Waiter | None = None) -> bool:
+        """Charge the bytes of a message if they fit. Otherwise return False; `release` then wakes the waiter."""
         with self._lock:
             # One message always fits. Otherwise a message larger than the budget would wait forever.
             if self._charged and self._charged + size > self._limit:

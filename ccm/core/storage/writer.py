@@ -177,11 +177,13 @@ class Writer:
 
     async def append(self, message: Message) -> None:
         """Queue a run's next message, waiting in the caller's event loop while the message budget is spent."""
-        await self._budget.charge(message.size)
+        size = len(message.json)
+        if not self._budget.try_charge(size):  # most messages fit, and need no second coroutine
+            await self._budget.charge(size)
         try:
             self._queue.put(message)
         except BaseException:
-            self._budget.release(message.size)
+            self._budget.release(size)
             raise
 
     def call_later(self, seconds: float, function: Callable[[], None]) -> None:

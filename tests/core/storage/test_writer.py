@@ -701,14 +701,14 @@ def test_a_waiting_run_is_registered_once(
     monkeypatch.setattr("ccm.core.storage.message_budget.ROOM_INTERVAL", 0.005)
     with Harness(writable, budget=10) as harness:
         budget = harness.writer._budget
-        try_charge = budget._try_charge
+        try_charge = budget.try_charge
 
-        def count(size: int, waiter: Any) -> bool:
+        def count(size: int, waiter: Any = None) -> bool:
             nonlocal attempts
             attempts += 1
             return try_charge(size, waiter)
 
-        monkeypatch.setattr(budget, "_try_charge", count)
+        monkeypatch.setattr(budget, "try_charge", count)
         other = lock(Path(database_url.removeprefix("sqlite:///")))
         waiting = threading.Thread(target=lambda: harness.append("a", 0, 1, text="x" * 10))
         waiting.start()

@@ -1,6 +1,6 @@
--- Every change of the schema, in order. `flask migrate` applies what a database lacks; the service does so when it
--- starts. A section begins with a line `-- NUMBER NAME`, or `-- NUMBER NAME (DIALECT)` where sqlite and postgresql
--- differ. A section that has been released is never edited: a change is a new section at the end.
+-- Every change of the schema, in order. `flask migrate` applies the sections that a database lacks; the service does so
+-- when it starts. A section begins with a line `-- NUMBER NAME`, or `-- NUMBER NAME (DIALECT)` where sqlite and
+-- postgresql differ. The statements of a released section are never edited: a change is a new section at the end.
 
 -- 0001 sessions and runs
 CREATE TABLE ccr_sessions (
@@ -11,7 +11,7 @@ CREATE TABLE ccr_sessions (
     title TEXT,
     "metadataJson" TEXT NOT NULL,
     "headRunId" TEXT,
-    -- Counts of the ended runs, so that a list of sessions reads no runs.
+    -- Totals of the ended runs, so that a list of sessions reads no runs.
     "runCount" BIGINT NOT NULL,
     "messageCount" BIGINT NOT NULL,
     "costUsd" DOUBLE PRECISION NOT NULL,
@@ -25,7 +25,7 @@ CREATE INDEX ccr_sessions_by_parent ON ccr_sessions ("parentSessionId", "lastRun
 
 CREATE TABLE ccr_runs (
     id TEXT PRIMARY KEY,
-    -- The order in which runs were accepted: lists and the queue go by it, never by the clock.
+    -- The order in which runs were accepted. Lists and the queue use it, because clocks can jump.
     seq BIGINT NOT NULL UNIQUE,
     cwd TEXT NOT NULL,
     "sessionId" TEXT NOT NULL REFERENCES ccr_sessions (id),
@@ -34,7 +34,7 @@ CREATE TABLE ccr_runs (
     "parentRunId" TEXT REFERENCES ccr_runs (id),
     mode TEXT NOT NULL CHECK (mode IN ('fresh', 'resume', 'fork')),
     status TEXT NOT NULL CHECK (status IN ('running', 'completed', 'error', 'cancelled')),
-    -- The service that has it, so that several may share a database one day.
+    -- The service that started the run, so that several may share a database one day.
     owner TEXT,
     prompt TEXT NOT NULL,
     "optionsJson" TEXT NOT NULL,
@@ -62,7 +62,7 @@ CREATE INDEX ccr_runs_by_mode ON ccr_runs (mode, seq);
 CREATE INDEX ccr_runs_running ON ccr_runs ("sessionId") WHERE status = 'running';
 CREATE INDEX ccr_runs_waiting ON ccr_runs (seq) WHERE status = 'running' AND "startedAt" IS NULL;
 
--- The pictures of a run, only until it has ended: one that waits must survive a restart whole.
+-- The images of a run, kept until it has ended, because a waiting run must survive a restart completely.
 CREATE TABLE ccr_run_images (
     "runId" TEXT PRIMARY KEY REFERENCES ccr_runs (id),
     "imagesJson" TEXT NOT NULL
@@ -75,7 +75,7 @@ CREATE TABLE ccr_run_messages (
     "index" BIGINT NOT NULL,
     "messageType" TEXT NOT NULL,
     "createdAt" TEXT NOT NULL,
-    -- Before the text: a list of sizes need not read the pages that a long text overflows to.
+    -- Before the text, so that a list of sizes does not read the overflow pages of long texts.
     size BIGINT NOT NULL,
     "messageJson" TEXT NOT NULL
 );
@@ -94,15 +94,16 @@ CREATE TABLE ccr_run_messages (
 CREATE UNIQUE INDEX ccr_run_messages_by_run ON ccr_run_messages ("runId", "index");
 
 -- 0003 transcripts and idempotency keys
--- Whether the database holds the run's transcript whole, so that it can be continued where Claude Code's own is gone.
+-- Whether the database has the complete transcript, so that the run can be continued after Claude Code has deleted its
+-- own.
 ALTER TABLE ccr_runs ADD COLUMN "transcriptStored" INTEGER NOT NULL DEFAULT 0;
--- The client's own name for its request, and a digest of that request: a second one is answered with this run.
+-- The client's key for its request, and a digest of that request: a repeated request returns this run.
 ALTER TABLE ccr_runs ADD COLUMN "idempotencyKey" TEXT;
 ALTER TABLE ccr_runs ADD COLUMN "requestDigest" TEXT;
 CREATE UNIQUE INDEX ccr_runs_by_idempotency_key ON ccr_runs ("idempotencyKey");
 
--- Claude Code's transcripts, one for each file that it writes. The main one of a session has an empty subpath, those
--- of its subagents have `subagents/agent-ID`.
+-- Claude Code's transcripts, one for each file that it writes. `subpath` is empty for the main transcript of a session
+-- and `subagents/agent-ID` for that of a subagent.
 CREATE TABLE ccr_transcripts (
     id BIGINT PRIMARY KEY,
     "sdkSessionId" TEXT NOT NULL,
@@ -113,9 +114,9 @@ CREATE TABLE ccr_transcripts (
 CREATE UNIQUE INDEX ccr_transcripts_by_key ON ccr_transcripts ("sdkSessionId", "projectKey", subpath);
 CREATE INDEX ccr_transcripts_by_project ON ccr_transcripts ("projectKey", subpath);
 
--- Every fork copies the whole transcript before it, with about 90 KB of Claude Code's own texts. Here a text is kept
--- once, under its digest, and a transcript is a list of digests. (No foreign key: one would be looked up backwards for
--- each text that `flask prune` deletes.)
+-- Every fork copies its parent's whole transcript, with about 90 KB of Claude Code's own texts. Here each text is
+-- stored once, under its digest, and a transcript is a list of digests. (No foreign key, because `flask prune` would
+-- have to look for references to each text that it deletes.)
 CREATE TABLE ccr_transcript_texts (
     digest TEXT PRIMARY KEY,
     text TEXT NOT NULL
@@ -130,7 +131,7 @@ CREATE TABLE ccr_transcript_entries (
 CREATE INDEX ccr_transcript_entries_by_uuid ON ccr_transcript_entries ("transcriptId", uuid);
 
 -- 0004 heartbeat
--- One row, written to find out whether storage takes writes. What proves that there is room is in `padding`.
+-- One row, written to find out whether the database accepts writes. `padding` proves that there is free space.
 CREATE TABLE ccr_heartbeat (
     id INTEGER PRIMARY KEY,
     "beatAt" TEXT NOT NULL,
@@ -139,23 +140,24 @@ CREATE TABLE ccr_heartbeat (
 INSERT INTO ccr_heartbeat (id, "beatAt", padding) VALUES (1, '', '');
 
 -- 0005 children of runs
--- A run that is deleted is looked up as a parent: without an index each one deleted would read the whole table.
+-- Deleting a run looks for its children; without an index, each deletion would read the whole table.
 CREATE INDEX ccr_runs_by_parent ON ccr_runs ("parentRunId");
 
 -- 0006 time limits
--- The limit that the request named; what the service's settings add to it is their affair.
+-- The limit of the request. A limit in the service's settings applies in addition.
 ALTER TABLE ccr_runs ADD COLUMN "timeoutMs" BIGINT;
 
 -- 0007 what a run asks for
--- Whether Claude Code's questions are put to clients, and for how long each waits; where to tell what becomes of the run.
+-- Whether clients decide on Claude Code's requests to use tools, and how long each request waits; the address that
+-- receives the run's events.
 ALTER TABLE ccr_runs ADD COLUMN approvals INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE ccr_runs ADD COLUMN "approvalTimeoutMs" BIGINT;
 ALTER TABLE ccr_runs ADD COLUMN "webhookUrl" TEXT;
 
 -- 0008 events (sqlite)
--- What has happened to runs and their approvals, in order: each is committed with the state that it tells of.
+-- Changes in the state of runs and approvals, in order. Each is committed together with the state that it reports.
 CREATE TABLE ccr_events (
-    -- Never given twice, also after `flask prune`: clients continue from it.
+    -- Never reused, not even after `flask prune`, because clients continue from it.
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     type TEXT NOT NULL,
     "runId" TEXT NOT NULL REFERENCES ccr_runs (id),
@@ -177,10 +179,10 @@ CREATE TABLE ccr_events (
 CREATE INDEX ccr_events_by_run ON ccr_events ("runId", id);
 
 -- 0009 approvals (sqlite)
--- What Claude Code asked before it used a tool, and what it was told: also the record of what was executed instead.
+-- Claude Code's requests to use tools, and the answers. They also record the input that was executed instead.
 CREATE TABLE ccr_approvals (
-    -- The order in which they were asked: lists go by it, never by the clock. Never given twice, also after `flask
-    -- prune`: clients continue from it.
+    -- The order of the requests. Lists use it, because clocks can jump. Never reused, not even after `flask prune`,
+    -- because clients continue from it.
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     id TEXT NOT NULL UNIQUE,
     "runId" TEXT NOT NULL REFERENCES ccr_runs (id),
@@ -196,7 +198,7 @@ CREATE TABLE ccr_approvals (
     "decisionReason" TEXT,
     "agentId" TEXT,
     status TEXT NOT NULL CHECK (status IN ('pending', 'allowed', 'denied', 'expired')),
-    -- What ended its wait; NULL while it is pending.
+    -- Why the approval is no longer pending; NULL while it is.
     resolution TEXT CHECK (resolution IN ('answered', 'timed_out', 'no_worker', 'withdrawn')),
     "updatedInputJson" TEXT,
     remember INTEGER NOT NULL,
@@ -245,22 +247,22 @@ CREATE INDEX ccr_approvals_by_status ON ccr_approvals (status, seq);
 CREATE INDEX ccr_approvals_pending ON ccr_approvals ("runId", seq) WHERE status = 'pending';
 
 -- 0010 deliveries (sqlite)
--- An event on its way to one of its addresses: the run's own, or the service's.
+-- An event on its way to one of its addresses: the run's own or the service's.
 CREATE TABLE ccr_deliveries (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     "eventId" BIGINT NOT NULL REFERENCES ccr_events (id),
     "runId" TEXT NOT NULL REFERENCES ccr_runs (id),
     target TEXT NOT NULL,
-    -- The same for all addresses of an event, and its own in every database: receivers tell repetitions by it.
+    -- Receivers detect repetitions by it. The same for all addresses of an event, and unique across databases.
     "webhookId" TEXT NOT NULL,
-    -- Where a run's own address leads to; empty for the service's, which is that of the settings.
+    -- Host and port of the run's own address; empty for the service's address, which the settings name.
     host TEXT NOT NULL,
     status TEXT NOT NULL,
     reason TEXT,
     "attemptsJson" TEXT NOT NULL,
-    -- 1 once it has been tried: it waits behind those that have not.
+    -- 1 after the first attempt: repeated deliveries wait behind new ones.
     again INTEGER NOT NULL,
-    -- Of those of a run and a target that are pending only the first has it: they go out one after another.
+    -- Per run and target, only the oldest pending delivery has it, so that they are sent one after another.
     "nextAttemptAt" TEXT,
     UNIQUE ("eventId", target)
 );

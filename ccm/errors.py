@@ -1,4 +1,4 @@
-"""Every error that a client or an operator can be told, in one tree. A client's has one class for each code.
+"""The exceptions that reach a client or an operator. Each error code of the API has its own class.
 
 CCMError                        an answer to a client: message, code, HTTP status, the field at fault
 ├── ValidationError, Unauthorized, TooLarge, UnsupportedMediaType, KeyReused, QueueFull
@@ -7,21 +7,21 @@ CCMError                        an answer to a client: message, code, HTTP statu
 ├── NotFound                    404: RunNotFound, SessionNotFound, ApprovalNotFound
 ├── Conflict                    409: SessionBusy, SessionNotResumable, RunAlreadyEnded, RunEnding, RunNotStarted,
 │                                    ApprovalResolved
-└── Unavailable                 503, worth another try: ShuttingDown, StorageUnavailable, NotTakenIn, OutcomeUnknown,
+└── Unavailable                 503, may be retried: ShuttingDown, StorageUnavailable, NotTakenIn, OutcomeUnknown,
                                      StillEnding, SlotsTaken, OutOfDescriptors
 
-StartRefused                    the service does not start; said to the operator in one sentence
+StartRefused                    the service does not start; the message is one sentence for the operator
 ├── BadSetting                  exit code 2
 └── DatabaseRefused             exit code 3
 
-CommandRefused                  a command of the operator's is not done; said in one sentence, exit code 1
+CommandRefused                  a command fails; the message is one sentence for the operator, exit code 1
 
-StorageError                    what the database's driver raised, told apart at one edge
-├── StorageDown                 not now: locked, full, unreachable; worth another try
+StorageError                    a fault of the database, translated from its driver in one place
+├── StorageDown                 temporary: locked, full, unreachable; may be retried
 │   ├── DatabaseTaken           another service has the right to write
-│   ├── DatabaseDamaged         what is stored cannot be relied on
+│   ├── DatabaseDamaged         the stored data cannot be trusted
 │   └── DatabaseClosed          the service is shutting down
-└── StorageRejected             never: this very statement is refused
+└── StorageRejected             permanent: the database refuses this statement
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from typing import Any, ClassVar
 
 
 class CCMError(Exception):
-    """An answer to a client. `message` says what is wrong and what to do about it; only classes with a code are raised.
+    """An error answer to a client. `message` says what is wrong and what to do. Only classes with a code are raised.
 
     Attributes:
-        retry_after: after how many seconds another try makes sense, None if it makes none.
+        field: the field of the request at fault, if any.
+        retry_after: when the client may retry (seconds); None if a retry is pointless.
     """
 
     status: ClassVar[int]
@@ -47,6 +48,7 @@ class CCMError(Exception):
         self.field = field
 
     def to_json(self) -> dict[str, Any]:
+        """Return the body of the answer."""
         error = {"code": self.code, "message": self.message}
         if self.field is not None:
             error["field"] = self.field
@@ -136,7 +138,7 @@ class RunNotStarted(Conflict):
 
 
 class ApprovalResolved(Conflict):
-    """Another answer, or the time limit, came first. `approval` is its present state, as the API shows it."""
+    """Another answer or the timeout came first. `approval` is its present state, as the API shows it."""
 
     code = "APPROVAL_ALREADY_RESOLVED"
 
@@ -220,16 +222,17 @@ class DatabaseRefused(StartRefused):
 
 
 class CommandRefused(Exception):
-    """A command cannot be done; the message is one sentence for the operator."""
+    """A command fails; the message is one sentence for the operator."""
 
     exit_code = 1
 
 
 class StorageError(Exception):
-    """What the database's driver raised.
+    """A fault of the database.
 
-    `str()` is its own reason, for the log; `summary` says the same to anybody: it names no path, no host and no SQL.
-    `may_be_committed`: it was in COMMIT, and its outcome is unknown.
+    Attributes:
+        summary: the reason for clients, without a path, a host or SQL. `str()` is the driver's reason, for the log.
+        may_be_committed: the fault occurred in COMMIT, and its outcome is unknown.
     """
 
     summary = "the database refuses it"
@@ -242,7 +245,7 @@ class StorageError(Exception):
 
 
 class StorageDown(StorageError):
-    """Storage takes nothing at the moment: locked, full, read-only, unreachable. Another try may succeed."""
+    """The database is locked, full, read-only or unreachable. A retry may succeed."""
 
     summary = "the database is out of order"
 
@@ -250,20 +253,20 @@ class StorageDown(StorageError):
 class DatabaseTaken(StorageDown):
     """Another service has the right to write."""
 
-    summary = "another CC Manager, or what is left of a lost connection, has the right to write to the database"
+    summary = "another CC Manager, or the remains of a lost connection, holds the right to write to the database"
 
 
 class DatabaseDamaged(StorageDown):
-    """What is stored cannot be relied on."""
+    """The stored data cannot be trusted."""
 
     summary = "the database is damaged"
 
 
 class DatabaseClosed(StorageDown):
-    """The database is closed, or being closed, and takes no more transactions."""
+    """The database is closed or closing, and accepts no more transactions."""
 
     summary = "the service is shutting down"
 
 
 class StorageRejected(StorageError):
-    """Storage is well and refuses this very statement; another try would be refused too."""
+    """The database works but refuses this statement. A retry would be refused too."""

@@ -1,4 +1,4 @@
-"""Times as the database and the API hold them."""
+"""Timestamps in the format of the database and the API."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import lru_cache
 
 
 def timestamp(ahead: float = 0.0) -> str:
-    """Now, or so many seconds from now, as ISO 8601 in UTC with milliseconds; sorts as text."""
+    """Return the time `ahead` seconds from now as ISO 8601 in UTC with milliseconds, which sorts as text."""
     seconds, milliseconds = divmod(time.time_ns() // 1_000_000 + round(ahead * 1_000), 1_000)
     return f"{_second(seconds)}.{milliseconds:03}Z"
 

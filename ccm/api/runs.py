@@ -109,7 +109,7 @@ def cancel(run_id: str) -> Response:
     """Cancel a run."""
     run = service().runs.cancel(run_id)
     if not run.ended:
-        run = service().queries.wait(run.id, CANCEL_TIMEOUT, lambda: _ended(run_id), lambda: False) or run
+        run = service().notifier.wait(run.id, CANCEL_TIMEOUT, lambda: _ended(run_id), lambda: False) or run
     if not run.ended:
         raise StillEnding(f"Run {run_id} was told to stop and has not ended yet; ask again.")
     if run.status != RunStatus.CANCELLED:

@@ -1,4 +1,4 @@
-"""The line of runs that a session is, with what it continues in front; and the places in it to fork from."""
+"""The line of runs that forms a session, the runs that it continues, and the places where a fork can branch off."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class ForkPoint:
-    """Where a fork branches off: a run, and within it a message, or its end."""
+    """The place where a fork branches off: a message of a run, or the end of the run."""
 
     run: Run
     message: str | None = None
@@ -31,12 +31,15 @@ class ForkPoint:
 
 
 def own_line(transaction: Transaction, session: Session) -> list[Segment]:
-    """The runs of a session, in order, each to its present end."""
-    return _to_their_ends(runs.links(transaction, session.id))
+    """Return a segment for each run of a session, in order, up to its present end."""
+    return _to_present_ends(runs.links(transaction, session.id))
 
 
-def _to_their_ends(links: Sequence[runs.Link]) -> list[Segment]:
-    """Not beyond a run that goes on: who reads on from there must not miss what it says after others have queued."""
+def _to_present_ends(links: Sequence[runs.Link]) -> list[Segment]:
+    """Return a segment for each run, up to the first that has not ended.
+
+    Runs queued behind that one are left out: a reader that continues after them would miss its later messages.
+    """
     segments: list[Segment] = []
     for link in links:
         segments.append(Segment(link.id, -1, link.message_count - 1))
@@ -46,9 +49,9 @@ def _to_their_ends(links: Sequence[runs.Link]) -> list[Segment]:
 
 
 def line(transaction: Transaction, session: Session) -> list[Segment]:
-    """A session's runs with all that they continue in front, each as far as it was continued."""
+    """Return the segments of a session, preceded by those of its ancestors, each up to the point of continuation."""
     own = runs.links(transaction, session.id)
-    segments = _to_their_ends(own)
+    segments = _to_present_ends(own)
     ancestors: list[Segment] = []
     child = own[0] if own else None
     while child is not None and child.parent_run_id is not None:
@@ -62,6 +65,13 @@ def line(transaction: Transaction, session: Session) -> list[Segment]:
 def find_fork_point(
     transaction: Transaction, session_id: str, at_run_id: str | None, at_message: str | None
 ) -> ForkPoint:
+    """Return the place where a fork of a session branches off: its head, or the given run or message.
+
+    Raises:
+        SessionNotFound, RunNotFound: there is no such session, or no such run in it.
+        SessionNotResumable: the session has no run to fork from yet.
+        ValidationError: the message cannot be forked from; names one that can.
+    """
     session = sessions.get(transaction, session_id)
     if at_run_id is not None:
         run = runs.find(transaction, at_run_id)
@@ -80,7 +90,8 @@ def find_fork_point(
 
 
 def _message_in(transaction: Transaction, segments: Sequence[Segment], uuid: str) -> ForkPoint:
-    """
+    """Return the fork point at a message.
+
     Raises:
         ValidationError: no segment has an assistant message of the main thread with that uuid.
     """
@@ -93,7 +104,7 @@ def _message_in(transaction: Transaction, segments: Sequence[Segment], uuid: str
                 return ForkPoint(runs.get(transaction, segment.run_id), uuid, index)
             raise ValidationError(
                 f"atMessage: message {uuid} is of type {message.get('type')!r}; take an assistant message of the main "
-                f"thread{_nearest(transaction, segment, index)}.",
+                f"thread{_suggest_nearest(transaction, segment, index)}.",
                 field="atMessage",
             )
     raise ValidationError(
@@ -106,7 +117,8 @@ def _is_main_assistant(message: Mapping[str, object]) -> bool:
     return message.get("type") == "assistant" and message.get("parent_tool_use_id") is None
 
 
-def _nearest(transaction: Transaction, segment: Segment, index: int) -> str:
+def _suggest_nearest(transaction: Transaction, segment: Segment, index: int) -> str:
+    """Return the end of an error message that names a nearby message to fork from; empty if there is none."""
     for text in messages.texts_before(transaction, segment.run_id, index, "assistant", 5):
         message = json.loads(text)
         if _is_main_assistant(message) and "uuid" in message:

@@ -1,16 +1,14 @@
-"""What has been recorded, and waiting for more of it: the reading side of the service."""
+"""The reading side of the service: short reads of committed data."""
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from ccm.core.lineage import ForkPoint, Segment, find_fork_point, line, own_line
-from ccm.core.storage.notifier import Notifier
 from ccm.db import approvals, deliveries, events, messages, runs, sessions
 from ccm.db.driver.database import Database
 from ccm.db.driver.transaction import Transaction
@@ -22,39 +20,42 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 P = ParamSpec("P")
 
-# Bounds of one read, and so of what each of hundreds of slow readers of long lists and streams may have in memory.
+# Bounds of one read, and so of the memory that each of hundreds of slow readers of long lists and streams takes.
 CHUNK_BYTES = 2**18
 CHUNK_MESSAGES = 500
 CHUNK_EVENTS = 100
-# How long a wait sleeps before it looks whether its client is still there (seconds).
-POLL_INTERVAL = 0.5
-# How long it relies on the bell (seconds): who was not rung for, because of a fault, must not wait for ever.
-RELY_INTERVAL = 5.0
-
 
 # An approval as the API shows it.
 Shown = Mapping[str, Any]
 
 
 class Batch(NamedTuple):
-    """Messages with their indexes; what was asked or answered since, each with the id of its event; and the run, once
-    it has ended and all else was told."""
+    """The next part of a run's stream.
+
+    Attributes:
+        messages: each with its index.
+        approvals: those requested or resolved, each with the id of its event.
+        ended: the run, once it has ended and everything before its end has been read.
+    """
 
     messages: list[tuple[int, str]]
     approvals: Sequence[tuple[int, Shown]]
     ended: Run | None
 
 
-class Asked(NamedTuple):
-    """What a run waits for and what a reader may have missed; and the event up to which that is so, None if the run
-    never asks."""
+class ApprovalSnapshot(NamedTuple):
+    """Approvals of a run at one moment.
+
+    Attributes:
+        through: the id of the last event that they include; None if the run never asks for approvals.
+    """
 
     approvals: list[Shown]
     through: int | None
 
 
 def _query(method: Callable[Concatenate[Queries, Transaction, P], T]) -> Callable[Concatenate[Queries, P], T]:
-    """Give a method its transaction. It also raises Unavailable, if the database cannot be read."""
+    """Run a method in a transaction of its own. It then also raises Unavailable if the database cannot be read."""
 
     @wraps(method)
     def read(queries: Queries, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -64,24 +65,24 @@ def _query(method: Callable[Concatenate[Queries, Transaction, P], T]) -> Callabl
         except DatabaseClosed:
             raise ShuttingDown from None
         except StorageError as error:
-            log.debug("a read failed: %s", error)
+            log.debug("a read failed: %s", error, extra={"event": "read_failed"})
             raise StorageUnavailable(f"The database cannot be read: {error.summary}. Try again.") from None
 
     return read
 
 
 class Queries:
-    """Reads of what is committed. Each is short and gives its connection back; none is held open to a slow client."""
+    """Reads of committed data. Each is short and returns its connection: no slow client holds a read open."""
 
-    def __init__(self, database: Database, notifier: Notifier) -> None:
+    def __init__(self, database: Database) -> None:
         self.database = database
-        self._notifier = notifier
 
     # ---- runs and sessions
 
     @_query
     def run(self, transaction: Transaction, run_id: str) -> Run:
-        """
+        """Return a run.
+
         Raises:
             RunNotFound: there is no such run.
         """
@@ -89,21 +90,21 @@ class Queries:
 
     @_query
     def run_of_key(self, transaction: Transaction, key: IdempotencyKey) -> Run | None:
-        """The run that a request with this key has made, None if there was none.
+        """Return the run that a request with this key created, or None.
 
         Raises:
-            KeyReused: that was another request.
+            KeyReused: the key belongs to a different request.
         """
         return runs.find_by_idempotency_key(transaction, key)
 
     @_query
     def runs(self, transaction: Transaction, filters: Mapping[str, str], *, limit: int, after: int | None) -> list[Run]:
-        """Runs, the newest first, beyond the one with seq `after`."""
+        """Return runs after the one with seq `after`, newest first."""
         return runs.page(transaction, filters, limit=limit, after=after)
 
     @_query
     def session(self, transaction: Transaction, session_id: str) -> Session:
-        """A session by its id, or by the SDK session id of any of its runs.
+        """Return a session by its id, or by the SDK session id of any of its runs.
 
         Raises:
             SessionNotFound: there is no such session.
@@ -114,18 +115,18 @@ class Queries:
     def sessions(
         self, transaction: Transaction, filters: Mapping[str, str], *, limit: int, after: int | None
     ) -> list[Session]:
-        """Sessions, the latest activity first, beyond the one whose last run has seq `after`."""
+        """Return sessions after the one whose last run has seq `after`, latest activity first."""
         return sessions.page(transaction, filters, limit=limit, after=after)
 
     @_query
     def session_runs(self, transaction: Transaction, session_id: str, *, limit: int, after: int | None) -> list[Run]:
-        """The runs of a session, the oldest first, beyond the one with seq `after`."""
+        """Return the runs of a session after the one with seq `after`, oldest first."""
         session = sessions.get(transaction, session_id)
         return runs.page(transaction, {"sessionId": session.id}, limit=limit, after=after, oldest_first=True)
 
     @_query
     def forks(self, transaction: Transaction, session_id: str, *, limit: int, after: int | None) -> list[Session]:
-        """The sessions that were forked from one, the latest activity first."""
+        """Return the forks of a session, latest activity first."""
         session = sessions.get(transaction, session_id)
         return sessions.page(transaction, {"parentSessionId": session.id}, limit=limit, after=after)
 
@@ -133,11 +134,12 @@ class Queries:
     def fork_point(
         self, transaction: Transaction, session_id: str, at_run_id: str | None, at_message: str | None
     ) -> ForkPoint:
-        """Where a fork of a session is to branch off.
+        """Return the place where a fork of a session branches off.
 
         Raises:
             NotFound: there is no such session or run.
-            ValidationError: the message or the run is not one to fork from; says which is.
+            SessionNotResumable: the session has no run to fork from yet.
+            ValidationError: the message cannot be forked from; names one that can.
         """
         return find_fork_point(transaction, session_id, at_run_id, at_message)
 
@@ -145,7 +147,8 @@ class Queries:
 
     @_query
     def approval(self, transaction: Transaction, approval_id: str) -> Approval:
-        """
+        """Return an approval.
+
         Raises:
             ApprovalNotFound: there is no such approval.
         """
@@ -155,37 +158,37 @@ class Queries:
     def approvals(
         self, transaction: Transaction, filters: Mapping[str, str], *, limit: int, after: int | None
     ) -> list[Approval]:
-        """Approvals, the oldest first, beyond the one with seq `after`."""
+        """Return approvals after the one with seq `after`, oldest first."""
         return approvals.page(transaction, filters, limit=limit, after=after)
 
     @_query
     def run_approvals(self, transaction: Transaction, run_id: str, *, limit: int, after: int | None) -> list[Approval]:
-        """The approvals of a run, the oldest first, beyond the one with seq `after`."""
+        """Return the approvals of a run after the one with seq `after`, oldest first."""
         run = runs.get(transaction, run_id)
         return approvals.page(transaction, {"runId": run.id}, limit=limit, after=after)
 
     @_query
-    def asked(self, transaction: Transaction, run_id: str, after: int = -1) -> Asked:
-        """What a run waits for at this moment; for who comes back also what was resolved since.
+    def approval_snapshot(self, transaction: Transaction, run_id: str, after: int = -1) -> ApprovalSnapshot:
+        """Return the pending approvals of a run and, for a reader that reconnects, those resolved meanwhile.
 
         Args:
             after: the index of the last message that was read, -1 for none.
         """
         if not runs.get(transaction, run_id).approvals:
-            return Asked([], None)
-        # The event first: on PostgreSQL a change may be committed in between, and is then told again, not lost.
+            return ApprovalSnapshot([], None)
+        # Read the event first: a change that PostgreSQL commits in between is then sent twice instead of missed.
         through = approvals.last_event(transaction, run_id)
         if after < 0:
-            found = approvals.pending(transaction, run_id)
+            current = approvals.pending(transaction, run_id)
         else:
-            found = approvals.pending_or_resolved_since(transaction, run_id, after)
-        return Asked([approval.to_json() for approval in found], through)
+            current = approvals.pending_or_resolved_since(transaction, run_id, after)
+        return ApprovalSnapshot([approval.to_json() for approval in current], through)
 
     # ---- messages
 
     @_query
     def run_segment(self, transaction: Transaction, run_id: str, after: int) -> tuple[Run, Segment]:
-        """A run, and what it has beyond a message at this moment."""
+        """Return a run, and its present messages after the one with index `after`."""
         run = runs.get(transaction, run_id)
         return run, Segment(run.id, after, run.message_count - 1)
 
@@ -193,14 +196,14 @@ class Queries:
     def session_segments(
         self, transaction: Transaction, session_id: str, after: tuple[str, int] | None, with_ancestors: bool
     ) -> tuple[Session, list[Segment]]:
-        """A session, and what its runs have beyond a message at this moment.
+        """Return a session, and the present messages of its runs after a given one.
 
         Args:
-            after: the run and the index of that message; None for all.
-            with_ancestors: also what the session continued, in front.
+            after: the run and the index of that message; None for all messages.
+            with_ancestors: put the runs that the session continues in front.
 
         Raises:
-            ValidationError: `after` names a run or a message that is not among them.
+            ValidationError: `after` names a run or a message that is not part of this history.
         """
         session = sessions.get(transaction, session_id)
         segments = line(transaction, session) if with_ancestors else own_line(transaction, session)
@@ -219,30 +222,30 @@ class Queries:
     def cut(
         self, transaction: Transaction, segments: Sequence[Segment], types: Sequence[str], limit: int
     ) -> list[Segment]:
-        """The beginning of the segments that holds the first `limit` messages of the given types."""
+        """Return the beginning of the segments, up to the `limit`-th message of the given types."""
         kept: list[Segment] = []
         wanted = limit
         for segment in segments:
-            found = messages.indexes(
+            indexes = messages.indexes(
                 transaction, segment.run_id, segment.after, segment.through, types=types, limit=wanted
             )
-            wanted -= len(found)
+            wanted -= len(indexes)
             if wanted == 0:
-                kept.append(replace(segment, through=found[-1]))
+                kept.append(replace(segment, through=indexes[-1]))
                 return kept
             kept.append(segment)
         return kept
 
     @_query
     def has_any(self, transaction: Transaction, segments: Sequence[Segment], types: Sequence[str]) -> bool:
-        """Whether there is a message of the given types in the segments."""
+        """Return whether the segments have a message of the given types."""
         return any(
             messages.indexes(transaction, segment.run_id, segment.after, segment.through, types=types, limit=1)
             for segment in segments
         )
 
     def chunks(self, segments: Sequence[Segment], types: Sequence[str]) -> Iterator[list[str]]:
-        """The JSON texts of the messages in the segments, a bounded number of bytes at a time, nothing parsed."""
+        """Yield the JSON texts of the messages in the segments, unparsed, a bounded number of bytes at a time."""
         for segment in segments:
             after = segment.after
             while after < segment.through:
@@ -254,99 +257,74 @@ class Queries:
     def _chunk(
         self, transaction: Transaction, segment: Segment, after: int, types: Sequence[str]
     ) -> tuple[list[str], int]:
-        """The next texts of a segment, and the index that they reach to."""
+        """Return the next texts of a segment, and the index of the last one."""
         indexes = _next_indexes(transaction, segment, after)
         if not indexes:
             return [], segment.through
         return messages.texts(transaction, segment.run_id, after, indexes[-1], types), indexes[-1]
 
     @_query
-    def news(self, transaction: Transaction, run_id: str, after: int, event: int | None = None) -> Batch | None:
-        """What comes after a message of a run and one of its events; None if nothing yet.
+    def next_batch(
+        self, transaction: Transaction, run_id: str, after: int, after_event: int | None = None
+    ) -> Batch | None:
+        """Return what follows a message of a run and one of its events; None if there is nothing yet.
 
         Args:
-            event: beyond it approvals are looked for; None for none.
+            after: the index of that message.
+            after_event: the id of that event; None leaves approvals out.
         """
-        # The run before its messages: when it has ended, its count is final, and all of them are stored.
+        # Read the run before its messages: if it has ended, its count is final and all its messages are stored.
         link = runs.get_link(transaction, run_id)
         rest = Segment(run_id, after, link.message_count - 1)
-        found: list[tuple[int, str]] = []
-        # Fewer may be there than are counted, where something other than the service has deleted some.
+        numbered: list[tuple[int, str]] = []
+        # There may be fewer messages than the count says if something other than the service has deleted some.
         if rest.after < rest.through and (indexes := _next_indexes(transaction, rest, after)):
             texts = messages.texts(transaction, run_id, after, indexes[-1])
-            found = list(zip(indexes, texts, strict=True))
-        changes = () if event is None else approvals.changes(transaction, run_id, event)
-        if found or changes:
-            return Batch(found, changes, None)
+            numbered = list(zip(indexes, texts, strict=True))
+        changes = () if after_event is None else approvals.changes(transaction, run_id, after_event)
+        if numbered or changes:
+            return Batch(numbered, changes, None)
         return None if link.status == RunStatus.RUNNING else Batch([], (), runs.get(transaction, run_id))
 
     # ---- events and deliveries
 
     @_query
     def events(self, transaction: Transaction, after: int) -> list[Event] | None:
-        """The next events beyond one, a bounded number of bytes; None if there is none yet."""
-        ids = _first_bytes(events.sizes(transaction, after, CHUNK_EVENTS))
+        """Return the next events after one, a bounded number of bytes; None if there is none yet."""
+        ids = _first_chunk(events.sizes(transaction, after, CHUNK_EVENTS))
         return events.read(transaction, after, ids[-1]) if ids else None
 
     @_query
     def last_event(self, transaction: Transaction) -> int:
-        """The id of the newest event, 0 if there is none."""
+        """Return the id of the newest event, 0 if there is none."""
         return events.last_id(transaction)
 
     @_query
     def last_event_ever(self, transaction: Transaction) -> int:
-        """The greatest id that any event has ever had: what is beyond it nobody has seen."""
+        """Return the greatest id that any event has ever had: nobody can have seen a later one."""
         return events.last_given(transaction)
 
     @_query
     def deliveries(self, transaction: Transaction, run_id: str, *, limit: int, after: int | None) -> list[Delivery]:
-        """What a run's webhooks have come to, the oldest first, beyond the one with id `after`.
+        """Return a run's webhook deliveries after the one with id `after`, oldest first.
 
         Raises:
             RunNotFound: there is no such run.
         """
         return deliveries.page(transaction, runs.get(transaction, run_id).id, limit=limit, after=after)
 
-    # ---- waiting
-
-    @property
-    def complete(self) -> bool:
-        """Whether all is stored that ever will be, because the service stops."""
-        return self._notifier.closed
-
-    def wait(self, key: str, seconds: float, look: Callable[[], T | None], gone: Callable[[], bool]) -> T | None:
-        """What `look` finds, as soon as it finds something; None when the time has passed or the client has gone.
-
-        Args:
-            key: the run or session whose news is waited for.
-            gone: whether the client has left.
-        """
-        deadline = time.monotonic() + seconds
-        with self._notifier.subscribe(key) as rung:
-            while True:
-                rung.clear()
-                found = look()
-                remaining = deadline - time.monotonic()
-                # Who has left is not waited for: behind a request that its client left there may be more of it.
-                if found is not None or remaining <= 0 or self._notifier.closed or gone():
-                    return found
-                relied = time.monotonic() + RELY_INTERVAL
-                while not rung.wait(min(POLL_INTERVAL, remaining)):
-                    now = time.monotonic()
-                    remaining = deadline - now
-                    if remaining <= 0 or gone():
-                        return look()
-                    if now >= relied:
-                        break
-
 
 def _next_indexes(transaction: Transaction, segment: Segment, after: int) -> list[int]:
-    """The indexes of the next messages of a segment: one at the least, if there is one, and no more than a chunk."""
-    return _first_bytes(messages.sizes(transaction, segment.run_id, after, segment.through, CHUNK_MESSAGES))
+    """Return the indexes of a segment's next messages: as many as fit a chunk, but at least one if there is one."""
+    return _first_chunk(messages.sizes(transaction, segment.run_id, after, segment.through, CHUNK_MESSAGES))
 
 
-def _first_bytes(sizes: Sequence[tuple[int, int]]) -> list[int]:
-    """The first of these numbers with their sizes: one at the least, if there is one, and no more than a chunk."""
+def _first_chunk(sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """Return the first of some numbered texts: as many as fit a chunk, but at least one if there is one.
+
+    Args:
+        sizes: number and bytes of each text.
+    """
     total = 0
     numbers: list[int] = []
     for number, size in sizes:

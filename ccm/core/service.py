@@ -1,4 +1,4 @@
-"""The parts of the service, put together, started and stopped in one place."""
+"""Wires the parts of the service together, starts them and stops them."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ from ccm.settings.settings import Settings, unknown_variables
 
 log = logging.getLogger(__name__)
 
-# Seconds for all runs to be interrupted and for their ends to be stored.
+# How long interrupting all runs and storing their ends may take (seconds).
 STOP_TIMEOUT = 25.0
-# Seconds that webhooks of these ends get; what is not sent by then is sent after the next start.
+# How long sending the webhooks of these ends may take (seconds). The rest is sent after the next start.
 SEND_TIMEOUT = 1.5
-# How long PostgreSQL may take for one statement. The longest of ours is the insertion of 8 MiB.
+# How long PostgreSQL may take for one statement (seconds). Our longest inserts 8 MiB.
 ANSWER_TIMEOUT = 12.0
 
 
 class Service:
-    """One CC Manager. Nothing is opened and no thread runs before `start`.
+    """One CC Manager. It opens nothing and runs no thread before `start`.
 
     Args:
-        environ: what agents inherit.
+        environ: the environment that agents inherit.
     """
 
     def __init__(self, settings: Settings, environ: Mapping[str, str] | None = None) -> None:
@@ -84,16 +84,16 @@ class Service:
         self._dispatcher: Dispatcher
         self._storage_health: StorageHealth
         self.problems = Problems()
-        # What undoes the parts of a start, the last one first.
+        # Closes what a start has opened, the last part first.
         self._parts = ExitStack()
 
     def start(self) -> None:
-        """Lock, migrate, recover, and take runs. Idempotent, from any thread.
+        """Lock and migrate the database, recover runs, and begin to accept new ones. Idempotent and thread-safe.
 
         Raises:
-            StartRefused: the database is not to be used; nothing has been changed then.
+            StartRefused: the database cannot be used. It is left unchanged.
         """
-        if not self._started:  # asked without the lock, which is held for long while the service stops
+        if not self._started:  # read without the lock, which a stopping service holds for a long time
             self._start()
 
     def _start(self) -> None:
@@ -108,37 +108,38 @@ class Service:
             try:
                 if not sqlite_file.check(self.settings.url):
                     log.warning(
-                        "the database is too large to be checked whole in %.0f seconds; what was read of it is sound",
+                        "the database is too large to be checked whole in %.0f seconds; no damage was found so far",
                         sqlite_file.CHECK_TIMEOUT,
+                        extra={"event": "database_check_incomplete"},
                     )
                 with ExitStack() as undo:
                     self._open(undo)
-                    undo.pop_all()  # from now on `end_runs` stops what was started
+                    undo.pop_all()  # from now on `end_runs` stops the parts
             except Unavailable as error:
                 self._parts.close()
-                raise DatabaseRefused(f"The database takes no writes: {error.message}") from None
+                raise DatabaseRefused(f"The database cannot be written: {error.message}") from None
             except BaseException:
                 self._parts.close()
                 raise
             self._started = True
 
     def _open(self, undo: ExitStack) -> None:
-        """Make the parts and start them.
+        """Create the parts and start them.
 
         Args:
-            undo: gets what stops those that were started, should a later one fail.
+            undo: receives a callback for each started part, which stops it if a later part fails to start.
         """
         settings = self.settings
-        # A connection of its own: a migration takes as long as it takes.
+        # A connection of its own, because a migration has no time limit.
         with closing(Database(settings.url, writable=True, pool_size=1)) as database:
             log.info("database %s", database)
             for migration in migrate(database):
-                log.info("migration %s applied", migration)
+                log.info("migration %s applied", migration, extra={"event": "migration_applied"})
         writable = Database(settings.url, writable=True, pool_size=1, answer_seconds=ANSWER_TIMEOUT)
         self._parts.callback(writable.close)
         reader = Database(settings.url, answer_seconds=ANSWER_TIMEOUT, watch=writable.watch)
         self._parts.callback(reader.close)
-        self.queries = Queries(reader, self.notifier)
+        self.queries = Queries(reader)
         self._writer = Writer(
             writable,
             self.notifier,
@@ -166,7 +167,7 @@ class Service:
             approvals=self.approvals,
             problems=self.problems,
             workers=settings.max_concurrent_runs,
-            allow=self._allow,
+            allow=self._check_allowed,
             environ=self._environ,
         )
         self.runs = RunManager(self._writer, transitions, self._runner, transcripts, self.problems)
@@ -177,36 +178,41 @@ class Service:
         self._writer.on_unfollowed = self._catch_up
         self._writer.start()
         undo.callback(self._stop, "writer", lambda: self._writer.stop(time.monotonic()))
-        # Runs may have begun when the rest of a start fails: they are ended, and their ends stored.
+        # If a later part fails to start, runs may have started already: end them and store their ends.
         undo.callback(self._stop, "runs", lambda: self._runner.stop(time.monotonic() + STOP_TIMEOUT))
         self._storage_health = StorageHealth(self._writer, writable)
-        self._writer.write(heartbeat.beat)  # a database that takes no writes is refused
+        self._writer.write(heartbeat.beat)  # refuses a database that cannot be written
         self.runs.recover()
         undo.callback(self._stop, "webhooks", lambda: self._dispatcher.stop(time.monotonic()))
         self._dispatcher.start()
         missing = self._cli_config.missing()
         if missing is not None:
-            log.error("%s Runs will fail until then.", missing)
+            log.error("%s Runs will fail until then.", missing, extra={"event": "cli_missing"})
 
     @staticmethod
     def import_sdk() -> None:
-        """Import what carries out runs, with the SDK beneath it. Else the first run does, and takes a second longer.
+        """Import the SDK and its users. Otherwise the first run does, and takes a second longer.
 
         Raises:
-            ImportError: the SDK is not installed as it should be; no run can be carried out.
+            ImportError: the SDK is not installed correctly, so no run can be executed.
         """
         try:
             import ccm.core.claude.execution  # noqa: F401, PLC0415
         except OSError as error:
-            # A lack of descriptors, say: it passes, and ends no service.
-            log.warning("the Claude Agent SDK cannot be read at present, the first run imports it: %s", error)
+            # A temporary condition, such as a lack of file descriptors, must not end the service.
+            log.warning(
+                "the Claude Agent SDK cannot be imported at present, the first run imports it: %s",
+                error,
+                extra={"event": "sdk_import_failed"},
+            )
         else:
             log.debug("the Claude Agent SDK is imported")
 
-    def _allow(self, run: Run) -> None:
-        """
+    def _check_allowed(self, run: Run) -> None:
+        """Check a run against the settings of this service, which may have changed since it was accepted.
+
         Raises:
-            Forbidden: the settings do not allow this run.
+            Forbidden: the settings do not allow it.
         """
         check_policy(run.options.value, self.settings)
         workdir.check_roots(run.cwd, self.settings.allowed_roots)
@@ -215,16 +221,18 @@ class Service:
         self._runner.refused(run_id, error)
 
     def _catch_up(self) -> None:
-        """After a fault that has kept a commit from being followed."""
+        """Redo from the database what follows a commit, after a fault has interrupted it."""
         try:
             self.approvals.catch_up()
         finally:
             self._runner.catch_up()
 
     def end_runs(self) -> bool:
-        """End the runs, tell of it, then end the writer that stores it, then the waits for them. Reads go on.
+        """End the runs, send the webhooks of their ends, then stop the writer, then wake all waiting clients.
 
-        Idempotent. False if something had to be given up.
+        Reads still work afterwards. Idempotent.
+
+        Returns: False if something had to be given up.
         """
         with self._lock:
             if not self._started or self._stopped:
@@ -236,35 +244,38 @@ class Service:
             self._stop("waits", self.notifier.close)
             if not ended:
                 self._stop("processes", self._runner.give_up)
-                log.error("runs were still going on at the end; the next start reports them as INTERRUPTED")
+                log.error(
+                    "some runs could not be ended; the next start reports them as INTERRUPTED",
+                    extra={"event": "runs_left_running"},
+                )
             return ended and written
 
     def _stop_by(self) -> float:
-        """The `time.monotonic()` by which runs and writer are to be done; it counts from the first call."""
+        """Return the `time.monotonic()` by which runs and writer must have stopped, counted from the first call."""
         if self._deadline is None:
             self._deadline = time.monotonic() + STOP_TIMEOUT
         return self._deadline
 
     def _stop(self, part: str, stop: Callable[[], bool | None]) -> bool:
-        """Stop one part of the service; a fault in it must not keep the others from being stopped.
+        """Stop one part of the service. A fault in it must not prevent the other parts from being stopped.
 
-        False if something of it had to be given up.
+        Returns: False if something had to be given up.
         """
-        for _ in range(2):  # each may be called again: one fault must not leave a run behind
+        for _ in range(2):  # retry, because a single fault must not leave a run behind
             try:
                 return stop() is not False
             except Exception:
-                log.exception("the service's %s could not be stopped", part)
+                log.exception("cannot stop the service's %s", part, extra={"event": "stop_failed", "part": part})
         return False
 
     def close(self) -> None:
-        """End the runs if that was not done, then close the database and let it go. Idempotent."""
+        """End the runs unless that is done, close the database and release its lock. Idempotent."""
         self.end_runs()
         with self._lock:
             self._parts.close()
 
     def last_error(self) -> str | None:
-        """Why the service cannot do its job at present, or None."""
+        """Return why the service cannot do its job at present, or None."""
         if not self._started:
             return "starting"
         if self._stopped or self._runner.stopping:

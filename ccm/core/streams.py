@@ -1,4 +1,4 @@
-"""Following runs: what is stored after a place, and then whatever is stored next, as long as someone reads."""
+"""Streams of runs, sessions and events: first everything stored after a given place, then new data as it is stored."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from functools import partial
 from typing import TypeVar
 
 from ccm import models
-from ccm.core.queries import POLL_INTERVAL, Queries, Shown
-from ccm.core.storage.notifier import EVENTS
+from ccm.core.queries import Queries, Shown
+from ccm.core.storage.notifier import EVENTS, POLL_INTERVAL, Notifier
 from ccm.errors import Unavailable
 from ccm.models import Run
 
 T = TypeVar("T")
 
-# How long nothing may happen before that is said too (seconds): proxies close what is silent for 30 or 60.
+# How long a stream stays silent before it says that nothing has happened (seconds): proxies close a connection that is
+# silent for 30 or 60.
 KEEPALIVE_INTERVAL = 15.0
 
 
 @dataclass(frozen=True)
 class Messages:
-    """Messages of a run in their order, each with its index."""
+    """Messages of a run in order, each with its index."""
 
     run_id: str
     numbered: Sequence[tuple[int, str]]
@@ -30,45 +31,53 @@ class Messages:
 
 @dataclass(frozen=True)
 class ApprovalState:
-    """An approval as it was when it was asked or answered, as the API shows it. It has no place in the order of the
-    messages."""
+    """An approval at the moment when it was requested or resolved, as the API shows it.
+
+    It has no place in the order of the messages.
+    """
 
     shown: Shown
 
 
-# A run tells that it has ended; None, that nothing has happened for a while.
+# A Run means that it has ended; None means that nothing has happened for a while.
 Event = Messages | ApprovalState | Run | None
 
 
 class Subscription:
-    """What one reader is to be sent, in order, each message once. It ends early when the reader has left.
+    """The stream of one reader: everything in order, each message once. It ends early when the reader disconnects.
 
-    Every event is read from the database, so what is replayed and what is live cannot disagree.
+    Every event is read from the database, so replayed and live data cannot disagree.
 
     Args:
-        gone: whether the reader has left.
-        silence: how long nothing may happen before that is told (seconds).
+        gone: returns whether the reader has disconnected.
+        silence: how long nothing may happen before the stream yields None (seconds).
     """
 
-    def __init__(self, queries: Queries, gone: Callable[[], bool], silence: float = KEEPALIVE_INTERVAL) -> None:
+    def __init__(
+        self, queries: Queries, notifier: Notifier, gone: Callable[[], bool], silence: float = KEEPALIVE_INTERVAL
+    ) -> None:
         self._queries = queries
+        self._notifier = notifier
         self._gone = gone
         self._silence = silence
 
     def run(self, run_id: str, after: int) -> Iterator[Event]:
-        """What a run waits for, with an index also what was resolved since that message; then the messages beyond it
-        and what is asked and answered; and the run once it has ended.
+        """Stream a run: its pending approvals, then messages and changes of approvals, and the run once it has ended.
 
-        It ends without that only if the service stops before the run has begun.
+        It ends without the run only if the service stops before the run has started.
+
+        Args:
+            after: the index after which to begin, -1 for all messages. From an index on, the approvals resolved since
+                that message come first too.
         """
         yield from self._run(run_id, run_id, after)
 
     def session(self, session_id: str, seq: int | None, after: int) -> Iterator[Event]:
-        """The runs of a session one after another, those to come as well. It ends when the service stops.
+        """Stream the runs of a session one after another, future runs included, until the service stops.
 
         Args:
             seq: of the run after which to begin; None for the first. It may be negative, for imported history.
-            after: the index beyond which to begin in the first run.
+            after: the index after which to begin in the first run.
         """
         while True:
             run = yield from self._next(session_id, partial(self._run_after, session_id, seq))
@@ -77,51 +86,54 @@ class Subscription:
             seq, after = run.seq, -1
 
     def events(self, after: int) -> Iterator[Sequence[models.Event] | None]:
-        """What happens to all runs, beyond the event with id `after`. It ends when the service stops."""
+        """Stream the events of all runs after the event with id `after`, until the service stops."""
         while True:
-            found = yield from self._next(EVENTS, partial(self._queries.events, after))
-            if found is None:
+            events = yield from self._next(EVENTS, partial(self._queries.events, after))
+            if events is None:
                 return
-            yield found
-            after = found[-1].id
+            yield events
+            after = events[-1].id
 
     def _run(self, key: str, run_id: str, after: int) -> Generator[Event, None, bool]:
-        """The same for one run, heard of by any key. True if its end was told."""
-        asked = yield from self._next(key, partial(self._queries.asked, run_id, after))
-        if asked is None:
+        """Stream a run, with any key to be notified by. Return whether its end was reached."""
+        snapshot = yield from self._next(key, partial(self._queries.approval_snapshot, run_id, after))
+        if snapshot is None:
             return False
-        yield from map(ApprovalState, asked.approvals)
-        event = asked.through
+        yield from map(ApprovalState, snapshot.approvals)
+        after_event = snapshot.through
         while True:
-            news = yield from self._next(key, partial(self._queries.news, run_id, after, event))
-            if news is None:
+            batch = yield from self._next(key, partial(self._queries.next_batch, run_id, after, after_event))
+            if batch is None:
                 return False
-            if news.ended is not None:
-                yield news.ended
+            if batch.ended is not None:
+                yield batch.ended
                 return True
-            # Before the question the message that it is about.
-            if news.messages:
-                yield Messages(run_id, news.messages)
-                after = news.messages[-1][0]
-            for change in news.approvals:
-                event, shown = change
+            # A message comes before the approvals that refer to it.
+            if batch.messages:
+                yield Messages(run_id, batch.messages)
+                after = batch.messages[-1][0]
+            for event_id, shown in batch.approvals:
+                after_event = event_id
                 yield ApprovalState(shown)
 
     def _run_after(self, session_id: str, seq: int | None) -> Run | None:
         return next(iter(self._queries.session_runs(session_id, limit=1, after=seq)), None)
 
     def _next(self, key: str, look: Callable[[], T]) -> Generator[None, None, T | None]:
-        """What `look` finds, as soon as it does, and a None for each silence until then; None if it never will."""
+        """Return the first result of `look` that is not None, yielding None after each silence until then.
+
+        Returns: None if the reader has disconnected, or the service has stopped and nothing more will be stored.
+        """
         while True:
-            complete = self._queries.complete  # asked first: what is read after it is all that there will be
+            closed = self._notifier.closed  # before reading: everything stored by then is read
             try:
-                found = self._queries.wait(key, self._silence, look, self._gone)
+                result = self._notifier.wait(key, self._silence, look, self._gone)
             except Unavailable:
-                # It outlasts a database that is away for a while: a browser that is answered 503 gives up for good.
+                # Outlast a database that is down for a while: a browser that gets a 503 never reconnects.
                 time.sleep(POLL_INTERVAL)
-                found = None
-            if found is not None:
-                return found
-            if complete or self._gone():
+                result = None
+            if result is not None:
+                return result
+            if closed or self._gone():
                 return None
             yield None

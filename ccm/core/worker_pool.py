@@ -1,4 +1,4 @@
-"""The threads that runs are carried out in, and webhooks are sent from."""
+"""A pool of threads, for runs and for webhook deliveries."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ccm.core.problems import Problems
 
 log = logging.getLogger(__name__)
 
-# The pause after a fault of a thread's own (seconds): one that persists must not take all of a processor.
+# The pause after a fault in the pool's own code (seconds), so that a persistent fault does not take a whole core.
 FAULT_DELAY = 0.1
 
 
 class Job(NamedTuple):
-    """What a thread is to do, and what it is to do if that raises."""
+    """A function for a thread to call, and the handler of its exception."""
 
     work: Callable[[], None]
     failed: Callable[[BaseException], None]
@@ -27,12 +27,12 @@ class Job(NamedTuple):
 class WorkerPool:
     """A bounded number of threads, each started when it is first needed.
 
-    They are daemons, unlike those of `concurrent.futures`: the interpreter joins those when it exits, before anything
-    of ours could interrupt their runs, and Ctrl-C under `flask run` would wait for every agent to finish.
+    They are daemon threads, unlike those of `concurrent.futures`, which the interpreter joins at exit before our code
+    can interrupt their runs: Ctrl-C under `flask run` would wait for every agent to finish.
 
     Args:
-        problems: told of faults of the threads' own.
-        name: what the names of the threads begin with.
+        problems: receives faults of the threads themselves.
+        name: the prefix of the threads' names.
     """
 
     def __init__(self, workers: int, problems: Problems, name: str = "run") -> None:
@@ -44,38 +44,45 @@ class WorkerPool:
         self._started = 0
 
     def submit(self, work: Callable[[], None], failed: Callable[[BaseException], None]) -> None:
-        """Do `work` in an idle thread, in a new one, or in the next that becomes idle. Called by one thread only.
+        """Call `work` in an idle thread, in a new one, or in the next that becomes idle.
+
+        Only one thread may submit.
 
         Args:
-            failed: called instead of what is left of the work, should it raise.
+            failed: called with the exception if `work` raises.
 
         Raises:
-            RuntimeError: a thread is needed and the system gives none; the work is not done, now or later.
+            RuntimeError: a new thread is needed and cannot be started. `work` is not called, now or later.
         """
         if not self._idle.acquire(blocking=False) and self._started < self._workers:
             name = f"{self._name}-{self._started}"
-            # Before the job is queued: a job that its owner believes refused must not run when a thread is free again.
-            threading.Thread(target=self._live, args=(name,), name=name, daemon=True).start()
+            # Start the thread before queueing the job: a refused job must not run when a thread becomes idle later.
+            threading.Thread(target=self._loop, args=(name,), name=name, daemon=True).start()
             self._started += 1
         self._jobs.put(Job(work, failed))
 
-    def _live(self, name: str) -> None:
-        """The life of a thread: it never ends, for its share of the pool would be lost."""
+    def _loop(self, name: str) -> None:
+        """Run jobs forever: a thread that ended would reduce the size of the pool."""
         failures = 0
         while True:
             try:
-                self._next()
+                self._run_next()
                 failures = 0
                 self._problems.clear(name)
             except BaseException as error:
                 failures += 1
                 if failures == 1:
-                    log.critical("a worker thread has failed, and goes on", exc_info=error)
+                    log.critical(
+                        "worker thread %s failed and continues",
+                        name,
+                        exc_info=error,
+                        extra={"event": "worker_thread_failed", "worker": name},
+                    )
                 else:
-                    self._problems.report(name, "a worker thread fails", error)
+                    self._problems.report(name, "a worker thread fails repeatedly", error)
                 time.sleep(FAULT_DELAY)
 
-    def _next(self) -> None:
+    def _run_next(self) -> None:
         job = self._jobs.get()
         try:
             job.work()

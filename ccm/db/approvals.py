@@ -1,4 +1,4 @@
-"""The table ccr_approvals, and what ccr_events tells of it."""
+"""The table ccr_approvals, and the events of approvals in ccr_events."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from ccm.models import Approval, EventType
 
 SELECT = f"SELECT {select_list(Approval, 'ccr_approvals')} FROM ccr_approvals "
 FILTERS = {"runId": '"runId" = :runId', "sessionId": '"sessionId" = :sessionId', "status": "status = :status"}
-# One statement: between two an approval might stop to be pending and be in neither. All, if there is no such message.
+# One statement, because an approval resolved between two of them would be in neither result. If there is no message
+# with that index, it returns all approvals.
 SINCE = f"""
 {SELECT} WHERE "runId" = :run AND (status = 'pending' OR "resolvedAt" >= COALESCE(
     (SELECT "createdAt" FROM ccr_run_messages WHERE "runId" = :run AND "index" = :index), ''))
@@ -24,11 +25,12 @@ SELECT id, "eventJson" FROM ccr_events
 WHERE "runId" = :run AND id > :after AND type IN ('{EventType.APPROVAL_REQUESTED}', '{EventType.APPROVAL_RESOLVED}')
 ORDER BY id LIMIT :limit
 """
-# Each may hold a whole file.
+# Few at a time, because each may contain a whole file.
 CHANGES_AT_ONCE = 20
 
 
 def find(transaction: Transaction, approval_id: str) -> Approval | None:
+    """Return an approval, or None."""
     row = transaction.row(f"{SELECT} WHERE id = :id", id=approval_id)
     return None if row is None else Approval.from_row(row)
 
@@ -48,51 +50,56 @@ def get(transaction: Transaction, approval_id: str) -> Approval:
 def page(
     transaction: Transaction, filters: Mapping[str, str], *, limit: int, after: int | None = None
 ) -> list[Approval]:
-    """Approvals in the order in which they were asked, those beyond the one with seq `after`.
+    """Return approvals after the one with seq `after`, in the order of their requests.
 
     Args:
-        filters: has keys of FILTERS.
+        filters: values by the keys of FILTERS.
     """
     where = " AND ".join([*(FILTERS[name] for name in filters), "seq > :after"])
-    beyond = {"limit": limit, "after": 0 if after is None else after}
-    rows = transaction.rows(f"{SELECT} WHERE {where} ORDER BY seq LIMIT :limit", **filters, **beyond)
+    bounds = {"limit": limit, "after": 0 if after is None else after}
+    rows = transaction.rows(f"{SELECT} WHERE {where} ORDER BY seq LIMIT :limit", **filters, **bounds)
     return [Approval.from_row(row) for row in rows]
 
 
 def pending(transaction: Transaction, run_id: str) -> list[Approval]:
-    """What a run waits for, in order."""
+    """Return the pending approvals of a run, in order."""
     rows = transaction.rows(f"{SELECT} WHERE \"runId\" = :run AND status = 'pending' ORDER BY seq", run=run_id)
     return [Approval.from_row(row) for row in rows]
 
 
 def pending_or_resolved_since(transaction: Transaction, run_id: str, index: int) -> list[Approval]:
-    """What a run waits for, and what became of the rest since it said the message with this index, in order."""
+    """Return the pending approvals of a run and those resolved since its message with this index, in order."""
     return [Approval.from_row(row) for row in transaction.rows(SINCE, run=run_id, index=index)]
 
 
 def count_other_waiting_runs(transaction: Transaction, run_id: str) -> int:
-    """How many runs wait for an answer, this one left out."""
+    """Return how many other runs wait for an answer."""
     waiting = transaction.column("SELECT \"runId\" FROM ccr_approvals WHERE status = 'pending'")
     return len(set(waiting) - {run_id})
 
 
 def insert(transaction: Transaction, row: Mapping[str, Any]) -> None:
-    """An approval after all that are there. `row` has every column but `seq`."""
+    """Insert a new approval. `row` has every column but `seq`."""
     transaction.insert("ccr_approvals", row)
 
 
 def resolve(transaction: Transaction, approval_id: str, values: Mapping[str, Any]) -> bool:
-    """The one way out of pending: a compare-and-set. False if it was resolved already."""
+    """Resolve a pending approval: a compare-and-set, and the only way out of `pending`.
+
+    Returns: False if it was resolved already.
+    """
     return bool(transaction.update("ccr_approvals", values, "id = :id AND status = 'pending'", id=approval_id))
 
 
 def last_event(transaction: Transaction, run_id: str) -> int:
-    """The id of the newest event of a run, 0 if it has none."""
+    """Return the id of a run's newest event, 0 if it has none."""
     return int(transaction.value('SELECT COALESCE(MAX(id), 0) FROM ccr_events WHERE "runId" = :run', run=run_id))
 
 
 def changes(transaction: Transaction, run_id: str, after: int) -> Sequence[tuple[int, dict[str, Any]]]:
-    """The next of what was asked and answered in a run beyond one of its events: the event's id, and the approval as it
-    was then, as the API shows it."""
+    """Return the next requested or resolved approvals of a run after one of its events.
+
+    Returns: the event's id, and the approval at that moment, as the API shows it.
+    """
     rows = transaction.tuples(CHANGES, run=run_id, after=after, limit=CHANGES_AT_ONCE)
     return [(event_id, json.loads(text)["data"]["approval"]) for event_id, text in rows]

@@ -1,4 +1,4 @@
-"""What `flask export` reads and `flask import` writes: whole sessions, whatever their age."""
+"""Reads of `flask export` and writes of `flask import`: whole sessions."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 from ccm.db.driver.transaction import Transaction
 
-# The sessions in the order of their first runs, so that each comes after the one that it was forked from.
+# Sessions in the order of their first runs, so that each comes after its parent session.
 FIRST_RUNS = """
 SELECT r.seq, r."sessionId" FROM ccr_runs r
 WHERE r.seq > :after AND NOT EXISTS (
     SELECT 1 FROM ccr_runs e WHERE e."sessionId" = r."sessionId" AND e.seq < r.seq)
 ORDER BY r.seq LIMIT :limit
 """
-# Whether a session has been continued after one of its runs.
-GONE_ON = """
+# Finds a run that continues a session after one of its runs.
+CONTINUED = """
 SELECT 1 FROM ccr_runs r WHERE r."sessionId" = :session AND r."hasTranscript" = 1
     AND r.seq > (SELECT p.seq FROM ccr_runs p WHERE p.id = :parent) LIMIT 1
 """
@@ -25,7 +25,7 @@ SELECT 1 FROM ccr_runs r WHERE r."sessionId" = :session AND r."hasTranscript" = 
 
 
 def hold_snapshot(transaction: Transaction) -> None:
-    """Have all reads of a transaction see the same moment. Called first; SQLite does so by itself."""
+    """Let all reads of a transaction see the same snapshot. Must come first. SQLite does so by itself."""
     if transaction.dialect == "postgresql":
         transaction.script("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
 
@@ -37,12 +37,12 @@ def find_first_seq(transaction: Transaction) -> int | None:
 
 
 def sessions_beyond(transaction: Transaction, after: int, limit: int) -> list[tuple[int, str]]:
-    """Sessions by the seq of their first run, those beyond one: that seq and the session's id."""
+    """Return sessions whose first run has a seq after one, in order: that seq and the session's id."""
     return [(seq, session_id) for seq, session_id in transaction.tuples(FIRST_RUNS, after=after, limit=limit)]
 
 
 def dated_texts(transaction: Transaction, run_id: str, after: int, through: int) -> list[tuple[int, str, str]]:
-    """Index, time and JSON text of a run's messages after one index and through another."""
+    """Return index, time and JSON text of a run's messages after one index and through another."""
     sql = (
         'SELECT "index", "createdAt", "messageJson" FROM ccr_run_messages WHERE "runId" = :run AND "index" > :after '
         'AND "index" <= :through ORDER BY "index"'
@@ -72,11 +72,11 @@ def find_last_seq_of_session(transaction: Transaction, session_id: str) -> int |
     return seq
 
 
-def has_gone_on(transaction: Transaction, session_id: str, parent_run_id: str) -> bool:
-    """Whether a session has been continued after one of its runs."""
-    return transaction.value(GONE_ON, session=session_id, parent=parent_run_id) is not None
+def was_continued(transaction: Transaction, session_id: str, parent_run_id: str) -> bool:
+    """Return whether a session has been continued after one of its runs."""
+    return transaction.value(CONTINUED, session=session_id, parent=parent_run_id) is not None
 
 
 def complete_run(transaction: Transaction, run_id: str, values: Mapping[str, Any]) -> None:
-    """Write what is known of a run only once all of it has been read."""
+    """Write the columns that are known only after the whole run has been read."""
     transaction.update("ccr_runs", values, "id = :id", id=run_id)

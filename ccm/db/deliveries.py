@@ -1,7 +1,7 @@
 """The table ccr_deliveries.
 
-Of those of a run and a target that are pending only the first has a time for its next attempt. So all that is due may
-be sent side by side, and yet a run is told in order.
+Per run and target, only the oldest pending delivery has a `nextAttemptAt`. So all due deliveries can be sent in
+parallel, and each target still receives the events of a run in order.
 """
 
 from __future__ import annotations
@@ -23,46 +23,47 @@ ORDER BY "nextAttemptAt", host, id LIMIT :limit
 NEXT_DUE = """
 SELECT MIN("nextAttemptAt") FROM ccr_deliveries WHERE status = 'pending' AND again = :again AND "nextAttemptAt" > :now
 """
-BRING_BACK = """
+ADVANCE = """
 UPDATE ccr_deliveries SET "nextAttemptAt" = :now
 WHERE status = 'pending' AND again = :again AND "nextAttemptAt" > :latest
 """
 OF_RUN = '"runId" = :run AND target = :target'
-# The host of what goes to the service's address.
+# The host of deliveries to the address of the service.
 SERVICE_HOST = ""
 
 
 def insert(
     transaction: Transaction, run_id: str, target: str, webhook_id: str, host: str, *, reason: str | None, now: str
 ) -> None:
-    """Have the newest event delivered.
+    """Insert a delivery of the newest event.
 
     Args:
-        host: of the run's own address.
-        reason: why it is not even tried; None if it is.
+        host: of the run's own address; SERVICE_HOST for the service's.
+        reason: why the delivery is disabled from the start; None if it is to be sent.
     """
     first = reason is None and _find_first_pending(transaction, run_id, target) is None
     status = DeliveryStatus.DISABLED if reason else DeliveryStatus.PENDING
     row = {"runId": run_id, "target": target, "webhookId": webhook_id, "host": host, "status": status, "reason": reason}
     row |= {"attemptsJson": "[]", "nextAttemptAt": now if first else None}
-    # There is one writer, so the newest event is the one that it has just written.
+    # The newest event is the one just written, because there is only one writer.
     event_id = transaction.value("SELECT MAX(id) FROM ccr_events")
     transaction.insert("ccr_deliveries", {"eventId": event_id, "again": 0, **row})
 
 
 def find(transaction: Transaction, delivery_id: int) -> Delivery | None:
+    """Return a delivery, or None."""
     row = transaction.row(SELECT + "WHERE d.id = :id", id=delivery_id)
     return None if row is None else Delivery.from_row(row)
 
 
 def page(transaction: Transaction, run_id: str, *, limit: int, after: int | None) -> list[Delivery]:
-    """Those of a run, the oldest first, beyond one."""
+    """Return the deliveries of a run after the one with id `after`, oldest first."""
     sql = SELECT + 'WHERE d."runId" = :run AND d.id > :after ORDER BY d.id LIMIT :limit'
     return [Delivery.from_row(row) for row in transaction.rows(sql, run=run_id, after=after or 0, limit=limit)]
 
 
 def find_disabled_reason(transaction: Transaction, run_id: str, target: str) -> str | None:
-    """Return why nothing is delivered any more to a target of a run; None if it still is."""
+    """Return why deliveries to a target of a run are disabled; None if they are not."""
     sql = f"SELECT reason FROM ccr_deliveries WHERE {OF_RUN} AND status = 'disabled' ORDER BY id DESC LIMIT 1"
     reason: str | None = transaction.value(sql, run=run_id, target=target)
     return reason
@@ -71,30 +72,30 @@ def find_disabled_reason(transaction: Transaction, run_id: str, target: str) -> 
 def due(
     transaction: Transaction, now: str, *, again: bool, without: Collection[str], limit: int
 ) -> list[tuple[int, str]]:
-    """Ids and hosts of what is to be sent now, what has waited longest first.
+    """Return ids and hosts of due deliveries, the longest waiting first.
 
     Args:
-        again: of what has failed before; else of what has not.
+        again: select deliveries that have failed before, or those that have not been tried.
         without: hosts to leave out.
     """
     names, hosts = parameter_list("host", without)
     condition = f" AND host NOT IN ({names})" if names else ""
-    found = transaction.tuples(DUE.format(without=condition), now=now, again=int(again), limit=limit, **hosts)
-    return [(delivery_id, host) for delivery_id, host in found]
+    rows = transaction.tuples(DUE.format(without=condition), now=now, again=int(again), limit=limit, **hosts)
+    return [(delivery_id, host) for delivery_id, host in rows]
 
 
 def find_next_due(transaction: Transaction, now: str) -> str | None:
-    """Return the earliest time after `now` at which something is due; None if nothing is."""
+    """Return the earliest time after `now` at which a delivery is due; None if there is none."""
     times = [transaction.value(NEXT_DUE, now=now, again=again) for again in (0, 1)]
     return min((at for at in times if at is not None), default=None)
 
 
-def bring_back(transaction: Transaction, latest: str, now: str) -> int:
-    """Have all sent now that is to be sent later than `latest`. Tells how much that was."""
-    return sum(transaction.execute(BRING_BACK, latest=latest, now=now, again=again) for again in (0, 1))
+def advance(transaction: Transaction, latest: str, now: str) -> int:
+    """Make deliveries due now whose next attempt is later than `latest`. Return how many there are."""
+    return sum(transaction.execute(ADVANCE, latest=latest, now=now, again=again) for again in (0, 1))
 
 
-def tried(
+def record_attempt(
     transaction: Transaction,
     delivery_id: int,
     attempts_json: str,
@@ -103,7 +104,7 @@ def tried(
     reason: str | None,
     next_attempt_at: str | None,
 ) -> None:
-    """What has become of a delivery. One that was disabled meanwhile stays so, unless it has arrived."""
+    """Store the result of an attempt. A delivery that was disabled meanwhile stays disabled, unless it has arrived."""
     transaction.execute(
         'UPDATE ccr_deliveries SET "attemptsJson" = :attempts, again = 1 WHERE id = :id',
         attempts=attempts_json,
@@ -119,8 +120,8 @@ def tried(
     )
 
 
-def go_on(transaction: Transaction, run_id: str, target: str, now: str) -> None:
-    """Let the first that is pending be sent."""
+def make_next_due(transaction: Transaction, run_id: str, target: str, now: str) -> None:
+    """Make the oldest pending delivery of a run and target due."""
     transaction.execute(
         'UPDATE ccr_deliveries SET "nextAttemptAt" = :now WHERE id = :id AND "nextAttemptAt" IS NULL',
         now=now,
@@ -129,20 +130,20 @@ def go_on(transaction: Transaction, run_id: str, target: str, now: str) -> None:
 
 
 def disable_run(transaction: Transaction, run_id: str, target: str, reason: str) -> None:
-    """Give up what is pending for a target of a run."""
+    """Disable the pending deliveries for a target of a run."""
     _disable(transaction, OF_RUN, reason, run=run_id, target=target)
 
 
 def disable_service(transaction: Transaction, reason: str) -> int:
-    """Give up what is pending for the service's address. Tells how much that was."""
+    """Disable the pending deliveries to the service's address. Return how many there are."""
     return _disable(
         transaction, "host = :host AND target = :target", reason, host=SERVICE_HOST, target=DeliveryTarget.SERVICE
     )
 
 
-def _disable(transaction: Transaction, which: str, reason: str, **parameters: str) -> int:
+def _disable(transaction: Transaction, condition: str, reason: str, **parameters: str) -> int:
     return transaction.execute(
-        f"UPDATE ccr_deliveries SET status = 'disabled', reason = :reason, \"nextAttemptAt\" = NULL WHERE {which} "
+        f"UPDATE ccr_deliveries SET status = 'disabled', reason = :reason, \"nextAttemptAt\" = NULL WHERE {condition} "
         "AND status = 'pending'",
         reason=reason,
         **parameters,
@@ -151,5 +152,5 @@ def _disable(transaction: Transaction, which: str, reason: str, **parameters: st
 
 def _find_first_pending(transaction: Transaction, run_id: str, target: str) -> int | None:
     sql = f"SELECT id FROM ccr_deliveries WHERE {OF_RUN} AND status = 'pending' ORDER BY id LIMIT 1"
-    found: int | None = transaction.value(sql, run=run_id, target=target)
-    return found
+    delivery_id: int | None = transaction.value(sql, run=run_id, target=target)
+    return delivery_id

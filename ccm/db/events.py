@@ -10,9 +10,9 @@ from ccm.json_text import to_json_text
 from ccm.models import Event, Run
 from ccm.timestamps import timestamp
 
-# What an event leaves out of its run: who made the run has it, and it may be long.
+# Fields of the run that an event leaves out: they may be long, and the client that started the run has them.
 LEFT_OUT = ("prompt", "options")
-# The greatest id that was ever given: the event itself may have been pruned.
+# The greatest id ever assigned, even if its event has been pruned since.
 GIVEN = {
     "sqlite": "SELECT seq FROM sqlite_sequence WHERE name = 'ccr_events'",
     "postgresql": "SELECT pg_sequence_last_value(pg_get_serial_sequence('ccr_events', 'id')::regclass)",
@@ -20,41 +20,43 @@ GIVEN = {
 
 
 def insert(transaction: Transaction, type: str, run: Run, approval: Mapping[str, Any] | None = None) -> None:
-    """
+    """Insert an event.
+
     Args:
-        run: as it is now.
-        approval: as the API shows it, where it is what the event is about.
+        run: its state after the event.
+        approval: the approval that the event is about, as the API shows it; None for an event of the run itself.
     """
     now = timestamp()
-    told = {name: value for name, value in run.to_json().items() if name not in LEFT_OUT}
-    data = {"run": told} if approval is None else {"approval": approval, "run": told}
+    shown = {name: value for name, value in run.to_json().items() if name not in LEFT_OUT}
+    data = {"run": shown} if approval is None else {"approval": approval, "run": shown}
     text = to_json_text({"type": type, "timestamp": now, "data": data})
     row = {"type": type, "runId": run.id, "createdAt": now, "size": len(text), "eventJson": text}
     transaction.insert("ccr_events", row)
 
 
 def last_id(transaction: Transaction) -> int:
-    """The id of the newest event, 0 if there is none."""
+    """Return the id of the newest event, 0 if there is none."""
     return int(transaction.value("SELECT COALESCE(MAX(id), 0) FROM ccr_events"))
 
 
 def last_given(transaction: Transaction) -> int:
-    """The greatest id that any event has ever had, 0 if there was none."""
+    """Return the greatest id that any event has ever had, 0 if there was none."""
     return int(transaction.value(GIVEN[transaction.dialect]) or 0)
 
 
 def sizes(transaction: Transaction, after: int, limit: int) -> list[tuple[int, int]]:
-    """Id and bytes of the first `limit` events beyond one."""
+    """Return id and bytes of the first `limit` events after one."""
     sql = "SELECT id, size FROM ccr_events WHERE id > :after ORDER BY id LIMIT :limit"
     return [(event_id, size) for event_id, size in transaction.tuples(sql, after=after, limit=limit)]
 
 
 def read(transaction: Transaction, after: int, through: int) -> list[Event]:
-    """The events beyond one and through another, in order."""
+    """Return the events after one and through another, in order."""
     sql = 'SELECT id, type, "runId", "eventJson" FROM ccr_events WHERE id > :after AND id <= :through ORDER BY id'
     return [Event(*row) for row in transaction.tuples(sql, after=after, through=through)]
 
 
 def find_text(transaction: Transaction, event_id: int) -> str | None:
-    found: str | None = transaction.value('SELECT "eventJson" FROM ccr_events WHERE id = :id', id=event_id)
-    return found
+    """Return the JSON text of an event, or None."""
+    text: str | None = transaction.value('SELECT "eventJson" FROM ccr_events WHERE id = :id', id=event_id)
+    return text

@@ -1,19 +1,19 @@
-"""The table ccr_heartbeat: a row that is written to find out whether storage takes writes."""
+"""The table ccr_heartbeat: one row, written to find out whether the database accepts writes."""
 
 from __future__ import annotations
 
 from ccm.db.driver.transaction import Transaction
 from ccm.timestamps import timestamp
 
-# What a start with a short prompt takes, and more: a disk on which only a few bytes are left is full.
+# More than the start of a run with a short prompt needs: a disk with only a few free bytes counts as full.
 ROOM_BYTES = 64 * 2**10
 
 
 def beat(transaction: Transaction, room: int = 0) -> None:
-    """Write, and so find out.
+    """Update the row.
 
     Args:
-        room: bytes that there must be room for.
+        room: bytes of padding, to prove that there is room for as many.
 
     Raises:
         StorageError: as `Database.transaction`.

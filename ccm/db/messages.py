@@ -1,4 +1,4 @@
-"""The table ccr_run_messages. Its texts are handed on as they are, never parsed."""
+"""The table ccr_run_messages. Its JSON texts are passed on unparsed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RANGE = '"runId" = :run AND "index" > :after AND "index" <= :through'
 
 
 def _of_types(types: Sequence[str]) -> tuple[str, dict[str, str]]:
-    """A condition that keeps the given types, and its parameters; all types if none is given."""
+    """Return a condition that selects the given types, and its parameters; no types select all."""
     if not types:
         return "", {}
     names, parameters = parameter_list("type", types)
@@ -20,12 +20,13 @@ def _of_types(types: Sequence[str]) -> tuple[str, dict[str, str]]:
 
 
 def insert_many(transaction: Transaction, messages: Iterable[Message]) -> None:
+    """Insert messages."""
     rows = [(m.run_id, m.index, m.type, m.created_at, len(m.json), m.json) for m in messages]
     transaction.insert_many("ccr_run_messages", COLUMNS, rows)
 
 
 def last_index(transaction: Transaction, run_id: str) -> int:
-    """The index of a run's newest message, -1 if it has none."""
+    """Return the index of a run's newest message, -1 if it has none."""
     sql = 'SELECT COALESCE(MAX("index"), -1) FROM ccr_run_messages WHERE "runId" = :run'
     return int(transaction.value(sql, run=run_id))
 
@@ -33,14 +34,14 @@ def last_index(transaction: Transaction, run_id: str) -> int:
 def indexes(
     transaction: Transaction, run_id: str, after: int, through: int, *, types: Sequence[str], limit: int
 ) -> list[int]:
-    """The indexes of the first `limit` messages of the given types in a range, without their texts."""
+    """Return the indexes of the first `limit` messages of the given types in a range, without reading their texts."""
     condition, names = _of_types(types)
     sql = f'SELECT "index" FROM ccr_run_messages WHERE {RANGE}{condition} ORDER BY "index" LIMIT :limit'
     return transaction.column(sql, run=run_id, after=after, through=through, limit=limit, **names)
 
 
 def sizes(transaction: Transaction, run_id: str, after: int, through: int, limit: int) -> list[tuple[int, int]]:
-    """Index and bytes of the first `limit` messages in a range."""
+    """Return index and bytes of the first `limit` messages in a range."""
     sql = f'SELECT "index", size FROM ccr_run_messages WHERE {RANGE} ORDER BY "index" LIMIT :limit'
     return [
         (index, size) for index, size in transaction.tuples(sql, run=run_id, after=after, through=through, limit=limit)
@@ -48,14 +49,14 @@ def sizes(transaction: Transaction, run_id: str, after: int, through: int, limit
 
 
 def texts(transaction: Transaction, run_id: str, after: int, through: int, types: Sequence[str] = ()) -> list[str]:
-    """The JSON texts of the messages after one index and through another, in order."""
+    """Return the JSON texts of the messages after one index and through another, in order."""
     condition, names = _of_types(types)
     sql = f'SELECT "messageJson" FROM ccr_run_messages WHERE {RANGE}{condition} ORDER BY "index"'
     return transaction.column(sql, run=run_id, after=after, through=through, **names)
 
 
 def texts_before(transaction: Transaction, run_id: str, index: int, kind: str, limit: int) -> list[str]:
-    """The JSON texts of the last few messages of a type before an index, the nearest first."""
+    """Return the JSON texts of the last `limit` messages of a type before an index, the nearest first."""
     sql = (
         'SELECT "messageJson" FROM ccr_run_messages WHERE "runId" = :run AND "index" < :index '
         'AND "messageType" = :kind ORDER BY "index" DESC LIMIT :limit'
@@ -64,7 +65,7 @@ def texts_before(transaction: Transaction, run_id: str, index: int, kind: str, l
 
 
 def holding(transaction: Transaction, run_id: str, words: str) -> list[tuple[int, str]]:
-    """Index and text of the messages of a run that hold `words`, which must have no `%` and no `_`."""
+    """Return index and text of the messages of a run that contain `words`, which must not contain `%` or `_`."""
     sql = (
         'SELECT "index", "messageJson" FROM ccr_run_messages WHERE "runId" = :run AND "messageJson" LIKE :pattern '
         'ORDER BY "index"'

@@ -12,8 +12,8 @@ from ccm.models import IdempotencyKey, Run, RunStatus
 from ccm.models.stored import StoredModel
 from ccm.timestamps import timestamp
 
-# A run that has not ended counts its messages where they are: a counter would have to be written with each batch, and
-# with it the whole row.
+# While a run has not ended, its messages are counted in their own table: updating a counter with each batch would
+# rewrite the whole row.
 _MESSAGE_COUNT = """CASE WHEN r.status = 'running'
     THEN (SELECT COALESCE(MAX(m."index") + 1, 0) FROM ccr_run_messages m WHERE m."runId" = r.id)
     ELSE r."messageCount" END"""
@@ -35,8 +35,8 @@ FILTERS = {
     "cwd": "r.cwd = :cwd",
     "mode": "r.mode = :mode",
 }
-# How many runs have started, and the first in the queue whose session has none that has: within a session runs follow
-# one another.
+# How many runs have started, and the first waiting run whose session has no started run: a session has only one at a
+# time.
 QUEUE = """
 SELECT (SELECT COUNT(*) FROM ccr_runs WHERE status = 'running' AND "startedAt" IS NOT NULL AND owner = :owner), (
     SELECT w.id FROM ccr_runs w
@@ -46,20 +46,22 @@ SELECT (SELECT COUNT(*) FROM ccr_runs WHERE status = 'running' AND "startedAt" I
     ORDER BY w.seq LIMIT 1)
 """
 COUNT_WAITING = "SELECT COUNT(*) FROM ccr_runs WHERE status = 'running' AND \"startedAt\" IS NULL"
-# The final state of a run whose service died.
+# The final state of a run whose service was killed.
 INTERRUPTED = {
     "status": RunStatus.ERROR,
     "errorCode": "INTERRUPTED",
-    "errorMessage": "The service ended while this run was going on. It was not run again; resume or fork its session "
-    "to go on.",
+    "errorMessage": "The service ended while this run was in progress. It was not run again; resume or fork its "
+    "session to continue.",
 }
 
 
 def not_found(run_id: str) -> RunNotFound:
+    """Return the error for a missing run."""
     return RunNotFound(f"There is no run {run_id}. GET /api/runs lists them.")
 
 
 def find(transaction: Transaction, run_id: str) -> Run | None:
+    """Return a run, or None."""
     row = transaction.row(SELECT + "WHERE r.id = :id", id=run_id)
     return None if row is None else Run.from_row(row)
 
@@ -77,21 +79,22 @@ def get(transaction: Transaction, run_id: str) -> Run:
 
 
 def find_by_sdk_session(transaction: Transaction, sdk_session_id: str) -> Run | None:
+    """Return the run with an SDK session id, or None."""
     row = transaction.row(SELECT + 'WHERE r."sdkSessionId" = :id', id=sdk_session_id)
     return None if row is None else Run.from_row(row)
 
 
 def find_by_idempotency_key(transaction: Transaction, key: IdempotencyKey) -> Run | None:
-    """Return the run that an earlier request with this key has made.
+    """Return the run that an earlier request with this key created, or None.
 
     Raises:
-        KeyReused: that was another request.
+        KeyReused: the key belongs to a different request.
     """
     row = transaction.row('SELECT id, "requestDigest" FROM ccr_runs WHERE "idempotencyKey" = :key', key=key.text)
     run = None if row is None else find(transaction, row["id"])
     if row is not None and run is not None and row["requestDigest"] != key.digest:
         raise KeyReused(
-            f"This Idempotency-Key was used for another request, which made run {run.id}. Use a new key for a new "
+            f"This Idempotency-Key was used for another request, which created run {run.id}. Use a new key for a new "
             "request; a retry must have the same path and body."
         )
     return run
@@ -100,11 +103,15 @@ def find_by_idempotency_key(transaction: Transaction, key: IdempotencyKey) -> Ru
 def page(
     transaction: Transaction, filters: Mapping[str, str], *, limit: int, after: int | None, oldest_first: bool = False
 ) -> list[Run]:
-    """Runs in the order of their acceptance, those beyond the run with seq `after`. `filters` has keys of FILTERS."""
-    order, beyond = ("ASC", ">") if oldest_first else ("DESC", "<")
+    """Return runs after the one with seq `after`, in the order of their acceptance or its reverse.
+
+    Args:
+        filters: values by the keys of FILTERS.
+    """
+    order, comparison = ("ASC", ">") if oldest_first else ("DESC", "<")
     conditions = [FILTERS[name] for name in filters]
     if after is not None:
-        conditions.append(f"r.seq {beyond} :after")
+        conditions.append(f"r.seq {comparison} :after")
     where = f"WHERE {' AND '.join(conditions)} " if conditions else ""
     sql = f"{SELECT} {where}ORDER BY r.seq {order} LIMIT :limit"
     parameters = dict(filters) | {"limit": limit} | ({} if after is None else {"after": after})
@@ -112,7 +119,7 @@ def page(
 
 
 class Link(StoredModel):
-    """A run as one link of its session's line."""
+    """The part of a run that its session's history needs."""
 
     id: str
     status: str
@@ -125,13 +132,13 @@ _SELECT_LINK = f"SELECT {select_list(Link, 'r', {'messageCount': _MESSAGE_COUNT}
 
 
 def links(transaction: Transaction, session_id: str) -> list[Link]:
-    """The runs of a session, in order."""
+    """Return the links of a session's runs, in order."""
     rows = transaction.rows(_SELECT_LINK + 'WHERE r."sessionId" = :id ORDER BY r.seq', id=session_id)
     return [Link.from_row(row) for row in rows]
 
 
 def get_link(transaction: Transaction, run_id: str) -> Link:
-    """Return a run as a link.
+    """Return the link of a run.
 
     Raises:
         RunNotFound: there is no such run.
@@ -143,12 +150,12 @@ def get_link(transaction: Transaction, run_id: str) -> Link:
 
 
 def next_seq(transaction: Transaction) -> int:
-    """The place after the newest run; only the one writer may ask."""
+    """Return the seq of the next run. Only the writer may call this."""
     return int(transaction.value("SELECT COALESCE(MAX(seq), 0) + 1 FROM ccr_runs"))
 
 
 def insert(transaction: Transaction, row: Mapping[str, Any], images_json: str | None) -> None:
-    """A run that waits; `row` has what is known when it is accepted."""
+    """Insert a waiting run. `row` has the columns that are known when it is accepted."""
     blank = {"messageCount": 0, "hasTranscript": 0}
     transaction.insert("ccr_runs", blank | dict(row))
     if images_json is not None:
@@ -156,12 +163,13 @@ def insert(transaction: Transaction, row: Mapping[str, Any], images_json: str | 
 
 
 def find_images_json(transaction: Transaction, run_id: str) -> str | None:
+    """Return the images of a run that has not ended, as JSON text; None if it has none."""
     text: str | None = transaction.value('SELECT "imagesJson" FROM ccr_run_images WHERE "runId" = :id', id=run_id)
     return text
 
 
 def running(transaction: Transaction, session_id: str) -> list[Run]:
-    """The runs of a session that have not ended: the one that has started, and those that wait, in order."""
+    """Return the runs of a session that have not ended, in order: the started one and the waiting ones."""
     rows = transaction.rows(
         SELECT + "WHERE r.\"sessionId\" = :id AND r.status = 'running' ORDER BY r.seq", id=session_id
     )
@@ -176,17 +184,18 @@ def find_first_running(transaction: Transaction, session_id: str) -> str | None:
 
 
 def queue(transaction: Transaction, owner: str) -> tuple[int, str | None]:
-    """How many runs this owner has started that have not ended, and the id of the next one that may start."""
+    """Return how many runs this owner has started that have not ended, and the id of the next run that may start."""
     started, next_id = transaction.tuples(QUEUE, owner=owner)[0]
     return started, next_id
 
 
 def count_waiting(transaction: Transaction) -> int:
+    """Return how many runs wait for a worker."""
     return int(transaction.value(COUNT_WAITING))
 
 
 def start(transaction: Transaction, run: Run, parent_run_id: str | None, owner: str) -> Run:
-    """The run as it is once it has left the queue."""
+    """Take a run from the queue, and return its new state."""
     started = run.model_copy(update={"started_at": timestamp(), "parent_run_id": parent_run_id, "queue_position": None})
     transaction.execute(
         'UPDATE ccr_runs SET "startedAt" = :now, "parentRunId" = :parent, owner = :owner WHERE id = :id',
@@ -199,7 +208,10 @@ def start(transaction: Transaction, run: Run, parent_run_id: str | None, owner: 
 
 
 def end(transaction: Transaction, run: Run, values: Mapping[str, Any]) -> bool:
-    """The one way into a final state: a compare-and-set. False if the run had ended already."""
+    """End a run: a compare-and-set, and the regular way into a final state.
+
+    Returns: False if the run had ended already.
+    """
     final = {**values, "endedAt": timestamp()}
     changed = transaction.update("ccr_runs", final, "id = :id AND status = 'running'", id=run.id)
     if changed and run.image_count:
@@ -208,7 +220,7 @@ def end(transaction: Transaction, run: Run, values: Mapping[str, Any]) -> bool:
 
 
 def end_alone(transaction: Transaction, run_id: str, code: str, message: str) -> None:
-    """End a run in error without a look at what its row holds, or at anything else."""
+    """End a run in error without reading its row, so that unreadable data cannot prevent it."""
     transaction.execute(
         'UPDATE ccr_runs SET status = \'error\', "errorCode" = :code, "errorMessage" = :message, '
         '"messageCount" = (SELECT COALESCE(MAX(m."index") + 1, 0) FROM ccr_run_messages m WHERE m."runId" = :id), '
@@ -221,7 +233,7 @@ def end_alone(transaction: Transaction, run_id: str, code: str, message: str) ->
 
 
 def started(transaction: Transaction, owner: str) -> list[Run]:
-    """Every run that an owner has started and that has not ended."""
+    """Return the runs that an owner has started and that have not ended."""
     rows = transaction.rows(
         SELECT + "WHERE r.status = 'running' AND r.\"startedAt\" IS NOT NULL AND r.owner = :owner ORDER BY r.seq",
         owner=owner,
@@ -230,7 +242,7 @@ def started(transaction: Transaction, owner: str) -> list[Run]:
 
 
 def started_elsewhere(transaction: Transaction, owner: str) -> list[str]:
-    """The ids of the runs that others have started and that have not ended: their services have died."""
+    """Return the ids of runs that other owners have started and that have not ended: their services were killed."""
     return transaction.column(
         "SELECT id FROM ccr_runs WHERE status = 'running' AND \"startedAt\" IS NOT NULL "
         "AND (owner IS NULL OR owner <> :owner) ORDER BY seq",

@@ -11,7 +11,7 @@ from ccm.db.driver.transaction import Transaction
 from ccm.errors import SessionNotFound
 from ccm.models import Session
 
-# What is not in the counts yet: the messages of the runs that have not ended, one or a few.
+# The stored counts lack the messages of runs that have not ended, of which there are few.
 _COMPUTED = {
     "status": """CASE WHEN EXISTS (SELECT 1 FROM ccr_runs r WHERE r."sessionId" = s.id AND r.status = 'running')
         THEN 'running' ELSE 'idle' END""",
@@ -23,19 +23,20 @@ SELECT = f"SELECT {select_list(Session, 's', _COMPUTED)} FROM ccr_sessions s "
 FILTERS = {
     "cwd": "s.cwd = :cwd",
     "parentSessionId": 's."parentSessionId" = :parentSessionId',
-    # A search within texts reads them: the one query here that no index serves.
-    # Not LIKE, which takes the product of both lengths for a text that nearly matches everywhere.
+    # A full-text search reads the texts: the only query here without an index. STRPOS, because LIKE takes time in the
+    # product of both lengths for a text that nearly matches everywhere.
     "q": """(STRPOS(LOWER(s.title), :q) > 0 OR EXISTS (
         SELECT 1 FROM ccr_runs r WHERE r."sessionId" = s.id AND STRPOS(LOWER(r.prompt), :q) > 0))""",
 }
 
 
 def not_found(session_id: str) -> SessionNotFound:
+    """Return the error for a missing session."""
     return SessionNotFound(f"There is no session {session_id}. GET /api/sessions lists them.")
 
 
 def find(transaction: Transaction, session_id: str) -> Session | None:
-    """Return a session by its own id."""
+    """Return a session by its own id, or None."""
     row = transaction.row(SELECT + "WHERE s.id = :id", id=session_id)
     return None if row is None else Session.from_row(row)
 
@@ -56,7 +57,7 @@ def get(transaction: Transaction, session_id: str) -> Session:
 
 
 def page(transaction: Transaction, filters: Mapping[str, str], *, limit: int, after: int | None) -> list[Session]:
-    """Sessions, the latest activity first, those beyond the one whose last run has seq `after`."""
+    """Return sessions after the one whose last run has seq `after`, latest activity first."""
     parameters: dict[str, Any] = dict(filters) | {"limit": limit}
     if "q" in filters:
         parameters["q"] = filters["q"].lower()
@@ -70,13 +71,13 @@ def page(transaction: Transaction, filters: Mapping[str, str], *, limit: int, af
 
 
 def insert(transaction: Transaction, row: Mapping[str, Any]) -> None:
-    """A session with its first run, unless `row` has another `runCount`."""
+    """Insert a session. It counts one run unless `row` has another `runCount`."""
     blank = {"headRunId": None, "runCount": 1, "messageCount": 0, "costUsd": 0.0}
     transaction.insert("ccr_sessions", blank | dict(row))
 
 
 def run_added(transaction: Transaction, session_id: str, seq: int, at: str) -> None:
-    """Count a further run in."""
+    """Count another run."""
     transaction.execute(
         'UPDATE ccr_sessions SET "runCount" = "runCount" + 1, "lastRunAt" = :at, "lastRunSeq" = :seq WHERE id = :id',
         id=session_id,
@@ -86,7 +87,7 @@ def run_added(transaction: Transaction, session_id: str, seq: int, at: str) -> N
 
 
 def run_ended(transaction: Transaction, session_id: str, messages: int, cost_usd: float, head: str | None) -> None:
-    """Count an ended run in; `head` is its id if it can be continued."""
+    """Add the totals of an ended run. `head` is its id if it can be continued."""
     transaction.execute(
         'UPDATE ccr_sessions SET "messageCount" = "messageCount" + :messages, "costUsd" = "costUsd" + :cost, '
         '"headRunId" = COALESCE(:head, "headRunId") WHERE id = :id',
@@ -98,5 +99,5 @@ def run_ended(transaction: Transaction, session_id: str, messages: int, cost_usd
 
 
 def update(transaction: Transaction, session_id: str, values: Mapping[str, Any]) -> bool:
-    """Write `title` and `metadataJson`, whichever is given. False if there is no such session."""
+    """Set `title`, `metadataJson` or both. Return False if there is no such session."""
     return bool(transaction.update("ccr_sessions", values, "id = :id", id=session_id))

@@ -1,4 +1,4 @@
-"""Whole trees of sessions: a root with all that was forked from it. Found, measured, and deleted for good."""
+"""Trees of sessions (a root with all its forks): list, measure and permanently delete them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MESSAGES = f"""
 SELECT COUNT(*), COALESCE(SUM(m.size), 0) FROM ccr_runs r JOIN ccr_run_messages m ON m."runId" = r.id
 WHERE r.{RUNS}
 """
-# The texts in a range of digests that no transcript has any more.
+# Deletes the texts in a range of digests that no transcript uses any more.
 UNUSED_TEXTS = """
 DELETE FROM ccr_transcript_texts WHERE digest > :after AND digest <= :through AND digest NOT IN (
     SELECT digest FROM ccr_transcript_entries WHERE digest > :after AND digest <= :through)
@@ -47,7 +47,7 @@ EMPTIED = (
 ROWS = 5_000
 TEXTS = 50_000
 RUNS_AT_ONCE = 500
-# How long other programs are waited for that use the database (seconds).
+# How long to wait for other programs that use the database (seconds).
 CLEAR_TIMEOUT = 10.0
 TABLES = (
     "ccr_deliveries",
@@ -64,7 +64,7 @@ TABLES = (
 
 
 class Tree(NamedTuple):
-    """A root session and all that was forked from it. `message_bytes` are those of the messages' texts."""
+    """A root session with all its forks. `message_bytes` counts the texts of the messages."""
 
     root: str
     sessions: list[str]
@@ -77,7 +77,7 @@ class Tree(NamedTuple):
 
 
 class RunPlace(NamedTuple):
-    """Where a run has left files."""
+    """The columns of a run that locate its files."""
 
     seq: int
     id: str
@@ -87,15 +87,15 @@ class RunPlace(NamedTuple):
 
 
 def roots(transaction: Transaction, after: int, limit: int) -> list[tuple[str, int]]:
-    """Sessions that were not forked, with the seq of their last run, those beyond one."""
+    """Return root sessions whose last run has a seq after one, in order, with that seq."""
     return [(root, seq) for root, seq in transaction.tuples(ROOTS, after=after, limit=limit)]
 
 
 def get_root(transaction: Transaction, session_id: str) -> str:
-    """Return the id of the root of the tree that a session is in.
+    """Return the id of the root of a session's tree.
 
     Raises:
-        NotFound: SESSION_NOT_FOUND.
+        SessionNotFound: there is no such session.
     """
     root: str | None = transaction.value(ROOT, id=session_id)
     if root is None:
@@ -107,7 +107,7 @@ def get_last_run_at(transaction: Transaction, root: str) -> str:
     """Return the time of the latest activity in a tree.
 
     Raises:
-        NotFound: SESSION_NOT_FOUND.
+        SessionNotFound: there is no such root.
     """
     sql = TREE + 'SELECT MAX(s."lastRunAt") FROM ccr_sessions s JOIN tree t ON t.id = s.id'
     at: str | None = transaction.value(sql, root=root)
@@ -117,6 +117,11 @@ def get_last_run_at(transaction: Transaction, root: str) -> str:
 
 
 def measure(transaction: Transaction, root: str) -> Tree:
+    """Return the contents of a tree in numbers.
+
+    Raises:
+        SessionNotFound: there is no such root.
+    """
     session_ids = transaction.column(TREE + "SELECT id FROM tree", root=root)
     run_sql = f"{TREE} SELECT COUNT(*), COALESCE(SUM(CASE status WHEN 'running' THEN 1 ELSE 0 END), 0) FROM ccr_runs"
     runs, unfinished = transaction.tuples(f"{run_sql} WHERE {RUNS}", root=root)[0]
@@ -127,7 +132,7 @@ def measure(transaction: Transaction, root: str) -> Tree:
 
 
 def run_places(transaction: Transaction, root: str, after: int) -> list[RunPlace]:
-    """The next few runs of a tree by seq, beyond one."""
+    """Return the next RUNS_AT_ONCE runs of a tree after a seq, in order."""
     sql = (
         f'{TREE} SELECT seq, id, cwd, "sdkSessionId", "optionsJson" FROM ccr_runs WHERE {RUNS} AND seq > :after '
         "ORDER BY seq LIMIT :limit"
@@ -136,17 +141,17 @@ def run_places(transaction: Transaction, root: str, after: int) -> list[RunPlace
 
 
 def delete(database: Database, root: str) -> None:
-    """Delete a tree, in transactions of a bounded size. One that was interrupted is completed by another.
+    """Delete a tree in transactions of bounded size. Calling it again completes an interrupted deletion.
 
-    The runs and sessions go last and at once: as long as anything is there, the tree can still be named. Until then
-    they say that they have nothing: a service that is started in between neither waits for messages that are gone nor
-    continues a transcript of which a part is left.
+    The runs and sessions are deleted last and together: as long as anything is left, the tree can still be named. Their
+    counts are set to zero first. A service that starts in between then neither waits for deleted messages nor continues
+    an incomplete transcript.
 
     Args:
-        database: the one writer.
+        database: a writable one.
 
     Raises:
-        StorageError: what is left can be deleted by another try.
+        StorageError: the deletion is incomplete, and can be repeated.
     """
     with database.transaction() as transaction:
         for statement in EMPTIED:
@@ -167,18 +172,19 @@ def delete(database: Database, root: str) -> None:
 
 
 def _runs(database: Database, root: str) -> Iterator[RunPlace]:
+    """Yield the runs of a tree, without a transaction that stays open."""
     after = -(2**62)
     while True:
         with database.transaction() as transaction:
-            found = run_places(transaction, root, after)
-        if not found:
+            places = run_places(transaction, root, after)
+        if not places:
             return
-        yield from found
-        after = found[-1].seq
+        yield from places
+        after = places[-1].seq
 
 
 def _delete_by_index(database: Database, table: str, owner: str, owner_id: object) -> None:
-    """Delete what a run or a transcript has in a table, from its end on."""
+    """Delete the rows of a run or a transcript in a table, from the highest index down."""
     while True:
         with _erasing(database) as transaction:
             where = f'FROM {table} WHERE "{owner}" = :id'
@@ -190,7 +196,7 @@ def _delete_by_index(database: Database, table: str, owner: str, owner_id: objec
 
 
 def delete_unused_texts(database: Database) -> None:
-    """Delete the texts that no transcript has any more, also those that an interrupted deletion has left."""
+    """Delete the texts that no transcript uses any more, including those that an interrupted deletion has left."""
     after = ""
     while True:
         with _erasing(database) as transaction:
@@ -204,7 +210,7 @@ def delete_unused_texts(database: Database) -> None:
 
 @contextmanager
 def _erasing(database: Database) -> Iterator[Transaction]:
-    """A transaction that overwrites what it deletes."""
+    """Begin a transaction that overwrites deleted data."""
     with database.transaction() as transaction:
         if database.is_sqlite:
             transaction.script("PRAGMA secure_delete = ON")
@@ -212,13 +218,13 @@ def _erasing(database: Database) -> Iterator[Transaction]:
 
 
 def clear(url: str, deleted: bool) -> None:
-    """Have the database let go of the bytes of what was deleted: SQLite's file, its log and its index of the log.
+    """Remove the bytes of deleted rows from the database's files, SQLite's write-ahead log and its index included.
 
     Args:
-        deleted: whether anything was. If not, it is cleared only of what an earlier deletion has left.
+        deleted: whether anything was deleted. If not, only the remains of an earlier deletion are removed.
 
     Raises:
-        StorageError: they are still there.
+        StorageError: the bytes are still there.
     """
     try:
         if url.startswith("sqlite"):
@@ -230,7 +236,7 @@ def clear(url: str, deleted: bool) -> None:
 
 
 def _clear_postgresql(url: str) -> None:
-    import psycopg  # noqa: PLC0415  # it is imported for PostgreSQL only
+    import psycopg  # noqa: PLC0415  # imported for PostgreSQL only
 
     with psycopg.connect(url, autocommit=True) as connection:
         for table in TABLES:
@@ -240,11 +246,11 @@ def _clear_postgresql(url: str) -> None:
 def _clear_sqlite(path: str, deleted: bool) -> None:
     with closing(sqlite3.connect(path, timeout=CLEAR_TIMEOUT, isolation_level=None)) as connection:
         connection.execute("PRAGMA secure_delete = ON")
-        # The new file is first written as a temporary one: where the database has its room, and neither in memory nor
-        # in TMPDIR, which may be small. A SQLite without this deprecated pragma ignores it.
+        # VACUUM writes a temporary file first. Put it beside the database, where there is room, and not in memory or in
+        # TMPDIR, which may be small. A SQLite without this deprecated pragma ignores it.
         folder = str(Path(path).absolute().parent).replace("'", "''")
         connection.execute(f"PRAGMA temp_store_directory = '{folder}'")
-        # Pages that were split long ago still have copies of rows in their unused parts; only a new file has none.
+        # Pages that were split long ago still contain copies of rows in their unused parts; only a new file does not.
         if deleted or connection.execute("PRAGMA freelist_count").fetchone()[0]:
             connection.execute("VACUUM")
         if connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:

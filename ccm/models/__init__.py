@@ -1,4 +1,4 @@
-"""The resources that are stored and shown: one file and one field list each, with the states that it can have."""
+"""The stored resources: one file each, with its list of fields and its possible states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An approval: a question of Claude Code's before it uses a tool, and the answer that it gets."""
+"""An approval: Claude Code's request for permission to use a tool, and the answer to it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ccm.models.stored import StoredModel, derived
 
 
 class ApprovalStatus(StrEnum):
-    # It waits for its answer.
+    # Waiting for an answer.
     PENDING = "pending"
     # Claude Code may use the tool.
     ALLOWED = "allowed"
-    # It may not: `resolution` says who or what decided so.
+    # Claude Code may not use the tool; `resolution` says why.
     DENIED = "denied"
-    # Its run has ended, or Claude Code took the question back, before there was an answer.
+    # The run ended, or Claude Code withdrew the request, before there was an answer.
     EXPIRED = "expired"
 
 
@@ -35,12 +35,12 @@ class Resolution(StrEnum):
     TIMED_OUT = "timed_out"
     # No client was asked, because too many runs were waiting for answers already.
     NO_WORKER = "no_worker"
-    # Its run ended, or Claude Code took the question back.
+    # The run ended, or Claude Code withdrew the request.
     WITHDRAWN = "withdrawn"
 
 
 class Decision(StrEnum):
-    """What a client answers."""
+    """A client's answer."""
 
     ALLOW = "allow"
     DENY = "deny"
@@ -51,9 +51,9 @@ DECISIONS = {ApprovalStatus.ALLOWED: Decision.ALLOW, ApprovalStatus.DENIED: Deci
 
 @dataclass(frozen=True)
 class Question:
-    """What Claude Code asks before it uses a tool, as the SDK tells it.
+    """Claude Code's request for permission to use a tool, as the SDK reports it.
 
-    `suggestions` are the SDK's own permission updates that would spare the next such question.
+    `suggestions` are the SDK's permission updates that would make the next such request unnecessary.
     """
 
     tool_name: str
@@ -70,12 +70,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What becomes of a question.
+    """The answer to a request.
 
     Args:
-        updated_input: what is executed instead of what was asked for; with `allow` only.
-        remember: take the question's suggestions for the rest of the run; with `allow` only.
-        message: for the model to read; without `allow` only.
+        updated_input: the input to execute instead of the requested one; with `allow` only.
+        remember: apply the request's suggestions for the rest of the run; with `allow` only.
+        message: shown to the model; without `allow` only.
         interrupt: end the model's turn; without `allow` only.
     """
 
@@ -87,38 +87,38 @@ class Answer:
 
 
 class Approval(StoredModel):
-    """A question of a run and what became of it."""
+    """A run's request for permission, and its outcome."""
 
     id: Annotated[Id, Archive.LEFT_OUT] = Field(description="The approval's id.")
     run_id: Id = Field(description="The run that asks.")
     session_id: Annotated[Id, Archive.LEFT_OUT] = Field(description="The session of that run.")
     tool_name: str = Field(description="The tool that Claude Code wants to use.")
     tool_use_id: str | None = Field(description="The id of the tool's use in the messages.")
-    input: JsonText[JsonObject] = Field(description="What the tool is to be given.")
+    input: JsonText[JsonObject] = Field(description="The input for the tool.")
     suggestions: JsonText[list[JsonObject]] = Field(
-        description="The SDK's own permission updates that would spare the next such question."
+        description="The SDK's permission updates that would make the next such request unnecessary."
     )
-    title: str | None = Field(description="Claude Code's title of the question.")
-    display_name: str | None = Field(description="Claude Code's name of the tool for people.")
-    description: str | None = Field(description="Claude Code's own description of the use.")
-    blocked_path: str | None = Field(description="The path because of which Claude Code asks.")
+    title: str | None = Field(description="Claude Code's title for the request.")
+    display_name: str | None = Field(description="Claude Code's display name for the tool.")
+    description: str | None = Field(description="Claude Code's description of the tool's use.")
+    blocked_path: str | None = Field(description="The path that made Claude Code ask.")
     decision_reason: str | None = Field(description="Why Claude Code asks.")
     agent_id: str | None = Field(description="The subagent that asks; null for the main one.")
-    status: ApprovalStatus = Field(description="Where the approval stands.")
-    resolution: Resolution | None = Field(description="Why it is no longer pending; null while it is.")
+    status: ApprovalStatus = Field(description="The state of the approval.")
+    resolution: Resolution | None = Field(description="Why the approval is no longer pending; null while it is.")
     updated_input: JsonText[JsonObject] | None = Field(description=UPDATED_INPUT)
     remember: Remember
     message: DenialMessage
     interrupt: Interrupt
     decided_by: str | None = Field(description="The name of the token of the client that answered.")
     created_at: Timestamp = Field(description="When Claude Code asked.")
-    expires_at: Timestamp = Field(description="Until when an answer is waited for.")
+    expires_at: Timestamp = Field(description="When the approval times out.")
     resolved_at: Timestamp | None = Field(description="When the approval stopped being pending.")
 
-    # The order in which they were asked.
+    # The order of the requests.
     seq: int = Field(exclude=True)
 
-    @derived(after="id", description="The approval's id once more.")
+    @derived(after="id", description="The approval's id again.")
     def approval_id(self) -> Id:
         return self.id
 
@@ -136,7 +136,7 @@ class Approval(StoredModel):
 
     @property
     def answer(self) -> Answer:
-        """What Claude Code is told once it is no longer pending."""
+        """The answer for Claude Code, once the approval is no longer pending."""
         return Answer(
             allow=self.status == ApprovalStatus.ALLOWED,
             updated_input=None if self.updated_input is None else self.updated_input.value,

@@ -15,27 +15,27 @@ from ccm.models.stored import StoredModel
 
 
 class DeliveryStatus(StrEnum):
-    # It has not arrived, and is tried (again) at `nextAttemptAt`.
+    # Not delivered yet; the next attempt is at `nextAttemptAt`.
     PENDING = "pending"
-    # The receiver took it.
+    # The receiver accepted it.
     DELIVERED = "delivered"
     # Given up after the last attempt; later events of the run are still delivered.
     FAILED = "failed"
-    # Given up with all that would follow it: the receiver wants no more, or its address is no longer allowed.
+    # Given up together with all later deliveries: the receiver wants no more, or its address is no longer allowed.
     DISABLED = "disabled"
 
 
 class DeliveryTarget(StrEnum):
-    """To whom an event is delivered."""
+    """The receiver of a delivery."""
 
-    # The address of the run.
+    # The run's own address.
     RUN = "run"
-    # The address of the service.
+    # The service's address.
     SERVICE = "service"
 
 
 class Attempt(TypedDict):
-    """One attempt. `error` is null if it succeeded, `statusCode` if there was no answer."""
+    """One attempt. `error` is null if it succeeded, `statusCode` is null if there was no answer."""
 
     at: str
     durationMs: int
@@ -44,7 +44,7 @@ class Attempt(TypedDict):
 
 
 def _host_or_none(host: str) -> str | None:
-    """The column is empty for the service's address, which is that of the settings."""
+    """Return None for the empty column of a delivery to the service's address, which the settings name."""
     return host or None
 
 
@@ -55,14 +55,14 @@ class Delivery(StoredModel):
     event_id: int = Field(description="The event that is delivered.")
     event_type: EventType = Field(description="The type of that event.")
     run_id: Id = Field(description="The run that the event is about.")
-    target: DeliveryTarget = Field(description="Whether it goes to the run's address or the service's.")
+    target: DeliveryTarget = Field(description="Whether the event goes to the run's address or the service's.")
     host: Annotated[str | None, BeforeValidator(_host_or_none)] = Field(
         description="Host and port of the run's address; null for the service's."
     )
-    webhook_id: str = Field(description="The `webhook-id` that the receiver gets: the same with each attempt.")
-    status: DeliveryStatus = Field(description="Where the delivery stands.")
-    reason: str | None = Field(description="Why it was given up.")
-    attempts: JsonText[list[Attempt]] = Field(description="The attempts so far, the oldest first.")
+    webhook_id: str = Field(description="The `webhook-id` that the receiver gets, the same in each attempt.")
+    status: DeliveryStatus = Field(description="The state of the delivery.")
+    reason: str | None = Field(description="Why the delivery was given up.")
+    attempts: JsonText[list[Attempt]] = Field(description="The attempts so far, oldest first.")
     next_attempt_at: Timestamp | None = Field(
-        description="When it is tried next; null also while an earlier one of the same run and target is pending."
+        description="When it is sent next; null also while an earlier delivery of the same run and target is pending."
     )

@@ -1,4 +1,4 @@
-"""An event: something that has happened to a run or an approval."""
+"""An event: a change in the state of a run or an approval."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class EventType(StrEnum):
     APPROVAL_RESOLVED = "approval.resolved"
 
 
-# Of a run that has ended, by its status.
+# The type of a run's last event, by the run's final status.
 RUN_ENDED = {
     RunStatus.COMPLETED: EventType.RUN_COMPLETED,
     RunStatus.ERROR: EventType.RUN_FAILED,
@@ -33,9 +33,9 @@ RUN_ENDED = {
 
 @dataclass(frozen=True)
 class Event:
-    """Something that has happened to a run or an approval. `json` is one line of ASCII.
+    """A change in the state of a run or an approval. `json` is one line of ASCII.
 
-    Its form, `type`, `timestamp` and `data`, is that of https://www.standardwebhooks.com.
+    It has the fields of https://www.standardwebhooks.com: `type`, `timestamp` and `data`.
     """
 
     id: int

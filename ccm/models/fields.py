@@ -1,4 +1,4 @@
-"""Types that fields of several models and request bodies share: each bound and each description stands here once."""
+"""Types that several models and request bodies share, with their limits and descriptions."""
 
 from __future__ import annotations
 
@@ -11,34 +11,36 @@ from pydantic import AfterValidator, Field, JsonValue
 from ccm.models.shape import Mark
 from ccm.settings.webhook_urls import web_address
 
-# A run of ours has a UUID; one that was imported has the id that its first service gave it.
+# Our runs have UUIDs. An imported run keeps the id from its original service.
 RUN_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
-# Sums of floats are rounded to it: a millionth of a cent.
+# Sums of dollars are rounded to this many digits: a millionth of a cent.
 MONEY_DIGITS = 8
 PROMPT_CHARACTERS = 1_000_000
 TITLE_CHARACTERS = 500
-# Linux takes 128 KiB in one argument of a program; some options travel as one.
+# Linux limits one argument of a program to 128 KiB, and some options are passed as one argument.
 ARGUMENT_CHARACTERS = 100_000
 TIMEOUT_MS = 24 * 3600 * 1000
 APPROVAL_TIMEOUT_MS = 30 * TIMEOUT_MS
-# Of what the model is told with a denial.
+# The limit of a denial's message for the model.
 MESSAGE_CHARACTERS = 100_000
 
 
 def no_nul(text: str) -> str:
+    """Refuse a text with NUL, which PostgreSQL cannot store."""
     if "\0" in text:
         raise ValueError("must not contain the character NUL")
     return text
 
 
 def not_blank(text: str) -> str:
+    """Refuse a text that is empty, blank or contains NUL."""
     if not text.strip():
         raise ValueError("must not be blank")
     return no_nul(text)
 
 
 def finite(value: Any) -> Any:
-    """Refuse NaN and Infinity, which pydantic reads and JSON does not have: it could not be written out again."""
+    """Refuse NaN and Infinity: pydantic accepts them, but they are not valid JSON in an answer."""
     try:
         json.dumps(value, allow_nan=False)
     except ValueError:
@@ -47,7 +49,7 @@ def finite(value: Any) -> Any:
 
 
 def plain_json(value: Any) -> Any:
-    """Refuse what JSON does not have or what is too long."""
+    """Refuse a value that is not valid JSON, or is too long."""
     if len(json.dumps(finite(value))) > ARGUMENT_CHARACTERS:
         raise ValueError(f"must be at most {ARGUMENT_CHARACTERS} characters of JSON")
     return value
@@ -58,22 +60,20 @@ Timestamp = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 Count = Annotated[int, Field(ge=0), Mark.COUNT]
 JsonObject = dict[str, Any]
 
-PROMPT = "What the user says to Claude Code."
+PROMPT = "The user's message to Claude Code."
 Prompt = Annotated[str, Field(max_length=PROMPT_CHARACTERS, description=PROMPT), AfterValidator(not_blank)]
 TimeoutMs = Annotated[
     Annotated[int, Field(ge=1, le=TIMEOUT_MS)] | None,
-    Field(description="How long the run may take once it has started (ms); null for no limit of its own."),
+    Field(description="The time limit of the run from its start (ms); null for no limit of its own."),
 ]
-Approvals = Annotated[
-    bool, Field(description="Whether Claude Code's questions before it uses a tool are put to clients.")
-]
+Approvals = Annotated[bool, Field(description="Whether clients decide on Claude Code's requests to use tools.")]
 ApprovalTimeoutMs = Annotated[
     Annotated[int, Field(ge=1, le=APPROVAL_TIMEOUT_MS)] | None,
-    Field(description="How long each approval waits for its answer (ms); null for the service's own time."),
+    Field(description="How long each approval waits for an answer (ms); null for the service's default."),
 ]
 WebhookUrl = Annotated[
     Annotated[str, AfterValidator(web_address)] | None,
-    Field(description="The address that is told what becomes of the run; null for none."),
+    Field(description="The address that receives the run's events; null for none."),
 ]
 Title = Annotated[
     Annotated[str, Field(max_length=TITLE_CHARACTERS), AfterValidator(no_nul)] | None,
@@ -82,17 +82,17 @@ Title = Annotated[
 Metadata = Annotated[
     dict[str, JsonValue],
     AfterValidator(plain_json),
-    Field(description="The client's own data on the session, a JSON object."),
+    Field(description="The client's own data about the session, a JSON object."),
 ]
-UPDATED_INPUT = "What is executed instead of what was asked for; null for no change."
+UPDATED_INPUT = "The input to execute instead of the requested one; null for no change."
 UpdatedInput = Annotated[
     Annotated[dict[str, JsonValue], AfterValidator(finite)] | None, Field(description=UPDATED_INPUT)
 ]
 Remember = Annotated[
-    bool, Field(description="Whether the question's suggestions hold for the rest of the run, so that it asks less.")
+    bool, Field(description="Whether the request's suggestions apply to the rest of the run, so that it asks less.")
 ]
 DenialMessage = Annotated[
     Annotated[str, Field(max_length=MESSAGE_CHARACTERS), AfterValidator(not_blank)] | None,
-    Field(description="What the model is told with a denial."),
+    Field(description="The message to the model about a denial."),
 ]
 Interrupt = Annotated[bool, Field(description="Whether a denial also ends the model's turn.")]

@@ -15,7 +15,7 @@ _UNREAD = object()
 
 
 class JsonText(Generic[T]):
-    """A JSON value kept as the text that is stored, and parsed when it is first asked for."""
+    """A JSON value that is kept as its stored text and parsed on first access."""
 
     __slots__ = ("_value", "text")
 

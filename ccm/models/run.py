@@ -1,4 +1,4 @@
-"""A run: one invocation of the SDK, and what a request for one brings along."""
+"""A run: one invocation of the SDK. Also the images and the idempotency key of its request."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from ccm.models.stored import StoredModel, derived
 
 
 class RunStatus(StrEnum):
-    # Accepted and not ended: it waits for a worker while it has no `startedAt`.
+    # Accepted and not ended. Without a `startedAt` it waits for a worker.
     RUNNING = "running"
-    # Claude Code gave a result that is no error.
+    # Claude Code returned a result that is not an error.
     COMPLETED = "completed"
-    # It failed, or was ended by a limit or a fault: `error` says why.
+    # Failed, or ended by a limit or a fault; `error` says why.
     ERROR = "error"
-    # A client ended it.
+    # Ended by a client.
     CANCELLED = "cancelled"
 
 
@@ -59,16 +59,16 @@ class Run(StoredModel):
     session_id: Id = Field(description="The session that the run belongs to.")
     sdk_session_id: Id = Field(description="Claude Code's own session id, which names the transcript.")
     parent_run_id: Id | None = Field(description="The run that this one continues.")
-    parent_session_id: Id | None = Field(description="The session that a fork branches off.")
-    mode: RunMode = Field(description="How the run came about.")
-    status: RunStatus = Field(description="Where the run stands.")
+    parent_session_id: Id | None = Field(description="The session that this fork branches off.")
+    mode: RunMode = Field(description="Whether the run is the first of a new session, a resume or a fork.")
+    status: RunStatus = Field(description="The state of the run.")
     cwd: str = Field(description="The directory that Claude Code works in.")
-    # Not within the bounds of a request's: a run of the original service may have none.
+    # Without the limits of a request, because an imported run may have an empty prompt.
     prompt: str = Field(description=PROMPT)
     options: JsonText[JsonObject] = Field(description="The SDK's options, as the client gave them.")
-    image_count: Count = Field(description="How many pictures came with the prompt.")
+    image_count: Count = Field(description="How many images came with the prompt.")
     timeout_ms: TimeoutMs
-    # Older exports have neither this nor the next two.
+    # Older exports lack this field and the next two.
     approvals: Approvals = False
     approval_timeout_ms: ApprovalTimeoutMs
     webhook_url: WebhookUrl
@@ -76,16 +76,16 @@ class Run(StoredModel):
     result: JsonText[JsonObject] | None = Field(description="Claude Code's result message, as the SDK gave it.")
     error_code: str | None = Field(exclude=True)
     error_message: str | None = Field(exclude=True)
-    cost_usd: float | None = Field(description="What the run itself cost, without what it continues (USD).")
+    cost_usd: float | None = Field(description="The cost of the run itself, without the runs that it continues (USD).")
     message_count: Count = Field(description="How many messages are recorded.")
-    duration_ms: Count | None = Field(description="How long Claude Code was at work (ms).")
+    duration_ms: Count | None = Field(description="How long Claude Code worked (ms).")
     queue_position: Annotated[Count | None, Archive.LEFT_OUT] = Field(
-        description="The run's place among those that wait for a worker, from 1; null once it has started."
+        description="The run's position in the queue for a worker, from 1; null once it has started."
     )
-    transcript_stored: bool = Field(description="Whether the database holds the run's transcript whole.")
-    created_by: str | None = Field(description="The name of the token that the client showed.")
+    transcript_stored: bool = Field(description="Whether the database has the run's complete transcript.")
+    created_by: str | None = Field(description="The name of the client's token.")
     pending_approvals: Annotated[Count, Archive.LEFT_OUT] = Field(
-        description="How many approvals of the run wait for answers."
+        description="How many approvals of the run are pending."
     )
     created_at: Timestamp = Field(description="When the run was accepted.")
     started_at: Timestamp | None = Field(description="When the run left the queue.")
@@ -93,16 +93,16 @@ class Run(StoredModel):
 
     # The order in which runs were accepted.
     seq: Annotated[int, Archive.BOTH] = Field(exclude=True)
-    # Where a fork branches off in its parent: the message, and its index.
+    # The message at which a fork branches off its parent, and its index.
     fork_at_message: Annotated[Id | None, Archive.BOTH] = Field(exclude=True)
     fork_at_index: Annotated[Count | None, Archive.BOTH] = Field(exclude=True)
-    # Whether Claude Code has written a transcript, so that the run can be continued.
+    # Whether Claude Code has written a transcript, without which the run cannot be continued.
     has_transcript: Annotated[bool, Archive.BOTH] = Field(exclude=True)
-    # The client's own name for its request, and a digest of that request.
+    # The Idempotency-Key of the request, and a digest of the request.
     idempotency_key: Annotated[str | None, Archive.BOTH] = Field(default=None, exclude=True)
     request_digest: Annotated[str | None, Archive.BOTH] = Field(default=None, exclude=True)
 
-    @derived(after="id", description="The run's id once more, under the name that other resources have for it.")
+    @derived(after="id", description="The run's id again, under the name that other resources use.")
     def run_id(self) -> Id:
         return self.id
 
@@ -112,7 +112,7 @@ class Run(StoredModel):
 
     @derived(
         after="error",
-        description="What Claude Code was not allowed to do, as its result lists it.",
+        description="The denied uses of tools, as Claude Code's result lists them.",
         archive=Archive.LEFT_OUT,
     )
     def permission_denials(self) -> list[Any]:
@@ -130,7 +130,7 @@ class Run(StoredModel):
 
 @dataclass(frozen=True)
 class Image:
-    """A picture that goes with a prompt; `data` is base64."""
+    """An image of a prompt; `data` is base64."""
 
     media_type: str
     data: str
@@ -138,7 +138,7 @@ class Image:
 
 @dataclass(frozen=True)
 class IdempotencyKey:
-    """A client's own name for a request, and a digest of that request: the same name goes with the same request."""
+    """A client's key for a request, and a digest of that request. A key belongs to one request."""
 
     text: str
     digest: str

@@ -18,7 +18,7 @@ from ccm.models.stored import StoredModel
 class SessionStatus(StrEnum):
     # A run of the session has not ended.
     RUNNING = "running"
-    # All of its runs have ended.
+    # All runs of the session have ended.
     IDLE = "idle"
 
 
@@ -31,20 +31,20 @@ class Session(StoredModel):
     cwd: str = Field(description="The directory of the session's runs.")
     title: Title
     metadata: JsonText[Metadata]
-    status: Annotated[SessionStatus, Archive.LEFT_OUT] = Field(description="Whether one of the runs has not ended.")
+    status: Annotated[SessionStatus, Archive.LEFT_OUT] = Field(description="Whether any of its runs has not ended.")
     head_run_id: Annotated[Id | None, Archive.EXPORTED] = Field(description="The run that a resume continues.")
     run_count: Annotated[Count, Archive.EXPORTED] = Field(description="How many runs the session has.")
     message_count: Annotated[Count, Archive.EXPORTED] = Field(description="How many messages its runs have.")
     cost_usd: Annotated[float, BeforeValidator(partial(round, ndigits=MONEY_DIGITS)), Archive.EXPORTED] = Field(
-        description="What its ended runs cost together (USD)."
+        description="The total cost of its ended runs (USD)."
     )
     first_run_at: Annotated[Timestamp, Archive.EXPORTED] = Field(description="When its first run was accepted.")
     last_run_at: Annotated[Timestamp, Archive.EXPORTED] = Field(description="When its newest run was accepted.")
 
-    # The `seq` of its newest run: sessions are listed by it.
+    # The `seq` of its newest run, by which sessions are listed.
     last_run_seq: int = Field(exclude=True)
 
     @classmethod
     def to_columns(cls, shown: Mapping[str, Any]) -> dict[str, Any]:
-        """Turn values under their names in the API into those of columns. No metadata is an empty object."""
+        """Convert the API's names and values to those of columns. Missing metadata becomes an empty object."""
         return super().to_columns({**shown, "metadata": shown["metadata"] or {}} if "metadata" in shown else shown)

@@ -1,4 +1,4 @@
-"""What a model's fields are to the database, to the API and to an export: worked out once for each model."""
+"""The names and conversions of a model's fields in the database, the API and an export, derived once per model."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from ccm.models.json_field import JsonText
 
 
 class Archive(Enum):
-    """How a field takes part in an export and an import."""
+    """The role of a field in an export and an import."""
 
-    # Written and read back. Every field of the API, and no other, unless it says otherwise.
+    # Exported and imported: the default of every field of the API.
     BOTH = auto()
-    # Written for whoever reads the file; an import counts it anew.
+    # Exported for readers of the file; an import computes the value anew.
     EXPORTED = auto()
-    # A state of the moment, or a second name of what the line tells elsewhere.
+    # Neither: a momentary state, or a second name of another value. The default of fields that the API hides.
     LEFT_OUT = auto()
 
 
 class Mark(Enum):
-    """What a text or a number is, beyond its type."""
+    """The meaning of a text or a number, beyond its type."""
 
     ID = auto()
     COUNT = auto()
 
 
 class Kind(NamedTuple):
-    """A field's type taken apart: `int | None` with its annotations is `int`, nullable."""
+    """The parts of a field's type: `int | None` with its annotations is `int`, nullable."""
 
     type: Any
     nullable: bool
@@ -42,6 +42,7 @@ class Kind(NamedTuple):
 
     @classmethod
     def of(cls, annotation: Any, notes: Sequence[Any] = ()) -> Kind:
+        """Return the parts of a type annotation."""
         if get_origin(annotation) is Annotated:
             inner, *more = get_args(annotation)
             return cls.of(inner, (*notes, *more))
@@ -56,16 +57,16 @@ class Kind(NamedTuple):
 
     @property
     def held(self) -> Any:
-        """The type of the value that JSON text holds."""
+        """The type of the value within the JSON text."""
         return Kind.of(get_args(self.type)[0]).type
 
     @property
     def choices(self) -> type[StrEnum] | None:
-        """The members that it may have, None if it may be anything."""
+        """The enum of the allowed values; None if the field is not an enum."""
         return self.type if isinstance(self.type, type) and issubclass(self.type, StrEnum) else None
 
     def written(self, value: Any) -> Any:
-        """A field's value as its column takes it."""
+        """Return a field's value in the form of its column."""
         if value is None:
             return None
         if self.is_json:
@@ -73,25 +74,25 @@ class Kind(NamedTuple):
         return int(value) if self.type is bool else value
 
     def reader(self) -> Callable[[Any], Any] | None:
-        """What makes the value of a field out of that of its column, None if it is the same."""
+        """Return the function that converts a column's value to the field's; None if they are the same."""
         for note in self.notes:
             if isinstance(note, BeforeValidator):
                 return cast("Callable[[Any], Any]", note.func)
         if self.is_json:
             return JsonText
         if self.type is bool:
-            return bool  # the databases have 0 and 1
+            return bool  # the databases store 0 and 1
         if self.choices is not None:
             return {str(member): member for member in self.choices}.__getitem__
         return None
 
 
-# Of what is derived: it is shown as it is.
+# The kind of derived fields, which are shown unchanged.
 ANY = Kind(Any, nullable=True, notes=())
 
 
 class StoredField(NamedTuple):
-    """One field of a model: its names in Python, in the database (None: no column), in the API (None: not shown)."""
+    """One field of a model: its names in Python, the database (None: no column) and the API (None: not shown)."""
 
     name: str
     column: str | None
@@ -102,7 +103,7 @@ class StoredField(NamedTuple):
 
 
 class Shape:
-    """What is derived from the fields of a model, once."""
+    """The column names, API names and conversions of a model."""
 
     def __init__(self, model: type[BaseModel]) -> None:
         self.fields = _fields(model)
@@ -115,23 +116,23 @@ class Shape:
         self.readers = [(field.name, reader) for field in stored if (reader := field.kind.reader())]
         self.shown = tuple(str(field.shown) for field in shown)
         names = [field.name for field in shown]
-        # Where nothing is derived, straight from where the values are: twice as fast.
-        self.plain = all(field.column for field in shown)
-        self.show: Callable[[Any], tuple[Any, ...]] = itemgetter(*names) if self.plain else attrgetter(*names)
+        # Without derived fields, `show` reads the instance's __dict__ directly, which is twice as fast.
+        self.is_dict_only = all(field.column for field in shown)
+        self.show: Callable[[Any], tuple[Any, ...]] = itemgetter(*names) if self.is_dict_only else attrgetter(*names)
         self.shown_json = [str(field.shown) for field in shown if field.kind.is_json]
 
 
 def _fields(model: type[BaseModel]) -> list[StoredField]:
-    """The fields of a model in the order of the API, each with those that are derived after it."""
+    """Return the fields of a model in the order of the API, each derived field after the one that it follows."""
     followers: dict[str, list[StoredField]] = {}
     for name, derivation in model.model_computed_fields.items():
         after, archive = derivation.wrapped_property.fget.place  # type: ignore[union-attr]
         shown = StoredField(name, None, to_camel(name), ANY, archive, None)
         followers.setdefault(after, []).append(shown)
-    found: list[StoredField] = []
+    ordered: list[StoredField] = []
 
     def add(field: StoredField) -> None:
-        found.append(field)
+        ordered.append(field)
         for follower in followers.pop(field.name, ()):
             add(follower)
 
@@ -150,4 +151,4 @@ def _fields(model: type[BaseModel]) -> list[StoredField]:
         )
     if followers:
         raise TypeError(f"{model.__name__} has no field {', '.join(followers)} for others to follow.")
-    return found
+    return ordered

@@ -1,8 +1,8 @@
-"""How a resource is defined: once, as a pydantic model.
+"""The base class of stored resources. Each resource is defined once, as a pydantic model.
 
 The columns of its table, its JSON in the API, its JSON schema, and its line in an export all derive from the model's
-fields. A field stands in the order of the API. What is a column and not part of the API has `exclude=True`; what is
-part of the API and not a column is a function with `@derived`.
+fields. The fields stand in the order of the API. A column that the API hides has `exclude=True`. A field of the API
+without a column is a method with `@derived`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 _new = object.__new__
-_put = object.__setattr__
+_set = object.__setattr__
 
 
 class Derived(Protocol[T_co]):
-    """A field of the API that is worked out of others."""
+    """A field of the API that is computed from others."""
 
     def __get__(self, instance: object, owner: type | None = None) -> T_co: ...
 
@@ -33,11 +33,11 @@ class Derived(Protocol[T_co]):
 def derived(
     *, after: str, description: str, archive: Archive = Archive.BOTH
 ) -> Callable[[Callable[[Any], T]], Derived[T]]:
-    """Make a method a field of the API.
+    """Decorate a method to make it a field of the API.
 
     Args:
-        after: the field that it follows there.
-        archive: an import reads none of these back as they are; BOTH is only written.
+        after: the field that it follows in the API's JSON.
+        archive: BOTH exports the field. An import never reads a derived field.
     """
 
     def decorate(method: Callable[[Any], T]) -> Derived[T]:
@@ -48,19 +48,20 @@ def derived(
 
 
 class ResponseModel(BaseModel):
-    """What the API answers with. Its fields have camelCase names there."""
+    """A JSON object in an answer of the API, with camelCase names."""
 
-    # Deferred: a start need not build the validators, which rows do not pass through.
+    # Deferred, so that a start does not build the validators, which rows do not need.
     model_config = ConfigDict(
         frozen=True, defer_build=True, alias_generator=AliasGenerator(serialization_alias=to_camel)
     )
 
     def to_json(self) -> dict[str, Any]:
+        """Return the JSON object."""
         return self.model_dump(by_alias=True)
 
 
 class StoredModel(ResponseModel):
-    """A resource that is stored in a table and shown by the API."""
+    """A resource with a table and a place in the API."""
 
     shape: ClassVar[Shape]
 
@@ -70,35 +71,35 @@ class StoredModel(ResponseModel):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Describe what `to_json` gives, in its order: pydantic puts what is derived last, and keeps what is hidden."""
+        """Describe the result of `to_json`, in its order: pydantic puts derived fields last and keeps hidden ones."""
         described = handler.resolve_ref_schema(handler(schema))
         if handler.mode == "serialization":
             properties = described["properties"]
             described["properties"] = {name: properties[name] for name in cls.shape.shown}
             for described_field in described["properties"].values():
-                described_field.pop("title", None)  # made of the name, and says nothing more
+                described_field.pop("title", None)  # pydantic derives it from the name, so it adds nothing
             described["required"] = list(cls.shape.shown)
         return described
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Self:
-        """Make one of the columns of a row, as they are: what the database holds was checked when it was written."""
+        """Create an instance from a row, without validation: stored values were validated when they were written."""
         shape = cls.shape
-        values = dict(zip(shape.names, shape.take(row)))  # noqa: B905  # as many, and `strict` takes time
+        values = dict(zip(shape.names, shape.take(row)))  # noqa: B905  # equal lengths; `strict` costs time
         for name, read in shape.readers:
             if (value := values[name]) is not None:
                 values[name] = read(value)
-        # As pydantic's own model_construct, without what that does for fields that are left out: these are thousands.
-        made = _new(cls)
-        _put(made, "__dict__", values)
-        _put(made, "__pydantic_fields_set__", shape.set)
-        _put(made, "__pydantic_extra__", None)
-        _put(made, "__pydantic_private__", None)
-        return made
+        # As model_construct, but without its handling of missing fields: there may be thousands of rows.
+        instance = _new(cls)
+        _set(instance, "__dict__", values)
+        _set(instance, "__pydantic_fields_set__", shape.set)
+        _set(instance, "__pydantic_extra__", None)
+        _set(instance, "__pydantic_private__", None)
+        return instance
 
     @classmethod
     def to_columns(cls, shown: Mapping[str, Any]) -> dict[str, Any]:
-        """Turn values under their names in the API into those of columns. What is no column is left out."""
+        """Convert the API's names and values to those of columns, leaving out fields without a column."""
         return {
             field.column: field.kind.written(shown[field.shown])
             for field in cls.shape.fields
@@ -106,9 +107,9 @@ class StoredModel(ResponseModel):
         }
 
     def to_json(self) -> dict[str, Any]:
-        """The resource as the API shows it."""
+        """Return the JSON object that the API shows."""
         shape = self.shape
-        values = shape.show(self.__dict__ if shape.plain else self)
+        values = shape.show(self.__dict__ if shape.is_dict_only else self)
         shown = dict(zip(shape.shown, values))  # noqa: B905
         for name in shape.shown_json:
             if (stored := shown[name]) is not None:

@@ -43,13 +43,13 @@ def test_a_wait_wakes_its_generator_with_nothing_now_and_then() -> None:
     with here, there:
         result = waiting.wait(read(), here.fileno(), interval=0.01)  # type: ignore[arg-type]
 
-    assert (result, woken) == ("done", [0]), "Connection._bounded looks at the time when nothing is ready"
+    assert (result, woken) == ("done", [0]), "Connection._limit checks the time when nothing is ready"
 
 
 def test_a_wait_by_default_has_an_interval() -> None:
     default = inspect.signature(psycopg.Connection.wait).parameters["interval"].default
 
-    assert 0 < default <= 1, "Connection._bounded would look at the time too rarely, or never"
+    assert 0 < default <= 1, "Connection._limit would check the time too rarely, or never"
 
 
 class SilentServer:
@@ -77,11 +77,11 @@ def test_a_server_that_says_nothing_is_given_up() -> None:
             connection.wait(read())
         del connection.pgconn  # psycopg would warn of a connection that was not closed
 
-    assert server.finished, "Connection._bounded has to end the connection, or a ROLLBACK is waited for as long"
+    assert server.finished, "Connection._limit must close the connection, or a ROLLBACK waits for as long"
 
 
 def test_a_connection_of_libpq_can_be_finished() -> None:
-    assert callable(getattr(psycopg.pq.PGconn, "finish", None)), "Connection._bounded calls pgconn.finish()"
+    assert callable(getattr(psycopg.pq.PGconn, "finish", None)), "Connection._limit calls pgconn.finish()"
 
 
 @pytest.mark.parametrize("name", sorted(NETWORK))
@@ -116,7 +116,7 @@ def test_an_error_has_its_class_and_its_state(error: psycopg.Error, kind: type) 
     [("LockNotAvailable", "55P03"), ("AdminShutdown", "57P01"), ("QueryCanceled", "57014"), ("DiskFull", "53100")],
 )
 def test_an_error_class_has_its_sqlstate(name: str, state: str) -> None:
-    assert getattr(psycopg.errors, name).sqlstate == state, f"storage_error() and _take_right() know {name}"
+    assert getattr(psycopg.errors, name).sqlstate == state, f"storage_error() and _take_right_to_write() know {name}"
 
 
 def test_a_row_is_a_tuple_by_default() -> None:

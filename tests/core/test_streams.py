@@ -1,4 +1,4 @@
-"""Following: silence is told; it ends with its reader, or with the service once all that is stored has been told."""
+"""Streams report silence. They end with their reader, or with the service once everything stored has been sent."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ NOW = "2026-11-22T09:40:11.310Z"
 
 
 class Storage:
-    """What a writer would store, said in short."""
+    """Stores rows as the writer would, and notifies."""
 
     def __init__(self, writable: Database, notifier: Notifier) -> None:
         self._writable = writable
-        self._notifier = notifier
+        self.notifier = notifier
         self._seq = 0
 
     def run(self) -> str:
-        """A further run of session S that goes on."""
+        """Store another running run of session S."""
         self._seq += 1
         run_id = f"run-{self._seq}"
         with self._writable.transaction() as transaction:
@@ -39,21 +39,21 @@ class Storage:
             row = {"id": run_id, "sessionId": "S", "sdkSessionId": run_id, "mode": "fresh", "status": "running"}
             more = {"cwd": "/", "prompt": "p", "optionsJson": "{}", "imageCount": 0, "createdAt": NOW}
             runs.insert(transaction, {**row, **more, "seq": self._seq, "startedAt": NOW}, None)
-        self._notifier.notify([run_id, "S"])
+        self.notifier.notify([run_id, "S"])
         return run_id
 
     def say(self, run_id: str, *indexes: int, size: int = 0) -> None:
         with self._writable.transaction() as transaction:
             rows = [Message(run_id, "S", index, "a", json.dumps([index, "x" * size]), NOW) for index in indexes]
             messages.insert_many(transaction, rows)
-        self._notifier.notify([run_id, "S"])
+        self.notifier.notify([run_id, "S"])
 
     def end(self, run_id: str) -> None:
         with self._writable.transaction() as transaction:
             run = runs.find(transaction, run_id)
             assert run is not None
             runs.end(transaction, run, {"status": "completed", "messageCount": run.message_count})
-        self._notifier.notify([run_id, "S"])
+        self.notifier.notify([run_id, "S"])
 
 
 @pytest.fixture
@@ -67,12 +67,12 @@ def storage(writable: Database, notifier: Notifier) -> Storage:
 
 
 @pytest.fixture
-def queries(storage: Storage, reader: Database, notifier: Notifier) -> Queries:
-    return Queries(reader, notifier)
+def queries(storage: Storage, reader: Database) -> Queries:
+    return Queries(reader)
 
 
 def shown(event: Event) -> object:
-    """The indexes of messages, the id of an ended run, None for silence."""
+    """Return the indexes of messages, the id of an ended run, or None for silence."""
     if isinstance(event, Messages):
         assert [json.loads(text)[0] for _, text in event.numbered] == [index for index, _ in event.numbered]
         return [index for index, _ in event.numbered]
@@ -80,10 +80,10 @@ def shown(event: Event) -> object:
 
 
 def rest(events: Iterator[Event]) -> list[object]:
-    """What comes until the end, silence left out; fails if there is none."""
-    found = [shown(event) for event in itertools.islice(events, 20)]
-    assert len(found) < 20, "it does not end"
-    return [event for event in found if event is not None]
+    """Return the events until the stream ends, without silence; fail if it does not end."""
+    shown_events = [shown(event) for event in itertools.islice(events, 20)]
+    assert len(shown_events) < 20, "the stream does not end"
+    return [event for event in shown_events if event is not None]
 
 
 def never() -> bool:
@@ -94,9 +94,9 @@ def after(seconds: float, action: Callable[[], None]) -> None:
     threading.Timer(seconds, action).start()
 
 
-def test_silence_is_told_until_there_is_news(queries: Queries, storage: Storage) -> None:
+def test_silence_is_reported_until_a_message_arrives(queries: Queries, storage: Storage) -> None:
     run_id = storage.run()
-    events = map(shown, Subscription(queries, never, silence=0.01).run(run_id, -1))
+    events = map(shown, Subscription(queries, storage.notifier, never, silence=0.01).run(run_id, -1))
 
     assert [next(events) for _ in range(3)] == [None] * 3
     storage.say(run_id, 0, 1)
@@ -106,43 +106,43 @@ def test_silence_is_told_until_there_is_news(queries: Queries, storage: Storage)
     assert list(events) == []
 
 
-def test_news_is_told_when_it_is_rung_for(queries: Queries, storage: Storage) -> None:
+def test_a_notification_delivers_new_messages_at_once(queries: Queries, storage: Storage) -> None:
     run_id = storage.run()
-    events = map(shown, Subscription(queries, never, silence=60).run(run_id, -1))
+    events = map(shown, Subscription(queries, storage.notifier, never, silence=60).run(run_id, -1))
     after(0.05, lambda: storage.say(run_id, 0))
     assert next(events) == [0]
     after(0.05, lambda: storage.end(run_id))
     assert next(events) == run_id
 
 
-def test_a_long_run_comes_in_pieces(queries: Queries, storage: Storage) -> None:
+def test_a_long_run_arrives_in_batches(queries: Queries, storage: Storage) -> None:
     run_id = storage.run()
     storage.say(run_id, *range(20), size=100_000)
     storage.say(run_id, 20, size=1_000_000)
     storage.end(run_id)
-    pieces = list(map(shown, Subscription(queries, never).run(run_id, 4)))
+    batches = list(map(shown, Subscription(queries, storage.notifier, never).run(run_id, 4)))
 
-    assert pieces[-1] == run_id
-    assert [index for piece in pieces[:-1] for index in piece] == list(range(5, 21))  # type: ignore[attr-defined]
-    assert len(pieces) > 8
+    assert batches[-1] == run_id
+    assert [index for batch in batches[:-1] for index in batch] == list(range(5, 21))  # type: ignore[attr-defined]
+    assert len(batches) > 8
 
 
-def test_a_reader_that_has_left_ends_it(queries: Queries, storage: Storage, notifier: Notifier) -> None:
+def test_a_stream_ends_when_its_reader_disconnects(queries: Queries, storage: Storage, notifier: Notifier) -> None:
     run_id = storage.run()
-    assert rest(Subscription(queries, lambda: True, silence=0.01).run(run_id, -1)) == []
-    assert rest(Subscription(queries, lambda: True, silence=0.01).session("S", 0, -1)) == []
-    assert notifier._listeners == {}
+    assert rest(Subscription(queries, storage.notifier, lambda: True, silence=0.01).run(run_id, -1)) == []
+    assert rest(Subscription(queries, storage.notifier, lambda: True, silence=0.01).session("S", 0, -1)) == []
+    assert notifier._subscribers == {}
 
 
-def test_one_that_is_closed_in_the_middle_leaves_nothing_behind(queries: Queries, storage: Storage) -> None:
+def test_a_stream_that_is_closed_early_leaves_nothing_behind(queries: Queries, storage: Storage) -> None:
     run_id = storage.run()
-    events: Iterator[Event] = Subscription(queries, never, silence=0.01).run(run_id, -1)
+    events: Iterator[Event] = Subscription(queries, storage.notifier, never, silence=0.01).run(run_id, -1)
     next(events)
     events.close()  # type: ignore[attr-defined]
-    assert queries._notifier._listeners == {}
+    assert storage.notifier._subscribers == {}
 
 
-def test_when_the_service_stops_all_that_is_stored_is_told(
+def test_everything_stored_is_sent_before_the_service_stops(
     queries: Queries, storage: Storage, notifier: Notifier
 ) -> None:
     first, second, third = storage.run(), storage.run(), storage.run()
@@ -154,17 +154,17 @@ def test_when_the_service_stops_all_that_is_stored_is_told(
         storage.end(second)
         notifier.close()
 
-    session = Subscription(queries, never, silence=60).session("S", 0, -1)
+    session = Subscription(queries, storage.notifier, never, silence=60).session("S", 0, -1)
     assert [shown(next(session)), shown(next(session))] == [[0], first]
     after(0.05, stop)
     assert rest(session) == [[0, 1], second]
-    assert rest(Subscription(queries, never, silence=60).run(third, -1)) == []
+    assert rest(Subscription(queries, storage.notifier, never, silence=60).run(third, -1)) == []
 
 
-def test_a_session_goes_on_with_runs_to_come(queries: Queries, storage: Storage) -> None:
+def test_a_session_stream_includes_future_runs(queries: Queries, storage: Storage) -> None:
     first = storage.run()
     storage.end(first)
-    events = map(shown, Subscription(queries, never, silence=60).session("S", 0, -1))
+    events = map(shown, Subscription(queries, storage.notifier, never, silence=60).session("S", 0, -1))
     assert next(events) == first
 
     def go_on() -> None:
@@ -174,12 +174,12 @@ def test_a_session_goes_on_with_runs_to_come(queries: Queries, storage: Storage)
     assert next(events) == [0]
 
 
-def test_a_database_that_is_away_for_a_while_is_outlasted(
+def test_a_stream_outlasts_a_database_that_is_down(
     queries: Queries, storage: Storage, reader: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_id = storage.run()
     storage.say(run_id, 0)
-    events = map(shown, Subscription(queries, never).run(run_id, -1))
+    events = map(shown, Subscription(queries, storage.notifier, never).run(run_id, -1))
     transaction = reader.transaction
 
     def away(uncertain: bool = False) -> object:
@@ -192,7 +192,7 @@ def test_a_database_that_is_away_for_a_while_is_outlasted(
     assert next(events) == [0]
 
 
-def test_the_end_of_a_run_is_told_though_messages_of_it_are_gone(
+def test_the_end_of_a_run_is_sent_although_its_messages_are_gone(
     storage: Storage, queries: Queries, writable: Database
 ) -> None:
     run_id = storage.run()
@@ -201,4 +201,4 @@ def test_the_end_of_a_run_is_told_though_messages_of_it_are_gone(
     with writable.transaction() as transaction:
         transaction.execute("DELETE FROM ccr_run_messages")
 
-    assert [shown(event) for event in Subscription(queries, never).run(run_id, -1)] == [run_id]
+    assert [shown(event) for event in Subscription(queries, storage.notifier, never).run(run_id, -1)] == [run_id]

@@ -1,4 +1,4 @@
-"""The sample database on each kind of server, for tests that leave it as it is."""
+"""The sample database on SQLite and PostgreSQL, for tests that leave it unchanged."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from ccm.db.driver.transaction import Transaction
 from tests.db import sample
 
 
-class Undone(Exception):
-    """Ends a transaction whose changes are not to stay: the sample serves every test of a module."""
+class RolledBack(Exception):
+    """Rolls back a transaction, because all tests of a module share the sample."""
 
 
 def perform(database: Database, function: Callable[[Transaction], object]) -> object:
-    """Call a function, undo its changes and return its result."""
+    """Call a function, roll back its changes and return its result."""
     result: list[object] = []
     try:
         with database.transaction() as transaction:
             result.append(function(transaction))
-            raise Undone
-    except Undone:
+            raise RolledBack
+    except RolledBack:
         return result[0]
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def sample_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The sample on each kind of database. No test leaves it changed."""
+    """The URL of the sample on each kind of database. No test may change it permanently."""
     if request.param == "sqlite":
         url = f"sqlite:///{tmp_path_factory.mktemp('sample')}/db.sqlite"
         sqlite_file.prepare(url)

@@ -1,7 +1,7 @@
-"""A small database with a row in every table: what the contract tests call the functions of `ccm.db` on.
+"""A small database with a row in every table, on which the contract tests call the functions of `ccm.db`.
 
 Session `s` has the ended run `e` and the started run `r`, which waits for the approval `a`. Session `f` is a fork of
-it, whose run `w` waits in the queue. Session `o` has a run `x` that a service which has died had started.
+`s`, and its run `w` waits in the queue. Session `o` has a run `x` that a service had started before it was killed.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def _fill(transaction: Transaction) -> None:
     sessions.insert(transaction, session_row("s", 1, runCount=2))
     ended = {"idempotencyKey": "key", "requestDigest": "digest", "sdkSessionId": KEY.sdk_session_id}
     runs.insert(transaction, run_row("e", 1, "s", **ended), None)
-    said = [message("e", "s", index, kind) for index, kind in enumerate(("system", "assistant", "result"))]
-    messages.insert_many(transaction, said)
+    recorded = [message("e", "s", index, kind) for index, kind in enumerate(("system", "assistant", "result"))]
+    messages.insert_many(transaction, recorded)
     runs.end(transaction, runs.get(transaction, "e"), {"status": "completed", "messageCount": 3, "hasTranscript": 1})
     sessions.run_ended(transaction, "s", 3, 0.5, "e")
     transcripts.append(transaction, KEY, [Entry("u1", '{"sessionId":"s-sdk"}'), Entry(None, "{}")])

@@ -1,7 +1,7 @@
-"""Every public function of `ccm.db` that works on a database, called on the one of tests/db/sample.py.
+"""Calls of every public function of `ccm.db`, on the database of tests/db/sample.py.
 
-A name is `module.function`, followed by what is particular where a function is called in several ways. A function that
-has no line here fails tests/db/test_contract.py.
+A name is `module.function`, followed by the variant if there are several calls. A function that is missing here fails
+tests/db/test_contract.py.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from ccm.models import IdempotencyKey
 from tests.db.sample import AT, KEY, LATER, OWNER, SUBAGENT, approval_row, message, run_row, session_row
 
 ANY: Final = object()
-# Why a statement may read a whole table.
+# Reasons why a statement may read a whole table.
 SMALL = "the table has one row, or one for each table"
-PRUNING = "`flask prune` goes through all that it deletes, and through the tables that it clears"
-SEARCH = "a search within texts reads them"
+PRUNING = "`flask prune` reads everything that it deletes, and the tables that it clears"
+SEARCH = "a full-text search reads the texts"
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Call:
     """One way to call a function.
 
     Attributes:
-        function: what is called in a transaction; its value is compared, and may be cut down for that.
-        result: its value on the sample. ANY for one that changes with the time or says nothing.
-        writes: it needs the right to write.
-        scans: why it may do without an index. Empty if it may not.
-        untouched: the dialects in which it reads no table, so that neither a lock nor damage concerns it.
+        function: called in a transaction. It may reduce the result for the comparison.
+        result: the expected result on the sample; ANY if it depends on the time or is irrelevant.
+        writes: whether it needs a writable database.
+        scans: why it may work without an index; empty if it may not.
+        untouched: the dialects in which it reads no table, so that neither a lock nor damage affects it.
     """
 
     function: Callable[[Transaction], object]
@@ -55,7 +55,7 @@ def writes(function: Callable[[Transaction], object], result: object = None, *, 
 def then(
     write: Callable[[Transaction], object], read: Callable[[Transaction], object]
 ) -> Callable[[Transaction], object]:
-    """Return a function that writes and returns what it then reads."""
+    """Return a function that writes, then reads, and returns the result of the read."""
 
     def call(transaction: Transaction) -> object:
         write(transaction)
@@ -64,8 +64,8 @@ def then(
     return call
 
 
-def ids(found: list[Any]) -> list[Any]:
-    return [one.id for one in found]
+def ids(resources: list[Any]) -> list[Any]:
+    return [resource.id for resource in resources]
 
 
 def _beat(transaction: Transaction) -> object:
@@ -73,8 +73,8 @@ def _beat(transaction: Transaction) -> object:
     return transaction.value("SELECT padding FROM ccr_heartbeat")
 
 
-def _tried(transaction: Transaction) -> object:
-    deliveries.tried(transaction, 1, "[]", status="failed", reason="x", next_attempt_at=None)
+def _record_attempt(transaction: Transaction) -> object:
+    deliveries.record_attempt(transaction, 1, "[]", status="failed", reason="x", next_attempt_at=None)
     delivery = deliveries.find(transaction, 1)
     return None if delivery is None else (delivery.status, delivery.reason, delivery.next_attempt_at)
 
@@ -83,19 +83,19 @@ def _transcript(transaction: Transaction, key: transcripts.TranscriptKey) -> lis
     return transcripts.texts(transaction, key, -1, 10)
 
 
-def _delivered(transaction: Transaction) -> object:
+def _insert_delivery(transaction: Transaction) -> object:
     events.insert(transaction, "run.created", runs.get(transaction, "w"))
     deliveries.insert(transaction, "w", "run", "evt_9", "h:80", reason=None, now=AT)
     return len(deliveries.page(transaction, "w", limit=10, after=None))
 
 
-def _gone_on(transaction: Transaction) -> object:
-    deliveries.tried(transaction, 1, "[]", status="delivered", reason=None, next_attempt_at=None)
-    deliveries.go_on(transaction, "r", "run", LATER)
+def _make_next_due(transaction: Transaction) -> object:
+    deliveries.record_attempt(transaction, 1, "[]", status="delivered", reason=None, next_attempt_at=None)
+    deliveries.make_next_due(transaction, "r", "run", LATER)
     return [delivery.next_attempt_at for delivery in deliveries.page(transaction, "r", limit=10, after=2)]
 
 
-def _measured(transaction: Transaction) -> object:
+def _measure(transaction: Transaction) -> object:
     tree = trees.measure(transaction, "s")
     return sorted(tree.sessions), tree.runs, tree.messages, tree.transcripts, tree.unfinished
 
@@ -253,7 +253,7 @@ CALLS: dict[str, Call] = {
         lambda t: [event.type for event in events.read(t, 0, 10)], ["run.started", "approval.resolved"]
     ),
     "events.find_text": reads(lambda t: [events.find_text(t, 9), bool(events.find_text(t, 1))], [None, True]),
-    "deliveries.insert": writes(_delivered, 1),
+    "deliveries.insert": writes(_insert_delivery, 1),
     "deliveries.find": reads(lambda t: [deliveries.find(t, 9), deliveries.find(t, 1) is not None], [None, True]),
     "deliveries.page": reads(lambda t: ids(deliveries.page(t, "r", limit=10, after=None)), [1, 2, 4]),
     "deliveries.find_disabled_reason": reads(
@@ -268,9 +268,9 @@ CALLS: dict[str, Call] = {
         for without in ((), ("h:80", "b:80"))
     },
     "deliveries.find_next_due": reads(lambda t: [deliveries.find_next_due(t, at) for at in ("", LATER)], [AT, None]),
-    "deliveries.bring_back": writes(lambda t: deliveries.bring_back(t, "2026-01-01", AT), 2),
-    "deliveries.tried": writes(_tried, ("failed", "x", None)),
-    "deliveries.go_on": writes(_gone_on, [LATER]),
+    "deliveries.advance": writes(lambda t: deliveries.advance(t, "2026-01-01", AT), 2),
+    "deliveries.record_attempt": writes(_record_attempt, ("failed", "x", None)),
+    "deliveries.make_next_due": writes(_make_next_due, [LATER]),
     "deliveries.disable_run": writes(
         then(
             lambda t: deliveries.disable_run(t, "r", "run", "x"),
@@ -311,7 +311,7 @@ CALLS: dict[str, Call] = {
     "archive.find_last_seq_of_session": reads(
         lambda t: [archive.find_last_seq_of_session(t, one) for one in ("s", "no")], [2, None]
     ),
-    "archive.has_gone_on": reads(lambda t: archive.has_gone_on(t, "s", "e"), result=False),
+    "archive.was_continued": reads(lambda t: archive.was_continued(t, "s", "e"), result=False),
     "archive.complete_run": writes(
         then(lambda t: archive.complete_run(t, "e", {"messageCount": 7}), lambda t: runs.get(t, "e").message_count), 7
     ),
@@ -320,14 +320,14 @@ CALLS: dict[str, Call] = {
     "trees.get_root": reads(lambda t: trees.get_root(t, "f"), "s", scans=PRUNING),
     "trees.get_last_run_at": reads(lambda t: trees.get_last_run_at(t, "s"), AT, scans=PRUNING),
     "trees.measure": reads(
-        _measured,
+        _measure,
         (["f", "s"], 3, 5, 2, 2),
         scans=PRUNING,
     ),
     "trees.run_places": reads(lambda t: ids(trees.run_places(t, "s", 1)), ["r", "w"], scans=PRUNING),
 }
 
-# Those that make their own transactions.
+# Functions that make their own transactions.
 OPERATIONS: dict[str, Callable[[Database], object]] = {
     "trees.delete": lambda database: trees.delete(database, "s"),
     "trees.delete_unused_texts": trees.delete_unused_texts,

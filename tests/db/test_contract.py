@@ -1,6 +1,6 @@
-"""The contract of `ccm.db`, held by each kind of database: what each function returns, and what it does in a fault.
+"""The contract of `ccm.db` on each kind of database: the result of each function, and its behaviour during a fault.
 
-In a fault a function raises what it is to raise, changes nothing, and leaves the database usable for the thread.
+During a fault a function raises the documented error, changes nothing, and leaves the database usable for the thread.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ on_postgresql = pytest.mark.parametrize("sample_url", ["postgresql"], indirect=T
 
 @pytest.fixture
 def before(sample_url: str) -> Iterator[dict[str, list[object]]]:
-    """The content of the sample. After the test it is the same."""
+    """Return the content of the sample, and check after the test that it is the same."""
     stored = content(sample_url)
     yield stored
     assert content(sample_url) == stored
@@ -44,35 +44,35 @@ def database_of(sample_url: str, call: Call) -> Database:
     return Database(sample_url, writable=call.writes, pool_size=1)
 
 
-def assert_as_usual(database: Database, call: Call) -> None:
+def assert_works(database: Database, call: Call) -> None:
     result = perform(database, call.function)
     if call.result is not ANY:
         assert result == call.result
 
 
-# ---- the tables of the tests are complete
+# ---- completeness of the calls
 
 
 def public_functions() -> set[str]:
-    """Every function of `ccm.db` that takes a transaction or a database, as `module.function`."""
-    found = set()
+    """Return every function of `ccm.db` that takes a transaction or a database, as `module.function`."""
+    names = set()
     for module_info in pkgutil.walk_packages(ccm.db.__path__, "ccm.db."):
         module = importlib.import_module(module_info.name)
         for name, function in inspect.getmembers(module, inspect.isfunction):
             first = next(iter(inspect.signature(function).parameters), None)
             own = function.__module__ == module.__name__ and not name.startswith("_")
             if own and first in ("transaction", "database"):
-                found.add(f"{module.__name__.rpartition('.')[2]}.{name}")
-    return found
+                names.add(f"{module.__name__.rpartition('.')[2]}.{name}")
+    return names
 
 
-def test_every_function_of_db_is_under_contract() -> None:
+def test_every_function_of_db_is_called() -> None:
     assert {name.partition(" ")[0] for name in (*CALLS, *OPERATIONS)} == public_functions()
 
 
 @on_sqlite
-def test_only_what_writes_is_said_to_write(sample_url: str) -> None:
-    """SQLite counts the rows that a connection has changed; PostgreSQL refuses what a reader would write."""
+def test_calls_marked_as_writing_are_those_that_write(sample_url: str) -> None:
+    """SQLite counts the changed rows of a connection. On PostgreSQL a reader's writes fail anyway."""
     with closing(Database(sample_url, writable=True, pool_size=1)) as database:
         for name, call in CALLS.items():
 
@@ -84,18 +84,18 @@ def test_only_what_writes_is_said_to_write(sample_url: str) -> None:
             assert perform(database, changed) == call.writes, name
 
 
-# ---- in order
+# ---- without faults
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_function_returns_the_same_on_each_kind_of_database(sample_url: str, name: str) -> None:
     with closing(database_of(sample_url, CALLS[name])) as database:
-        assert_as_usual(database, CALLS[name])
+        assert_works(database, CALLS[name])
 
 
 def test_get_raises_where_find_returns_none(sample_url: str) -> None:
-    """Each `get` is asked for what is missing."""
-    # The sample has runs, so that its first and its last seq are not missing.
+    """Each function is asked for a missing row."""
+    # Except those for the first and last seq, which the sample always has.
     names = [name for name in public_functions() if re.search(r"\.(get|find)(?!_(last|first)_seq)", name)]
     extra: dict[str, tuple[object, ...]] = {
         "runs.find_by_idempotency_key": (IdempotencyKey("none", "digest"),),
@@ -128,31 +128,31 @@ def test_a_function_on_a_locked_database(
 ) -> None:
     call = CALLS[name]
     with closing(database_of(impatient(sample_url, monkeypatch), call)) as database:
-        assert_as_usual(database, call)
+        assert_works(database, call)
         with locked(sample_url):
             if database.dialect in call.untouched or (database.is_sqlite and not call.writes):
-                assert_as_usual(database, call)  # the lock does not concern it
+                assert_works(database, call)  # the lock does not affect it
             else:
                 with pytest.raises(StorageDown) as fault, database.transaction() as transaction:
                     call.function(transaction)
                 assert (type(fault.value), fault.value.summary) == (StorageDown, LOCKED)
                 assert not fault.value.may_be_committed
-        assert_as_usual(database, call)
+        assert_works(database, call)
 
 
 @on_postgresql
 @pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call.writes])
-def test_what_a_transaction_did_before_it_met_a_lock_is_undone(
+def test_a_transaction_that_meets_a_lock_is_rolled_back(
     sample_url: str, before: object, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On SQLite none gets so far: a writer has the lock from the beginning of its transaction."""
+    """On SQLite this cannot happen, because a writer holds the lock from the beginning of its transaction."""
     with closing(database_of(impatient(sample_url, monkeypatch), CALLS[name])) as database:
         with pytest.raises(StorageDown) as fault, database.transaction() as transaction:
             transaction.execute("UPDATE ccr_migrations SET name = 'half-written' WHERE number = 1")
             with locked(sample_url, spared="ccr_migrations"):
                 CALLS[name].function(transaction)
         assert fault.value.summary == LOCKED
-        assert_as_usual(database, CALLS[name])
+        assert_works(database, CALLS[name])
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -174,7 +174,7 @@ def test_a_locked_database_is_not_cleared(sample_url: str, before: object, monke
     trees.clear(sample_url, deleted=True)
 
 
-# ---- the database is broken: the file damaged, or the connection to the server lost
+# ---- the file is damaged, or the connection to the server is lost
 
 
 @on_sqlite
@@ -183,14 +183,14 @@ def test_a_function_on_a_damaged_file(sample_url: str, before: object, name: str
     call = CALLS[name]
     with damaged(path_of(sample_url)), closing(database_of(sample_url, call)) as database:
         if database.dialect in call.untouched:
-            assert_as_usual(database, call)
+            assert_works(database, call)
         else:
             with pytest.raises(DatabaseDamaged), database.transaction() as transaction:
                 call.function(transaction)
-            with pytest.raises(DatabaseDamaged):  # the thread has lost nothing: it is told the same again
+            with pytest.raises(DatabaseDamaged):  # the thread can use the database again and gets the same error
                 perform(database, call.function)
     with closing(database_of(sample_url, call)) as database:
-        assert_as_usual(database, call)
+        assert_works(database, call)
 
 
 @on_sqlite
@@ -218,7 +218,7 @@ def test_a_function_whose_connection_is_lost(sample_url: str, before: object, na
             call.function(transaction)
         assert (type(fault.value), fault.value.summary) == (StorageDown, GONE)
         assert not fault.value.may_be_committed
-        assert_as_usual(database, call)
+        assert_works(database, call)
 
 
 @on_postgresql

@@ -1,4 +1,4 @@
-"""The ids of events: never given twice, also when the newest event has been deleted."""
+"""The ids of events are never reused, not even after the newest event has been deleted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def a_run(writable: Database) -> Run:
     return run
 
 
-def test_the_last_id_is_known_though_its_event_is_gone(writable: Database) -> None:
+def test_the_last_id_is_known_after_its_event_was_deleted(writable: Database) -> None:
     run = a_run(writable)
     with writable.transaction() as transaction:
         assert [events.last_id(transaction), events.last_given(transaction)] == [0, 0]

@@ -1,4 +1,4 @@
-"""Every query of ours uses an index: the planner is asked, on both databases."""
+"""Every query uses an index, according to the query planners of both databases."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.db.storage_calls import CALLS
 
 @contextmanager
 def explained(transaction: Transaction, is_sqlite: bool) -> Iterator[list[str]]:
-    """The plans of all statements within."""
+    """Collect the plans of all statements in the block."""
     plans: list[str] = []
     execute = transaction._execute
 
@@ -36,13 +36,13 @@ def test_a_query_uses_an_index(sample_url: str, name: str) -> None:
 
     def explain(transaction: Transaction) -> None:
         if not is_sqlite:
-            # The tables are so small that a scan would be cheapest; forbidden, it is taken only for want of an index.
+            # The tables are so small that scans would be cheapest. Disabled, they are used only if there is no index.
             transaction.execute("SET LOCAL enable_seqscan = off")
             transaction.execute("SET LOCAL enable_sort = off")
             transaction.execute("SET LOCAL enable_bitmapscan = off")
-        with explained(transaction, is_sqlite) as found:
+        with explained(transaction, is_sqlite) as explained_plans:
             CALLS[name].function(transaction)
-        plans.extend(found)
+        plans.extend(explained_plans)
 
     with closing(Database(sample_url, writable=True, pool_size=1)) as database:
         is_sqlite = database.is_sqlite

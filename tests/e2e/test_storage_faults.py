@@ -141,8 +141,8 @@ def test_a_locked_database_holds_the_agents_and_loses_nothing(
     ours.heals()
     ours.completes(run_id, count)
     assert [line.partition(":")[0].partition(",")[0] for line in ours.storage_log()] == [
-        "storage takes no writes",
-        "storage takes writes again",
+        "database not writable",
+        "database writable again",
     ]
 
 

@@ -295,7 +295,7 @@ def test_a_mirror_error_fails_no_run_and_is_told(
     running.start()
     try:
         run = running.runs.start(RunRequest(mode=RunMode.FRESH, prompt="hello"), str(project)).run
-        ended = running.queries.wait(
+        ended = running.notifier.wait(
             run.id, 30, lambda: next((r for r in [running.queries.run(run.id)] if r.ended), None), lambda: False
         )
         assert ended is not None

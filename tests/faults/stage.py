@@ -170,7 +170,7 @@ class Stage:
 
         def wait() -> Run | None:
             with self.probes.hidden():
-                return self.service.queries.wait(run.id, 600, lambda: self._ended(run.id), lambda: self._have_left)
+                return self.service.notifier.wait(run.id, 600, lambda: self._ended(run.id), lambda: self._have_left)
 
         self._waiters[run.id] = Call(wait, "waits for a run")
         self._clients.append(self._waiters[run.id])
@@ -206,7 +206,7 @@ class Stage:
         return self.run(run_id).ended
 
     def has_message(self, run_id: str) -> bool:
-        return self.until(lambda: self.service.queries.news(run_id, -1) is not None)
+        return self.until(lambda: self.service.queries.next_batch(run_id, -1) is not None)
 
     def check_ended(self) -> None:
         """I1: each run that is stored ends; I7: whoever waits for it is told."""

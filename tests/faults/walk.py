@@ -314,7 +314,8 @@ class Walk:
             for module in done:
                 # What is imported late would be imported anew in each process.
                 if module not in sys.modules and not module.startswith("__"):
-                    with suppress(ImportError):  # parts of an extension module have names that cannot be imported
+                    # An extension may register a module that cannot be imported by its name (`_openssl`).
+                    with suppress(ImportError):
                         importlib.import_module(module)
         work = {scenario.name: self._tracing(scenario) for scenario in SCENARIOS}
         reached: dict[str, dict[str, str]] = {}

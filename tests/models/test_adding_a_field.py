@@ -1,6 +1,6 @@
-"""What there is to do for a further field of a resource: a line in its model, and a column in migrations.sql.
+"""Adding a field to a resource takes a line in its model and a column in migrations.sql.
 
-(One that clients give has a line in the body that takes it, too.)
+(A field that clients set also needs a line in the request body.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ccm.models.stored import StoredModel
 from tests.models.test_stored import GOLDEN
 
 CCM = Path(__file__).parents[2] / "ccm"
-# Of each model: its table, what its statements compute, and the columns that it does not have.
+# For each model: its table, its computed columns, and the columns of the table that it lacks.
 TABLES: list[tuple[type[StoredModel], str, set[str], set[str]]] = [
     (models.Run, "ccr_runs", {"queuePosition", "pendingApprovals"}, {"owner"}),
     (models.Session, "ccr_sessions", {"status"}, set()),
@@ -41,7 +41,7 @@ class Painted(models.Run):
 ROW = {**GOLDEN[0]["row"], "paintColour": "red", "paintLayersJson": '[{"thin": true}]'}
 
 
-def test_a_further_field_is_read_and_shown() -> None:
+def test_an_added_field_is_read_and_shown() -> None:
     run = Painted.from_row(ROW)
 
     assert (run.paint_colour, run.paint_layers.value) == ("red", [{"thin": True}])
@@ -52,18 +52,18 @@ def test_a_further_field_is_read_and_shown() -> None:
     assert described["properties"]["paintLayers"]["type"] == "array"
 
 
-def test_a_further_field_is_selected_and_written() -> None:
+def test_an_added_field_is_selected_and_written() -> None:
     assert 'r."paintColour"' in select_list(Painted, "r")
     assert 'r."paintLayersJson"' in select_list(Painted, "r")
     written = Painted.to_columns(Painted.from_row(ROW).to_json())
     assert (written["paintColour"], json.loads(written["paintLayersJson"])) == ("red", [{"thin": True}])
 
 
-def test_a_further_field_is_exported_and_imported() -> None:
-    told = archived(Painted.from_row(ROW))
-    assert (told["paintColour"], told["paintLayers"]) == ("red", [{"thin": True}])
+def test_an_added_field_is_exported_and_imported() -> None:
+    exported = archived(Painted.from_row(ROW))
+    assert (exported["paintColour"], exported["paintLayers"]) == ("red", [{"thin": True}])
 
-    read = columns(Line(1, told), Painted)
+    read = columns(Line(1, exported), Painted)
 
     assert (read["paintColour"], json.loads(read["paintLayersJson"])) == ("red", [{"thin": True}])
 
@@ -75,11 +75,11 @@ def test_a_table_has_the_columns_of_its_model(
     sql = "SELECT name FROM pragma_table_info(:name)"
     if not writable.is_sqlite:
         sql = "SELECT column_name AS name FROM information_schema.columns WHERE table_name = :name"
-    there = {row["name"] for row in writable.rows(sql, name=table)}
-    assert there == (set(model.shape.columns) - computed) | unread
+    existing = {row["name"] for row in writable.rows(sql, name=table)}
+    assert existing == (set(model.shape.columns) - computed) | unread
 
 
-def test_every_select_reads_what_its_model_has() -> None:
+def test_every_select_reads_all_columns_of_its_model() -> None:
     for statement, model in (
         (runs.SELECT, models.Run),
         (sessions.SELECT, models.Session),
@@ -89,35 +89,35 @@ def test_every_select_reads_what_its_model_has() -> None:
         assert all(f'"{column}"' in statement for column in model.shape.columns)
 
 
-def test_a_field_that_nothing_computes_with_stands_in_its_model_and_its_body_alone() -> None:
-    # It once stood in nine places.
-    assert places("approvalTimeoutMs", "approval_timeout_ms") == {
+def test_a_field_without_logic_appears_only_in_its_model_and_body() -> None:
+    # It used to appear in nine files.
+    assert files_with("approvalTimeoutMs", "approval_timeout_ms") == {
         "api/http/bodies.py",
         "models/run.py",
-        "core/approvals/requests.py",  # which waits for so long
+        "core/approvals/requests.py",  # uses it as a timeout
     }
-    assert places("decisionReason", "decision_reason") == {
+    assert files_with("decisionReason", "decision_reason") == {
         "models/approval.py",
-        "core/claude/sdk.py",  # the SDK's own name for it
-        "core/approvals/transitions.py",  # which makes it storable
+        "core/claude/sdk.py",  # the SDK has a field of this name
+        "core/approvals/transitions.py",  # makes it storable
     }
 
 
-def places(*names: str) -> set[str]:
-    """The files that have one of some names in their code."""
+def files_with(*names: str) -> set[str]:
+    """Return the files whose code contains one of the names."""
     return {str(path.relative_to(CCM)) for path in CCM.rglob("*.py") if set(names) & words(path)}
 
 
 def words(path: Path) -> set[str]:
-    """Every name, and every string, in the code of a file."""
-    found: set[str] = set()
+    """Return every name and every string in the code of a file."""
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Name):
-            found.add(node.id)
+            names.add(node.id)
         elif isinstance(node, ast.Attribute):
-            found.add(node.attr)
+            names.add(node.attr)
         elif isinstance(node, ast.keyword | ast.arg) and node.arg:
-            found.add(node.arg)
+            names.add(node.arg)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.add(node.value)
-    return found
+            names.add(node.value)
+    return names

@@ -13,7 +13,7 @@ from ccm import models
 from ccm.models.json_field import JsonText
 from ccm.models.stored import StoredModel
 
-# Rows, and what the API answered for them before the models derived it.
+# Rows, and the API's answers for them from before the models derived these answers.
 GOLDEN: list[dict[str, Any]] = json.loads(Path(__file__).with_name("golden.json").read_text(encoding="utf-8"))
 MODELS: list[type[StoredModel]] = [models.Run, models.Session, models.Approval, models.Delivery]
 
@@ -24,12 +24,12 @@ def read(example: dict[str, Any]) -> StoredModel:
 
 
 @pytest.mark.parametrize("example", GOLDEN)
-def test_to_json_is_byte_for_byte_as_it_was(example: dict[str, Any]) -> None:
+def test_to_json_is_unchanged_byte_for_byte(example: dict[str, Any]) -> None:
     assert json.dumps(read(example).to_json()) == example["json"]
 
 
 @pytest.mark.parametrize("example", GOLDEN)
-def test_the_schema_describes_what_is_shown(example: dict[str, Any]) -> None:
+def test_the_schema_describes_the_json(example: dict[str, Any]) -> None:
     schema = type(read(example)).model_json_schema(mode="serialization")
     shown = json.loads(example["json"])
 
@@ -40,7 +40,7 @@ def test_the_schema_describes_what_is_shown(example: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_schema_refuses_what_is_not_so(model: type[StoredModel]) -> None:
+def test_the_schema_refuses_wrong_values(model: type[StoredModel]) -> None:
     schema = model.model_json_schema(mode="serialization")
     shown = next(json.loads(example["json"]) for example in GOLDEN if example["model"] == model.__name__)
     for wrong in ({**shown, "status": "unheard of"}, {**shown, "createdAt": 1, "cwd": 1, "id": {}, "sessionId": 1}):
@@ -49,29 +49,29 @@ def test_the_schema_refuses_what_is_not_so(model: type[StoredModel]) -> None:
 
 
 @pytest.mark.parametrize("example", GOLDEN)
-def test_pydantic_itself_shows_the_same(example: dict[str, Any]) -> None:
-    # What a later OpenAPI document says of the models is what pydantic knows of them.
+def test_pydantic_itself_produces_the_same_json(example: dict[str, Any]) -> None:
+    # An OpenAPI document of the models will be made from pydantic's view of them.
     assert read(example).model_dump(by_alias=True) == json.loads(example["json"])
 
 
 @pytest.mark.parametrize("example", GOLDEN)
-def test_a_row_that_is_read_is_as_one_that_is_made(example: dict[str, Any]) -> None:
-    found = read(example)
-    made = type(found)(**vars(found))
-    assert made == found
-    assert made.to_json() == found.to_json()
+def test_an_instance_from_a_row_equals_a_validated_one(example: dict[str, Any]) -> None:
+    stored = read(example)
+    validated = type(stored)(**vars(stored))
+    assert validated == stored
+    assert validated.to_json() == stored.to_json()
 
 
 @pytest.mark.parametrize("example", GOLDEN)
-def test_columns_are_those_of_the_row(example: dict[str, Any]) -> None:
-    found = read(example)
-    columns = type(found).to_columns(found.to_json())
-    for read_otherwise in ("costUsd", "host"):  # rounded, and null where the column is empty
-        columns.pop(read_otherwise, None)
+def test_to_columns_reverses_to_json(example: dict[str, Any]) -> None:
+    stored = read(example)
+    columns = type(stored).to_columns(stored.to_json())
+    for converted in ("costUsd", "host"):  # rounded, and null if the column is empty
+        columns.pop(converted, None)
     assert {column: example["row"][column] for column in columns} == columns
 
 
-def test_json_is_parsed_when_it_is_asked_for() -> None:
+def test_json_is_parsed_on_first_access() -> None:
     broken: JsonText[Any] = JsonText("{")
     with pytest.raises(ValueError, match="Expecting"):
         _ = broken.value

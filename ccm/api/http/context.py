@@ -61,4 +61,4 @@ def wait_until(key: str, seconds: float, look: Callable[[], T | None]) -> T | No
     if seconds <= 0:
         return look()
     with request_limiter().one() as taken:
-        return service().queries.wait(key, seconds if taken else 0, look, client_gone())
+        return service().notifier.wait(key, seconds if taken else 0, look, client_gone())

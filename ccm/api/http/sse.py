@@ -45,7 +45,7 @@ def feed(after: int) -> Response:
 
 
 def _answer(frames: Callable[[Subscription], Iterator[bytes]]) -> Response:
-    body = frames(Subscription(service().queries, client_gone()))
+    body = frames(Subscription(service().queries, service().notifier, client_gone()))
     return held(Response(body, headers=HEADERS, content_type="text/event-stream"))
 
 

@@ -181,7 +181,7 @@ class _Incoming:
             row["parentSessionId"] = session_of_parent
             return {**session, "parentSessionId": session_of_parent}
         row["sessionId"] = session_of_parent
-        if archive.has_gone_on(self._transaction, session_of_parent, parent):
+        if archive.was_continued(self._transaction, session_of_parent, parent):
             self.notes.append(
                 f"Run {row['id']} continues run {parent}, which session {session_of_parent} has continued otherwise "
                 "here: it becomes a fork."

@@ -1,1 +1,15 @@
-"""The writer thread, notifications of commits, and the health of storage."""
+"""Writing to the database, and everything that follows a commit.
+
+One writer thread holds the only connection that writes. It batches whatever is queued into one transaction, commits,
+completes the callers' futures and then notifies subscribers, who read the new rows from the database.
+
+States of a control write: pending, in progress, done or dropped (`WriteTask`).
+
+Guarantees: items are stored in the order in which they were queued. A write that fails rolls back alone. A write
+reported as not stored is never stored later. After a commit whose outcome is unknown the writer looks for its messages
+before it inserts them again.
+
+Failures: while the database is down the writer retries its batch, and `/health` shows the reason. Memory stays bounded
+because runs wait for room in the message budget. If the database refuses a single message, only the run of that
+message fails. `StorageHealth` finds a fault of an idle service by writing a heartbeat.
+"""

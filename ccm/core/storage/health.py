@@ -1,4 +1,4 @@
-"""Whether storage takes writes, found out by writing."""
+"""A health check that finds out whether the database accepts writes, by writing to it."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ from ccm.db.driver.database import Database
 
 log = logging.getLogger(__name__)
 
-# A commit that is as old as that still proves that all is well (seconds).
+# A commit younger than this proves that storage works (seconds).
 FRESH_INTERVAL = 1.0
-# How long the writer may go without an answer of the database while this interpreter is free (seconds).
+# How long the writer may get no answer from the database while the interpreter is free (seconds).
 BEAT_TIMEOUT = 2.0
-# How long one asks at the most (seconds): /health answers within 5.
+# How long one check may take (seconds). /health answers within 5.
 LONGEST_TIMEOUT = 4.0
-# The wait for a heartbeat is made of short ones. One that ends late shows that the interpreter is busy.
+# A check waits for its heartbeat in short steps (seconds). A step that ends late shows that the interpreter is busy.
 POLL_INTERVAL = 0.05
 LATE_DELAY = 0.05
-# After so long without an answer a busy interpreter is no explanation any more (seconds).
+# A busy interpreter no longer explains the lack of an answer after this time (seconds).
 SILENCE_TIMEOUT = 20.0
 SILENCE = "the database does not answer"
 
 
 class _Undecided(Exception):
-    """The interpreter is too busy to tell, or the writer tells of trouble by itself."""
+    """The interpreter is too busy to tell, or the writer reports the error itself."""
 
 
 class StorageHealth:
-    """An idle service notices a fault of storage only if something is written.
+    """The health of storage, also while the service is idle.
 
-    So a small row is, while somebody asks, once in FRESH_INTERVAL at the most; in between it answers from memory.
+    An idle service notices a fault of the database only when it writes. So a check writes a heartbeat row, but at most
+    one per FRESH_INTERVAL; in between it answers from memory.
 
-    Hundreds of streams can keep the interpreter so busy that a heartbeat is late though the database answers at once.
-    So time counts against the database only while this thread gets the interpreter when it wants it, and while no
-    statement of the writer is answered.
+    Hundreds of streams can keep the interpreter so busy that a heartbeat is late although the database answers at once.
+    So time counts against the database only while this thread gets the interpreter on time and no statement of the
+    writer is answered.
 
     Args:
         database: the writer's.
@@ -50,34 +51,34 @@ class StorageHealth:
         self._database = database
         self._lock = threading.Lock()
         self._beat: WriteTask[None] | None = None
-        # When the first heartbeat was asked for that has not been answered; None if the last one was.
+        # When the first heartbeat without an answer was submitted; None if the last one was answered.
         self._unanswered: float | None = None
 
     def last_error(self) -> str | None:
-        """Why storage takes no writes, in words that anybody may read; None if it does. Takes LONGEST_TIMEOUT at most.
+        """Return why storage accepts no writes, without secrets or paths, within LONGEST_TIMEOUT.
 
-        None also if the interpreter is too busy to tell.
+        None means that writing works, or that the interpreter is too busy to tell.
         """
         writer = self._writer
-        asked = time.monotonic()
+        started = time.monotonic()
         if writer.last_error is not None:
-            return writer.last_error  # the writer is trying on by itself
-        if asked - writer.last_commit < FRESH_INTERVAL:
+            return writer.last_error  # the writer retries, and notices recovery by itself
+        if started - writer.last_commit < FRESH_INTERVAL:
             return None
         try:
-            self._wait(self._beating(asked), asked)
+            self._await(self._submit_heartbeat(started), started)
         except _Undecided:
             return writer.last_error
         except TimeoutError:
-            silent = writer.last_commit < asked  # or else something was stored meanwhile
+            silent = writer.last_commit < started  # otherwise something was committed meanwhile
             return writer.last_error or (SILENCE if silent else None)
         except Exception as error:
-            log.warning("the heartbeat failed: %s", error)
-            return writer.last_error or "the database refuses to be written"
+            log.warning("the heartbeat failed: %s", error, extra={"event": "heartbeat_failed"})
+            return writer.last_error or "the database refuses writes"
         return writer.last_error
 
-    def _beating(self, now: float) -> WriteTask[None]:
-        """The heartbeat under way, shared by all who ask."""
+    def _submit_heartbeat(self, now: float) -> WriteTask[None]:
+        """Submit a heartbeat, or return the one in progress: concurrent checks share it."""
         with self._lock:
             if self._beat is None or self._beat.future.done():
                 self._beat = self._writer.submit(heartbeat.beat)
@@ -85,32 +86,32 @@ class StorageHealth:
                 self._unanswered = now
             return self._beat
 
-    def _wait(self, beat: WriteTask[None], asked: float) -> None:
-        """Wait until a heartbeat is stored or the writer tells of trouble, LONGEST_TIMEOUT at the most.
+    def _await(self, beat: WriteTask[None], started: float) -> None:
+        """Wait until a heartbeat is stored or the writer reports an error, for LONGEST_TIMEOUT at most.
 
-        If it is not stored by then, it is given up, because a service that stops would wait for it. All who share it
-        are told the same.
+        A heartbeat that is not stored by then is given up, because a service that stops would wait for it. All checks
+        that share it get the same result.
 
         Raises:
             TimeoutError: the database does not answer.
-            _Undecided: there is trouble of the writer's, or it cannot be told.
+            _Undecided: the writer reports an error, or the interpreter is too busy to tell.
         """
-        patience = BEAT_TIMEOUT
-        now = asked
+        remaining = BEAT_TIMEOUT
+        now = started
         answered = self._database.last_answer
-        # While there is trouble the writer tries on, and each try is answered by a refusal.
-        while self._writer.last_error is None and patience > 0 and now - asked < LONGEST_TIMEOUT:
+        # After an error the writer retries, and the database answers each attempt with a refusal: that is no progress.
+        while self._writer.last_error is None and remaining > 0 and now - started < LONGEST_TIMEOUT:
             if wait([beat.future], POLL_INTERVAL).done:
                 beat.future.result()
                 self._unanswered = None
                 return
             before, now = now, time.monotonic()
             if self._database.last_answer != answered:
-                answered, patience = self._database.last_answer, BEAT_TIMEOUT
+                answered, remaining = self._database.last_answer, BEAT_TIMEOUT
             elif now - before < POLL_INTERVAL + LATE_DELAY:
-                patience -= POLL_INTERVAL
-        since = max(self._unanswered or asked, answered)
-        silent = patience <= 0 or now - since >= SILENCE_TIMEOUT
+                remaining -= POLL_INTERVAL
+        since = max(self._unanswered or started, answered)
+        silent = remaining <= 0 or now - since >= SILENCE_TIMEOUT
         reason = TimeoutError() if silent else _Undecided()
         beat.give_up(reason)
         raise reason

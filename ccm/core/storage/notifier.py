@@ -1,53 +1,94 @@
-"""Tells whoever waits on a run or a session that something new about it has been committed.
+"""Notifications that something new about a run or a session has been committed.
 
-A ring carries no data: who hears it reads the database, so what is replayed and what is live cannot disagree.
+A notification carries no data: its receivers read the database, so replayed and live data cannot disagree.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
-# The key of what happens to any run.
+T = TypeVar("T")
+
+# The key for events of any run.
 EVENTS = "events"
-# The key of what is asked and answered in any run.
+# The key for approvals of any run.
 APPROVALS = "approvals"
+# How often a waiting thread checks whether its client is still there (seconds).
+POLL_INTERVAL = 0.5
+# How long it relies on notifications (seconds): if a fault prevents one, the client would otherwise wait forever.
+RELY_INTERVAL = 5.0
 
 
 class Notifier:
-    """Rings by key; a key is the id of a run or of a session, or one of those above."""
+    """Wakes subscribers by key: the id of a run or a session, or one of the keys above.
+
+    Attributes:
+        closed: nothing more will be committed, because the service is stopping.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._listeners: dict[str, set[threading.Event]] = {}
+        self._subscribers: dict[str, set[threading.Event]] = {}
         self.closed = False
 
     @contextmanager
     def subscribe(self, key: str) -> Iterator[threading.Event]:
-        """An event that each ring sets. Clear it, then read, then wait: a ring in between is never missed."""
+        """Yield an event that each notification sets.
+
+        Clear it, then read, then wait: a notification in between is never missed.
+        """
         event = threading.Event()
         with self._lock:
-            self._listeners.setdefault(key, set()).add(event)
+            self._subscribers.setdefault(key, set()).add(event)
         try:
             yield event
         finally:
             with self._lock:
-                listeners = self._listeners[key]
-                listeners.discard(event)
-                if not listeners:
-                    del self._listeners[key]
+                subscribers = self._subscribers[key]
+                subscribers.discard(event)
+                if not subscribers:
+                    del self._subscribers[key]
+
+    def wait(self, key: str, seconds: float, look: Callable[[], T | None], gone: Callable[[], bool]) -> T | None:
+        """Call `look` after each notification and return its result as soon as it is not None.
+
+        Args:
+            seconds: when to return None instead. Closing the notifier has the same effect.
+            gone: returns whether the client has disconnected, which also ends the wait.
+        """
+        deadline = time.monotonic() + seconds
+        with self.subscribe(key) as notified:
+            while True:
+                notified.clear()
+                result = look()
+                remaining = deadline - time.monotonic()
+                # Never wait for a client that has left: more abandoned requests may be queued behind this one.
+                if result is not None or remaining <= 0 or self.closed or gone():
+                    return result
+                relied = time.monotonic() + RELY_INTERVAL
+                while not notified.wait(min(POLL_INTERVAL, remaining)):
+                    now = time.monotonic()
+                    remaining = deadline - now
+                    if remaining <= 0 or gone():
+                        return look()
+                    if now >= relied:
+                        break
 
     def close(self) -> None:
-        """Wake everyone: no news will come any more."""
+        """Wake all subscribers for the last time."""
         with self._lock:
             self.closed = True
-            for listeners in self._listeners.values():
-                for event in listeners:
+            for subscribers in self._subscribers.values():
+                for event in subscribers:
                     event.set()
 
     def notify(self, keys: Iterable[str]) -> None:
+        """Wake the subscribers of some keys."""
         with self._lock:
             for key in keys:
-                for event in self._listeners.get(key, ()):
+                for event in self._subscribers.get(key, ()):
                     event.set()

@@ -1,4 +1,4 @@
-"""One control write on its way through the writer."""
+"""A control write on its way through the writer."""
 
 from __future__ import annotations
 
@@ -17,26 +17,28 @@ T = TypeVar("T")
 
 
 class WriteTask(Generic[T]):
-    """Waiting, in the hands of the writer, done, or dropped. Its `future` is done when it is either of the last two."""
+    """A queued write: pending, in progress, done or dropped. Its `future` completes when it is done or dropped."""
 
     def __init__(self, work: Callable[[Transaction], T], on_commit: Callable[[T], None] | None) -> None:
         self._work = work
         self._on_commit = on_commit
         self._lock = threading.Lock()
-        self._begun = False
-        # Why whoever waited has given it up.
+        self._in_progress = False
+        # The reason given to `give_up`, None before that.
         self._given_up: Exception | None = None
         self._value: T
         self._error: Exception | None = None
         self.future: Future[T] = Future()
 
     def give_up(self, reason: Exception) -> None:
-        """Have it dropped: at once, or when the writer's transaction with it has come to nothing. Its future then
-        raises `reason`, and it is provably not stored. If that transaction is committed after all, the write is done.
+        """Drop the write: at once if it is pending, else as soon as its transaction fails.
+
+        A dropped write is provably not stored, and its future raises `reason`. If the transaction is committed after
+        all, the write is done.
         """
         with self._lock:
             self._given_up = reason
-            if not self._begun:
+            if not self._in_progress:
                 self._drop()
 
     def _drop(self) -> None:
@@ -44,22 +46,23 @@ class WriteTask(Generic[T]):
             self.future.set_exception(self._given_up)
 
     def begin(self) -> bool:
-        """The writer takes it into a transaction. False if it was dropped."""
+        """Mark the write as in progress. Return False if it was dropped."""
         with self._lock:
-            self._begun = self._begun or self._given_up is None
-            return self._begun
+            self._in_progress = self._in_progress or self._given_up is None
+            return self._in_progress
 
     def put_back(self) -> None:
-        """That transaction came to nothing, surely."""
+        """Mark the write as pending again, because its transaction has certainly failed."""
         with self._lock:
-            self._begun = False
+            self._in_progress = False
             if self._given_up is not None:
                 self._drop()
 
     def run(self, transaction: Transaction) -> None:
-        """
+        """Do the work within a savepoint, so that an error in it affects no other write of the transaction.
+
         Raises:
-            StorageDown: the whole transaction is to be tried again.
+            StorageDown: the whole transaction must be retried.
         """
         try:
             with transaction.savepoint():
@@ -68,11 +71,10 @@ class WriteTask(Generic[T]):
         except StorageDown:
             raise
         except Exception as error:
-            # It fails alone and is told to whoever asked; what shares the transaction is not its business.
-            self._error = error
+            self._error = error  # `settle` passes it to the future
 
     def settle(self) -> bool:
-        """Tell the result, after the commit of its transaction. False if what is to follow the commit has failed."""
+        """Call `on_commit` and complete the future, after the commit. Return False if `on_commit` failed."""
         if self._error is not None:
             self.fail(self._error)
             return True
@@ -80,14 +82,14 @@ class WriteTask(Generic[T]):
             if self._on_commit is not None:
                 self._on_commit(self._value)
         except Exception as error:
-            log.exception("what should follow a commit failed")
+            log.exception("a write is committed, but its on_commit failed", extra={"event": "on_commit_failed"})
             self.fail(error)
             return False
         self.future.set_result(self._value)
         return True
 
     def fail(self, error: BaseException) -> None:
-        """Tell an error, unless the outcome is known already."""
+        """Complete the future with an error, unless it is complete already."""
         with self._lock:
             if not self.future.done():
                 self.future.set_exception(error)

@@ -57,7 +57,7 @@ class Outbox:
 
         What is to be sent later than it can be was put off while the clock was ahead: it would never be sent.
         """
-        late = deliveries.bring_back(transaction, timestamp(MAX_DELAY), timestamp())
+        late = deliveries.advance(transaction, timestamp(MAX_DELAY), timestamp())
         if late:
             log.warning("%d webhooks were put off while the clock was ahead, and are sent now", late)
         if not self._service:
@@ -75,7 +75,7 @@ class Outbox:
         """Store an attempt and what follows from it; ring EVENTS after the commit."""
         next_at = None if decision.pause is None else timestamp(decision.pause)
         attempts_json = to_json_text(list(attempts))
-        deliveries.tried(
+        deliveries.record_attempt(
             transaction,
             delivery.id,
             attempts_json,
@@ -86,7 +86,7 @@ class Outbox:
         if decision.status == DeliveryStatus.DISABLED:
             self._disable(transaction, delivery, decision.reason or "")
         elif decision.status != DeliveryStatus.PENDING:
-            deliveries.go_on(transaction, delivery.run_id, delivery.target, timestamp())
+            deliveries.make_next_due(transaction, delivery.run_id, delivery.target, timestamp())
 
     def _disable(self, transaction: Transaction, delivery: Delivery, reason: str) -> None:
         if delivery.target == DeliveryTarget.RUN:

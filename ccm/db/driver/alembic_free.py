@@ -1,4 +1,4 @@
-"""dataset without alembic."""
+"""Imports dataset without alembic."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-# The names that dataset imports from alembic. It uses them in `Database.op` only, to change tables, which we never do.
+# The names that dataset imports from alembic. It uses them only in `Database.op`, to alter tables, which we never do.
 NAMES = {"alembic.migration": "MigrationContext", "alembic.operations": "Operations"}
 
 
 @contextmanager
 def without_alembic() -> Iterator[None]:
-    """Keep alembic from being imported meanwhile: it imports every dialect of SQLAlchemy, a tenth of a start.
+    """Replace alembic by stand-ins within the block: it imports every dialect of SQLAlchemy, a tenth of the startup.
 
-    Whoever imports it afterwards gets the real one. Where it has been imported before, nothing is done.
+    A later import gets the real alembic. If it has been imported already, nothing is replaced.
     """
     if "alembic" in sys.modules:
         yield

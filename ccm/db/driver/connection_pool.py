@@ -1,6 +1,6 @@
 """The connections of one database, held by dataset: one for each thread that has a transaction.
 
-This is the only file that knows dataset and SQLAlchemy's engine. Of dataset it uses what is not documented:
+This is the only file that uses dataset and SQLAlchemy's engine. It relies on undocumented attributes of dataset:
 `connections`, the connection of each thread by the thread's id; `lock`, which guards them; and `local.tx`, the
 transactions that a thread has begun. tests/contracts/test_dataset.py fails when an upgrade changes any of them.
 """
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The share of the time for an answer that a statement may take: it is given up before the connection is.
+# The share of `answer_seconds` that a statement may take: it must time out before the connection does.
 STATEMENT_SHARE = 0.8
 
 
 class ConnectionPool:
-    """Connections that are opened as they are needed and kept for the next transaction.
+    """Connections that are opened when needed and kept for later transactions.
 
-    dataset keeps a connection for each thread id, also after the thread has died, and leaves reads open as
-    transactions. So each transaction takes one with `take` and gives it back with `release`.
+    dataset keeps a connection for each thread id, even after the thread has died, and leaves reads open as
+    transactions. So each transaction gets a connection with `take` and returns it with `release`.
 
     Args:
-        size: how many there are at the most. A thread that finds none free is refused, not kept waiting.
-        writer: transactions begin with the write lock in hand.
-        answer_seconds: how long the database may take for a statement; None for as long as it takes.
-        watch: of the SQLite file; None if there is none.
+        size: the maximum number of connections. `take` fails at once if none is free.
+        writable: transactions begin by taking the write lock.
+        answer_seconds: how long the database may take for a statement; None for no limit.
+        watch: the watch of the SQLite file; None for PostgreSQL.
     """
 
     def __init__(
@@ -58,13 +58,13 @@ class ConnectionPool:
         self._watch = watch
         self._dataset = dataset.connect(
             url,
-            ensure_schema=False,  # or a key of a row becomes a column
+            ensure_schema=False,  # otherwise unknown keys of a row become columns
             engine_kwargs={
                 "pool_size": size,
                 "max_overflow": 0,
-                "pool_timeout": 0,  # one connection for each permit: there is always one
+                "pool_timeout": 0,  # never needed: there is one connection for each permit
                 "pool_pre_ping": not is_sqlite,
-                # None: the sqlite3 module begins no transaction of its own, see _begin_sqlite.
+                # None keeps the sqlite3 module from beginning transactions itself; _begin_sqlite does.
                 "connect_args": {"isolation_level": None, "factory": sqlite.Connection} if is_sqlite else {},
             },
             on_connect_statements=sqlite.pragmas(service=answer_seconds is not None) if is_sqlite else [],
@@ -96,7 +96,7 @@ class ConnectionPool:
     def _connect_postgresql(
         self, _dialect: object, _record: object, _words: object, parameters: dict[str, Any]
     ) -> postgresql.Connection:
-        from ccm.db.driver import postgresql  # noqa: PLC0415  # psycopg is imported for PostgreSQL only
+        from ccm.db.driver import postgresql  # noqa: PLC0415  # imported for PostgreSQL only
 
         return postgresql.connect(
             writable=self._writable,
@@ -106,13 +106,13 @@ class ConnectionPool:
         )
 
     def take(self) -> OpenFiles:
-        """Take a connection for this thread's transaction. Return the files that it has open, if it is SQLite's.
+        """Get a connection for this thread's transaction. Return the files that it has open, for SQLite.
 
-        dataset itself would take it with a lock in hand that giving one back needs too: with none free, or a server
-        that does not answer, everything would stand still.
+        dataset itself would connect while holding the lock that `release` needs too: if no connection were free, or the
+        server did not answer, all threads would block.
 
         Raises:
-            StorageDown: the SQLite file is gone, or damage was found in it. Else what the driver raises.
+            StorageDown: the SQLite file is gone, or damage was found in it. Driver errors pass through unchanged.
         """
         if self._watch is not None:
             self._watch.check_path()
@@ -124,7 +124,7 @@ class ConnectionPool:
             if self._watch is not None:
                 self._watch.check(files)
         except StorageDown:
-            # Given back and not closed: should the file come back, it is the one that this connection has.
+            # Return the connection to the pool: if the file comes back, this connection still has it open.
             connection.close()
             raise
         with self._dataset.lock:
@@ -132,18 +132,19 @@ class ConnectionPool:
         return files
 
     def begin(self) -> Any:
-        """Begin this thread's transaction and return a cursor of the driver's."""
+        """Begin this thread's transaction and return the driver's cursor."""
         self._dataset.begin()
         return self._dataset.executable.connection.cursor()
 
     def commit(self) -> None:
+        """Commit this thread's transaction."""
         self._dataset.commit()
 
     def release(self, broken: bool = False) -> None:
-        """Give this thread's connection back, rolled back if it is not committed; close it for good if it is broken.
+        """Return this thread's connection, rolled back unless committed. Close it if it is broken.
 
-        dataset does neither when COMMIT itself fails (it forgets the transaction first and then finds nothing to roll
-        back): the thread would keep the connection, and SQLite its open transaction.
+        dataset does neither if COMMIT itself fails, because it forgets the transaction before it rolls back: the thread
+        would keep the connection, and SQLite the open transaction.
         """
         self._dataset.local.tx = []
         with self._dataset.lock:
@@ -156,7 +157,7 @@ class ConnectionPool:
                 connection.close()
             except Exception as error:
                 # The connection was lost meanwhile. The outcome of the transaction is known already.
-                log.debug("a connection could not be rolled back: %s", error)
+                log.debug("cannot roll back a connection: %s", error, extra={"event": "rollback_failed"})
                 if not connection.closed:
                     connection.invalidate()
                     connection.close()
@@ -164,19 +165,19 @@ class ConnectionPool:
     def _roll_back(self, connection: sqlalchemy.Connection) -> None:
         """Release SQLite's write lock before a connection is closed.
 
-        A closed connection lives on, with its transaction, as long as a cursor with a failed statement does, and the
-        traceback of the error holds that cursor until the garbage collector finds it.
+        A closed connection stays alive, with its transaction, as long as a cursor with a failed statement exists. The
+        traceback of the error keeps that cursor until it is garbage-collected.
         """
         if self.dialect == "sqlite":
             with suppress(sqlite3.Error):
                 cast(sqlite3.Connection, connection.connection.dbapi_connection).rollback()
 
     def interrupt(self) -> None:
-        """Interrupt the statements of SQLite that are under way."""
-        with self._dataset.lock:  # none of these is closed meanwhile
+        """Interrupt all SQLite statements in progress."""
+        with self._dataset.lock:  # so that no connection is closed meanwhile
             for connection in self._dataset.connections.values():
                 cast(sqlite3.Connection, connection.connection.dbapi_connection).interrupt()
 
     def dispose(self) -> None:
-        """Close the connections that no transaction has."""
+        """Close the idle connections."""
         self._engine.pool.dispose()

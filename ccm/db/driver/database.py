@@ -1,7 +1,7 @@
 """One database and its transactions.
 
-dataset poisons a thread whose COMMIT failed, and leaves reads open as transactions. So everything goes through
-`Database.transaction`, which always gives the connection back.
+dataset leaves a thread unusable after a failed COMMIT, and leaves reads open as transactions. So everything goes
+through `Database.transaction`, which always returns the connection.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ccm.errors import DatabaseClosed, DatabaseDamaged, StorageDown
 
 log = logging.getLogger(__name__)
 
-# How long a transaction waits for a connection while none is given back by a transaction that was answered (seconds).
+# How long a transaction waits for a connection while no answered transaction returns one (seconds).
 CONNECTION_TIMEOUT = 10.0
-# How long transactions are waited for at the end, and how often those that read are interrupted meanwhile (seconds).
+# How long `close` waits for transactions, and how often it interrupts reads meanwhile (seconds).
 CLOSE_TIMEOUT = 2.0
 INTERRUPT_INTERVAL = 0.05
 
@@ -31,17 +31,17 @@ INTERRUPT_INTERVAL = 0.05
 class Database:
     """A pool of connections to one database.
 
-    A `writer` begins its transactions with the write lock in hand, so that none fails half-way for want of it. There
-    is one writer in a process (core/storage/writer.py); everyone else reads.
+    A writable one begins each transaction by taking the write lock, so that none fails halfway for lack of it. A
+    process has one writer (core/storage/writer.py); everything else reads.
 
     Args:
-        answer_seconds: for a service, which has to answer in time: how long the database may take for a statement.
-            SQLite's bound holds for reads; what it writes is bounded by its size. None for a command, which may take
-            its time, and room for temporary files.
-        watch: what a Database of the same SQLite file knows about it, to be shared.
+        answer_seconds: how long the database may take for a statement; for a service, which must answer in time. On
+            SQLite it limits reads only, because the size of a batch limits writes. None for a command, which may take
+            any time and may create temporary files.
+        watch: the watch of another Database on the same SQLite file, to share.
 
     Attributes:
-        last_answer: the `time.monotonic()` of the last statement that was answered.
+        last_answer: the `time.monotonic()` of the last answered statement.
     """
 
     def __init__(
@@ -71,14 +71,14 @@ class Database:
 
     @contextmanager
     def transaction(self, uncertain: bool = False) -> Iterator[Transaction]:
-        """One transaction: committed at the end, or rolled back. The connection is given back either way.
+        """Begin a transaction. Commit it at the end, or roll it back on an exception; return the connection either way.
 
         Args:
-            uncertain: an earlier try of the same work may have been committed after all.
+            uncertain: an earlier attempt at the same work may have been committed.
 
         Raises:
-            StorageDown: storage is locked, full, read-only or out of reach.
-            StorageRejected: storage refuses a statement.
+            StorageDown: the database is locked, full, read-only or unreachable.
+            StorageRejected: the database refuses a statement.
         """
         pool = self._pool
         committing = committed = False
@@ -94,42 +94,42 @@ class Database:
             committed = True
             self._count_answer()
             if self.watch is not None and self._writable:
-                # Committed into a file that is no longer there: not to be acknowledged.
+                # A commit into a file that has been removed must not be acknowledged.
                 self.watch.check(files)
         except Exception as error:
-            told = storage_error(error)
-            if told is None:
+            fault = storage_error(error)
+            if fault is None:
                 raise
-            answered = not isinstance(told, StorageDown)
+            answered = not isinstance(fault, StorageDown)
             pool.release(broken=True)
-            if self.watch is not None and isinstance(told, DatabaseDamaged):
-                self.watch.damage = str(told)
-            if self._permits.closed and isinstance(told, StorageDown):
-                told = DatabaseClosed(str(told))  # interrupted, most likely
-            # A COMMIT that SQLite refuses is not committed; one whose answer is lost on its way may be.
-            told.may_be_committed = committed or (committing and not self.is_sqlite)
-            raise told from error
+            if self.watch is not None and isinstance(fault, DatabaseDamaged):
+                self.watch.damage = str(fault)
+            if self._permits.closed and isinstance(fault, StorageDown):
+                fault = DatabaseClosed(str(fault))  # `close` has most likely interrupted it
+            # A COMMIT that SQLite refuses is not committed. A COMMIT whose answer was lost may be.
+            fault.may_be_committed = committed or (committing and not self.is_sqlite)
+            raise fault from error
         finally:
             try:
                 pool.release()
                 if self._permits.closed:
-                    pool.dispose()  # this connection was not there to be closed
+                    pool.dispose()  # `close` could not close this connection
             finally:
-                self._permits.give_back(answered=answered)
+                self._permits.release(answered=answered)
 
     def _count_answer(self) -> None:
         self.last_answer = time.monotonic()
 
     def rows(self, sql: str, **parameters: Any) -> list[Mapping[str, Any]]:
-        """Return all rows of one query, in a transaction of its own."""
+        """Return all rows of a query, in a transaction of its own."""
         with self.transaction() as transaction:
             return transaction.rows(sql, **parameters)
 
     def close(self) -> None:
         """Refuse new transactions, interrupt SQLite's reads, and close the connections. Idempotent.
 
-        A connection that another thread still uses after CLOSE_TIMEOUT is left to that thread: closing it under a
-        statement would crash the process.
+        A connection that another thread still uses after CLOSE_TIMEOUT stays open: closing it during a statement would
+        crash the process.
         """
         self._permits.close()
         deadline = time.monotonic() + CLOSE_TIMEOUT
@@ -137,5 +137,9 @@ class Database:
             if self.is_sqlite and not self._writable:
                 self._pool.interrupt()
         if unfinished:
-            log.error("transactions have not ended; %d connections to the database are left open", unfinished)
+            log.error(
+                "transactions have not ended; %d connections to the database are left open",
+                unfinished,
+                extra={"event": "connections_left_open"},
+            )
         self._pool.dispose()

@@ -1,4 +1,4 @@
-"""The drivers' errors, told apart: whose trouble it is, and in which words it may be told to anybody."""
+"""Translates the drivers' exceptions: which class of `ccm.errors`, and a summary that is safe to show to clients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ccm.errors import DatabaseDamaged, StorageDown, StorageError, StorageReject
 if TYPE_CHECKING:
     import psycopg
 
-# What SQLite answers when the statement is to blame and not the file; all other codes are the storage's trouble.
+# SQLite's codes for a faulty statement. All other codes mean a fault of the storage.
 SQLITE_STATEMENT_ERRORS = frozenset(
     {
         sqlite3.SQLITE_ERROR,
@@ -40,10 +40,10 @@ SQLITE_SUMMARIES = {
     sqlite3.SQLITE_INTERRUPT: "the database takes too long",
 }
 
-# PostgreSQL's SQLSTATEs: a class that psycopg takes for the server's trouble, though the row is to blame (it is too
-# large for an index, say); a standby, or a server made read-only when its disk is full; what a lost or refused
-# connection, a server that is stopping and one that is starting come with; and damaged pages.
+# PostgreSQL's SQLSTATEs.
+# A class that psycopg treats as a fault of the server although the row is to blame (too large for an index, say).
 PROGRAM_LIMIT_EXCEEDED = "54"
+# A standby, or a server made read-only because its disk is full.
 READ_ONLY_TRANSACTION = "25006"
 SERVER_GONE = "the database server cannot be reached"
 POSTGRESQL_SUMMARIES = {
@@ -59,11 +59,12 @@ POSTGRESQL_SUMMARIES = {
     "28P01": "the database server refuses the login",
     "3D000": "the database does not exist",
 }
+# Damaged pages.
 POSTGRESQL_DAMAGE = ("XX001", "XX002")
 
 
 def storage_error(error: BaseException) -> StorageError | None:
-    """What a driver raised, by itself or wrapped by SQLAlchemy, as one of ours; None if it comes from no driver."""
+    """Translate an exception of a driver, wrapped by SQLAlchemy or not. Return None if it comes from no driver."""
     if isinstance(error, StorageError):
         return error
     if isinstance(error, UnicodeError | OverflowError):
@@ -71,23 +72,23 @@ def storage_error(error: BaseException) -> StorageError | None:
     if isinstance(error, PoolTimeout):
         return StorageDown("all connections are in use", "all connections to the database are in use")
     cause = getattr(error, "orig", None) or error
-    if not isinstance(error, SQLAlchemyError) and not isinstance(cause, sqlite3.Error) and not _is_psycopgs(cause):
+    if not isinstance(error, SQLAlchemyError) and not isinstance(cause, sqlite3.Error) and not _is_psycopg_error(cause):
         return None
     reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
     if isinstance(cause, sqlite3.Error):
-        return _of_sqlite(cause, reason)
-    if _is_psycopgs(cause):
-        return _of_postgresql(cause, reason)
+        return _from_sqlite(cause, reason)
+    if _is_psycopg_error(cause):
+        return _from_postgresql(cause, reason)
     return StorageRejected(reason)
 
 
-def _is_psycopgs(error: BaseException) -> TypeGuard[psycopg.Error]:
-    """Tell psycopg's errors. It is not imported for that: before it is, it raises none, and SQLite does not need it."""
+def _is_psycopg_error(error: BaseException) -> TypeGuard[psycopg.Error]:
+    """Return whether psycopg raised an error, without importing psycopg: SQLite does not need it."""
     module = sys.modules.get("psycopg")
     return module is not None and isinstance(error, module.Error)
 
 
-def _of_sqlite(cause: sqlite3.Error, reason: str) -> StorageError:
+def _from_sqlite(cause: sqlite3.Error, reason: str) -> StorageError:
     code = getattr(cause, "sqlite_errorcode", sqlite3.SQLITE_MISUSE) & 0xFF
     if code in SQLITE_STATEMENT_ERRORS:
         return StorageRejected(reason)
@@ -96,7 +97,7 @@ def _of_sqlite(cause: sqlite3.Error, reason: str) -> StorageError:
     return StorageDown(reason, SQLITE_SUMMARIES.get(code))
 
 
-def _of_postgresql(cause: psycopg.Error, reason: str) -> StorageError:
+def _from_postgresql(cause: psycopg.Error, reason: str) -> StorageError:
     import psycopg  # noqa: PLC0415
 
     from ccm.db.driver.postgresql import NoAnswer  # noqa: PLC0415
@@ -109,5 +110,5 @@ def _of_postgresql(cause: psycopg.Error, reason: str) -> StorageError:
     down = isinstance(cause, psycopg.OperationalError | psycopg.InterfaceError) or state == READ_ONLY_TRANSACTION
     if not down or state.startswith(PROGRAM_LIMIT_EXCEEDED):
         return StorageRejected(reason)
-    # Without a SQLSTATE it comes from the client's side: there is no connection, or it was lost.
+    # Without a SQLSTATE the client side raised it: there is no connection, or it was lost.
     return StorageDown(reason, POSTGRESQL_SUMMARIES.get(state, None if state else SERVER_GONE))

@@ -1,6 +1,6 @@
-"""Whether the files that SQLite has open are still those at their paths.
+"""Checks that the files that SQLite has open are still those at their paths.
 
-SQLite itself writes on into a file that has been deleted, and says nothing: all that is acknowledged then is lost.
+SQLite keeps writing to a deleted file without an error, so everything acknowledged after the deletion would be lost.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ccm.errors import DatabaseDamaged, StorageDown
 
-# The database, its write-ahead log, and what coordinates those who use the two.
+# The database, its write-ahead log, and the log's shared index.
 SUFFIXES = ("", "-wal", "-shm")
 
 Identity = tuple[int, int] | None
@@ -18,19 +18,19 @@ OpenFiles = tuple[Identity, ...]
 
 
 class FileWatch:
-    """One database's files, for all who have them open. Its checks take a few microseconds."""
+    """The files of one database, shared by all its connections. A check takes a few microseconds."""
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._first: Identity = None
-        # Set when SQLite has found damage: what it writes from then on could only make it worse.
+        # Set when SQLite has found damage, because further writes could only make it worse.
         self.damage: str | None = None
 
     def opened(self) -> OpenFiles:
-        """Called with a new connection: which files it has opened.
+        """Return the files that a new connection has just opened.
 
         Raises:
-            StorageDown: not the one that was opened first.
+            StorageDown: the database is not the file that was opened first.
         """
         identities = tuple(_identity(self._path + suffix) for suffix in SUFFIXES)
         if self._first is None:
@@ -39,28 +39,30 @@ class FileWatch:
         return identities
 
     def check_path(self) -> None:
-        """To be called before a connection is opened: where no file is, SQLite would make one.
+        """Check the path before a connection is opened, because SQLite would create a missing file.
 
         Raises:
-            StorageDown: the file that was opened first is not there.
+            StorageDown: the file that was opened first is gone.
         """
         if self._first is not None and _identity(self._path) != self._first:
             raise self._gone("")
 
     def check(self, opened: OpenFiles) -> None:
-        """
+        """Check the files of a connection.
+
         Args:
-            opened: what `opened` gave for a connection.
+            opened: the result of `opened` for that connection.
 
         Raises:
-            StorageDown: a file of that connection is not there.
+            StorageDown: one of them is gone.
         """
         for suffix, identity in zip(SUFFIXES, opened, strict=True):
             if _identity(self._path + suffix) != identity:
                 raise self._gone(suffix)
 
     def check_damage(self) -> None:
-        """
+        """Check that no damage has been found.
+
         Raises:
             DatabaseDamaged: damage has been found.
         """
@@ -68,16 +70,16 @@ class FileWatch:
             raise DatabaseDamaged(f"damage was found before: {self.damage}")
 
     def _gone(self, suffix: str) -> StorageDown:
-        what = "the database file" if not suffix else f"the database's {suffix} file"
+        subject = "the database file" if not suffix else f"the database's {suffix} file"
         return StorageDown(
-            f"{Path(self._path + suffix)} has been removed or replaced; put the very file back, or stop the service",
-            f"{what} has been removed or replaced",
+            f"{Path(self._path + suffix)} has been removed or replaced; put the original back, or stop the service",
+            f"{subject} has been removed or replaced",
         )
 
 
 def _identity(path: str) -> Identity:
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino

@@ -1,4 +1,4 @@
-"""One service for each database: a lock that the operating system or PostgreSQL drops when its holder dies."""
+"""A lock that allows one service per database. The kernel or PostgreSQL releases it when its holder dies."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from ccm.errors import DatabaseRefused
 if TYPE_CHECKING:
     import psycopg
 
-# Any number that nobody else of this PostgreSQL database uses: "ccmanage" in ASCII.
+# An arbitrary number that no other program should use in this PostgreSQL database: "ccmanage" in ASCII.
 ADVISORY_LOCK = int.from_bytes(b"ccmanage")
+# How often the lock is retried (seconds).
 RETRY_INTERVAL = 0.05
 TAKEN = (
     "Another CC Manager is at work on this database; stop it first, or give this one a database of its own "
@@ -24,20 +25,20 @@ TAKEN = (
 )
 
 BAD_URL = (
-    "DATABASE_URL cannot be read: it is to be postgresql://user:password@host/name, with what is special in the "
-    "password written as in %40."
+    "DATABASE_URL cannot be read. Write it as postgresql://user:password@host/name, with special characters of the "
+    "password percent-encoded (%40 for @)."
 )
 
 
 class _Lock(Protocol):
-    """One try takes it or does not; `drop` may be called in any state."""
+    """`take` makes one attempt and returns whether it succeeded; `drop` may be called in any state."""
 
     def take(self) -> bool: ...
     def drop(self) -> None: ...
 
 
 class _FileLock:
-    """A lock file beside the SQLite database. It is never removed: a removed one can be locked twice."""
+    """A lock file beside the SQLite database. It is never removed, because a removed file can be locked twice."""
 
     def __init__(self, database: Path) -> None:
         self._path = database.with_name(database.name + ".lock")
@@ -64,10 +65,10 @@ class _FileLock:
 
 
 class _AdvisoryLock:
-    """A lock that lives as long as its connection to PostgreSQL.
+    """A lock that PostgreSQL holds as long as the connection that took it.
 
-    It has services and commands take turns, and wait for one another. What keeps a second one from writing, also when
-    this connection is lost, is the right to write that each writing connection takes (db/driver/postgresql.py).
+    It lets services and commands wait for one another. Even if this connection is lost, a second service cannot write,
+    because each writing connection takes the right to write (db/driver/postgresql.py).
     """
 
     def __init__(self, url: str) -> None:
@@ -75,7 +76,7 @@ class _AdvisoryLock:
         self._connection: psycopg.Connection[tuple[bool]] | None = None
 
     def take(self) -> bool:
-        # Not at the top: a start on SQLite has no use for psycopg.
+        # Imported here, because a start on SQLite does not need psycopg.
         import psycopg  # noqa: PLC0415
 
         from ccm.db.driver.postgresql import NETWORK, SERVER_KEEPALIVES  # noqa: PLC0415
@@ -86,7 +87,7 @@ class _AdvisoryLock:
                 self._connection.execute(statement)
             row = self._connection.execute("SELECT pg_try_advisory_lock(%s)", [ADVISORY_LOCK]).fetchone()
         except psycopg.ProgrammingError:
-            # Its words show the URL, and the password in it.
+            # psycopg's own message would show the URL with its password.
             raise DatabaseRefused(BAD_URL) from None
         except psycopg.Error as error:
             self.drop()
@@ -103,11 +104,10 @@ class _AdvisoryLock:
 
 
 class ServiceLock:
-    """The right to write to a database.
+    """The lock of one database, which a service or a command holds while it writes.
 
     Args:
-        url: the database.
-        patience: seconds to wait for another holder to finish.
+        patience: how long to wait for another holder to finish (seconds).
     """
 
     def __init__(self, url: str, patience: float = 0.0) -> None:
@@ -119,9 +119,10 @@ class ServiceLock:
             self._lock = _AdvisoryLock(url)
 
     def acquire(self) -> Self:
-        """
+        """Take the lock.
+
         Raises:
-            DatabaseRefused: another service has the database, or the lock cannot be asked for.
+            DatabaseRefused: another service or command holds it, or it cannot be accessed.
         """
         deadline = time.monotonic() + self._patience
         while not self._lock.take():
@@ -131,6 +132,7 @@ class ServiceLock:
         return self
 
     def release(self) -> None:
+        """Release the lock if it is held."""
         self._lock.drop()
 
     def __enter__(self) -> Self:

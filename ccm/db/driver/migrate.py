@@ -1,4 +1,4 @@
-"""Applies migrations.sql: numbered, named sections, forward only, each in a transaction of its own."""
+"""Applies migrations.sql: numbered and named sections, forward only, each in its own transaction."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ccm.timestamps import timestamp
 MIGRATIONS_FILE = Path(__file__).parents[3] / "migrations.sql"
 HEADING = re.compile(r"^-- (?P<number>\d{4}) (?P<name>[^(]+?)(?: \((?P<dialect>sqlite|postgresql)\))?$")
 
-# Each takes as long as SQLite waits for a lock (db/driver/sqlite.py).
+# Each attempt takes as long as SQLite waits for a lock (db/driver/sqlite.py).
 LOCKED_TRIES = 10
 
 CREATE_HISTORY = """
@@ -42,7 +42,7 @@ class Migration:
         return f"{self.number:04} {self.name}"
 
     def statements(self) -> Iterator[str]:
-        """The statements, one by one; comments between them are left out."""
+        """Yield the statements, without the comments between them."""
         statement = ""
         for line in self.sql.splitlines():
             if not statement and (not line.strip() or line.startswith("--")):
@@ -56,7 +56,7 @@ class Migration:
 
 
 def read_migrations(dialect: str, file: Path = MIGRATIONS_FILE) -> list[Migration]:
-    """The sections of the file that concern a dialect, in order.
+    """Return the sections of the file for a dialect, in order.
 
     Raises:
         ValueError: the numbers are not 1, 2, 3, ... for this dialect.
@@ -84,14 +84,14 @@ def read_migrations(dialect: str, file: Path = MIGRATIONS_FILE) -> list[Migratio
 
 
 def pending(database: Database, migrations: list[Migration] | None = None) -> list[Migration]:
-    """What the database lacks. Changes nothing.
+    """Return the migrations that the database lacks, without changing anything.
 
     Raises:
-        DatabaseRefused: it is not ours, newer than this program, or cannot be read.
+        DatabaseRefused: the database is not ours, is newer than this program, or cannot be read.
     """
     migrations = read_migrations(database.dialect) if migrations is None else migrations
     try:
-        _wait_for(database)
+        _wait_until_unlocked(database)
         with database.transaction() as transaction:
             tables = transaction.column(TABLES[database.dialect])
             if "ccr_migrations" not in tables:
@@ -100,38 +100,38 @@ def pending(database: Database, migrations: list[Migration] | None = None) -> li
                         "The database has a table ccr_runs that is not CC Manager's; give it a database of its own."
                     )
                 return migrations
-            done = _applied(transaction)
+            applied = _applied(transaction)
     except DatabaseTaken:
         raise DatabaseRefused(TAKEN) from None
     except StorageError as error:
         raise DatabaseRefused(f"The database cannot be read: {error}.") from None
-    if done and max(done) > len(migrations):
+    if applied and max(applied) > len(migrations):
         raise DatabaseRefused(
-            f"The database has schema {max(done)} and this program knows {len(migrations)}: a newer CC Manager wrote "
-            "it. Update the program; a schema never goes back."
+            f"The database has schema {max(applied)} and this program knows {len(migrations)}: "
+            "a newer CC Manager wrote it. Update the program; a schema cannot be downgraded."
         )
-    return [migration for migration in migrations if migration.number not in done]
+    return [migration for migration in migrations if migration.number not in applied]
 
 
 def migrate(database: Database, migrations: list[Migration] | None = None) -> list[Migration]:
-    """Apply what the database lacks, and say what that was. Safe to run twice, and by two processes at once.
+    """Apply the migrations that the database lacks, and return them. Safe to run twice, and in two processes at once.
 
     Args:
-        database: a writer.
+        database: a writable one.
 
     Raises:
-        DatabaseRefused: as `pending`, or a section fails; then that section has changed nothing.
+        DatabaseRefused: as `pending`, or a section failed and was rolled back.
     """
     applied = []
     for migration in pending(database, migrations):
         try:
             with database.transaction() as transaction:
                 if database.dialect == "postgresql":
-                    # SQLite's BEGIN IMMEDIATE lets one in at a time; this does the same here.
+                    # Admit one process at a time, as BEGIN IMMEDIATE does on SQLite.
                     transaction.execute("SELECT pg_advisory_xact_lock(hashtext('ccr_migrations'))")
                 transaction.script(CREATE_HISTORY)
                 if migration.number in _applied(transaction):
-                    continue  # another process was quicker
+                    continue  # another process was faster
                 for statement in migration.statements():
                     transaction.script(statement)
                 row = {"number": migration.number, "name": migration.name, "appliedAt": timestamp()}
@@ -142,8 +142,8 @@ def migrate(database: Database, migrations: list[Migration] | None = None) -> li
     return applied
 
 
-def _wait_for(database: Database) -> None:
-    """A backup or a shell may hold the database for a moment just when the service starts."""
+def _wait_until_unlocked(database: Database) -> None:
+    """Retry while the database is locked: a backup or a shell may hold it for a moment when the service starts."""
     for last in [False] * LOCKED_TRIES + [True]:
         try:
             with database.transaction():

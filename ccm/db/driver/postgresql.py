@@ -1,11 +1,12 @@
-"""A connection to PostgreSQL that never waits for ever, and, if it is to write, has the right to.
+"""Connections to PostgreSQL that never wait forever. A writing one holds the right to write.
 
-The right is an advisory lock of the very session that writes. When the connection is lost the lock is lost with it, and
-nothing can be committed through what is left; a new connection has to take the right again, and does not get it while
-another service has it, or while the server has not yet ended the lost one: so what that one was about to commit is
-decided before the new one looks.
+The right is an advisory lock of the session that writes. If the connection is lost, so is the lock, and nothing more
+can be committed through that session. A new connection must take the right again, and cannot while another service
+holds it or while the server has not ended the lost session. So the outcome of a lost session's COMMIT is settled before
+the new connection looks for it.
 
-It reaches into psycopg (`Connection.wait`), and tests/contracts/test_psycopg.py names all of that.
+The module overrides an internal of psycopg (`Connection.wait`); tests/contracts/test_psycopg.py lists everything that
+it relies on.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import psycopg
 
 from ccm.errors import DatabaseTaken
 
-# Any number that nobody else of this PostgreSQL database uses: "ccmwrite" in ASCII.
+# An arbitrary number that no other program should use in this PostgreSQL database: "ccmwrite" in ASCII.
 RIGHT_TO_WRITE = int.from_bytes(b"ccmwrite")
-# How long a new connection waits for the right: a service that was killed is let go of by the server in no time.
+# How long a new connection waits for the right. The server ends the session of a killed service within that time.
 RIGHT_TIMEOUT = "1s"
-# A server that has gone without a word (its host, or the way to it) is given up by the kernel after this; what the
-# database's URL says counts for more.
+# When the kernel gives up a server whose host or network has disappeared. Parameters in the database's URL override
+# these.
 NETWORK: dict[str, Any] = {
     "connect_timeout": 5,
     "keepalives": 1,
@@ -32,43 +33,43 @@ NETWORK: dict[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 15_000,
 }
-# The same from the server's side: the lock of a service whose host has gone is not to outlive it by hours.
+# The same for the server: without it, the lock of a service whose host has disappeared would stay for hours.
 SERVER_KEEPALIVES = (
     "SET tcp_keepalives_idle = 10",
     "SET tcp_keepalives_interval = 5",
     "SET tcp_keepalives_count = 3",
 )
-READ_ONE_MOMENT = "SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"
+READ_SNAPSHOT = "SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"
 
 
 class NoAnswer(psycopg.OperationalError):
-    """The server is there and says nothing."""
+    """The server accepts data but does not answer."""
 
 
 class Connection(psycopg.Connection[Any]):
-    """Gives up a server that says nothing for `answer_seconds`; None waits for ever.
+    """A connection that gives up a server after `answer_seconds` without an answer; None waits forever.
 
-    No timeout of the kernel's helps against a server process that stands still: the connection is in order then.
+    The kernel's timeouts do not help if the server process hangs, because the TCP connection is intact then.
     """
 
     answer_seconds: float | None = None
 
     def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
         if self.answer_seconds is not None:
-            gen = self._bounded(gen, self.answer_seconds)
+            gen = self._limit(gen, self.answer_seconds)
         return super().wait(gen, *args, **kwargs)
 
-    def _bounded(self, gen: Generator[int, int, Any], seconds: float) -> Generator[int, int, Any]:
+    def _limit(self, gen: Generator[int, int, Any], seconds: float) -> Generator[int, int, Any]:
         try:
             wanted = next(gen)
-            heard = time.monotonic()
+            last_answer = time.monotonic()
             while True:
                 ready = yield wanted
                 now = time.monotonic()
                 if ready:
-                    heard = now
-                elif now - heard > seconds:
-                    # Without it a ROLLBACK would be sent after it, and waited for as long.
+                    last_answer = now
+                elif now - last_answer > seconds:
+                    # Close the connection, or the ROLLBACK that follows would wait for as long again.
                     self.pgconn.finish()
                     raise NoAnswer(f"PostgreSQL has not answered for {seconds:.0f} seconds")
                 wanted = gen.send(ready)
@@ -79,15 +80,15 @@ class Connection(psycopg.Connection[Any]):
 def connect(
     *, writable: bool, answer_seconds: float | None, statement_seconds: float | None, **parameters: Any
 ) -> Connection:
-    """A new connection.
+    """Open a connection.
 
     Args:
-        writer: it is to have the right to write, as long as it lives.
-        answer_seconds: how long to wait for an answer of the server; None for ever.
-        statement_seconds: after how long the server gives up a statement; None for never.
+        writable: take the right to write, for as long as the connection lives.
+        answer_seconds: how long to wait for an answer from the server; None waits forever.
+        statement_seconds: when the server cancels a statement; None for never.
 
     Raises:
-        DatabaseTaken: another one has the right to write.
+        DatabaseTaken: another connection has the right to write.
     """
     connection = Connection.connect(**{**NETWORK, **parameters})
     try:
@@ -96,11 +97,11 @@ def connect(
         if statement_seconds is not None:
             connection.execute(f"SET statement_timeout = {statement_seconds * 1000:.0f}")
         if writable:
-            _take_right(connection)
+            _take_right_to_write(connection)
         else:
-            # What one transaction reads is of one moment, as it is on SQLite: a stream that reads what is pending, and
-            # then up to where that is so, must not miss what is committed in between.
-            connection.execute(READ_ONE_MOMENT)
+            # Let each transaction read one snapshot, as on SQLite. A stream reads the last event and the approvals as
+            # of that event; it must not miss a change committed in between.
+            connection.execute(READ_SNAPSHOT)
         connection.commit()
     except BaseException:
         connection.close()
@@ -108,7 +109,7 @@ def connect(
     return connection
 
 
-def _take_right(connection: Connection) -> None:
+def _take_right_to_write(connection: Connection) -> None:
     for statement in SERVER_KEEPALIVES:
         connection.execute(statement)
     connection.execute(f"SET LOCAL lock_timeout = '{RIGHT_TIMEOUT}'")

@@ -1,4 +1,4 @@
-"""A connection to SQLite that knows PostgreSQL's functions and gives up a statement that takes too long."""
+"""A connection to SQLite with PostgreSQL's functions and a time limit for statements."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import sqlite3
 import time
 from typing import Any
 
-# How long SQLite itself waits for a lock. The writer tries again after that, so that a cancelled write is let go.
+# How long SQLite itself waits for a lock (ms). The writer then retries, so that a write given up meanwhile is dropped.
 BUSY_TIMEOUT_MS = 1_000
-# How often a statement looks at the time: after so many steps of SQLite's machine.
+# How many steps of SQLite's virtual machine pass between checks of the time limit.
 CHECK_STEPS = 1_000
 
 
 class Cursor(sqlite3.Cursor):
-    """Each statement has its time, as under PostgreSQL's statement_timeout."""
+    """A cursor that restarts the time limit with each statement, as PostgreSQL's statement_timeout does."""
 
     connection: Connection
 
@@ -25,20 +25,20 @@ class Cursor(sqlite3.Cursor):
 
 
 class Connection(sqlite3.Connection):
-    """Its statements take as long as they take, unless `limit_statements` has been called."""
+    """A connection whose statements have no time limit until `limit_statements` is called."""
 
     statement_seconds = math.inf
     deadline = math.inf
 
     def __init__(self, *words: Any, **parameters: Any) -> None:
         super().__init__(*words, **parameters)
-        # SQLite's own knows ASCII only, and a search should find École in either case.
+        # SQLite's own LOWER handles ASCII only, but a search must find École in either case.
         self.create_function("LOWER", 1, lambda text: None if text is None else str(text).lower(), deterministic=True)
-        # SQLite's own, INSTR, takes the product of both lengths for a text that nearly matches everywhere.
+        # SQLite's own INSTR takes time in the product of both lengths for a text that nearly matches everywhere.
         self.create_function("STRPOS", 2, _position, deterministic=True)
 
     def limit_statements(self, seconds: float) -> None:
-        """Interrupt a statement that takes longer. It raises sqlite3.OperationalError, SQLITE_INTERRUPT."""
+        """Interrupt statements that take longer: they raise sqlite3.OperationalError with SQLITE_INTERRUPT."""
         self.statement_seconds = seconds
         self.set_progress_handler(lambda: int(time.monotonic() > self.deadline), CHECK_STEPS)
 
@@ -47,10 +47,10 @@ class Connection(sqlite3.Connection):
 
 
 def pragmas(*, service: bool) -> list[str]:
-    """Return the settings of a new connection.
+    """Return the statements that configure a new connection.
 
     Args:
-        service: it is one of a service, and not of a command that needs room for large temporary files.
+        service: the connection belongs to a service. A command's temporary files may be too large for memory.
     """
     statements = [
         f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}",
@@ -58,11 +58,11 @@ def pragmas(*, service: bool) -> list[str]:
         "PRAGMA synchronous = FULL",
     ]
     if service:
-        # Even a savepoint may need a temporary file, and agents can fill the directory of such files.
+        # Even a savepoint may need a temporary file, and agents can fill the directory for temporary files.
         statements.append("PRAGMA temp_store = MEMORY")
     return statements
 
 
 def _position(text: str | None, part: str) -> int | None:
-    """Where a text first has a part, counted from 1; 0 if it has not."""
+    """Return the position of the first occurrence of a part, counted from 1; 0 if there is none."""
     return None if text is None else text.find(part) + 1

@@ -1,6 +1,6 @@
 """Statements within one transaction, on the driver's own cursor.
 
-SQLAlchemy takes seven times as long for a short statement, and no error is gained on the way through it.
+SQLAlchemy takes seven times as long for a short statement, without detecting more errors.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any, cast
 from ccm.db.driver.errors import storage_error
 from ccm.errors import StorageDown
 
-# How many rows go to SQLite before it is known that it answers.
+# How many rows go to SQLite before its answer is counted as a sign of life.
 ROWS_AT_ONCE = 50
 NAMED_PARAMETER = re.compile(r"(?<![:\w]):([A-Za-z]\w*)")
 
 
 @cache
 def _driver_sql(sql: str, is_sqlite: bool) -> str:
-    """Return a statement as the driver takes it: SQLite reads `:name` itself, psycopg wants `%(name)s`."""
+    """Return a statement in the driver's form: SQLite accepts `:name`, psycopg needs `%(name)s`."""
     return sql if is_sqlite else NAMED_PARAMETER.sub(r"%(\1)s", sql.replace("%", "%%"))
 
 
 def parameter_list(name: str, values: Iterable[Any]) -> tuple[str, dict[str, Any]]:
-    """Name a parameter for each of several values: the names as `IN (...)` takes them, and the values by name."""
+    """Return the parameters of an `IN (...)` list: their names, comma-separated, and the values by name."""
     parameters = {f"{name}{number}": value for number, value in enumerate(values)}
     return ", ".join(f":{parameter}" for parameter in parameters), parameters
 
@@ -37,7 +37,7 @@ class Transaction:
     Args:
         cursor: the driver's.
         dialect: `sqlite` or `postgresql`.
-        uncertain: an earlier try of the same work may have been committed after all.
+        uncertain: an earlier attempt at the same work may have been committed.
         answered: called when the database has answered a statement.
     """
 
@@ -55,7 +55,7 @@ class Transaction:
     # ---- reading
 
     def rows(self, sql: str, **parameters: Any) -> list[Mapping[str, Any]]:
-        """Return all rows of a query: a half-read cursor would hold back SQLite's checkpoints."""
+        """Return all rows of a query: a half-read cursor would block SQLite's checkpoints."""
         self._execute(sql, parameters)
         names = [column[0] for column in self._cursor.description or ()]
         return [dict(zip(names, row, strict=True)) for row in self._cursor.fetchall()]
@@ -65,7 +65,7 @@ class Transaction:
         return next(iter(self.rows(sql, **parameters)), None)
 
     def tuples(self, sql: str, **parameters: Any) -> list[tuple[Any, ...]]:
-        """Return all rows of a query without the columns' names."""
+        """Return all rows of a query, without column names."""
         self._execute(sql, parameters)
         return cast("list[tuple[Any, ...]]", self._cursor.fetchall())
 
@@ -80,16 +80,17 @@ class Transaction:
     # ---- writing
 
     def execute(self, sql: str, **parameters: Any) -> int:
-        """Execute a statement and return how many rows it changed."""
+        """Execute a statement, and return how many rows it changed."""
         self._execute(sql, parameters)
         return int(self._cursor.rowcount)
 
     def script(self, sql: str) -> None:
-        """Execute one statement as it stands, nothing bound: a colon in a comment is no parameter."""
+        """Execute one statement unchanged, without parameters: a colon in a comment does not start one."""
         self._cursor.execute(sql)
         self._answered()
 
     def insert(self, table: str, row: Mapping[str, Any]) -> None:
+        """Insert one row."""
         columns = ", ".join(f'"{column}"' for column in row)
         values = ", ".join(f":{column}" for column in row)
         self._execute(f"INSERT INTO {table} ({columns}) VALUES ({values})", row)
@@ -97,36 +98,36 @@ class Transaction:
     def insert_many(
         self, table: str, columns: Sequence[str], rows: list[tuple[Any, ...]], *, known_ignored: bool = False
     ) -> None:
-        """Insert the rows in a few statements.
+        """Insert rows in a few statements.
+
+        dataset's own insert_many iterates over the keys of every row three times, and SQLAlchemy over its values twice,
+        which takes longer than the insertion itself.
 
         Args:
-            known_ignored: leave out rows whose key is there already; else they are refused.
-
-        dataset's own insert_many goes through the keys of every row three times before it does the same, and SQLAlchemy
-        through its values twice: more than the database itself takes for a row.
+            known_ignored: skip rows whose key exists already; otherwise they are refused.
         """
         names = ", ".join(f'"{column}"' for column in columns)
         marks = ", ".join(["?" if self._is_sqlite else "%s"] * len(columns))
         end = " ON CONFLICT DO NOTHING" if known_ignored else ""
         sql = f"INSERT INTO {table} ({names}) VALUES ({marks}){end}"
-        # SQLite's module lets other threads have the interpreter with each row, so that many rows may take long.
+        # The sqlite3 module releases the interpreter for each row, so many rows may take long.
         at_once = ROWS_AT_ONCE if self._is_sqlite else len(rows)
         for first in range(0, len(rows), at_once or 1):
             self._cursor.executemany(sql, rows[first : first + at_once])
             self._answered()
 
     def update(self, table: str, values: Mapping[str, Any], where: str, **parameters: Any) -> int:
-        """Set columns of the rows that a condition selects and return how many they were.
+        """Set columns of the rows that a condition selects, and return how many there are.
 
         Args:
-            parameters: those of the condition. None has the name of a column that is set.
+            parameters: those of the condition. Their names must differ from the columns in `values`.
         """
         assignments = ", ".join(f'"{column}" = :{column}' for column in values)
         return self.execute(f"UPDATE {table} SET {assignments} WHERE {where}", **values, **parameters)
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
-        """Undo what is done within if it raises; the transaction itself continues.
+        """Roll back the statements of the block if it raises; the transaction itself continues.
 
         Raises:
             StorageError: as `Database.transaction`.
@@ -135,11 +136,11 @@ class Transaction:
         try:
             yield
         except BaseException as error:
-            told = storage_error(error)
-            if not isinstance(told, StorageDown):
+            fault = storage_error(error)
+            if not isinstance(fault, StorageDown):
                 self.script("ROLLBACK TO SAVEPOINT part")
                 self.script("RELEASE SAVEPOINT part")
-            if told is None:
+            if fault is None:
                 raise
-            raise told from error
+            raise fault from error
         self.script("RELEASE SAVEPOINT part")

@@ -185,7 +185,7 @@ def test_a_run_whose_start_had_an_uncertain_commit_is_executed(home: Path, proje
     database._pool.commit = commit_and_lose_the_answer  # type: ignore[method-assign]
     try:
         run = running.runs.start(RunRequest(mode=RunMode.FRESH, prompt="hello"), str(project)).run
-        ended = running.queries.wait(
+        ended = running.notifier.wait(
             run.id,
             30,
             lambda: next(iter([r for r in [running.queries.run(run.id)] if r.ended]), None),
@@ -214,7 +214,7 @@ def test_a_successful_run_ends_in_error_if_a_message_cannot_be_stored(
     try:
         prompt = json.dumps({"messages": [{"type": "\ud800"}]})
         run = running.runs.start(RunRequest(mode=RunMode.FRESH, prompt=prompt), str(project)).run
-        ended = running.queries.wait(
+        ended = running.notifier.wait(
             run.id,
             30,
             lambda: next(iter([r for r in [running.queries.run(run.id)] if r.ended]), None),

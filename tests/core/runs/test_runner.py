@@ -65,7 +65,7 @@ def ended(service: Service, run_id: str) -> Run:
         run = service.queries.run(run_id)
         return run if run.ended else None
 
-    run = service.queries.wait(run_id, 60, look, lambda: False)
+    run = service.notifier.wait(run_id, 60, look, lambda: False)
     assert run is not None, "the run has not ended"
     return run
 

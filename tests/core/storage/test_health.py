@@ -1,4 +1,4 @@
-"""Whether storage takes writes, on a service that has nothing else to write."""
+"""The health of storage on a service that has nothing else to write."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tests.waiting import until
 SOON = 60.0
 
 
-def until_it_says(storage_health: StorageHealth, last_error: str | None) -> None:
+def until_last_error_is(storage_health: StorageHealth, last_error: str | None) -> None:
     until(lambda: storage_health.last_error() == last_error)
 
 
 class Idle:
-    """A writer to which nobody gives anything."""
+    """A writer with an empty queue."""
 
     def __init__(self, url: str, answer_seconds: float | None = None) -> None:
         self.database = Database(url, writable=True, pool_size=1, answer_seconds=answer_seconds)
@@ -51,7 +51,7 @@ def idle(tmp_path: Path) -> Iterator[Idle]:
     idle.stop()
 
 
-def test_asked_often_it_answers_from_memory(idle: Idle) -> None:
+def test_frequent_checks_write_nothing(idle: Idle) -> None:
     assert idle.storage_health.last_error() is None
     before = idle.writer.last_commit
     for _ in range(1_000):
@@ -59,43 +59,43 @@ def test_asked_often_it_answers_from_memory(idle: Idle) -> None:
     assert idle.writer.last_commit == before
 
 
-def test_a_file_that_is_gone_is_noticed_and_its_return_too(idle: Idle, tmp_path: Path) -> None:
+def test_a_removed_file_and_its_return_are_noticed(idle: Idle, tmp_path: Path) -> None:
     assert idle.storage_health.last_error() is None
     (tmp_path / "db.sqlite").rename(tmp_path / "away")
-    until_it_says(idle.storage_health, "the database file has been removed or replaced")
+    until_last_error_is(idle.storage_health, "the database file has been removed or replaced")
     (tmp_path / "away").rename(tmp_path / "db.sqlite")
-    until_it_says(idle.storage_health, None)
+    until_last_error_is(idle.storage_health, None)
 
 
-def test_a_server_that_stands_still_is_noticed_by_all_who_ask(postgresql_server: PostgreSQLServer) -> None:
+def test_all_concurrent_checks_notice_a_server_that_stands_still(postgresql_server: PostgreSQLServer) -> None:
     idle = Idle(postgresql_server.new_database(), answer_seconds=5.0)
     assert idle.storage_health.last_error() is None
-    told: list[str | None] = []
+    errors: list[str | None] = []
 
-    def ask() -> None:
-        told.append(idle.storage_health.last_error())
+    def check() -> None:
+        errors.append(idle.storage_health.last_error())
 
     with postgresql_server.standing_still():
-        until_it_says(idle.storage_health, "the database does not answer")
-        threads = [threading.Thread(target=ask) for _ in range(20)]
+        until_last_error_is(idle.storage_health, "the database does not answer")
+        threads = [threading.Thread(target=check) for _ in range(20)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(SOON)
-    assert told == ["the database does not answer"] * 20
-    until_it_says(idle.storage_health, None)
+    assert errors == ["the database does not answer"] * 20
+    until_last_error_is(idle.storage_health, None)
     idle.stop()
 
 
 class SlowClock:
-    """The clock of an interpreter that lets a thread run only long after it wanted to."""
+    """The clock of an interpreter so busy that each thread wakes up late."""
 
     def monotonic(self) -> float:
         return time.monotonic() * 10
 
 
 def blocked(idle: Idle) -> threading.Event:
-    """Has the writer wait for the event, in a transaction."""
+    """Make the writer wait, within a transaction, for the event that is returned."""
     begun, end = threading.Event(), threading.Event()
 
     def work(transaction: Transaction) -> None:
@@ -107,7 +107,7 @@ def blocked(idle: Idle) -> threading.Event:
     return end
 
 
-def test_a_writer_that_makes_progress_has_a_database_that_answers(idle: Idle) -> None:
+def test_a_writer_that_makes_progress_is_healthy(idle: Idle) -> None:
     end = threading.Event()
 
     def work(transaction: Transaction) -> None:
@@ -121,28 +121,30 @@ def test_a_writer_that_makes_progress_has_a_database_that_answers(idle: Idle) ->
 
 
 def until_stale(idle: Idle) -> None:
-    """Waits until the last commit proves nothing any more."""
+    """Wait until the last commit is too old to prove anything."""
     until(lambda: time.monotonic() - idle.writer.last_commit >= FRESH_INTERVAL)
 
 
-def test_a_writer_that_makes_none_is_noticed(idle: Idle) -> None:
+def test_a_writer_without_progress_is_noticed(idle: Idle) -> None:
     end = blocked(idle)
-    until_it_says(idle.storage_health, SILENCE)
+    until_last_error_is(idle.storage_health, SILENCE)
     end.set()
-    until_it_says(idle.storage_health, None)
+    until_last_error_is(idle.storage_health, None)
 
 
-def test_a_busy_interpreter_is_no_fault_of_the_database_at_first(idle: Idle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_interpreter_is_not_at_first_a_fault_of_the_database(
+    idle: Idle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     end = blocked(idle)
     until_stale(idle)
     monkeypatch.setattr("ccm.core.storage.health.time", SlowClock())
     assert idle.storage_health.last_error() is None
-    until_it_says(idle.storage_health, SILENCE)
+    until_last_error_is(idle.storage_health, SILENCE)
     end.set()
-    until_it_says(idle.storage_health, None)
+    until_last_error_is(idle.storage_health, None)
 
 
-def test_threads_that_keep_the_interpreter_busy_make_no_alarm(idle: Idle) -> None:
+def test_busy_threads_cause_no_false_alarm(idle: Idle) -> None:
     stop = False
     interval = sys.getswitchinterval()
 

@@ -549,16 +549,16 @@ def test_what_a_fault_of_storage_keeps_from_being_stored_is_not_sent_again_meanw
 ) -> None:
     from ccm.errors import StorageDown
 
-    tried = deliveries.tried
+    record_attempt = deliveries.record_attempt
     down = threading.Event()
     down.set()
 
     def failing(*args: Any, **kwargs: Any) -> None:
         if down.is_set():
             raise StorageDown("away")
-        tried(*args, **kwargs)
+        record_attempt(*args, **kwargs)
 
-    monkeypatch.setattr(deliveries, "tried", failing)
+    monkeypatch.setattr(deliveries, "record_attempt", failing)
     world.start(schedule=AT_ONCE)
     run_id = world.run(receiver.url, STARTED)
     receiver.wait_for(1)

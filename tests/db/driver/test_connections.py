@@ -1,4 +1,4 @@
-"""Connections of a pool: who gets one, how long a statement may take, and what closing does to transactions."""
+"""The connection pool: its order of service, the time limit of statements, and closing during transactions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ccm.errors import DatabaseClosed, StorageDown
 from tests.waiting import until
 
 SOON = 30.0
-# Counts for hours.
+# This query runs for hours.
 ENDLESS = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT COUNT(*) FROM n"
 A_MILLION = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000000) SELECT COUNT(*) FROM n"
 
@@ -31,7 +31,7 @@ def sqlite_url(folder: Path) -> str:
 
 
 class Thread(threading.Thread):
-    """Does something, and keeps what it raised."""
+    """A thread that keeps the exception of its function."""
 
     def __init__(self, action: Callable[[], object]) -> None:
         super().__init__(daemon=True)
@@ -46,35 +46,35 @@ class Thread(threading.Thread):
             self.error = error
 
     def ended(self) -> Exception | None:
-        """Wait for the end, and return the exception that ended it, if any."""
+        """Wait for the end, and return the exception that was raised, if any."""
         self.join(SOON)
         assert not self.is_alive()
         return self.error
 
 
-# ---- who gets a connection
+# ---- the order of service
 
 
-def test_a_newcomer_does_not_overtake_a_transaction_that_waits(database_url: str) -> None:
+def test_a_new_transaction_does_not_overtake_a_waiting_one(database_url: str) -> None:
     database = Database(database_url, pool_size=1)
     served: list[str] = []
 
     def wait() -> None:
         with database.transaction():
-            served.append("the one that waited")
+            served.append("first")
 
     with database.transaction():
         waiting = Thread(wait)
         until(lambda: database._permits._waiting)
     with database.transaction():
-        served.append("the newcomer")
+        served.append("second")
 
     assert waiting.ended() is None
-    assert served == ["the one that waited", "the newcomer"]
+    assert served == ["first", "second"]
     database.close()
 
 
-def test_a_lost_connection_costs_no_permit(postgresql: str) -> None:
+def test_a_lost_connection_returns_its_permit(postgresql: str) -> None:
     database = Database(f"{postgresql}/postgres", pool_size=2)
     try:
         for _ in range(5):
@@ -89,7 +89,7 @@ def test_a_lost_connection_costs_no_permit(postgresql: str) -> None:
         database.close()
 
 
-def test_a_busy_database_refuses_nobody(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_database_refuses_no_transaction(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database_module, "CONNECTION_TIMEOUT", 2.0)
     database = Database(database_url, pool_size=1)
 
@@ -103,13 +103,13 @@ def test_a_busy_database_refuses_nobody(database_url: str, monkeypatch: pytest.M
     database.close()
 
 
-def test_a_database_that_answers_nobody_is_told_to_those_who_wait() -> None:
+def test_waiting_threads_are_refused_if_the_database_answers_none() -> None:
     permits = Permits(1, 0.5)
     permits.take()
     first, second = Thread(permits.take), Thread(permits.take)
     until(lambda: len(permits._waiting) == 2)
 
-    permits.give_back(answered=False)  # one of them has it now
+    permits.release(answered=False)  # one of them gets it
 
     until(lambda: not (first.is_alive() or second.is_alive()))
     refusal = first.error or second.error
@@ -118,10 +118,10 @@ def test_a_database_that_answers_nobody_is_told_to_those_who_wait() -> None:
     assert None in (first.error, second.error)
 
 
-# ---- how long a statement may take
+# ---- the time limit of statements
 
 
-def test_a_read_that_takes_too_long_is_interrupted(tmp_path: Path) -> None:
+def test_a_read_beyond_the_time_limit_is_interrupted(tmp_path: Path) -> None:
     database = Database(sqlite_url(tmp_path), answer_seconds=0.5)
     with pytest.raises(StorageDown) as fault:
         database.rows(ENDLESS)
@@ -133,13 +133,13 @@ def test_a_read_that_takes_too_long_is_interrupted(tmp_path: Path) -> None:
     with database.transaction() as transaction:
         for _ in range(5):
             assert transaction.value("SELECT 1") == 1
-            time.sleep(0.1)  # each statement has its own time
+            time.sleep(0.1)  # the time limit restarts with each statement
         assert transaction.value(A_MILLION.replace("1000000", "1000")) == 1000
     database.close()
 
 
 @pytest.mark.parametrize("service", [False, True])
-def test_the_writer_and_a_command_take_their_time(tmp_path: Path, service: bool) -> None:
+def test_the_writer_and_commands_have_no_time_limit(tmp_path: Path, service: bool) -> None:
     database = Database(sqlite_url(tmp_path), writable=service, answer_seconds=0.001 if service else None)
     assert database.rows(A_MILLION) == [{"COUNT(*)": 1_000_000}]
     database.close()
@@ -148,7 +148,7 @@ def test_the_writer_and_a_command_take_their_time(tmp_path: Path, service: bool)
 # ---- closing
 
 
-def test_reads_that_go_on_are_interrupted_when_the_database_is_closed(tmp_path: Path) -> None:
+def test_closing_the_database_interrupts_reads(tmp_path: Path) -> None:
     database = Database(sqlite_url(tmp_path))
     begun = threading.Barrier(5)
 
@@ -168,7 +168,7 @@ def test_reads_that_go_on_are_interrupted_when_the_database_is_closed(tmp_path: 
     database.close()
 
 
-def test_who_waits_for_a_connection_is_refused_when_the_database_is_closed(tmp_path: Path) -> None:
+def test_closing_the_database_refuses_waiting_transactions(tmp_path: Path) -> None:
     database = Database(sqlite_url(tmp_path), pool_size=1)
     begun = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Transactions on both databases: what is kept, what is undone, and what the drivers' errors become."""
+"""Transactions on both databases: commit, rollback, and the translation of driver errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def names(database: Database) -> list[str]:
     return [row["id"] for row in database.rows("SELECT id FROM ccr_sessions ORDER BY id")]
 
 
-def test_a_transaction_is_kept_whole_or_not_at_all(writable: Database, reader: Database) -> None:
+def test_a_transaction_is_atomic(writable: Database, reader: Database) -> None:
     with writable.transaction() as transaction:
         session(transaction, "a")
         session(transaction, "b")
@@ -45,7 +45,7 @@ def test_a_transaction_is_kept_whole_or_not_at_all(writable: Database, reader: D
     assert names(reader) == ["a", "b"]
 
 
-def test_a_savepoint_undoes_only_itself(writable: Database, reader: Database) -> None:
+def test_a_savepoint_rolls_back_alone(writable: Database, reader: Database) -> None:
     with writable.transaction() as transaction:
         session(transaction, "a")
         with pytest.raises(StorageRejected), transaction.savepoint():
@@ -72,7 +72,7 @@ def test_camel_case_columns_and_named_parameters(writable: Database) -> None:
     assert row["id"] == "50% :off"
 
 
-def test_nul_and_lone_surrogates_come_back(writable: Database) -> None:
+def test_nul_and_lone_surrogates_survive_storage(writable: Database) -> None:
     text = to_json_text({"text": "\0 \ud800 \U0001f600"})
     with writable.transaction() as transaction:
         session(transaction, "a")
@@ -80,8 +80,8 @@ def test_nul_and_lone_surrogates_come_back(writable: Database) -> None:
         assert transaction.value('SELECT "metadataJson" FROM ccr_sessions') == text
 
 
-def test_a_wrong_statement_is_rejected_and_leaves_no_connection_behind(writable: Database) -> None:
-    for _ in range(3):  # the pool has one connection: a lost one would be missed
+def test_a_rejected_statement_returns_its_connection(writable: Database) -> None:
+    for _ in range(3):  # the pool has one connection, so a leak would be noticed
         with pytest.raises(StorageRejected), writable.transaction() as transaction:
             transaction.execute("SELECT nothing FROM nowhere")
     with writable.transaction() as transaction:
@@ -89,8 +89,8 @@ def test_a_wrong_statement_is_rejected_and_leaves_no_connection_behind(writable:
     assert names(writable) == ["a"]
 
 
-def test_a_refused_statement_keeps_no_lock_though_its_error_is_kept(writable: Database) -> None:
-    """The traceback holds the cursor, and that the statement, and that SQLite's connection, which is closed by then."""
+def test_a_rejected_statement_keeps_no_lock_while_its_error_is_referenced(writable: Database) -> None:
+    """The traceback keeps the cursor alive, and with it the statement and SQLite's closed connection."""
     with pytest.raises(StorageRejected) as kept, writable.transaction() as transaction:
         session(transaction, "a")
         session(transaction, "a")
@@ -100,7 +100,7 @@ def test_a_refused_statement_keeps_no_lock_though_its_error_is_kept(writable: Da
     assert names(writable) == ["b"]
 
 
-def test_a_connection_is_given_back_by_threads_that_die(reader: Database, writable: Database) -> None:
+def test_threads_that_end_return_their_connections(reader: Database, writable: Database) -> None:
     def read() -> None:
         reader.rows("SELECT 1 AS one")
 
@@ -111,7 +111,7 @@ def test_a_connection_is_given_back_by_threads_that_die(reader: Database, writab
     assert reader.rows("SELECT 1 AS one") == [{"one": 1}]
 
 
-def test_a_deferred_failure_of_commit_does_not_poison_the_thread(tmp_path: Path) -> None:
+def test_a_failed_commit_leaves_the_thread_usable(tmp_path: Path) -> None:
     database = Database(f"sqlite:///{tmp_path}/db.sqlite", writable=True, pool_size=1)
     with database.transaction() as transaction:
         transaction.execute("CREATE TABLE a (id INTEGER PRIMARY KEY)")
@@ -127,7 +127,7 @@ def test_a_deferred_failure_of_commit_does_not_poison_the_thread(tmp_path: Path)
     database.close()
 
 
-def test_a_database_out_of_reach_is_down() -> None:
+def test_an_unreachable_database_is_down() -> None:
     database = Database("postgresql://u@127.0.0.1:1/db")
     with pytest.raises(StorageDown):
         database.rows("SELECT 1")

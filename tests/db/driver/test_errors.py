@@ -1,4 +1,4 @@
-"""Faults of storage, made for real: what a transaction does about them, and what it says."""
+"""Real faults of storage: how transactions behave, and which errors they raise."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read(database: Database) -> object:
 
 
 def sqlite(folder: Path) -> tuple[Path, Database, Database]:
-    """A database with some rows beyond its log: file, writer, reader."""
+    """Return a new database with some content: its path, a writer and a reader."""
     path = folder / "db.sqlite"
     url = f"sqlite:///{path}"
     sqlite_file.prepare(url)
@@ -56,7 +56,7 @@ def new_database(postgresql: str, name: str) -> str:
 
 
 def end_connections(url: str) -> None:
-    """As a restart or a firewall does."""
+    """End all other connections, as a restart or a firewall does."""
     with psycopg.connect(url, autocommit=True) as admin:
         admin.execute(
             "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
@@ -64,14 +64,14 @@ def end_connections(url: str) -> None:
         )
 
 
-def test_a_second_writer_gets_no_connection_until_the_first_has_gone(postgresql: str) -> None:
+def test_a_second_writer_is_refused_until_the_first_has_closed(postgresql: str) -> None:
     url = new_database(postgresql, "right_to_write")
     first, second = (Database(url, writable=True, pool_size=1) for _ in range(2))
     migrate(first)
     with pytest.raises(DatabaseTaken):
         write(second)
     reader = Database(url)
-    read(reader)  # to read takes no right
+    read(reader)  # reading does not need the right
 
     first.close()
     write(second)
@@ -79,7 +79,7 @@ def test_a_second_writer_gets_no_connection_until_the_first_has_gone(postgresql:
     reader.close()
 
 
-def test_nothing_is_committed_after_the_right_was_lost(postgresql: str) -> None:
+def test_nothing_is_committed_after_the_right_to_write_is_lost(postgresql: str) -> None:
     url = new_database(postgresql, "lost_right")
     first, second = (Database(url, writable=True, pool_size=1) for _ in range(2))
     migrate(first)
@@ -96,11 +96,11 @@ def test_nothing_is_committed_after_the_right_was_lost(postgresql: str) -> None:
     reader.close()
 
     second.close()
-    write(first)  # it heals by itself
+    write(first)  # it recovers by itself
     first.close()
 
 
-def test_a_lost_connection_takes_its_right_again(postgresql: str) -> None:
+def test_a_new_connection_retakes_the_right_to_write(postgresql: str) -> None:
     url = new_database(postgresql, "taken_again")
     first, second = (Database(url, writable=True, pool_size=1) for _ in range(2))
     migrate(first)
@@ -111,7 +111,7 @@ def test_a_lost_connection_takes_its_right_again(postgresql: str) -> None:
     first.close()
 
 
-def test_who_comes_second_is_refused_also_when_only_the_writer_is_connected(postgresql: str) -> None:
+def test_a_second_service_is_refused_if_only_the_writer_is_connected(postgresql: str) -> None:
     url = new_database(postgresql, "only_the_writer")
     service = ServiceLock(url).acquire()
     writable = Database(url, writable=True, pool_size=1)
@@ -125,7 +125,7 @@ def test_who_comes_second_is_refused_also_when_only_the_writer_is_connected(post
     service.release()
 
 
-def test_a_command_writes_within_the_lock(database_url: str) -> None:
+def test_a_command_writes_while_it_holds_the_lock(database_url: str) -> None:
     for _ in range(2):
         with ServiceLock(database_url, patience=5):
             database = Database(database_url, writable=True, pool_size=1)
@@ -134,14 +134,12 @@ def test_a_command_writes_within_the_lock(database_url: str) -> None:
             database.close()
 
 
-# ---- the SQLite file removed or replaced
+# ---- the SQLite file is removed or replaced
 
 
 @pytest.mark.parametrize("suffix", ["", "-wal", "-shm"])
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_file_that_is_not_there_any_more_is_noticed_and_may_come_back(
-    tmp_path: Path, suffix: str, replaced: bool
-) -> None:
+def test_a_removed_file_is_noticed_and_may_return(tmp_path: Path, suffix: str, replaced: bool) -> None:
     path, writable, reader = sqlite(tmp_path)
     file, away = Path(f"{path}{suffix}"), tmp_path / "away"
     file.rename(away)
@@ -153,7 +151,7 @@ def test_a_file_that_is_not_there_any_more_is_noticed_and_may_come_back(
             action()
         assert str(tmp_path) in str(fault.value)  # for the log
         assert str(tmp_path) not in fault.value.summary
-    assert file.exists() == replaced  # nothing made a new one
+    assert file.exists() == replaced  # no new file was created
 
     away.rename(file)
     write(writable)
@@ -176,7 +174,7 @@ def test_no_connection_is_opened_to_another_file(tmp_path: Path) -> None:
     late.close()
 
 
-def test_what_is_committed_into_a_file_that_has_just_gone_is_not_acknowledged(tmp_path: Path) -> None:
+def test_a_commit_into_a_removed_file_is_not_acknowledged(tmp_path: Path) -> None:
     path, writable, reader = sqlite(tmp_path)
     with pytest.raises(StorageDown, match="removed") as fault, writable.transaction() as transaction:
         heartbeat.beat(transaction)
@@ -187,7 +185,7 @@ def test_what_is_committed_into_a_file_that_has_just_gone_is_not_acknowledged(tm
     reader.close()
 
 
-def test_a_log_that_was_removed_is_saved_by_closing(tmp_path: Path) -> None:
+def test_closing_saves_the_content_of_a_removed_log(tmp_path: Path) -> None:
     path, writable, reader = sqlite(tmp_path)
     with writable.transaction() as transaction:
         transaction.execute("UPDATE ccr_heartbeat SET padding = 'only in the log'")
@@ -218,7 +216,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_refused_untouched(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_file_is_refused_and_unchanged(tmp_path: Path, damage: str) -> None:
     path, writable, reader = sqlite(tmp_path)
     reader.close()
     writable.close()
@@ -232,7 +230,7 @@ def test_a_damaged_file_is_refused_untouched(tmp_path: Path, damage: str) -> Non
     assert [file.name for file in tmp_path.iterdir()] == ["db.sqlite"]
 
 
-def test_a_file_with_a_log_is_checked_with_it_and_left_as_it_is(tmp_path: Path) -> None:
+def test_a_check_reads_the_log_and_changes_nothing(tmp_path: Path) -> None:
     path, writable, reader = sqlite(tmp_path)
     copy = tmp_path / "copy.sqlite"
     for suffix in ("", "-wal"):
@@ -244,7 +242,7 @@ def test_a_file_with_a_log_is_checked_with_it_and_left_as_it_is(tmp_path: Path) 
     reader.close()
 
 
-def test_an_emptied_file_whose_log_is_left_is_refused(tmp_path: Path) -> None:
+def test_an_empty_file_with_a_log_is_refused(tmp_path: Path) -> None:
     path, writable, reader = sqlite(tmp_path)
     log = Path(f"{path}-wal").read_bytes()
     writable.close()
@@ -258,7 +256,7 @@ def test_an_emptied_file_whose_log_is_left_is_refused(tmp_path: Path) -> None:
     assert Path(f"{path}-wal").read_bytes() == log
 
 
-def test_a_file_too_large_to_be_checked_in_time_is_not_held_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_of_a_large_file_stops_at_its_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, writable, reader = sqlite(tmp_path)
     with writable.transaction() as transaction:
         transaction.script(
@@ -272,7 +270,7 @@ def test_a_file_too_large_to_be_checked_in_time_is_not_held_up(tmp_path: Path, m
     assert not sqlite_file.check(f"sqlite:///{path}")
 
 
-def test_damage_that_a_read_comes_upon_stops_all_writing(tmp_path: Path) -> None:
+def test_damage_found_by_a_read_stops_all_writes(tmp_path: Path) -> None:
     path, writable, reader = sqlite(tmp_path)
     with writable.transaction() as transaction:
         transaction.script("CREATE TABLE hurt AS SELECT 1 AS one")
@@ -289,28 +287,28 @@ def test_damage_that_a_read_comes_upon_stops_all_writing(tmp_path: Path) -> None
         fresh.rows("SELECT * FROM hurt")
     with pytest.raises(DatabaseDamaged):
         write(writable)
-    read(fresh)  # what is sound can be read
+    read(fresh)  # undamaged tables can still be read
     for database in (writable, reader, fresh):
         database.close()
 
 
-# ---- PostgreSQL that says nothing, or no
+# ---- PostgreSQL does not answer, or refuses
 
 
-def test_a_server_that_stands_still_holds_nobody_for_long(postgresql_server: PostgreSQLServer) -> None:
+def test_reads_from_a_server_that_hangs_fail_in_time(postgresql_server: PostgreSQLServer) -> None:
     url = postgresql_server.new_database() + "?connect_timeout=2"
     writable = Database(url, writable=True, pool_size=1)
     migrate(writable)
     reader = Database(url, pool_size=4, answer_seconds=1.0)
     for _ in range(2):
-        together(reader, 4)  # connections that must be found dead
-    told: list[StorageDown] = []
+        together(reader, 4)  # connections that will be dead
+    faults: list[StorageDown] = []
 
     def try_to_read() -> None:
         try:
             read(reader)
         except StorageDown as fault:
-            told.append(fault)
+            faults.append(fault)
 
     begun = time.monotonic()
     with postgresql_server.standing_still():
@@ -319,7 +317,7 @@ def test_a_server_that_stands_still_holds_nobody_for_long(postgresql_server: Pos
             thread.start()
         for thread in threads:
             thread.join(max(0.0, begun + 8 - time.monotonic()))  # one after the other they would take 24
-        assert len(told) == 8
+        assert len(faults) == 8
     read(reader)
     write(writable)
     writable.close()
@@ -341,7 +339,7 @@ def together(reader: Database, count: int) -> None:
         thread.join(SOON)
 
 
-def test_a_statement_that_takes_too_long_is_ended_by_the_server_itself(postgresql: str) -> None:
+def test_the_server_cancels_a_statement_beyond_the_time_limit(postgresql: str) -> None:
     reader = Database(f"{postgresql}/postgres", answer_seconds=1.0)
     with pytest.raises(StorageDown, match="statement timeout") as fault:
         reader.rows("SELECT pg_sleep(60)")
@@ -349,7 +347,7 @@ def test_a_statement_that_takes_too_long_is_ended_by_the_server_itself(postgresq
     reader.close()
 
 
-def test_without_a_bound_a_statement_takes_as_long_as_it_takes(postgresql: str) -> None:
+def test_a_command_has_no_time_limit_for_statements(postgresql: str) -> None:
     database = Database(f"{postgresql}/postgres", writable=True, pool_size=1)
     with database.transaction() as transaction:
         assert transaction.value("SHOW statement_timeout") == "0"
@@ -357,12 +355,12 @@ def test_without_a_bound_a_statement_takes_as_long_as_it_takes(postgresql: str) 
     database.close()
 
 
-def test_a_server_made_read_only_is_down_and_then_up_again(postgresql_server: PostgreSQLServer) -> None:
+def test_a_read_only_server_counts_as_down(postgresql_server: PostgreSQLServer) -> None:
     writable = Database(postgresql_server.new_database(), writable=True, pool_size=1)
     migrate(writable)
     postgresql_server.configure(default_transaction_read_only="on")
     with pytest.raises(StorageDown) as fault:
-        while True:  # a connection that is there learns of it a moment later
+        while True:  # an open connection notices the change a moment later
             write(writable)
     assert fault.value.summary == "the database is read-only"
     postgresql_server.configure(default_transaction_read_only="off")
@@ -371,7 +369,7 @@ def test_a_server_made_read_only_is_down_and_then_up_again(postgresql_server: Po
 
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
-def test_a_server_that_was_restarted_is_found_again(postgresql_server: PostgreSQLServer, mode: str) -> None:
+def test_a_restarted_server_is_used_again(postgresql_server: PostgreSQLServer, mode: str) -> None:
     url = postgresql_server.new_database()
     writable, reader = Database(url, writable=True, pool_size=1), Database(url)
     migrate(writable)

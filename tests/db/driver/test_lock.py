@@ -1,4 +1,4 @@
-"""One service for each database."""
+"""The lock that allows one service per database."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.conftest import ServeFunction
 ROOT = Path(__file__).parents[3]
 
 
-def test_a_second_one_is_refused_until_the_first_has_gone(database_url: str) -> None:
+def test_a_second_holder_is_refused_until_the_first_releases(database_url: str) -> None:
     first = ServiceLock(database_url).acquire()
     with pytest.raises(DatabaseRefused, match="Another CC Manager is at work") as refusal:
         ServiceLock(database_url).acquire()
@@ -28,7 +28,7 @@ def test_a_second_one_is_refused_until_the_first_has_gone(database_url: str) -> 
         pass
 
 
-def test_a_holder_that_is_killed_lets_go(database_url: str) -> None:
+def test_the_lock_of_a_killed_holder_is_released(database_url: str) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from ccm.db.driver.lock import ServiceLock; "
         "lock = ServiceLock(sys.argv[2]).acquire(); print('held', flush=True); sys.stdin.read()"
@@ -65,7 +65,7 @@ def test_a_service_is_refused_a_database_with_two_names(
             check=False,
         )
 
-    # Beside the first one, and after its death too: what is in its log is not in the file.
+    # Refused while the first service runs and after it was killed, because its log has data that the file lacks.
     beside = start(second)
     service.process.kill()
     service.wait()
@@ -79,7 +79,7 @@ def test_a_service_is_refused_a_database_with_two_names(
     assert Client(serve().url).get("/health").status == 200
 
 
-def test_the_lock_file_is_its_owners_alone(tmp_path: Path) -> None:
+def test_the_lock_file_is_private_to_its_owner(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         with ServiceLock(f"sqlite:///{tmp_path}/db.sqlite"):

@@ -1,4 +1,4 @@
-"""Migrations: applied once, in order, whole or not at all, and never on a database that is not ours."""
+"""Migrations are applied once, in order and atomically, and never to another program's database."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ccm.db.driver.database import Database
 from ccm.db.driver.migrate import Migration, migrate, pending, read_migrations
 from ccm.errors import DatabaseRefused
 
-SEED_COLUMNS = {
+ORIGINAL_COLUMNS = {
     "ccr_runs": {
         "id",
         "cwd",
@@ -34,7 +34,7 @@ def empty(empty_database_url: str) -> Callable[[], Database]:
     return lambda: Database(empty_database_url, writable=True, pool_size=1)
 
 
-def test_an_empty_database_gets_everything_and_then_nothing(empty: Callable[[], Database]) -> None:
+def test_an_empty_database_gets_every_migration_once(empty: Callable[[], Database]) -> None:
     database = empty()
     expected = read_migrations(database.dialect)
 
@@ -44,15 +44,15 @@ def test_an_empty_database_gets_everything_and_then_nothing(empty: Callable[[], 
     database.close()
 
 
-def test_the_seeds_tables_have_their_columns(writable: Database) -> None:
+def test_the_original_tables_have_their_columns(writable: Database) -> None:
     with writable.transaction() as transaction:
-        for table, columns in SEED_COLUMNS.items():
+        for table, columns in ORIGINAL_COLUMNS.items():
             transaction.execute(f"SELECT * FROM {table}")
             assert transaction._cursor.description is not None
             assert columns <= {column[0] for column in transaction._cursor.description}
 
 
-def test_a_section_that_fails_changes_nothing(empty: Callable[[], Database]) -> None:
+def test_a_failed_section_changes_nothing(empty: Callable[[], Database]) -> None:
     database = empty()
     broken = [
         Migration(1, "good", None, "CREATE TABLE good (id BIGINT);"),
@@ -67,7 +67,7 @@ def test_a_section_that_fails_changes_nothing(empty: Callable[[], Database]) -> 
     database.close()
 
 
-def test_a_newer_schema_is_refused_untouched(writable: Database) -> None:
+def test_a_newer_schema_is_refused(writable: Database) -> None:
     with writable.transaction() as transaction:
         transaction.insert("ccr_migrations", {"number": 99, "name": "of the future", "appliedAt": ""})
 
@@ -86,7 +86,7 @@ def test_a_foreign_table_of_the_same_name_is_refused(empty: Callable[[], Databas
     database.close()
 
 
-def test_sections_are_read_for_their_dialect_and_must_be_numbered(tmp_path: Path) -> None:
+def test_sections_are_selected_by_dialect_and_numbered_without_gaps(tmp_path: Path) -> None:
     file = tmp_path / "migrations.sql"
     file.write_text(
         "-- a comment\n\n-- 0001 first\nCREATE TABLE a (id BIGINT);\n-- 0002 second (sqlite)\nSELECT 1;\n"

@@ -63,7 +63,7 @@ class Importer:
         self._offset: int | None = None
         self.report = Report()
 
-    def take(self, source: Source) -> None:
+    def run(self, source: Source) -> None:
         """Take in all runs of a source. What came before an error stays, whole.
 
         Raises:

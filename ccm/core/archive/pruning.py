@@ -107,7 +107,7 @@ def delete(database: Database, candidate: Candidate) -> None:
     trees.delete(database, candidate.tree.root)
 
 
-def clear(database: Database, deleted: bool) -> None:
+def release_space(database: Database, deleted: bool) -> None:
     """Have the database let go of the bytes of what was deleted.
 
     Raises:

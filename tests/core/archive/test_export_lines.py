@@ -100,7 +100,7 @@ HEADER = {"type": "export", "format": "cc-manager", "version": 1, "lastSeq": 1}
 def take(database: Database, lines: list[dict[str, Any] | str], told: list[str] | None = None) -> None:
     text = "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in [HEADER, *lines])
     source = LineSource(io.BytesIO(text.encode("utf-8", "surrogatepass")), "it")
-    Importer(database, lambda _cwd, _id: False, ([] if told is None else told).append).take(source)
+    Importer(database, lambda _cwd, _id: False, ([] if told is None else told).append).run(source)
 
 
 def count(database: Database) -> int:

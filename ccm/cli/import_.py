@@ -46,4 +46,4 @@ def _print_report(report: Report) -> None:
     if report.interrupted:
         print_line(f"Had not ended and became error / INTERRUPTED: {counted(report.interrupted, 'run')}.")
     if report.runs:
-        print_line(f"Can be resumed or forked, for the transcript is here: {counted(report.resumable, 'run')}.")
+        print_line(f"Can be resumed or forked, because their transcript is here: {counted(report.resumable, 'run')}.")

@@ -1,10 +1,10 @@
-"""`/api/runs/:runId/deliveries`: what the webhooks of a run have come to."""
+"""`/api/runs/:runId/deliveries`: the webhooks of a run, and their attempts."""
 
 from __future__ import annotations
 
 from flask import Blueprint, Response
 
-from ccm.api.http.context import service
+from ccm.api.http.extensions import service
 from ccm.api.http.pagination import page
 from ccm.api.http.query import PageQuery
 from ccm.api.http.route import route

@@ -163,7 +163,7 @@ def _begin(mode: RunMode, query: WaitQuery, body: RunBody, accept: Callable[[Run
     """
     settings = service().settings
     key = idempotency_key(request, body)
-    # Checked before the session: a repeated resume must get its own run, and not find it busy or interrupt it.
+    # Checked first, because a repeated resume must get its own run, and not find the session busy or interrupt itself.
     earlier = None if key is None else service().queries.run_of_key(key)
     if earlier is not None:
         return _accepted(Accepted(earlier, replayed=True), query.wait)

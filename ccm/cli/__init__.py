@@ -1,7 +1,7 @@
 """The commands of `flask` beside `flask run`, one file each.
 
-`flask migrate` and `flask import` bring the schema up to date; the others need a schema that is. Commands that write
-take the service lock, so they are refused while a service runs on the same database.
+`migrate`, `import` and `prune` bring the schema up to date. They take the service lock, so they are refused while a
+service runs on the same database. `export` and `prune --dry-run` can run beside it, and require an up-to-date schema.
 """
 
 from __future__ import annotations

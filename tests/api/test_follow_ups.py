@@ -183,7 +183,7 @@ def test_a_message_that_cannot_be_stored_is_not_sent(serve_all: ServeFunction, t
 
 def test_a_disconnect_loses_no_message(client: Client, tmp_path: Path) -> None:
     # An older Claude Code reports a message only at its turn, so the request waits.
-    run = client.start(folder_of(tmp_path), script(*kinds("a"), seconds=1.5, transitions=False), wait=0)
+    run = client.start(folder_of(tmp_path), script(*kinds("a"), seconds=1.5, lifecycle=False), wait=0)
     client.wait_for_message(run["id"], "a")
     for _ in range(3):
         with pytest.raises(TimeoutError):

@@ -334,7 +334,7 @@ def test_a_reader_that_holds_the_log_is_reported_and_the_next_prune_clears_it(
         reader.execute("SELECT COUNT(*) FROM ccr_runs").fetchone()
         held = flask(url, "prune", "--session", ROOT)
     assert held.returncode == 1
-    assert "still has its bytes in the database's files" in held.stderr
+    assert "still have their bytes in the database's files" in held.stderr
     assert contains_secret(url)
 
     later = flask(url, "prune", "--older-than", "9999w")

@@ -19,7 +19,7 @@ blueprint = Blueprint("approvals", __name__, url_prefix="/api")
 
 @route(blueprint, "GET", "/runs/<run_id>/approvals", query=PageQuery, returns=list[Approval])
 def of_run(run_id: str, query: PageQuery) -> Response:
-    """The approvals of a run, oldest first."""
+    """List the approvals of a run, oldest first."""
     queries = service().queries
     return page(
         query,
@@ -30,7 +30,7 @@ def of_run(run_id: str, query: PageQuery) -> Response:
 
 @route(blueprint, "GET", "/approvals", query=ApprovalsQuery, returns=list[Approval])
 def approvals(query: ApprovalsQuery) -> Response:
-    """The approvals of all runs, oldest first. Filters: status, runId, sessionId. With wait: once there is one."""
+    """List the approvals of all runs, oldest first. Filters: status, runId, sessionId. With wait: once there is one."""
     filters = query.given("status", "runId", "sessionId")
     queries = service().queries
     if "runId" in filters:
@@ -50,7 +50,7 @@ def approvals(query: ApprovalsQuery) -> Response:
 
 @route(blueprint, "GET", "/approvals/<approval_id>", returns=Approval)
 def approval(approval_id: str) -> Response:
-    """One approval."""
+    """Return an approval."""
     return json_response(service().queries.approval(approval_id).to_json())
 
 

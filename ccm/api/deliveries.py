@@ -15,7 +15,7 @@ blueprint = Blueprint("deliveries", __name__, url_prefix="/api/runs")
 
 @route(blueprint, "GET", "/<run_id>/deliveries", query=PageQuery, returns=list[Delivery])
 def deliveries(run_id: str, query: PageQuery) -> Response:
-    """The webhooks of a run, each with its attempts, oldest first."""
+    """List the webhooks of a run, each with its attempts, oldest first."""
     queries = service().queries
     return page(
         query,

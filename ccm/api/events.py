@@ -21,7 +21,7 @@ ID = re.compile(r"\d{1,16}", re.ASCII)
 
 @route(blueprint, "GET", "/api/events", query=StreamQuery, returns=EVENT_STREAM)
 def events(query: StreamQuery) -> Response:
-    """The events of all runs and approvals as Server-Sent Events: the stored ones, then live."""
+    """Stream the events of all runs and approvals as Server-Sent Events: the stored ones, then live."""
     return feed(_last_read(last_event(query.after)))
 
 

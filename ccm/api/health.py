@@ -17,7 +17,7 @@ blueprint = Blueprint("health", __name__)
 
 @blueprint.get("/health")
 def health() -> Response:
-    """Whether the service works."""
+    """Report whether the service works."""
     last_error = service().last_error()
     sentences = service().problems.sentences()
     problems = {"problems": sentences} if sentences else {}
@@ -29,7 +29,7 @@ def health() -> Response:
 
 @route(blueprint, "GET", "/", returns=dict[str, Any])
 def index() -> Response:
-    """The name, the version and the endpoints."""
+    """Return the name, the version and the endpoints."""
     endpoints: list[dict[str, str]] = []
     for rule in current_app.url_map.iter_rules():
         view = current_app.view_functions[rule.endpoint]

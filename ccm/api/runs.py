@@ -92,7 +92,7 @@ def fork(query: WaitQuery, body: ForkBody) -> Response:
 
 @route(blueprint, "GET", "", query=RunsQuery, returns=list[Run])
 def runs(query: RunsQuery) -> Response:
-    """The runs, newest first. Filters: status, sessionId, cwd, mode."""
+    """List the runs, newest first. Filters: status, sessionId, cwd, mode."""
     filters = query.given("status", "sessionId", "cwd", "mode")
     queries = service().queries
     if "sessionId" in filters:
@@ -104,7 +104,7 @@ def runs(query: RunsQuery) -> Response:
 
 @route(blueprint, "GET", "/<run_id>", query=WaitQuery, returns=Run)
 def run(run_id: str, query: WaitQuery) -> Response:
-    """One run. With wait: once it has ended."""
+    """Return a run. With wait: once it has ended."""
     return json_response(_wait_for_end(service().queries.run(run_id), query.wait).to_json())
 
 
@@ -123,7 +123,7 @@ def cancel(run_id: str) -> Response:
 
 @route(blueprint, "GET", "/<run_id>/messages", query=MessagesQuery, returns=Messages)
 def messages(run_id: str, query: MessagesQuery) -> Response:
-    """The SDK messages of a run, in order and unchanged."""
+    """List the SDK messages of a run, in order and unchanged."""
     cursor = after(query.after)
     index = cursor.index()
     queries = service().queries
@@ -138,7 +138,7 @@ def messages(run_id: str, query: MessagesQuery) -> Response:
 
 @route(blueprint, "GET", "/<run_id>/stream", query=StreamQuery, returns=EVENT_STREAM, status=(200, 204))
 def stream(run_id: str, query: StreamQuery) -> Response:
-    """The same messages as Server-Sent Events: the stored ones, then live, then the ended run."""
+    """Stream the same messages as Server-Sent Events: the stored ones, then live, then the ended run."""
     run = service().queries.run(run_id)
     cursor = last_event(query.after)
     if cursor == Cursor(HEADER, END) and run.ended:

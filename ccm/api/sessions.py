@@ -24,7 +24,7 @@ blueprint = Blueprint("sessions", __name__, url_prefix="/api/sessions")
 
 @route(blueprint, "GET", "", query=SessionsQuery, returns=list[Session])
 def sessions(query: SessionsQuery) -> Response:
-    """The sessions, latest activity first. Filters: cwd, q (text in titles and prompts)."""
+    """List the sessions, latest activity first. Filters: cwd, q (text in titles and prompts)."""
     filters = query.given("cwd", "q")
     if "cwd" in filters:
         filters["cwd"] = workdir.canonical(filters["cwd"])
@@ -38,7 +38,7 @@ def sessions(query: SessionsQuery) -> Response:
 
 @route(blueprint, "GET", "/<session_id>", returns=Session)
 def session(session_id: str) -> Response:
-    """One session."""
+    """Return a session."""
     return json_response(service().queries.session(session_id).to_json())
 
 
@@ -51,7 +51,7 @@ def describe(session_id: str, body: SessionBody) -> Response:
 
 @route(blueprint, "GET", "/<session_id>/messages", query=SessionMessagesQuery, returns=Messages)
 def messages(session_id: str, query: SessionMessagesQuery) -> Response:
-    """The SDK messages of a session's runs, in order. history=full prepends those that the session continued."""
+    """List the SDK messages of a session's runs, in order. history=full prepends those that the session continued."""
     position = after(query.after).in_session()
     queries = service().queries
     session = queries.session(session_id)
@@ -69,7 +69,7 @@ def messages(session_id: str, query: SessionMessagesQuery) -> Response:
 
 @route(blueprint, "GET", "/<session_id>/stream", query=StreamQuery, returns=EVENT_STREAM)
 def stream(session_id: str, query: StreamQuery) -> Response:
-    """The same messages as Server-Sent Events, run after run, including later runs."""
+    """Stream the same messages as Server-Sent Events, run after run, including later runs."""
     session = service().queries.session(session_id)
     seq, index = _start(session, last_event(query.after))
     return event_stream(lambda subscription: subscription.session(session.id, seq, index), lambda run_id: f"{run_id}:")
@@ -77,7 +77,7 @@ def stream(session_id: str, query: StreamQuery) -> Response:
 
 @route(blueprint, "GET", "/<session_id>/runs", query=PageQuery, returns=list[Run])
 def runs(session_id: str, query: PageQuery) -> Response:
-    """The runs of a session, oldest first."""
+    """List the runs of a session, oldest first."""
     queries = service().queries
     return page(
         query,
@@ -88,7 +88,7 @@ def runs(session_id: str, query: PageQuery) -> Response:
 
 @route(blueprint, "GET", "/<session_id>/forks", query=PageQuery, returns=list[Session])
 def forks(session_id: str, query: PageQuery) -> Response:
-    """The sessions that were forked from a session, latest activity first."""
+    """List the sessions that were forked from a session, latest activity first."""
     queries = service().queries
     return page(
         query,

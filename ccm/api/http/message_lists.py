@@ -25,12 +25,12 @@ class Extent:
 
     Args:
         complete: whether there will be no more.
-        place: returns the `after` with which a request continues after a segment.
+        position_after: returns the `after` with which a request continues after a segment.
     """
 
     segments: Sequence[Segment]
     complete: bool
-    place: Callable[[Segment], str]
+    position_after: Callable[[Segment], str]
 
 
 def message_list(query: MessagesQuery, key: str, measure: Callable[[], Extent]) -> Response:
@@ -54,7 +54,9 @@ def message_list(query: MessagesQuery, key: str, measure: Callable[[], Extent]) 
     extent = (wait_until(key, seconds, look) if seconds else None) or measure()
     segments = extent.segments
     kept = segments if most is None else queries.cut(segments, types, most)
-    headers = {} if extent.complete and list(kept) == list(segments) else next_link(after=extent.place(kept[-1]))
+    headers = (
+        {} if extent.complete and list(kept) == list(segments) else next_link(after=extent.position_after(kept[-1]))
+    )
     chunks = queries.chunks(kept, types)
     # A short list is sent whole, with its length. A long one occupies its thread until the client has read it.
     beginning = deque(itertools.islice(chunks, SHORT_CHUNKS + 1))

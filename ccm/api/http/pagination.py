@@ -30,7 +30,7 @@ def next_link(**changes: str) -> dict[str, str]:
 def page(
     query: Paged,
     read: Callable[[int, int | None], Sequence[ItemT]],
-    place: Callable[[ItemT], int],
+    position_of: Callable[[ItemT], int],
     *,
     grows: bool = False,
 ) -> Response:
@@ -39,7 +39,7 @@ def page(
     Args:
         query: has the size of the page, and the position after which it begins.
         read: returns up to so many items after a position.
-        place: returns the position of an item.
+        position_of: returns the position of an item.
         grows: whether the client waits for new items at the end. Then there is always a next page.
     """
     size = query.limit
@@ -48,5 +48,5 @@ def page(
     headers = {}
     if len(items) > size or grows:
         items = items[:size]
-        headers = next_link(**({"cursor": cursor_of(place(items[-1]))} if items else {}))
+        headers = next_link(**({"cursor": cursor_of(position_of(items[-1]))} if items else {}))
     return json_response([item.to_json() for item in items], headers=headers)

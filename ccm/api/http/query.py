@@ -23,7 +23,7 @@ LONGEST_WAIT = 300.0
 SEARCH_CHARACTERS = 1_000
 TYPES = 50
 # A run's seq. It may be negative, because imported history is placed before the existing runs.
-PLACE = re.compile(r"-?\d{1,18}", re.ASCII)
+POSITION = re.compile(r"-?\d{1,18}", re.ASCII)
 
 
 def _limit(text: str) -> int:
@@ -32,16 +32,16 @@ def _limit(text: str) -> int:
     return int(text)
 
 
-def cursor_of(place: int) -> str:
+def cursor_of(position: int) -> str:
     """Return the cursor that continues after a position in a list."""
-    return base64.urlsafe_b64encode(str(place).encode()).decode()
+    return base64.urlsafe_b64encode(str(position).encode()).decode()
 
 
 def _decode_cursor(cursor: str) -> int:
     try:
-        place = base64.urlsafe_b64decode(cursor.encode("ascii")).decode("ascii")
-        if PLACE.fullmatch(place):
-            return int(place)
+        position = base64.urlsafe_b64decode(cursor.encode("ascii")).decode("ascii")
+        if POSITION.fullmatch(position):
+            return int(position)
     except (binascii.Error, UnicodeError, ValueError):
         pass
     raise ValueError("is not one that this service gave; take it from a Link header")

@@ -1,4 +1,4 @@
-"""An export as it is read back: whatever is not as it should be is refused, with the number of its line."""
+"""Reading an export: invalid lines are refused with their number."""
 
 from __future__ import annotations
 

@@ -153,14 +153,14 @@ def test_invalid_values_are_reported(flask: Flask, bun: Path, database_url: str)
     assert done.returncode == 0
     warnings = done.stderr.splitlines()
     for sentence in (
-        f"Run orphan continued session {E}, which is not in this database: it begins one of its own.",
-        "Message 1 of run orphan is no JSON object: it is kept as text, in the field 'unparsed'.",
-        "Message 2 of run orphan is no JSON object: it is kept as text, in the field 'unparsed'.",
+        f"Run orphan continued session {E}, which is not in this database. It begins a session of its own.",
+        "Message 1 of run orphan is no JSON object. It is kept as text, in the field 'unparsed'.",
+        "Message 2 of run orphan is no JSON object. It is kept as text, in the field 'unparsed'.",
         "Run going-on had not ended. It is now error / INTERRUPTED.",
         "Messages that belong to no run were left out: 1.",
     ):
         assert sentence in warnings
-    assert "Run 'a/b' has an id that no address can have" in done.stderr
+    assert "Run 'a/b' has an id that cannot be part of a URL" in done.stderr
     runs = {run["prompt"]: run for run in lines_of(flask, database_url, "run").values()}
     assert [runs["Prompt of orphan"]["mode"], runs["Prompt of orphan"]["messageCount"]] == ["fresh", 4]
     waiting = runs["Prompt of a/b"]

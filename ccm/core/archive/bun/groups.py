@@ -125,7 +125,9 @@ def _parent(number: int, link: BunLink, sessions: _Sessions, warn: Callable[[str
     wanted = values.text(link.parent_session_id)
     found = [other for other in sessions.runs(wanted) if other != number]
     if wanted and not found:
-        warn(f"Run {link.id} continued session {wanted}, which is not in this database: it begins one of its own.")
+        warn(
+            f"Run {link.id} continued session {wanted}, which is not in this database. It begins a session of its own."
+        )
     return next((other for other in reversed(found) if other < number), found[0] if found else None)
 
 
@@ -150,5 +152,5 @@ def _run_id(link: BunLink, warn: Callable[[str], None]) -> str:
     if RUN_ID.fullmatch(run_id) and run_id not in RESERVED_RUN_IDS:
         return run_id
     made = str(uuid.uuid5(NAMESPACE, f"run {run_id}"))
-    warn(f"Run {run_id!r} has an id that no address can have: it becomes {made}.")
+    warn(f"Run {run_id!r} has an id that cannot be part of a URL. It becomes {made}.")
     return made

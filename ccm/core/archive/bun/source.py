@@ -59,25 +59,25 @@ class BunSource:
     # ---- the columns of a run
 
     def _run(self, groups: Sequence[Group], number: int, seq: int) -> ArchivedRun:
-        place = groups[number]
-        parent = None if place.parent is None else groups[place.parent]
-        stored = self._database.run(place.link.rowid)
-        result = self._result(place.run_id, stored["result_json"])
+        entry = groups[number]
+        parent = None if entry.parent is None else groups[entry.parent]
+        stored = self._database.run(entry.link.rowid)
+        result = self._result(entry.run_id, stored["result_json"])
         self._totals[number] = total = values.total(result)
         cwd = storable(values.text(stored["cwd"])) or ""
         status = stored["status"] if stored["status"] in tuple(RunStatus) else RunStatus.ERROR
         duration = values.whole(stored["duration_ms"])
         local = (
             status != RunStatus.RUNNING
-            and bool(UUID.fullmatch(place.sdk_session_id))
-            and self._has_transcript(cwd, place.sdk_session_id)
+            and bool(UUID.fullmatch(entry.sdk_session_id))
+            and self._has_transcript(cwd, entry.sdk_session_id)
         )
         if values.iso_time(stored["created_at"]) is None:
-            self._warn(f"Run {place.run_id} has no time that can be read: it is taken for {UNKNOWN_TIME}.")
+            self._warn(f"Run {entry.run_id} has no valid time. It is dated {UNKNOWN_TIME}.")
         error = values.error(status, stored["status"], result)
-        forked_from = parent if place.mode == RunMode.FORK else None
+        forked_from = parent if entry.mode == RunMode.FORK else None
         session = {
-            "id": place.session_id,
+            "id": entry.session_id,
             "parentSessionId": forked_from.session_id if forked_from else None,
             "forkedFromRunId": forked_from.run_id if forked_from else None,
             "cwd": cwd,
@@ -85,14 +85,14 @@ class BunSource:
             "metadataJson": "{}",
         }
         row = {
-            "id": place.run_id,
+            "id": entry.run_id,
             "seq": seq,
             "cwd": cwd,
-            "sessionId": place.session_id,
-            "sdkSessionId": place.sdk_session_id,
+            "sessionId": entry.session_id,
+            "sdkSessionId": entry.sdk_session_id,
             "parentSessionId": session["parentSessionId"],
             "parentRunId": parent.run_id if parent else None,
-            "mode": place.mode,
+            "mode": entry.mode,
             "status": status,
             "prompt": storable(values.text(stored["prompt"])) or "",
             "optionsJson": "{}",
@@ -101,15 +101,15 @@ class BunSource:
             "resultJson": None if result is None else to_json_text(result),
             "errorCode": error[0],
             "errorMessage": error[1],
-            "costUsd": total if place.parent is None else values.own_cost(total, self._totals.get(place.parent)),
+            "costUsd": total if entry.parent is None else values.own_cost(total, self._totals.get(entry.parent)),
             "hasTranscript": int(local),
             "transcriptStored": 0,
             "durationMs": duration,
-            "createdAt": place.created_at,
-            "startedAt": place.created_at,
-            "endedAt": None if status == RunStatus.RUNNING else values.later(place.created_at, duration or 0),
+            "createdAt": entry.created_at,
+            "startedAt": entry.created_at,
+            "endedAt": None if status == RunStatus.RUNNING else values.later(entry.created_at, duration or 0),
         }
-        return ArchivedRun(session, row, self._messages(place), spare_id=place.made_id)
+        return ArchivedRun(session, row, self._messages(entry), spare_id=entry.made_id)
 
     def _result(self, run_id: str, text: Any) -> dict[str, Any] | None:
         if text is None or text == "":
@@ -117,16 +117,16 @@ class BunSource:
         result = values.parsed(text)
         if isinstance(result, dict):
             return result
-        self._warn(f"Run {run_id} has a result that is no JSON object: it was left out.")
+        self._warn(f"Run {run_id} has a result that is no JSON object. The result was left out.")
         return None
 
-    def _messages(self, place: Group) -> Iterator[ArchivedMessage]:
-        for index, message in enumerate(self._database.messages(place.link.id)):
-            at = values.iso_time(message.created_at) or place.created_at
+    def _messages(self, entry: Group) -> Iterator[ArchivedMessage]:
+        for index, message in enumerate(self._database.messages(entry.link.id)):
+            at = values.iso_time(message.created_at) or entry.created_at
             raw = values.parsed(message.json)
             if not isinstance(raw, dict):
                 self._warn(
-                    f"Message {index} of run {place.run_id} is no JSON object: it is kept as text, in the field "
+                    f"Message {index} of run {entry.run_id} is no JSON object. It is kept as text, in the field "
                     "'unparsed'."
                 )
                 raw = {"type": values.text(message.type) or "unknown", "unparsed": values.text(message.json)}

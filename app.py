@@ -28,10 +28,10 @@ def create_app(settings: Settings | None = None) -> Flask:
     Args:
         settings: read from the environment if None.
     """
-    from ccm.cli import commands  # noqa: PLC0415  # `python app.py` needs neither the commands nor what they import
+    from ccm import cli  # noqa: PLC0415  # `python app.py` needs neither the commands nor their imports
 
     app = _make_app(settings)
-    commands.register(app)
+    cli.register(app)
     return app
 
 

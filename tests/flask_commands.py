@@ -10,7 +10,7 @@ from typing import Any
 
 from click.testing import CliRunner
 
-from ccm.cli.archive import COMMANDS
+from ccm.cli import COMMANDS
 
 FLASK = [sys.executable, "-m", "flask"]
 BY_NAME = {command.name: command for command in COMMANDS}

@@ -34,7 +34,6 @@ LATER = {
 # What `flask` imports beyond that, for its commands.
 COMMANDS = {
     "ccm.cli": "`flask` needs it",
-    "ccm.cli_archive": "`flask` needs it",
     "ccm.core.archive": "`flask export`, `flask import` and `flask prune` need it",
     "ccm.demo": "`flask demo` needs it",
 }

@@ -1,13 +1,15 @@
-"""`/api/approvals`: what Claude Code asks before it uses a tool, and the clients' answers."""
+"""`/api/approvals`: Claude Code's permission requests before it uses a tool, and the clients' answers."""
 
 from __future__ import annotations
 
 from flask import Blueprint, Response, g
 
 from ccm.api.http.bodies import ApprovalBody
-from ccm.api.http.context import json_response, service, wait_until
+from ccm.api.http.extensions import service
 from ccm.api.http.pagination import page
 from ccm.api.http.query import ApprovalsQuery, PageQuery
+from ccm.api.http.request_limiter import wait_until
+from ccm.api.http.responses import json_response
 from ccm.api.http.route import route
 from ccm.core.storage.notifier import APPROVALS
 from ccm.models import Approval
@@ -17,7 +19,7 @@ blueprint = Blueprint("approvals", __name__, url_prefix="/api")
 
 @route(blueprint, "GET", "/runs/<run_id>/approvals", query=PageQuery, returns=list[Approval])
 def of_run(run_id: str, query: PageQuery) -> Response:
-    """The approvals of a run, oldest first."""
+    """List the approvals of a run, oldest first."""
     queries = service().queries
     return page(
         query,
@@ -28,7 +30,7 @@ def of_run(run_id: str, query: PageQuery) -> Response:
 
 @route(blueprint, "GET", "/approvals", query=ApprovalsQuery, returns=list[Approval])
 def approvals(query: ApprovalsQuery) -> Response:
-    """The approvals of all runs, oldest first; filters status, runId, sessionId; with wait, once there is one."""
+    """List the approvals of all runs, oldest first. Filters: status, runId, sessionId. With wait: once there is one."""
     filters = query.given("status", "runId", "sessionId")
     queries = service().queries
     if "runId" in filters:
@@ -37,20 +39,22 @@ def approvals(query: ApprovalsQuery) -> Response:
         filters["sessionId"] = queries.session(filters["sessionId"]).id
 
     def read(limit: int, after: int | None) -> list[Approval]:
-        found = wait_until(APPROVALS, query.wait, lambda: queries.approvals(filters, limit=limit, after=after) or None)
-        return found or []
+        approvals = wait_until(
+            APPROVALS, query.wait, lambda: queries.approvals(filters, limit=limit, after=after) or None
+        )
+        return approvals or []
 
-    # Who waits can go on behind what it has seen, or it would be answered at once as long as that is pending.
+    # A waiting client needs a cursor past what it has seen, or the same pending approvals return at once.
     return page(query, read, lambda approval: approval.seq, grows=query.wait > 0)
 
 
 @route(blueprint, "GET", "/approvals/<approval_id>", returns=Approval)
 def approval(approval_id: str) -> Response:
-    """One approval."""
+    """Return an approval."""
     return json_response(service().queries.approval(approval_id).to_json())
 
 
 @route(blueprint, "POST", "/approvals/<approval_id>", body=ApprovalBody, returns=Approval)
 def decide(approval_id: str, body: ApprovalBody) -> Response:
-    """Answer an approval: the first answer counts."""
+    """Answer an approval. The first answer counts."""
     return json_response(service().approvals.answer(approval_id, body.answer(), g.client).to_json())

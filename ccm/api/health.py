@@ -1,4 +1,4 @@
-"""`/health` for whoever watches the service, `/` for whoever meets it."""
+"""`/health` for monitoring, `/` for an overview."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 from flask import Blueprint, Response, current_app
 
 from ccm import __version__
-from ccm.api.http.context import json_response, service
+from ccm.api.http.extensions import service
+from ccm.api.http.responses import json_response
 from ccm.api.http.route import route
 
 blueprint = Blueprint("health", __name__)
@@ -16,10 +17,10 @@ blueprint = Blueprint("health", __name__)
 
 @blueprint.get("/health")
 def health() -> Response:
-    """Whether the service can do its job."""
+    """Report whether the service works."""
     last_error = service().last_error()
-    found = service().problems.sentences()
-    problems = {"problems": found} if found else {}
+    sentences = service().problems.sentences()
+    problems = {"problems": sentences} if sentences else {}
     if last_error is None:
         return json_response({"status": "ok"} | problems)
     error = {"code": "UNHEALTHY", "message": f"The service cannot do its job: {last_error}."}
@@ -28,7 +29,7 @@ def health() -> Response:
 
 @route(blueprint, "GET", "/", returns=dict[str, Any])
 def index() -> Response:
-    """What this is: name, version, endpoints."""
+    """Return the name, the version and the endpoints."""
     endpoints: list[dict[str, str]] = []
     for rule in current_app.url_map.iter_rules():
         view = current_app.view_functions[rule.endpoint]

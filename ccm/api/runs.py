@@ -1,4 +1,4 @@
-"""`/api/runs`: start, resume, fork, cancel; one run, all runs, a run's messages, as a list and live."""
+"""`/api/runs`: start, resume, fork, cancel and further input; runs, and their messages as a list and live."""
 
 from __future__ import annotations
 
@@ -9,36 +9,40 @@ from dataclasses import replace
 from flask import Blueprint, Response, g, request, url_for
 from werkzeug.exceptions import MethodNotAllowed
 
-from ccm.api.http.bodies import ForkBody, ResumeBody, RunBody, StartBody, idempotency_key
-from ccm.api.http.context import json_response, service, wait_until
+from ccm.api.http.bodies import ForkBody, InputBody, ResumeBody, RunBody, StartBody, idempotency_key
 from ccm.api.http.cursor import END, HEADER, Cursor, after, last_event
+from ccm.api.http.extensions import service
 from ccm.api.http.message_lists import Extent, message_list
 from ccm.api.http.pagination import page
 from ccm.api.http.query import MessagesQuery, RunsQuery, StreamQuery, WaitQuery
+from ccm.api.http.request_limiter import wait_until
+from ccm.api.http.responses import json_response
 from ccm.api.http.route import EVENT_STREAM, Messages, route
-from ccm.api.http.sse import event_stream, nothing_more
+from ccm.api.http.sse import event_stream, no_more_events
 from ccm.core.policy import workdir
 from ccm.core.policy.options import check_policy, check_webhook
+from ccm.core.runs.input import TakenIn
 from ccm.core.runs.request import Accepted, RunRequest
 from ccm.errors import RunAlreadyEnded, StillEnding, Unavailable
 from ccm.models import Run, RunMode, RunStatus
 
 blueprint = Blueprint("runs", __name__, url_prefix="/api/runs")
 
-# How long DELETE waits for a run to end: interrupt, terminate and kill have their bounds (core/claude/execution.py),
-# and then the end is to be stored.
+# How long DELETE waits for a run to end (seconds): the timeouts of interrupt, terminate and kill
+# (core/claude/execution.py), and the time to store the end.
 CANCEL_TIMEOUT = 30.0
-# They stand where a run's id stands.
-POST_ONLY = ("start", "resume", "fork")
+# Paths of actions, which match the path of a run.
+ACTIONS = ("start", "resume", "fork")
 
 
 @blueprint.before_request
-def _refuse_the_names_of_actions() -> None:
-    """
+def _refuse_actions_as_run_ids() -> None:
+    """Answer 405 to a GET or DELETE of an action, which would otherwise be an unknown run.
+
     Raises:
-        MethodNotAllowed: the request asks for the run that such a name would be.
+        MethodNotAllowed: the path is that of an action.
     """
-    if request.endpoint in ("runs.run", "runs.cancel") and (request.view_args or {}).get("run_id") in POST_ONLY:
+    if request.endpoint in ("runs.run", "runs.cancel") and (request.view_args or {}).get("run_id") in ACTIONS:
         raise MethodNotAllowed(["POST"])
 
 
@@ -88,7 +92,7 @@ def fork(query: WaitQuery, body: ForkBody) -> Response:
 
 @route(blueprint, "GET", "", query=RunsQuery, returns=list[Run])
 def runs(query: RunsQuery) -> Response:
-    """The runs, newest first; filters status, sessionId, cwd, mode."""
+    """List the runs, newest first. Filters: status, sessionId, cwd, mode."""
     filters = query.given("status", "sessionId", "cwd", "mode")
     queries = service().queries
     if "sessionId" in filters:
@@ -100,7 +104,7 @@ def runs(query: RunsQuery) -> Response:
 
 @route(blueprint, "GET", "/<run_id>", query=WaitQuery, returns=Run)
 def run(run_id: str, query: WaitQuery) -> Response:
-    """One run; with wait, once it has ended."""
+    """Return a run. With wait: once it has ended."""
     return json_response(_wait_for_end(service().queries.run(run_id), query.wait).to_json())
 
 
@@ -111,7 +115,7 @@ def cancel(run_id: str) -> Response:
     if not run.ended:
         run = service().notifier.wait(run.id, CANCEL_TIMEOUT, lambda: _ended(run_id), lambda: False) or run
     if not run.ended:
-        raise StillEnding(f"Run {run_id} was told to stop and has not ended yet; ask again.")
+        raise StillEnding(f"Run {run_id} is stopping and has not ended yet; ask again.")
     if run.status != RunStatus.CANCELLED:
         raise RunAlreadyEnded(f"Run {run.id} ended by itself before it could be cancelled: it is '{run.status}'.")
     return json_response(run.to_json())
@@ -119,14 +123,14 @@ def cancel(run_id: str) -> Response:
 
 @route(blueprint, "GET", "/<run_id>/messages", query=MessagesQuery, returns=Messages)
 def messages(run_id: str, query: MessagesQuery) -> Response:
-    """The SDK messages of a run, in order, as the SDK gave them."""
-    read = after(query.after)
-    index = read.index()
+    """List the SDK messages of a run, in order and unchanged."""
+    cursor = after(query.after)
+    index = cursor.index()
     queries = service().queries
 
     def measure() -> Extent:
         run, segment = queries.run_segment(run_id, index)
-        read.check(run, index)
+        cursor.check(run, index)
         return Extent([segment], run.ended, lambda segment: str(segment.through))
 
     return message_list(query, run_id, measure)
@@ -134,27 +138,32 @@ def messages(run_id: str, query: MessagesQuery) -> Response:
 
 @route(blueprint, "GET", "/<run_id>/stream", query=StreamQuery, returns=EVENT_STREAM, status=(200, 204))
 def stream(run_id: str, query: StreamQuery) -> Response:
-    """The same messages as Server-Sent Events, the stored ones first and then live; at last the run."""
+    """Stream the same messages as Server-Sent Events: the stored ones, then live, then the ended run."""
     run = service().queries.run(run_id)
-    read = last_event(query.after)
-    if read == Cursor(HEADER, END) and run.ended:
-        return nothing_more()
-    if read.text == END:
-        raise read.wrong(f"{END} is for a {HEADER} after the run has ended; this one is '{run.status}'.")
-    index = read.check(run, read.index())
+    cursor = last_event(query.after)
+    if cursor == Cursor(HEADER, END) and run.ended:
+        return no_more_events()
+    if cursor.text == END:
+        raise cursor.error(f"{END} is for a {HEADER} after the run has ended; this one is '{run.status}'.")
+    index = cursor.check(run, cursor.index())
     return event_stream(lambda subscription: subscription.run(run.id, index), lambda _: "")
 
 
+@route(blueprint, "POST", "/<run_id>/input", body=InputBody, returns=TakenIn, status=(202,))
+def put_input(run_id: str, body: InputBody) -> Response:
+    """Send a user's message to a running run."""
+    return json_response(service().input.put(run_id, body.prompt, body.pictures()).to_json(), 202)
+
+
 def _begin(mode: RunMode, query: WaitQuery, body: RunBody, accept: Callable[[RunRequest], Accepted]) -> Response:
-    """Read a request for a run, and answer with the run that it makes, or has made before under the same key.
+    """Validate a request for a run, and answer with the new run, or with the earlier run of the same key.
 
     Args:
-        accept: has the run made.
+        accept: stores the new run.
     """
     settings = service().settings
     key = idempotency_key(request, body)
-    # Before anything of the present state is looked at: a resume that is sent again must find its own run and not a
-    # busy session, nor interrupt itself.
+    # Checked first, because a repeated resume must get its own run, and not find the session busy or interrupt itself.
     earlier = None if key is None else service().queries.run_of_key(key)
     if earlier is not None:
         return _accepted(Accepted(earlier, replayed=True), query.wait)
@@ -178,7 +187,7 @@ def _begin(mode: RunMode, query: WaitQuery, body: RunBody, accept: Callable[[Run
 
 def _accepted(accepted: Accepted, seconds: float) -> Response:
     run = accepted.run
-    # Accepted it is, whatever the wait comes to: an error would have the client start it again.
+    # The run is accepted even if the wait fails. After an error response the client would start it again.
     with contextlib.suppress(Unavailable):
         run = _wait_for_end(run, seconds)
     headers = {"Location": url_for("runs.run", run_id=run.id)}

@@ -7,11 +7,12 @@ import contextlib
 from flask import Blueprint, Response
 
 from ccm.api.http.bodies import SessionBody
-from ccm.api.http.context import json_response, service
 from ccm.api.http.cursor import Cursor, after, last_event
+from ccm.api.http.extensions import service
 from ccm.api.http.message_lists import Extent, message_list
 from ccm.api.http.pagination import page
 from ccm.api.http.query import PageQuery, SessionMessagesQuery, SessionsQuery, StreamQuery
+from ccm.api.http.responses import json_response
 from ccm.api.http.route import EVENT_STREAM, Messages, route
 from ccm.api.http.sse import event_stream
 from ccm.core.policy import workdir
@@ -23,7 +24,7 @@ blueprint = Blueprint("sessions", __name__, url_prefix="/api/sessions")
 
 @route(blueprint, "GET", "", query=SessionsQuery, returns=list[Session])
 def sessions(query: SessionsQuery) -> Response:
-    """The sessions, latest activity first; filters cwd, q (in titles and prompts)."""
+    """List the sessions, latest activity first. Filters: cwd, q (text in titles and prompts)."""
     filters = query.given("cwd", "q")
     if "cwd" in filters:
         filters["cwd"] = workdir.canonical(filters["cwd"])
@@ -37,7 +38,7 @@ def sessions(query: SessionsQuery) -> Response:
 
 @route(blueprint, "GET", "/<session_id>", returns=Session)
 def session(session_id: str) -> Response:
-    """One session."""
+    """Return a session."""
     return json_response(service().queries.session(session_id).to_json())
 
 
@@ -50,13 +51,13 @@ def describe(session_id: str, body: SessionBody) -> Response:
 
 @route(blueprint, "GET", "/<session_id>/messages", query=SessionMessagesQuery, returns=Messages)
 def messages(session_id: str, query: SessionMessagesQuery) -> Response:
-    """The SDK messages of a session's runs, in order; history=full puts what it continued in front."""
-    place = after(query.after).in_session()
+    """List the SDK messages of a session's runs, in order. history=full prepends those that the session continued."""
+    position = after(query.after).in_session()
     queries = service().queries
     session = queries.session(session_id)
 
     def measure() -> Extent:
-        current, segments = queries.session_segments(session.id, place, query.history == "full")
+        current, segments = queries.session_segments(session.id, position, query.history == "full")
         return Extent(
             segments,
             current.status != SessionStatus.RUNNING,
@@ -68,15 +69,15 @@ def messages(session_id: str, query: SessionMessagesQuery) -> Response:
 
 @route(blueprint, "GET", "/<session_id>/stream", query=StreamQuery, returns=EVENT_STREAM)
 def stream(session_id: str, query: StreamQuery) -> Response:
-    """The same messages as Server-Sent Events, run after run, those of later runs too."""
+    """Stream the same messages as Server-Sent Events, run after run, including later runs."""
     session = service().queries.session(session_id)
-    seq, index = _place(session, last_event(query.after))
+    seq, index = _start(session, last_event(query.after))
     return event_stream(lambda subscription: subscription.session(session.id, seq, index), lambda run_id: f"{run_id}:")
 
 
 @route(blueprint, "GET", "/<session_id>/runs", query=PageQuery, returns=list[Run])
 def runs(session_id: str, query: PageQuery) -> Response:
-    """The runs of a session, oldest first."""
+    """List the runs of a session, oldest first."""
     queries = service().queries
     return page(
         query,
@@ -87,7 +88,7 @@ def runs(session_id: str, query: PageQuery) -> Response:
 
 @route(blueprint, "GET", "/<session_id>/forks", query=PageQuery, returns=list[Session])
 def forks(session_id: str, query: PageQuery) -> Response:
-    """The sessions that were forked from one, latest activity first."""
+    """List the sessions that were forked from a session, latest activity first."""
     queries = service().queries
     return page(
         query,
@@ -96,23 +97,26 @@ def forks(session_id: str, query: PageQuery) -> Response:
     )
 
 
-def _place(session: Session, read: Cursor) -> tuple[int | None, int]:
-    """Where to go on: beyond the run with a seq (None: at the first), and there beyond an index.
+def _start(session: Session, cursor: Cursor) -> tuple[int | None, int]:
+    """Return the position after which a stream begins.
+
+    Returns:
+        The seq of a run (None: before the first run), and the index of a message of the run after it (-1: none).
 
     Raises:
-        ValidationError: the session has no such run, or the run no such message or no end yet.
+        ValidationError: the session has no such run, or the run has no such message or has not ended.
     """
-    ended = read.ended_run()
-    place = (ended, -1) if ended else read.in_session()
-    if place is None:
+    ended = cursor.ended_run()
+    position = (ended, -1) if ended else cursor.in_session()
+    if position is None:
         return None, -1
-    run_id, index = place
+    run_id, index = position
     with contextlib.suppress(NotFound):
         run = service().queries.run(run_id)
         if run.session_id == session.id:
             if not ended:
-                return run.seq - 1, read.check(run, index)
+                return run.seq - 1, cursor.check(run, index)
             if run.ended:
                 return run.seq, -1
-            raise read.wrong(f"run {run.id} has not ended.")
-    raise read.wrong(f"session {session.id} has no run {run_id}.")
+            raise cursor.error(f"run {run.id} has not ended.")
+    raise cursor.error(f"session {session.id} has no run {run_id}.")

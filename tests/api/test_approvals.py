@@ -1,4 +1,4 @@
-"""Approvals over HTTP, with a CLI that asks at once: asked, answered once, too late, in streams and lists."""
+"""Approvals over HTTP, with a CLI that asks at once: requests, answers, timeouts, streams and lists."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ MODE = {"type": "setMode", "mode": "acceptEdits", "destination": "session"}
 
 
 @pytest.fixture(scope="module")
-def lite(serve_all: ServeFunction) -> Client:
-    """A client of a service on SQLite."""
+def sqlite_api(serve_all: ServeFunction) -> Client:
+    """Return a client of a service on SQLite."""
     return Client(serve_all(CCM_APPROVAL_TIMEOUT="45m").url)
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def api(request: pytest.FixtureRequest, serve_all: ServeFunction, lite: Client) -> Client:
-    """A client of a service on each kind of database."""
+def api(request: pytest.FixtureRequest, serve_all: ServeFunction, sqlite_api: Client) -> Client:
+    """Return a client of a service on each kind of database."""
     if request.param == "sqlite":
-        return lite
+        return sqlite_api
     return Client(serve_all(DATABASE_URL=new_database(request.getfixturevalue("postgresql"))).url)
 
 
-def asking(client: Client, cwd: Path, *questions: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    """A run that asks these questions one after another, and then says the answers."""
+def start_asking(client: Client, cwd: Path, *questions: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """Start a run that makes these requests one after another, and then sends the answers as messages."""
     at_once = fields.pop("at_once", False)
     messages = fields.pop("messages", ())
     prompt = script(*messages, ask=list(questions), at_once=at_once)
@@ -48,7 +48,7 @@ def asking(client: Client, cwd: Path, *questions: dict[str, Any], **fields: Any)
 
 
 def pending(client: Client, run: dict[str, Any], count: int = 1) -> list[dict[str, Any]]:
-    """What a run waits for, once it is so many; other runs may wait too."""
+    """Return the pending approvals of a run once there are `count` of them. Other runs may have some too."""
     found: list[dict[str, Any]] = []
     path: str | None = "/api/approvals?status=pending&wait=30"
     while len(found) < count:
@@ -61,28 +61,30 @@ def pending(client: Client, run: dict[str, Any], count: int = 1) -> list[dict[st
 
 
 def ask_one(client: Client, cwd: Path, question: dict[str, Any] = BASH, **fields: Any) -> dict[str, Any]:
-    """What a new run waits for."""
-    return pending(client, asking(client, cwd, question, **fields))[0]
+    """Start a run, and return its pending approval."""
+    return pending(client, start_asking(client, cwd, question, **fields))[0]
 
 
 def decide(client: Client, approval: dict[str, Any], decision: str, **fields: Any) -> Answer:
     return client.post(f"/api/approvals/{approval['id']}", {"decision": decision, **fields})
 
 
-def told(client: Client, approval: dict[str, Any]) -> Any:
-    """What Claude Code was told, once the run has ended."""
+def answer_received(client: Client, approval: dict[str, Any]) -> Any:
+    """Return the answer that Claude Code received, once the run has ended."""
     client.run(approval["runId"])
     (answered,) = client.messages(approval["runId"], type="answered")
     return answered["answer"]
 
 
-# ---- asked
+# ---- requests
 
 
-def test_a_question_is_there_with_all_that_claude_code_tells_of_it(api: Client, project: Path) -> None:
+def test_an_approval_has_every_field_of_claude_codes_request(api: Client, project: Path) -> None:
     extra = {"title": "Claude wants to run make", "display_name": "Bash", "decision_reason": "It is not read-only."}
     more = {"agent_id": "agent-7", "blocked_path": "/srv/\ud800\0x", "permission_suggestions": [SUGGESTED, MODE]}
-    run = asking(api, project, {**BASH, **extra, **more, "tool_use_id": "toolu_1", "input": {"odd": "\ud800\0\n"}})
+    run = start_asking(
+        api, project, {**BASH, **extra, **more, "tool_use_id": "toolu_1", "input": {"odd": "\ud800\0\n"}}
+    )
     (approval,) = pending(api, run)
 
     assert approval["id"] == approval["approvalId"]
@@ -107,7 +109,7 @@ def test_a_question_is_there_with_all_that_claude_code_tells_of_it(api: Client, 
     assert api.run(run["id"])["pendingApprovals"] == 0
 
 
-def test_a_run_without_approvals_is_not_asked_for(api: Client, project: Path) -> None:
+def test_a_run_without_approvals_asks_nothing(api: Client, project: Path) -> None:
     run = api.start(project, script(ask=[BASH]))
 
     assert run["approvals"] is False
@@ -115,7 +117,7 @@ def test_a_run_without_approvals_is_not_asked_for(api: Client, project: Path) ->
     assert api.get(f"/api/runs/{run['id']}/approvals").json == []
 
 
-def test_a_resume_and_a_fork_may_ask_too(api: Client, project: Path) -> None:
+def test_a_resume_and_a_fork_can_ask(api: Client, project: Path) -> None:
     first = api.start(project, "Hello.")
     for kind in ("resume", "fork"):
         body = {"sessionId": first["sessionId"], "prompt": script(ask=[BASH]), "approvals": True}
@@ -125,10 +127,10 @@ def test_a_resume_and_a_fork_may_ask_too(api: Client, project: Path) -> None:
         assert api.run(run["id"])["status"] == "completed"
 
 
-# ---- answered
+# ---- answers
 
 
-def test_what_is_allowed_is_done_as_it_was_asked_for(api: Client, project: Path) -> None:
+def test_an_allowed_request_is_executed_unchanged(api: Client, project: Path) -> None:
     approval = ask_one(api, project)
     answer = decide(api, approval, "allow")
 
@@ -140,64 +142,64 @@ def test_what_is_allowed_is_done_as_it_was_asked_for(api: Client, project: Path)
     ]
     assert answer.json["updatedInput"] is None
     assert answer.json["resolvedAt"] >= approval["createdAt"]
-    assert told(api, approval) == {"behavior": "allow", "updatedInput": BASH["input"]}
+    assert answer_received(api, approval) == {"behavior": "allow", "updatedInput": BASH["input"]}
     assert api.get(f"/api/approvals/{approval['id']}").json == answer.json
 
 
-def test_what_is_changed_is_done_as_it_was_changed(api: Client, project: Path) -> None:
+def test_a_changed_input_is_executed(api: Client, project: Path) -> None:
     approval = ask_one(api, project)
     changed = {"command": "make test", "deep": [1, 2.5, None, {"\U0001f600": "\x01"}], "big": 2**70}
     answer = decide(api, approval, "allow", updatedInput=changed)
 
     assert [answer.json["input"], answer.json["updatedInput"]] == [BASH["input"], changed]
-    assert told(api, approval) == {"behavior": "allow", "updatedInput": changed}
+    assert answer_received(api, approval) == {"behavior": "allow", "updatedInput": changed}
 
 
-def test_an_input_is_not_emptied_for_claude_code_would_execute_what_it_asked_about(api: Client, project: Path) -> None:
+def test_an_empty_input_is_refused_because_claude_code_would_execute_the_original(api: Client, project: Path) -> None:
     approval = ask_one(api, project)
     assert "leave updatedInput out" in refused(decide(api, approval, "allow", updatedInput={}), "updatedInput")
     assert api.get(f"/api/approvals/{approval['id']}").json["status"] == "pending"
     decide(api, approval, "allow")
 
 
-def test_a_denial_is_told_with_its_reason(api: Client, project: Path) -> None:
+def test_claude_code_gets_the_reason_of_a_denial(api: Client, project: Path) -> None:
     approval = ask_one(api, project)
     answer = decide(api, approval, "deny", message="Use ninja.", interrupt=True)
 
     assert [answer.json["status"], answer.json["resolution"], answer.json["decision"]] == ["denied", "answered", "deny"]
     assert answer.json["message"] == "Use ninja."
     assert answer.json["interrupt"] is True
-    assert told(api, approval) == {"behavior": "deny", "message": "Use ninja.", "interrupt": True}
+    assert answer_received(api, approval) == {"behavior": "deny", "message": "Use ninja.", "interrupt": True}
 
 
-def test_a_denial_without_a_reason_is_told_with_a_word(api: Client, project: Path) -> None:
+def test_a_denial_without_a_reason_gets_a_default_message(api: Client, project: Path) -> None:
     approval = ask_one(api, project)
     answer = decide(api, approval, "deny")
-    assert told(api, approval) == {"behavior": "deny", "message": answer.json["message"]}
+    assert answer_received(api, approval) == {"behavior": "deny", "message": answer.json["message"]}
     assert answer.json["message"]
 
 
-def test_what_is_remembered_is_for_this_run_and_never_for_the_hosts_settings(api: Client, project: Path) -> None:
+def test_a_remembered_decision_applies_to_this_run_and_not_to_the_hosts_settings(api: Client, project: Path) -> None:
     approval = ask_one(api, project, {**BASH, "permission_suggestions": [SUGGESTED, MODE]})
     answer = decide(api, approval, "allow", remember=True, updatedInput={"command": "true"})
 
     assert answer.json["remember"] is True
     assert answer.json["suggestions"] == [SUGGESTED, MODE]
-    assert told(api, approval) == {
+    assert answer_received(api, approval) == {
         "behavior": "allow",
         "updatedInput": {"command": "true"},
         "updatedPermissions": [{**RULES, "destination": "session"}, MODE],
     }
 
 
-def test_nothing_can_be_remembered_where_nothing_is_suggested(api: Client, project: Path) -> None:
+def test_a_decision_cannot_be_remembered_without_suggestions(api: Client, project: Path) -> None:
     approval = ask_one(api, project)
     refused(decide(api, approval, "allow", remember=True), "remember")
     assert api.get(f"/api/approvals/{approval['id']}").json["status"] == "pending"
     assert decide(api, approval, "allow").status == 200
 
 
-def test_suggestions_that_the_sdk_could_not_give_back_are_not_offered(api: Client, project: Path) -> None:
+def test_suggestions_that_the_sdk_cannot_return_are_left_out(api: Client, project: Path) -> None:
     strange = {"type": "tomorrow's", "destination": "session"}
     approval = ask_one(api, project, {**BASH, "permission_suggestions": [SUGGESTED, strange]})
 
@@ -206,7 +208,7 @@ def test_suggestions_that_the_sdk_could_not_give_back_are_not_offered(api: Clien
     assert decide(api, approval, "allow").status == 200
 
 
-def test_of_many_answers_at_once_the_first_counts(api: Client, project: Path) -> None:
+def test_the_first_of_many_concurrent_answers_counts(api: Client, project: Path) -> None:
     approval = ask_one(api, project)
     barrier = threading.Barrier(8)
 
@@ -224,49 +226,51 @@ def test_of_many_answers_at_once_the_first_counts(api: Client, project: Path) ->
             assert [answer.status, answer.error["code"]] == [409, "APPROVAL_ALREADY_RESOLVED"]
             assert answer.json["approval"] == first
             assert f"was answered at {first['resolvedAt']}: it is {first['status']!r}" in answer.error["message"]
-    said = told(api, approval)
-    assert said.get("message") == first["message"]
-    assert said["behavior"] == first["decision"]
+    received = answer_received(api, approval)
+    assert received.get("message") == first["message"]
+    assert received["behavior"] == first["decision"]
     if first["decision"] == "allow":
-        assert said["updatedInput"] == first["updatedInput"]
+        assert received["updatedInput"] == first["updatedInput"]
 
 
-def test_questions_at_once_are_answered_in_any_order(api: Client, project: Path) -> None:
+def test_concurrent_requests_are_answered_in_any_order(api: Client, project: Path) -> None:
     questions = [{**BASH, "input": {"n": n}} for n in range(3)]
-    run = asking(api, project, *questions, at_once=True)
+    run = start_asking(api, project, *questions, at_once=True)
     approvals = sorted(pending(api, run, 3), key=lambda approval: int(approval["input"]["n"]))
 
     assert api.run(run["id"], wait=0)["pendingApprovals"] == 3
     for approval in reversed(approvals):
         decide(api, approval, "allow", updatedInput={"answer to": approval["input"]["n"]})
     assert api.run(run["id"])["status"] == "completed"
-    said = [(m["asked"]["input"]["n"], m["answer"]["updatedInput"]) for m in api.messages(run["id"], type="answered")]
-    assert said == [(n, {"answer to": n}) for n in (2, 1, 0)]
+    answers = [
+        (m["asked"]["input"]["n"], m["answer"]["updatedInput"]) for m in api.messages(run["id"], type="answered")
+    ]
+    assert answers == [(n, {"answer to": n}) for n in (2, 1, 0)]
 
 
-def test_who_answered_is_told_by_the_name_of_their_token(serve_all: ServeFunction, tmp_path: Path) -> None:
+def test_an_answer_carries_the_name_of_its_token(serve_all: ServeFunction, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens"
     tokens.write_text("alice:alices-token-0123456789\nbob:bobs-token-01234567890123\n")
     tokens.chmod(0o600)
     service = serve_all(CCM_API_TOKEN_FILE=tokens)
 
-    def as_who(token: str, method: str, path: str, body: Any = None) -> Answer:
+    def request_as(token: str, method: str, path: str, body: Any = None) -> Answer:
         return Client(service.url).request(method, path, body, {"Authorization": f"Bearer {token}"})
 
     alice, bob = "alices-token-0123456789", "bobs-token-01234567890123"
     body = {"cwd": str(folder_of(tmp_path)), "prompt": script(ask=[BASH]), "approvals": True}
-    assert as_who(alice, "POST", "/api/runs/start", body).status == 202
-    (approval,) = as_who(alice, "GET", "/api/approvals?status=pending&wait=30").json
-    assert as_who("nobody", "POST", f"/api/approvals/{approval['id']}", {"decision": "allow"}).status == 401
-    answer = as_who(bob, "POST", f"/api/approvals/{approval['id']}", {"decision": "allow"})
+    assert request_as(alice, "POST", "/api/runs/start", body).status == 202
+    (approval,) = request_as(alice, "GET", "/api/approvals?status=pending&wait=30").json
+    assert request_as("nobody", "POST", f"/api/approvals/{approval['id']}", {"decision": "allow"}).status == 401
+    answer = request_as(bob, "POST", f"/api/approvals/{approval['id']}", {"decision": "allow"})
     assert [answer.status, answer.json["decidedBy"]] == [200, "bob"]
 
 
-# ---- not answered
+# ---- without an answer
 
 
-def test_what_nobody_answers_in_time_is_denied(api: Client, project: Path) -> None:
-    run = asking(api, project, BASH, approvalTimeoutMs=300, timeoutMs=60_000)
+def test_an_unanswered_request_is_denied_after_its_timeout(api: Client, project: Path) -> None:
+    run = start_asking(api, project, BASH, approvalTimeoutMs=300, timeoutMs=60_000)
 
     assert run["approvalTimeoutMs"] == 300
     assert api.run(run["id"])["status"] == "completed"
@@ -274,32 +278,32 @@ def test_what_nobody_answers_in_time_is_denied(api: Client, project: Path) -> No
     assert [approval["status"], approval["resolution"]] == ["denied", "timed_out"]
     assert [approval["decision"], approval["decidedBy"]] == [None, None]
     assert approval["expiresAt"] <= approval["resolvedAt"]
-    assert told(api, approval) == {"behavior": "deny", "message": approval["message"]}
+    assert answer_received(api, approval) == {"behavior": "deny", "message": approval["message"]}
     assert "Nobody has answered" in approval["message"]
     late = decide(api, approval, "allow")
     assert [late.status, late.json["approval"]] == [409, approval]
     assert f"was denied at {approval['resolvedAt']}: nobody had answered in time" in late.error["message"]
 
 
-def test_the_setting_is_the_time_where_the_request_names_none(lite: Client, project: Path) -> None:
+def test_the_setting_is_the_timeout_if_the_request_has_none(sqlite_api: Client, project: Path) -> None:
     cases: list[tuple[dict[str, Any], int]] = [({}, 45 * 60), ({"approvalTimeoutMs": 7_200_000}, 7200)]
     for fields, seconds in cases:
-        approval = ask_one(lite, project, **fields)
+        approval = ask_one(sqlite_api, project, **fields)
         at = [datetime.fromisoformat(approval[name]) for name in ("createdAt", "expiresAt")]
         assert (at[1] - at[0]).total_seconds() == seconds
-        decide(lite, approval, "deny")
+        decide(sqlite_api, approval, "deny")
 
 
-def test_the_wait_does_not_count_as_the_runs_time(api: Client, project: Path) -> None:
-    # The question alone takes as long as the run may.
-    run = asking(api, project, BASH, approvalTimeoutMs=2_000, timeoutMs=2_000)
+def test_the_wait_does_not_count_towards_the_runs_timeout(api: Client, project: Path) -> None:
+    # The wait for the answer alone takes as long as the run's timeout.
+    run = start_asking(api, project, BASH, approvalTimeoutMs=2_000, timeoutMs=2_000)
     ended = api.run(run["id"])
     assert [ended["status"], ended["error"]] == ["completed", None]
     assert ended["durationMs"] >= 2_000
 
 
-def test_a_run_that_is_told_to_stop_takes_no_answer_any_more(api: Client, project: Path) -> None:
-    # A Claude Code that heeds no interrupt: it is there for three seconds more, and nothing may be allowed meanwhile.
+def test_a_stopping_run_takes_no_answer(api: Client, project: Path) -> None:
+    # A Claude Code that ignores the interrupt lives three seconds longer, and nothing may be allowed meanwhile.
     run = api.start(project, script(ask=[BASH], ignore_interrupt=True), wait=0, approvals=True)
     (approval,) = pending(api, run)
     with ThreadPoolExecutor(1) as other:
@@ -313,8 +317,8 @@ def test_a_run_that_is_told_to_stop_takes_no_answer_any_more(api: Client, projec
     assert [message for message in api.messages(run["id"]) if message["type"] == "answered"] == []
 
 
-def test_what_a_cancelled_run_has_asked_expires(api: Client, project: Path) -> None:
-    run = asking(api, project, BASH, BASH, at_once=True)
+def test_the_approvals_of_a_cancelled_run_expire(api: Client, project: Path) -> None:
+    run = start_asking(api, project, BASH, BASH, at_once=True)
     approvals = pending(api, run, 2)
     with Stream(api, f"/api/runs/{run['id']}/stream") as stream:
         assert [event.type for event in stream.take(2)] == ["approval"] * 2
@@ -334,7 +338,7 @@ def test_what_a_cancelled_run_has_asked_expires(api: Client, project: Path) -> N
     assert api.get("/api/approvals", status="pending").json == []
 
 
-def test_what_a_run_has_asked_whose_claude_code_dies_expires(api: Client, project: Path) -> None:
+def test_approvals_expire_when_claude_code_dies(api: Client, project: Path) -> None:
     approval = ask_one(api, project)
     end_marked(approval["runId"])
 
@@ -343,16 +347,16 @@ def test_what_a_run_has_asked_whose_claude_code_dies_expires(api: Client, projec
     assert api.get(f"/api/approvals/{approval['id']}").json["status"] == "expired"
 
 
-# ---- at most all workers but one
+# ---- the limit: all workers but one
 
 
-def test_one_worker_is_kept_free_of_waiting(serve_all: ServeFunction, tmp_path: Path) -> None:
+def test_one_worker_is_reserved_for_runs_that_do_not_wait(serve_all: ServeFunction, tmp_path: Path) -> None:
     client = Client(serve_all(CCM_MAX_CONCURRENT_RUNS=2).url)
     folder = folder_of(tmp_path)
-    first = asking(client, folder, BASH, BASH, at_once=True)
-    waiting = pending(client, first, 2)  # the same run may ask more than once
+    first = start_asking(client, folder, BASH, BASH, at_once=True)
+    waiting = pending(client, first, 2)  # one run may have several
 
-    second = client.run(asking(client, folder, BASH)["id"])
+    second = client.run(start_asking(client, folder, BASH)["id"])
     assert second["status"] == "completed"
     (denied,) = client.get(f"/api/runs/{second['id']}/approvals").json
     assert [denied["status"], denied["resolution"], denied["decision"]] == ["denied", "no_worker", None]
@@ -360,14 +364,14 @@ def test_one_worker_is_kept_free_of_waiting(serve_all: ServeFunction, tmp_path: 
     assert [late.status, late.json["approval"]] == [409, denied]
     assert f"was denied at {denied['resolvedAt']} without being asked" in late.error["message"]
     assert "CCM_MAX_CONCURRENT_RUNS" in denied["message"]
-    assert told(client, denied) == {"behavior": "deny", "message": denied["message"]}
+    assert answer_received(client, denied) == {"behavior": "deny", "message": denied["message"]}
     for approval in waiting:
         decide(client, approval, "deny")
     client.run(first["id"])
     assert decide(client, ask_one(client, folder), "allow").status == 200
 
 
-def test_with_one_worker_alone_nothing_can_be_asked(serve_all: ServeFunction, tmp_path: Path) -> None:
+def test_approvals_need_a_second_worker(serve_all: ServeFunction, tmp_path: Path) -> None:
     client = Client(serve_all(CCM_MAX_CONCURRENT_RUNS=1).url)
     body = {"cwd": str(folder_of(tmp_path)), "prompt": "Hello.", "approvals": True}
     message = refused(client.post("/api/runs/start", body), "approvals", 403, "APPROVALS_FORBIDDEN")
@@ -377,15 +381,15 @@ def test_with_one_worker_alone_nothing_can_be_asked(serve_all: ServeFunction, tm
 # ---- streams and waits
 
 
-def test_a_stream_tells_what_is_pending_and_then_each_change(api: Client, project: Path) -> None:
-    run = asking(api, project, BASH, {**BASH, "input": {"n": 2}}, messages=[{"type": "assistant", "n": 0}])
+def test_a_stream_has_the_pending_approvals_and_then_each_change(api: Client, project: Path) -> None:
+    run = start_asking(api, project, BASH, {**BASH, "input": {"n": 2}}, messages=[{"type": "assistant", "n": 0}])
     (first,) = pending(api, run)
     paths = [f"/api/runs/{run['id']}/stream", f"/api/sessions/{run['sessionId']}/stream"]
     for path, prefix in zip(paths, ("", f"{run['id']}:"), strict=True):
         with Stream(api, path) as stream:
-            asked, said = stream.take(2)
-            assert [asked.type, asked.id, asked.json] == ["approval", "", first]
-            assert [said.type, said.id] == ["message", f"{prefix}0"]
+            requested, message = stream.take(2)
+            assert [requested.type, requested.id, requested.json] == ["approval", "", first]
+            assert [message.type, message.id] == ["message", f"{prefix}0"]
 
     with Stream(api, paths[0], "0") as stream, Stream(api, paths[1], f"{run['id']}:0") as whole:
         both = [stream, whole]
@@ -396,7 +400,7 @@ def test_a_stream_tells_what_is_pending_and_then_each_change(api: Client, projec
             while len(seen) < 2:
                 event = one.take(1)[0]
                 if event.type == "approval":
-                    # It has no id of its own: what was there before stays.
+                    # It has no id, so the last one stays.
                     assert event.id in ("", "1", f"{run['id']}:1")
                     seen.append(event.json)
             assert seen[0] == changed
@@ -405,22 +409,22 @@ def test_a_stream_tells_what_is_pending_and_then_each_change(api: Client, projec
         rest = list(stream)
     assert [event.json["status"] for event in rest if event.type == "approval"] == ["denied"]
     assert rest[-1].json == api.run(run["id"])
-    # Of a run that has ended nothing is pending, and what was is told by the lists.
+    # An ended run has no pending approvals. The lists have the earlier ones.
     again = events_of(api, paths[0])
     assert [event.type for event in again] == ["message"] * 4 + ["end"]
 
 
-def test_a_wait_is_held_until_something_is_asked(api: Client, project: Path) -> None:
+def test_a_wait_lasts_until_an_approval_is_requested(api: Client, project: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(api.get, "/api/approvals", status="pending", wait=60)
-        run = asking(api, project, BASH)
+        run = start_asking(api, project, BASH)
         answer = waiting.result()
     assert [approval["runId"] for approval in answer.json] == [run["id"]]
     decide(api, answer.json[0], "deny")
     assert api.get("/api/approvals", status="pending", wait=0.05).json == []
 
 
-def test_who_has_seen_what_is_pending_waits_for_what_is_asked_next(api: Client, project: Path) -> None:
+def test_a_client_that_has_seen_the_pending_approvals_waits_for_the_next(api: Client, project: Path) -> None:
     first = ask_one(api, project)
     seen = api.get("/api/approvals", status="pending", wait=30)
     assert seen.json == [first]
@@ -439,8 +443,8 @@ def test_who_has_seen_what_is_pending_waits_for_what_is_asked_next(api: Client, 
         decide(api, approval, "deny")
 
 
-def test_who_comes_back_to_a_stream_is_told_what_was_answered_meanwhile(api: Client, project: Path) -> None:
-    run = asking(api, project, BASH, {**BASH, "input": {"n": 2}}, messages=[{"type": "assistant", "n": 0}])
+def test_a_reconnecting_client_gets_the_answers_it_missed(api: Client, project: Path) -> None:
+    run = start_asking(api, project, BASH, {**BASH, "input": {"n": 2}}, messages=[{"type": "assistant", "n": 0}])
     (first,) = pending(api, run)
     allowed = decide(api, first, "allow").json
     (second,) = pending(api, run)
@@ -449,18 +453,18 @@ def test_who_comes_back_to_a_stream_is_told_what_was_answered_meanwhile(api: Cli
         with Stream(api, path, f"{prefix}0") as stream:
             assert [event.json for event in stream.take(2)] == [allowed, second]
         with Stream(api, path) as stream:
-            assert stream.take(1)[0].json == second  # who has read nothing has no question open
+            assert stream.take(1)[0].json == second  # a client that has read nothing knows no pending approval
     denied = decide(api, second, "deny").json
     ended = api.run(run["id"])
     events = events_of(api, paths[0][0], "0")
     assert [event.json for event in events if event.type == "approval"] == [allowed, denied]
     assert events[-1].json == ended
-    # What was resolved long before the message that was read last is not told again.
+    # Approvals resolved long before the message that was read last are not repeated.
     events = events_of(api, paths[0][0], str(ended["messageCount"] - 1))
     assert allowed not in [event.json for event in events]
 
 
-def test_lists_are_of_a_run_or_a_session_if_that_is_asked_for(api: Client, project: Path) -> None:
+def test_lists_are_filtered_by_run_and_session(api: Client, project: Path) -> None:
     first = ask_one(api, project)
     second = ask_one(api, project)
     for field in ("runId", "sessionId"):
@@ -473,8 +477,8 @@ def test_lists_are_of_a_run_or_a_session_if_that_is_asked_for(api: Client, proje
         decide(api, approval, "deny")
 
 
-def test_lists_go_page_by_page_from_the_oldest(api: Client, project: Path) -> None:
-    run = asking(api, project, *[{**BASH, "input": {"n": n}} for n in range(5)], at_once=True)
+def test_lists_are_paged_from_the_oldest(api: Client, project: Path) -> None:
+    run = start_asking(api, project, *[{**BASH, "input": {"n": n}} for n in range(5)], at_once=True)
     pending(api, run, 5)
     whole = api.get(f"/api/runs/{run['id']}/approvals").json
     for base in (f"/api/runs/{run['id']}/approvals?limit=2", "/api/approvals?status=pending&limit=2"):
@@ -525,7 +529,7 @@ BAD_ANSWERS: list[tuple[Any, str | None, str]] = [
 
 @pytest.fixture(scope="module")
 def untouched(api: Client, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """An approval that is pending before and after."""
+    """Yield a pending approval, and check that it is still pending afterwards."""
     approval = ask_one(api, folder_of(tmp_path_factory.mktemp("untouched")))
     yield approval
     assert api.get(f"/api/approvals/{approval['id']}").json == approval
@@ -534,14 +538,14 @@ def untouched(api: Client, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize(("body", "field", "words"), BAD_ANSWERS, ids=lambda value: json.dumps(str(value))[:60])
-def test_an_answer_that_is_none_is_refused(
+def test_an_invalid_answer_is_refused(
     api: Client, untouched: dict[str, Any], body: Any, field: str | None, words: str
 ) -> None:
     message = refused(api.post(f"/api/approvals/{untouched['id']}", body), field)
     assert words in message
 
 
-def test_answers_that_go_nowhere_are_refused(api: Client, untouched: dict[str, Any]) -> None:
+def test_answers_to_unknown_approvals_are_refused(api: Client, untouched: dict[str, Any]) -> None:
     path = f"/api/approvals/{untouched['id']}"
     allow = {"decision": "allow"}
     refused(api.post(f"/api/approvals/{NOWHERE}", allow), None, 404, "APPROVAL_NOT_FOUND")

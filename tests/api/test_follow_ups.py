@@ -1,4 +1,4 @@
-"""`POST /api/runs/:runId/input`, with a CLI that does just what a test has it do."""
+"""`POST /api/runs/:runId/input`, with a scripted CLI."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.api.conftest import NOWHERE, folder_of, held, kinds, refused, script
 from tests.client import Answer, Client
 from tests.conftest import ServeFunction
 
-# A PNG, as far as its first bytes go.
+# The first bytes of a PNG.
 IMAGE = {"mediaType": "image/png", "data": "iVBORw0KGgo="}
 RACES = 1_000
 RUNS_AT_ONCE = 4
@@ -38,12 +38,12 @@ def put(client: Client, run_id: str, prompt: str, **fields: Any) -> Answer:
 
 
 def texts(messages: list[dict[str, Any]], kind: str) -> list[str]:
-    """What messages of a type say; the run's own prompt, a script, is left out."""
-    said = [message["message"]["content"][-1]["text"] for message in messages if message["type"] == kind]
-    return [text for text in said if not text.startswith('{"messages": [{"type": "a"')]
+    """Return the texts of messages of a type, without the run's own prompt, which is a script."""
+    found = [message["message"]["content"][-1]["text"] for message in messages if message["type"] == kind]
+    return [text for text in found if not text.startswith('{"messages": [{"type": "a"')]
 
 
-def test_a_message_is_among_the_runs_messages_as_soon_as_it_is_accepted(client: Client, tmp_path: Path) -> None:
+def test_an_accepted_message_is_among_the_runs_messages_at_once(client: Client, tmp_path: Path) -> None:
     run = held(client, folder_of(tmp_path))
 
     answer = put(client, run["id"], "One more thing.", images=[IMAGE])
@@ -62,7 +62,7 @@ def test_a_message_is_among_the_runs_messages_as_soon_as_it_is_accepted(client: 
     client.delete(f"/api/runs/{run['id']}")
 
 
-def test_messages_of_several_clients_are_all_taken_in_and_each_keeps_its_order(client: Client, tmp_path: Path) -> None:
+def test_messages_of_several_clients_keep_their_order(client: Client, tmp_path: Path) -> None:
     run = client.start(folder_of(tmp_path), script(*kinds("a"), seconds=2), wait=0)
     client.wait_for_message(run["id"], "a")
 
@@ -81,7 +81,7 @@ def test_messages_of_several_clients_are_all_taken_in_and_each_keeps_its_order(c
         assert answered == [f"heard: {text}" for text in mine]
 
 
-def test_runs_do_not_get_one_anothers_messages(client: Client, tmp_path: Path) -> None:
+def test_runs_get_only_their_own_messages(client: Client, tmp_path: Path) -> None:
     runs = [client.start(folder_of(tmp_path, name), script(*kinds("a"), seconds=1), wait=0) for name in "abc"]
     for run in runs:
         client.wait_for_message(run["id"], "a")
@@ -95,7 +95,7 @@ def test_runs_do_not_get_one_anothers_messages(client: Client, tmp_path: Path) -
         assert texts(messages, "assistant") == [f"heard: for {run['id']}"]
 
 
-def test_a_stream_shows_it_in_its_place(client: Client, tmp_path: Path) -> None:
+def test_a_stream_has_the_message_at_its_position(client: Client, tmp_path: Path) -> None:
     run = client.start(folder_of(tmp_path), script(*kinds("a"), seconds=1), wait=0)
     client.wait_for_message(run["id"], "a")
     put(client, run["id"], "And?")
@@ -106,10 +106,10 @@ def test_a_stream_shows_it_in_its_place(client: Client, tmp_path: Path) -> None:
     assert [message["type"] for message in data[:-1]] == ["a", "user", "user", "result", "assistant", "result"]
 
 
-# ---- what is refused
+# ---- refused requests
 
 
-def test_bad_input_names_the_field(client: Client) -> None:
+def test_an_invalid_body_is_refused_with_the_name_of_the_field(client: Client) -> None:
     address = f"/api/runs/{NOWHERE}/input"
     refused(client.post(address, {}), "prompt")
     refused(client.post(address, {"prompt": " \n"}), "prompt")
@@ -125,12 +125,12 @@ def test_bad_input_names_the_field(client: Client) -> None:
     assert client.get(address).status == 405
 
 
-def test_a_run_that_is_not_there(client: Client) -> None:
+def test_an_unknown_run_is_refused(client: Client) -> None:
     refused(put(client, NOWHERE, "x"), None, 404, "RUN_NOT_FOUND")
     refused(put(client, "start", "x"), None, 404, "RUN_NOT_FOUND")
 
 
-def test_a_run_that_has_ended_takes_nothing_and_the_answer_says_what_to_do(client: Client, tmp_path: Path) -> None:
+def test_an_ended_run_is_refused_with_advice(client: Client, tmp_path: Path) -> None:
     run = client.start(folder_of(tmp_path), "hello")
 
     message = refused(put(client, run["id"], "x"), None, 409, "RUN_ALREADY_ENDED")
@@ -138,7 +138,7 @@ def test_a_run_that_has_ended_takes_nothing_and_the_answer_says_what_to_do(clien
     assert client.run(run["id"]) == run
 
 
-def test_a_run_that_waits_for_a_worker_takes_nothing_yet(client: Client, tmp_path: Path) -> None:
+def test_a_waiting_run_is_refused(client: Client, tmp_path: Path) -> None:
     running = [held(client, folder_of(tmp_path, str(n))) for n in range(RUNS_AT_ONCE)]
     waiting = client.start(tmp_path, "hello", wait=0)
 
@@ -148,7 +148,7 @@ def test_a_run_that_waits_for_a_worker_takes_nothing_yet(client: Client, tmp_pat
         client.delete(f"/api/runs/{run['id']}")
 
 
-def test_a_message_that_the_run_would_not_survive_is_refused(client: Client, tmp_path: Path) -> None:
+def test_a_message_that_would_end_the_run_is_refused(client: Client, tmp_path: Path) -> None:
     run = held(client, folder_of(tmp_path))
 
     message = refused(put(client, run["id"], "é" * 200_000), None, 413, "BODY_TOO_LARGE")
@@ -165,7 +165,7 @@ def test_a_command_that_begins_another_conversation_is_refused(client: Client, t
     client.delete(f"/api/runs/{run['id']}")
 
 
-def test_what_cannot_be_recorded_is_not_sent(serve_all: ServeFunction, tmp_path: Path) -> None:
+def test_a_message_that_cannot_be_stored_is_not_sent(serve_all: ServeFunction, tmp_path: Path) -> None:
     database = tmp_path / "db.sqlite"
     client = Client(serve_all(DATABASE_PATH=database).url)
     run = held(client, folder_of(tmp_path))
@@ -181,8 +181,8 @@ def test_what_cannot_be_recorded_is_not_sent(serve_all: ServeFunction, tmp_path:
     client.delete(f"/api/runs/{run['id']}")
 
 
-def test_a_client_that_leaves_spoils_nothing(client: Client, tmp_path: Path) -> None:
-    # An older Claude Code, which says nothing of a message before its turn: so there is something to wait for.
+def test_a_disconnect_loses_no_message(client: Client, tmp_path: Path) -> None:
+    # An older Claude Code reports a message only at its turn, so the request waits.
     run = client.start(folder_of(tmp_path), script(*kinds("a"), seconds=1.5, lifecycle=False), wait=0)
     client.wait_for_message(run["id"], "a")
     for _ in range(3):
@@ -199,12 +199,10 @@ def test_a_client_that_leaves_spoils_nothing(client: Client, tmp_path: Path) -> 
 # ---- the end of a turn
 
 
-def test_at_the_end_of_a_turn_a_message_is_either_taken_in_and_answered_or_refused(
-    client: Client, tmp_path: Path
-) -> None:
-    """Two clients talk to each run, at random moments about the ends of its turns, until it has ended between them."""
+def test_at_the_end_of_a_turn_a_message_is_either_answered_or_refused(client: Client, tmp_path: Path) -> None:
+    """Two clients send messages to each run, at random moments around the ends of its turns, until it has ended."""
     chance = random.Random(11)
-    # How long a turn takes: as long as the messages, on this machine, come about at its end (seconds).
+    # The length of a turn (seconds), measured so that messages arrive at its end on this machine.
     turn = 0.02
 
     def talk(run_id: str, name: str, barrier: threading.Barrier) -> tuple[list[str], list[int]]:
@@ -213,7 +211,7 @@ def test_at_the_end_of_a_turn_a_message_is_either_taken_in_and_answered_or_refus
         statuses: list[int] = []
         barrier.wait()
         while len(statuses) < 10 and 409 not in statuses:
-            threading.Event().wait(chance.random() * 0.012)  # not to synchronise: to meet the end at any moment
+            threading.Event().wait(chance.random() * 0.012)  # hits the end at a random moment
             prompt = script(assistant(f"heard {name}{len(taken)}"), seconds=chance.random() * 2 * turn)
             answer = put(client, run_id, prompt)
             statuses.append(answer.status)
@@ -229,15 +227,15 @@ def test_at_the_end_of_a_turn_a_message_is_either_taken_in_and_answered_or_refus
         client.wait_for_message(run["id"], "a")
         barrier = threading.Barrier(2)
         with ThreadPoolExecutor(2) as clients:
-            told = list(clients.map(lambda name: talk(run["id"], name, barrier), "ab"))
+            results = list(clients.map(lambda name: talk(run["id"], name, barrier), "ab"))
         assert client.run(run["id"])["status"] == "completed"
         messages = client.messages(run["id"])
         assert messages[-1]["type"] == "result"
-        for name, (taken, _statuses) in zip("ab", told, strict=True):
+        for name, (taken, _statuses) in zip("ab", results, strict=True):
             mine = [message for message in messages if f"heard {name}" in json.dumps(message)]
             assert texts(mine, "user") == taken
             assert texts(mine, "assistant") == [f"heard {name}{number}" for number in range(len(taken))]
-        return told[0][1] + told[1][1]
+        return results[0][1] + results[1][1]
 
     outcomes: list[int] = []
     with ThreadPoolExecutor(RUNS_AT_ONCE) as pool:
@@ -247,7 +245,7 @@ def test_at_the_end_of_a_turn_a_message_is_either_taken_in_and_answered_or_refus
     assert min(outcomes.count(status) for status in (202, 409)) > RACES / 10
 
 
-def test_a_message_and_a_cancel_at_once_leave_a_true_record(client: Client, tmp_path: Path) -> None:
+def test_a_concurrent_message_and_cancel_leave_a_consistent_record(client: Client, tmp_path: Path) -> None:
     chance = random.Random(13)
 
     def race(_: int) -> tuple[int, str]:
@@ -255,7 +253,7 @@ def test_a_message_and_a_cancel_at_once_leave_a_true_record(client: Client, tmp_
         client.wait_for_message(run["id"], "a")
         with ThreadPoolExecutor(1) as other:
             answer = other.submit(put, client, run["id"], "Well?")
-            threading.Event().wait(chance.random() * 0.04)  # not to synchronise: to meet it at any moment
+            threading.Event().wait(chance.random() * 0.04)  # hits it at a random moment
             cancelled = client.delete(f"/api/runs/{run['id']}").status == 200
         ended = client.run(run["id"])
         messages = client.messages(run["id"])

@@ -1,4 +1,4 @@
-"""`Idempotency-Key`: a request that is sent again gets the run that it made, whatever has happened meanwhile."""
+"""`Idempotency-Key`: a repeated request gets the run that it made, even if the state has changed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def key() -> str:
 
 @pytest.fixture
 def served(serve: ServeFunction, home: Path, database_url: str) -> Callable[..., Client]:
-    """Starts a service on each kind of database, with the stand-in CLI."""
+    """Return a function that starts a service on each kind of database, with the stand-in CLI."""
     own = {"DATABASE_URL": database_url} if database_url.startswith("postgresql") else {}
     return lambda **settings: Client(serve(CCM_CLI_PATH=stand_in_cli(home), **own, **settings).url)
 
@@ -45,7 +45,7 @@ def test_the_same_request_gets_the_same_run(served: Callable[..., Client], proje
     first = send(client, "start", body, key)
     ended = client.run(first.json["id"])
 
-    # In another order, with other blanks, and with another query.
+    # The same body in another order, with other whitespace, and with another query.
     other = json.dumps(dict(reversed(body.items())), indent=3).encode()
     again = [send(client, "start", body, key), send(client, "start", other, key, "?wait=30")]
 
@@ -85,14 +85,14 @@ def test_a_blank_or_too_long_key_is_refused(client: Client, project: Path, key: 
 
 
 @pytest.mark.parametrize("key", ["x" * 255, "\xe9\xff", "'; DROP TABLE ccr_runs; --", "%s :name"])
-def test_any_text_is_a_key(served: Callable[..., Client], project: Path, key: str) -> None:
+def test_a_key_can_be_any_text(served: Callable[..., Client], project: Path, key: str) -> None:
     client = served()
     body = {"cwd": str(project), "prompt": "hello"}
 
     assert len({send(client, "start", body, key).json["id"] for _ in range(3)}) == 1
 
 
-def test_a_resume_sent_again_finds_itself_and_not_a_busy_session(
+def test_a_repeated_resume_gets_its_own_run_and_not_a_busy_session(
     served: Callable[..., Client], project: Path, key: str
 ) -> None:
     client = served()
@@ -108,7 +108,7 @@ def test_a_resume_sent_again_finds_itself_and_not_a_busy_session(
         client.delete(f"/api/runs/{first['id']}")
 
 
-def test_a_request_is_found_again_when_nothing_of_it_would_be_accepted_any_more(
+def test_a_repeated_request_gets_its_run_even_if_it_would_be_refused_now(
     served: Callable[..., Client], tmp_path: Path, key: str
 ) -> None:
     client = served(CCM_MAX_CONCURRENT_RUNS=1, CCM_MAX_QUEUED_RUNS=0)
@@ -134,7 +134,7 @@ def test_a_refused_request_leaves_its_key_free(served: Callable[..., Client], tm
     assert [answer.status, "Idempotent-Replayed" in answer.headers] == [202, False]
 
 
-def test_a_hundred_duplicates_at_once_make_one_run(served: Callable[..., Client], project: Path, key: str) -> None:
+def test_a_hundred_concurrent_duplicates_make_one_run(served: Callable[..., Client], project: Path, key: str) -> None:
     client = served()
     body = {"cwd": str(project), "prompt": "hello"}
     barrier = threading.Barrier(20)
@@ -152,10 +152,10 @@ def test_a_hundred_duplicates_at_once_make_one_run(served: Callable[..., Client]
     assert len(client.get("/api/runs").json) == len(client.get("/api/sessions").json) == 1
 
 
-def test_a_client_that_retries_through_kills_of_the_service_gets_one_run(
+def test_a_client_that_retries_while_the_service_is_killed_gets_one_run(
     serve: ServeFunction, home: Path, project: Path
 ) -> None:
-    """The service is killed while the request is on its way, again and again; the client just sends it again."""
+    """The service is killed repeatedly while it handles the request, and the client sends it again each time."""
     chance = random.Random(11)
     bodies: list[dict[str, Any]] = [{"cwd": str(project), "prompt": f"number {n}"} for n in range(8)]
     answered: list[str] = []
@@ -164,7 +164,7 @@ def test_a_client_that_retries_through_kills_of_the_service_gets_one_run(
         client = Client(service.url)
         killer = threading.Timer(chance.random() * 0.03, os.kill, (service.process.pid, signal.SIGKILL))
         killer.start()
-        with contextlib.suppress(OSError, HTTPException):  # it was killed before it could answer
+        with contextlib.suppress(OSError, HTTPException):  # killed before it could answer
             send(client, "start", body, body["prompt"])
         service.wait()
     client = Client(serve(CCM_CLI_PATH=stand_in_cli(home)).url)

@@ -1,4 +1,4 @@
-"""Reads: lists in their order, with filters and pages; messages as they were recorded; waiting for what is to come."""
+"""Reads: lists with their order, filters and pages, recorded messages, and waits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.waiting import until
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 UUID = "10000000-0000-4000-8000-00000000000"
-# Seconds. What is answered at once takes milliseconds, what is waited for in vain all of this time.
+# The timeout of waits (seconds). An immediate response takes milliseconds, a wait in vain takes all of it.
 LONG = 60
 
 
@@ -31,7 +31,7 @@ def ids(answer: Answer, name: str = "id") -> list[str]:
 
 
 def pages(client: Client, path: str | None) -> list[list[dict[str, Any]]]:
-    """A list page by page, as its Link headers lead."""
+    """Return all pages of a list by its Link headers."""
     found: list[list[dict[str, Any]]] = []
     while path is not None:
         answer = client.get(path)
@@ -43,7 +43,7 @@ def pages(client: Client, path: str | None) -> list[list[dict[str, Any]]]:
 
 
 def link(answer: Answer) -> dict[str, str]:
-    """The query of the next page."""
+    """Return the query of the next page."""
     assert answer.next is not None, "there is no Link"
     return {name: value for name, (value,) in parse_qs(urlsplit(answer.next).query, strict_parsing=True).items()}
 
@@ -91,7 +91,7 @@ def test_a_session_has_every_field(api: Client, project: Path) -> None:
     }
 
 
-def test_a_session_is_running_while_a_run_of_it_is(api: Client, project: Path) -> None:
+def test_a_session_is_running_while_one_of_its_runs_is(api: Client, project: Path) -> None:
     run = held(api, project, "ab")
     session = api.get(f"/api/sessions/{run['sessionId']}").json
     assert [session["status"], session["messageCount"], session["headRunId"]] == ["running", 2, None]
@@ -145,7 +145,7 @@ def test_runs_are_filtered_by_session_and_mode(api: Client, project: Path) -> No
     assert ids(api.get("/api/runs", sessionId=first["sessionId"], mode="fork")) == []
 
 
-def test_runs_are_filtered_by_directory_however_it_is_spelt(api: Client, project: Path) -> None:
+def test_the_directory_filter_accepts_any_spelling_of_the_path(api: Client, project: Path) -> None:
     link_to_it = project.parent / "link"
     link_to_it.symlink_to(project)
     inside = folder_of(project, "inside")
@@ -162,29 +162,29 @@ def test_runs_are_filtered_by_directory_however_it_is_spelt(api: Client, project
 
 
 @pytest.fixture(scope="module")
-def busy(serve_all: ServeFunction, tmp_path_factory: pytest.TempPathFactory) -> Client:
-    """A client of a service whose only worker is taken: further runs just wait, and cost nothing.
+def one_worker(serve_all: ServeFunction, tmp_path_factory: pytest.TempPathFactory) -> Client:
+    """Return a client of a service whose only worker is occupied, so that further runs wait and cost nothing.
 
     It also holds no more than one request open.
     """
     client = Client(serve_all(CCM_MAX_CONCURRENT_RUNS=1, CCM_MAX_HELD=1).url)
-    held(client, folder_of(tmp_path_factory.mktemp("busy")))
+    held(client, folder_of(tmp_path_factory.mktemp("one_worker")))
     return client
 
 
 def waiting(client: Client, cwd: Path, count: int) -> list[dict[str, Any]]:
-    """Runs that wait, each in a session of its own; the newest first."""
+    """Start waiting runs, each in a session of its own. Return them, newest first."""
     return [client.start(cwd, f"Number {number}.", wait=0) for number in range(count)][::-1]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 6, 7])
-def test_pages_lead_through_all_without_gap_or_repetition(busy: Client, project: Path, count: int) -> None:
-    runs = waiting(busy, project, count)
+def test_pages_have_every_item_once(one_worker: Client, project: Path, count: int) -> None:
+    runs = waiting(one_worker, project, count)
     cuts = range(0, max(count, 1), 3)
 
-    found = pages(busy, f"/api/runs?limit=3&cwd={project}")
+    found = pages(one_worker, f"/api/runs?limit=3&cwd={project}")
     assert [ids_of(page) for page in found] == [ids_of(runs[cut : cut + 3]) for cut in cuts]
-    found = pages(busy, f"/api/sessions?limit=3&cwd={project}")
+    found = pages(one_worker, f"/api/sessions?limit=3&cwd={project}")
     assert [ids_of(page, "sessionId") for page in found] == [ids_of(runs[cut : cut + 3], "sessionId") for cut in cuts]
 
 
@@ -192,44 +192,44 @@ def ids_of(items: list[dict[str, Any]], name: str = "id") -> list[str]:
     return [item[name] for item in items]
 
 
-def test_what_starts_while_someone_pages_does_not_move_the_pages(busy: Client, project: Path) -> None:
-    runs = waiting(busy, project, 5)
-    first = busy.get("/api/runs", limit=2, cwd=project)
-    waiting(busy, project, 3)
+def test_new_runs_do_not_shift_the_pages(one_worker: Client, project: Path) -> None:
+    runs = waiting(one_worker, project, 5)
+    first = one_worker.get("/api/runs", limit=2, cwd=project)
+    waiting(one_worker, project, 3)
 
-    assert ids(first) + [run["id"] for page in pages(busy, first.next) for run in page] == ids_of(runs)
+    assert ids(first) + [run["id"] for page in pages(one_worker, first.next) for run in page] == ids_of(runs)
 
 
-def test_a_next_page_keeps_the_filters(busy: Client, project: Path) -> None:
-    waiting(busy, project, 3)
-    answer = busy.get("/api/runs", limit=1, cwd=project, status="running", mode="fresh")
+def test_a_next_page_keeps_the_filters(one_worker: Client, project: Path) -> None:
+    waiting(one_worker, project, 3)
+    answer = one_worker.get("/api/runs", limit=1, cwd=project, status="running", mode="fresh")
 
     assert link(answer).items() >= {"limit": "1", "cwd": str(project), "status": "running", "mode": "fresh"}.items()
     match = re.fullmatch(r'<(http://[^>]*)>; rel="next"', answer.headers["Link"])
     assert match is not None
-    assert match[1].startswith(f"{busy.url}/api/runs?")
+    assert match[1].startswith(f"{one_worker.url}/api/runs?")
 
 
-def test_a_page_has_a_hundred_unless_told_otherwise(busy: Client, project: Path) -> None:
-    runs = waiting(busy, project, 101)
+def test_the_default_page_size_is_a_hundred(one_worker: Client, project: Path) -> None:
+    runs = waiting(one_worker, project, 101)
 
     for path, name in (("/api/runs", "id"), ("/api/sessions", "sessionId")):
-        assert ids(busy.get(path, cwd=project), name) == ids_of(runs[:100], name)
-        whole = busy.get(path, cwd=project, limit=1000)
+        assert ids(one_worker.get(path, cwd=project), name) == ids_of(runs[:100], name)
+        whole = one_worker.get(path, cwd=project, limit=1000)
         assert ids(whole, name) == ids_of(runs, name)
         assert whole.next is None
 
 
-def test_the_runs_of_a_session_are_listed_oldest_first(busy: Client, project: Path) -> None:
-    first = waiting(busy, project, 1)[0]
-    runs = [first, *(busy.resume(first["sessionId"], "x", wait=0, ifBusy="enqueue") for _ in range(4))]
+def test_the_runs_of_a_session_are_listed_oldest_first(one_worker: Client, project: Path) -> None:
+    first = waiting(one_worker, project, 1)[0]
+    runs = [first, *(one_worker.resume(first["sessionId"], "x", wait=0, ifBusy="enqueue") for _ in range(4))]
 
     path = f"/api/sessions/{first['sessionId']}/runs"
-    assert ids(busy.get(path)) == ids_of(runs)
-    assert [ids_of(page) for page in pages(busy, f"{path}?limit=2")] == [
+    assert ids(one_worker.get(path)) == ids_of(runs)
+    assert [ids_of(page) for page in pages(one_worker, f"{path}?limit=2")] == [
         ids_of(runs[cut : cut + 2]) for cut in (0, 2, 4)
     ]
-    assert ids(busy.get(f"/api/sessions/{runs[-1]['sdkSessionId']}/runs")) == ids_of(runs)
+    assert ids(one_worker.get(f"/api/sessions/{runs[-1]['sdkSessionId']}/runs")) == ids_of(runs)
 
 
 # ---- the list of sessions
@@ -261,11 +261,11 @@ def test_forks_are_listed_by_their_latest_activity(api: Client, project: Path) -
 
 
 def found(client: Client, cwd: Path, words: str) -> list[str]:
-    """The titles of the sessions that a search finds."""
+    """Return the titles of the sessions that a search finds."""
     return ids(client.get("/api/sessions", cwd=cwd, q=words), "title")
 
 
-def test_a_search_reads_titles_and_the_prompts_of_every_run(api: Client, project: Path) -> None:
+def test_a_search_covers_titles_and_the_prompts_of_every_run(api: Client, project: Path) -> None:
     first = api.start(project, "Where do parrots live?", title="one")
     api.start(project, "Where do owls live?", title="Parrots and two others")
     api.resume(first["sessionId"], "And penguins?")
@@ -288,7 +288,7 @@ def test_a_search_takes_every_character_literally(api: Client, project: Path) ->
         assert found(api, project, words) == [title]
 
 
-def test_a_search_knows_upper_and_lower_case_beyond_ascii(api: Client, project: Path) -> None:
+def test_a_search_ignores_case_beyond_ascii(api: Client, project: Path) -> None:
     api.start(project, "Hello.", title="title: \u00c9COLE \u0416\u0423\u041a")
     api.start(project, "Prompt: \u00c9COLE \u0416\u0423\u041a", title="prompt")
 
@@ -297,7 +297,7 @@ def test_a_search_knows_upper_and_lower_case_beyond_ascii(api: Client, project: 
     assert results == dict.fromkeys(searches, 2)
 
 
-def test_a_search_in_texts_that_nearly_match_everywhere_is_quick(api: Client, project: Path) -> None:
+def test_a_search_in_nearly_matching_texts_is_quick(api: Client, project: Path) -> None:
     for _ in range(32):
         api.start(project, "a" * 900_000, wait=0)
     begun = time.monotonic()
@@ -308,7 +308,7 @@ def test_a_search_in_texts_that_nearly_match_everywhere_is_quick(api: Client, pr
 # ---- changing a session
 
 
-def test_a_title_and_metadata_are_changed_each_by_itself(api: Client, project: Path) -> None:
+def test_title_and_metadata_are_changed_separately(api: Client, project: Path) -> None:
     run = api.start(project, "Hello.", title="Old", metadata={"a": 1})
     path = f"/api/sessions/{run['sessionId']}"
 
@@ -328,7 +328,7 @@ def test_a_title_and_metadata_are_changed_each_by_itself(api: Client, project: P
     assert patched({"title": "", "metadata": None}) == ["", {}]
 
 
-def test_a_session_goes_by_every_sdk_session_id_of_its_runs(api: Client, project: Path) -> None:
+def test_a_session_is_found_by_every_sdk_session_id_of_its_runs(api: Client, project: Path) -> None:
     first = api.start(project, "Hello.")
     second = api.resume(first["sessionId"], "Again.")
     fork = api.fork(second["sdkSessionId"], "Otherwise.")
@@ -353,7 +353,7 @@ STRANGE: list[dict[str, Any]] = [
 ]
 
 
-def test_messages_are_read_exactly_as_they_were_said(api: Client, project: Path) -> None:
+def test_messages_are_returned_unchanged(api: Client, project: Path) -> None:
     run = api.start(project, script(*STRANGE))
 
     answer = api.get(f"/api/runs/{run['id']}/messages")
@@ -365,7 +365,7 @@ def test_messages_are_read_exactly_as_they_were_said(api: Client, project: Path)
 
 @pytest.fixture(scope="module")
 def ended(api: Client, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run that has said abacaba."""
+    """Return an ended run whose messages are abacaba."""
     return api.start(folder_of(tmp_path_factory.mktemp("ended")), script(*kinds("abacaba")))
 
 
@@ -390,14 +390,14 @@ def ended(api: Client, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
         ({"type": "b", "limit": 1, "after": 5}, ""),
     ],
 )
-def test_messages_are_read_from_a_place_up_to_a_number_and_by_type(
+def test_messages_are_read_by_position_limit_and_type(
     api: Client, ended: dict[str, Any], query: dict[str, Any], expected: str
 ) -> None:
     assert letters(api.messages(ended["id"], **query)) == expected
 
 
-def test_messages_after_one_that_was_never_stored_are_refused(api: Client, ended: dict[str, Any]) -> None:
-    """Who has seen it has seen another database, and would miss what is stored there next."""
+def test_a_position_that_was_never_stored_is_refused(api: Client, ended: dict[str, Any]) -> None:
+    """A client with such a position has read another database, and would miss the messages stored next."""
     fork = api.fork(ended["sessionId"], script(*kinds("a")))
     runs, sessions = f"/api/runs/{ended['id']}/messages", f"/api/sessions/{ended['sessionId']}/messages"
 
@@ -410,7 +410,7 @@ def test_messages_after_one_that_was_never_stored_are_refused(api: Client, ended
 
 
 @pytest.mark.parametrize("types", ["", "&type=a", "&type=b,c", "&type=result", "&type=x"])
-def test_links_lead_through_all_messages_of_an_ended_run(api: Client, ended: dict[str, Any], types: str) -> None:
+def test_links_cover_all_messages_of_an_ended_run(api: Client, ended: dict[str, Any], types: str) -> None:
     path = f"/api/runs/{ended['id']}/messages"
     whole = api.get(f"{path}?{types.strip('&')}").json
 
@@ -420,7 +420,7 @@ def test_links_lead_through_all_messages_of_an_ended_run(api: Client, ended: dic
         assert all(len(page) == limit for page in found[:-1])
 
 
-def test_the_link_of_a_running_run_carries_the_last_index_that_was_looked_at(api: Client, project: Path) -> None:
+def test_the_link_of_a_running_run_has_the_last_index_that_was_read(api: Client, project: Path) -> None:
     run = held(api, project, "abcbb")
     path = f"/api/runs/{run['id']}/messages"
 
@@ -460,7 +460,7 @@ def test_a_wait_for_messages_ends_with_the_next_one(lite: Client, project: Path)
     assert time.monotonic() - begun < LONG
 
 
-def test_a_wait_for_messages_passes_over_other_types(lite: Client, project: Path) -> None:
+def test_a_wait_for_messages_ignores_other_types(lite: Client, project: Path) -> None:
     run = held(lite, project, "ab")
     begun = time.monotonic()
     assert lite.messages(run["id"], type="x", wait=0.3) == []
@@ -468,7 +468,7 @@ def test_a_wait_for_messages_passes_over_other_types(lite: Client, project: Path
     lite.delete(f"/api/runs/{run['id']}")
 
 
-def test_a_wait_for_messages_ends_at_once_when_there_are_some_or_no_more_will_come(lite: Client, project: Path) -> None:
+def test_a_wait_for_messages_ends_at_once_if_there_are_some_or_the_run_has_ended(lite: Client, project: Path) -> None:
     run = held(lite, project, "ab")
     begun = time.monotonic()
 
@@ -484,7 +484,7 @@ def test_a_wait_for_messages_ends_at_once_when_there_are_some_or_no_more_will_co
     assert time.monotonic() - begun < LONG
 
 
-def test_a_wait_for_a_run_ends_with_it_or_with_the_time(lite: Client, project: Path) -> None:
+def test_a_wait_for_a_run_ends_with_the_run_or_the_timeout(lite: Client, project: Path) -> None:
     run = held(lite, project)
     begun = time.monotonic()
     assert lite.run(run["id"], wait=0.3)["status"] == "running"
@@ -501,7 +501,7 @@ def test_a_wait_for_a_run_ends_with_it_or_with_the_time(lite: Client, project: P
 # ---- the messages of a session
 
 
-def test_a_sessions_messages_are_those_of_its_runs_in_order(api: Client, project: Path) -> None:
+def test_a_session_has_the_messages_of_its_runs_in_order(api: Client, project: Path) -> None:
     first = api.start(project, script(*kinds("ab")))
     second = api.resume(first["sessionId"], script(*kinds("cd")))
     path = f"/api/sessions/{first['sessionId']}/messages"
@@ -522,7 +522,7 @@ def test_a_sessions_messages_are_those_of_its_runs_in_order(api: Client, project
     assert letters(api.get(path, after=f"{first['id']}:0", type="b,c,result", limit=3).json) == "brc"
 
 
-def test_links_lead_through_all_messages_of_a_session(api: Client, project: Path) -> None:
+def test_links_cover_all_messages_of_a_session(api: Client, project: Path) -> None:
     first = api.start(project, script(*kinds("aab")))
     api.resume(first["sessionId"], script(*kinds("ba")))
     api.resume(first["sessionId"], script(*kinds("")))
@@ -536,7 +536,7 @@ def test_links_lead_through_all_messages_of_a_session(api: Client, project: Path
             assert all(len(page) == limit for page in found[:-1])
 
 
-def test_a_link_of_a_running_session_leads_to_what_is_said_later(api: Client, project: Path) -> None:
+def test_a_link_of_a_running_session_leads_to_later_messages(api: Client, project: Path) -> None:
     first = api.start(project, script(*kinds("ab")))
     path = f"/api/sessions/{first['sessionId']}/messages"
     second = api.resume(first["sessionId"], script(*kinds("cd"), hold=True), wait=0)
@@ -549,7 +549,7 @@ def test_a_link_of_a_running_session_leads_to_what_is_said_later(api: Client, pr
 
 
 @pytest.mark.parametrize("fate", ["waits", "is cancelled"])
-def test_a_link_of_a_session_misses_nothing_when_a_further_run(api: Client, project: Path, fate: str) -> None:
+def test_a_link_of_a_session_misses_nothing_when_another_run(api: Client, project: Path, fate: str) -> None:
     first = held(api, project, "ab")
     second = api.resume(first["sessionId"], script(*kinds("cd")), wait=0, ifBusy="enqueue")
     if fate == "is cancelled":
@@ -566,16 +566,16 @@ def test_a_link_of_a_session_misses_nothing_when_a_further_run(api: Client, proj
     assert letters(read.json + rest) == whole
 
 
-def test_a_full_history_has_in_front_what_the_session_continued(api: Client, project: Path) -> None:
-    def said(number: int) -> dict[str, Any]:
+def test_a_full_history_begins_with_the_messages_that_the_session_continued(api: Client, project: Path) -> None:
+    def message(number: int) -> dict[str, Any]:
         return {"type": "assistant", "uuid": f"{UUID}{number}", "parent_tool_use_id": None, "n": number}
 
-    first = api.start(project, script({"type": "x"}, said(1), {"type": "y"}, said(2)))
-    second = api.resume(first["sessionId"], script(said(3), {"type": "z"}))
-    at_head = api.fork(first["sessionId"], script(said(4)))
-    at_run = api.fork(first["sessionId"], script(said(5)), atRunId=first["id"])
-    at_message = api.fork(first["sessionId"], script(said(6)), atMessage=f"{UUID}1")
-    twig = api.fork(at_message["sessionId"], script(said(7)))
+    first = api.start(project, script({"type": "x"}, message(1), {"type": "y"}, message(2)))
+    second = api.resume(first["sessionId"], script(message(3), {"type": "z"}))
+    at_head = api.fork(first["sessionId"], script(message(4)))
+    at_run = api.fork(first["sessionId"], script(message(5)), atRunId=first["id"])
+    at_message = api.fork(first["sessionId"], script(message(6)), atMessage=f"{UUID}1")
+    twig = api.fork(at_message["sessionId"], script(message(7)))
     runs = (first, second, at_head, at_run, at_message, twig)
     own = {run["id"]: api.messages(run["id"]) for run in runs}
 
@@ -608,13 +608,13 @@ COUNT = 20_000
 
 @pytest.fixture(scope="module")
 def long(api: Client, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run of 20,000 messages and 8 MB."""
+    """Return a run with 20,000 messages and 8 MB."""
     run = api.start(folder_of(tmp_path_factory.mktemp("long")), script(*kinds("ab"), count=COUNT, pad=200))
     assert run["status"] == "completed"
     return run
 
 
-def test_a_long_list_is_read_whole(api: Client, long: dict[str, Any]) -> None:
+def test_a_long_list_is_complete(api: Client, long: dict[str, Any]) -> None:
     answer = api.get(f"/api/runs/{long['id']}/messages")
 
     assert len(answer.body) > 8_000_000
@@ -638,7 +638,7 @@ def test_a_long_list_is_read_in_parts(api: Client, long: dict[str, Any]) -> None
     assert api.get(path, type="assistant", limit=1, after=COUNT - 5).json == [whole[COUNT - 4]]
 
 
-def test_a_client_that_leaves_a_long_list_half_read_does_no_harm(api: Client, long: dict[str, Any]) -> None:
+def test_a_disconnect_during_a_long_list_does_no_harm(api: Client, long: dict[str, Any]) -> None:
     path = f"/api/runs/{long['id']}/messages"
     for _ in range(10):
         with connect(api, f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()) as connection:
@@ -647,7 +647,7 @@ def test_a_client_that_leaves_a_long_list_half_read_does_no_harm(api: Client, lo
     assert len(api.get(path).json) == COUNT + 3
 
 
-# ---- every answer
+# ---- all responses
 
 PATHS = [
     "/",
@@ -671,7 +671,7 @@ PATHS = [
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_head_says_what_get_would_and_has_no_body(api: Client, long: dict[str, Any], path: str) -> None:
+def test_head_has_the_headers_of_get_and_no_body(api: Client, long: dict[str, Any], path: str) -> None:
     path = path.format(run=long["id"], session=long["sessionId"])
     get, head = api.get(path), api.request("HEAD", path)
 
@@ -686,8 +686,8 @@ def test_head_says_what_get_would_and_has_no_body(api: Client, long: dict[str, A
         assert read_all(connection)[1] == b"", "an answer to HEAD ends with its headers"
 
 
-def test_the_index_lists_every_endpoint(busy: Client) -> None:
-    index = busy.get("/").json
+def test_the_index_lists_every_endpoint(one_worker: Client) -> None:
+    index = one_worker.get("/").json
 
     assert index["name"]
     assert index["version"]
@@ -717,14 +717,14 @@ def test_the_index_lists_every_endpoint(busy: Client) -> None:
 @pytest.mark.parametrize(
     "path", ["/nowhere", "/api", "/api/", "/api/run", "/api/runs/", "/api/runs/x/y", "/%00", "/%FF"]
 )
-def test_what_is_nowhere_is_not_found(busy: Client, path: str) -> None:
+def test_unknown_paths_are_not_found(one_worker: Client, path: str) -> None:
     for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "BREW"):
-        assert "GET /" in refused(busy.request(method, path), None, 404, "NOT_FOUND")
+        assert "GET /" in refused(one_worker.request(method, path), None, 404, "NOT_FOUND")
 
 
 @pytest.mark.parametrize("path", ["/api//runs", "//api/runs//x", "/api/sessions//x/runs"])
-def test_a_slash_too_many_is_answered_in_json_too(busy: Client, path: str) -> None:
-    assert busy.get(path).headers["Content-Type"] == "application/json"
+def test_an_extra_slash_is_answered_with_json(one_worker: Client, path: str) -> None:
+    assert one_worker.get(path).headers["Content-Type"] == "application/json"
 
 
 @pytest.mark.parametrize(
@@ -744,24 +744,24 @@ def test_a_slash_too_many_is_answered_in_json_too(busy: Client, path: str) -> No
         ("BREW", "/api/sessions/{session}/forks", "GET"),
     ],
 )
-def test_another_method_is_refused_with_those_that_are_possible(
-    busy: Client, method: str, path: str, allowed: str
+def test_an_unsupported_method_is_refused_with_the_supported_ones(
+    one_worker: Client, method: str, path: str, allowed: str
 ) -> None:
-    answer = busy.request(method, path.format(run=NOWHERE, session=NOWHERE))
+    answer = one_worker.request(method, path.format(run=NOWHERE, session=NOWHERE))
     refused(answer, None, 405, "METHOD_NOT_ALLOWED")
     assert set(allowed.split()) <= set(answer.headers["Allow"].split(", "))
     assert method not in answer.headers["Allow"].split(", ")
 
 
 @pytest.mark.parametrize("given", ["a", "trace-1:2.3_4", "x" * 100])
-def test_a_request_id_of_the_clients_own_comes_back(busy: Client, given: str) -> None:
+def test_a_clients_own_request_id_is_returned(one_worker: Client, given: str) -> None:
     for path in ("/", f"/api/runs/{NOWHERE}", "/nowhere"):
-        assert busy.request("GET", path, headers={"X-Request-Id": given}).headers["X-Request-Id"] == given
+        assert one_worker.request("GET", path, headers={"X-Request-Id": given}).headers["X-Request-Id"] == given
 
 
 @pytest.mark.parametrize("given", ["", "x" * 101, "a b", "a\tb", "<script>", "\u00e9", "a,b"])
-def test_an_unusable_request_id_is_replaced(busy: Client, given: str) -> None:
-    answers = [busy.request("GET", "/", headers={"X-Request-Id": given}) for _ in range(2)]
+def test_an_unusable_request_id_is_replaced(one_worker: Client, given: str) -> None:
+    answers = [one_worker.request("GET", "/", headers={"X-Request-Id": given}) for _ in range(2)]
     one, other = (answer.headers["X-Request-Id"] for answer in answers)
     assert re.fullmatch(r"[\w.:-]{1,100}", one, re.ASCII)
     assert len({one, other, given}) == 3
@@ -771,37 +771,37 @@ def test_an_unusable_request_id_is_replaced(busy: Client, given: str) -> None:
 
 
 @pytest.fixture
-def going(busy: Client, project: Path) -> dict[str, Any]:
-    """A run that does not end by itself: it waits for the worker, and is `running` all the same."""
-    return waiting(busy, project, 1)[0]
+def running_run(one_worker: Client, project: Path) -> dict[str, Any]:
+    """Return a run that does not end by itself: it waits for the worker, and is `running` nevertheless."""
+    return waiting(one_worker, project, 1)[0]
 
 
-def is_free(client: Client, run: dict[str, Any]) -> bool:
-    """Whether the place is: then a wait for a run that goes on takes its time."""
+def has_free_slot(client: Client, run: dict[str, Any]) -> bool:
+    """Return whether the slot is free. Then a wait for a running run lasts until its timeout."""
     begun = time.monotonic()
     assert client.run(run["id"], wait=0.2)["status"] == "running"
     return time.monotonic() - begun >= 0.2
 
 
-def take_the_place(client: Client, run: dict[str, Any], path: str) -> socket.socket:
-    """A connection that waits for a run in the one place."""
-    until(lambda: is_free(client, run))
+def take_the_slot(client: Client, run: dict[str, Any], path: str) -> socket.socket:
+    """Return a connection that waits for a run in the only slot."""
+    until(lambda: has_free_slot(client, run))
     request = f"GET {path}wait={LONG} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     connection = connect(client, request)
-    client.get("/health")  # gives it the time to get there first
-    until(lambda: not is_free(client, run) or is_answered(connection))
+    client.get("/health")  # gives the first request time to arrive
+    until(lambda: not has_free_slot(client, run) or is_answered(connection))
     if not is_answered(connection):
         return connection
-    connection.close()  # `is_free` itself had the place
-    return take_the_place(client, run, path)
+    connection.close()  # `has_free_slot` itself had taken the slot
+    return take_the_slot(client, run, path)
 
 
 def is_answered(connection: socket.socket) -> bool:
     return bool(select.select([connection], [], [], 0)[0])
 
 
-def waits(run: dict[str, Any]) -> list[str]:
-    """The paths on which that run can be waited for."""
+def wait_paths(run: dict[str, Any]) -> list[str]:
+    """Return the paths on which a request can wait for a run."""
     return [
         f"/api/runs/{run['id']}?",
         f"/api/runs/{run['id']}/messages?",
@@ -810,47 +810,49 @@ def waits(run: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("place", range(3), ids=["run", "messages of a run", "messages of a session"])
-def test_a_wait_that_finds_no_place_is_answered_at_once(
-    busy: Client, going: dict[str, Any], project: Path, place: int
+def test_a_wait_without_a_free_slot_is_answered_at_once(
+    one_worker: Client, running_run: dict[str, Any], project: Path, place: int
 ) -> None:
-    with take_the_place(busy, going, waits(going)[place]) as connection:
+    with take_the_slot(one_worker, running_run, wait_paths(running_run)[place]) as connection:
         begun = time.monotonic()
-        assert busy.run(going["id"], wait=LONG)["status"] == "running"
-        assert busy.messages(going["id"], wait=LONG) == []
-        assert busy.get(f"/api/sessions/{going['sessionId']}/messages", wait=LONG).json == []
-        started = busy.post("/api/runs/start", {"cwd": str(project), "prompt": "Hello."}, wait=LONG)
+        assert one_worker.run(running_run["id"], wait=LONG)["status"] == "running"
+        assert one_worker.messages(running_run["id"], wait=LONG) == []
+        assert one_worker.get(f"/api/sessions/{running_run['sessionId']}/messages", wait=LONG).json == []
+        started = one_worker.post("/api/runs/start", {"cwd": str(project), "prompt": "Hello."}, wait=LONG)
         assert [started.status, started.json["status"]] == [202, "running"]
-        # What waits for nothing goes through.
-        assert busy.get("/health").status == 200
-        assert len(busy.get("/api/runs", cwd=project).json) == 2
-        assert busy.delete(f"/api/runs/{started.json['id']}").json["status"] == "cancelled"
+        # A request without a wait succeeds.
+        assert one_worker.get("/health").status == 200
+        assert len(one_worker.get("/api/runs", cwd=project).json) == 2
+        assert one_worker.delete(f"/api/runs/{started.json['id']}").json["status"] == "cancelled"
         assert time.monotonic() - begun < LONG
 
         assert not is_answered(connection)
-        busy.delete(f"/api/runs/{going['id']}")
+        one_worker.delete(f"/api/runs/{running_run['id']}")
         until(lambda: is_answered(connection))
         assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize("place", range(3), ids=["run", "messages of a run", "messages of a session"])
-def test_a_client_that_goes_while_it_waits_frees_its_place(busy: Client, going: dict[str, Any], place: int) -> None:
-    take_the_place(busy, going, waits(going)[place]).close()
-    until(lambda: is_free(busy, going))
+def test_a_client_that_disconnects_while_it_waits_frees_its_slot(
+    one_worker: Client, running_run: dict[str, Any], place: int
+) -> None:
+    take_the_slot(one_worker, running_run, wait_paths(running_run)[place]).close()
+    until(lambda: has_free_slot(one_worker, running_run))
 
 
-def test_a_client_that_goes_while_its_start_waits_frees_its_place(
-    busy: Client, going: dict[str, Any], project: Path
+def test_a_client_that_disconnects_while_its_start_waits_frees_its_slot(
+    one_worker: Client, running_run: dict[str, Any], project: Path
 ) -> None:
     body = json.dumps({"cwd": str(project), "prompt": "Hello."}).encode()
     head = f"POST /api/runs/start?wait={LONG} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    until(lambda: is_free(busy, going))
-    connection = connect(busy, head.encode(), b"Content-Length: %d\r\n\r\n" % len(body), body)
-    until(lambda: len(busy.get("/api/runs", cwd=project).json) == 2)
-    until(lambda: not is_free(busy, going) or is_answered(connection))
+    until(lambda: has_free_slot(one_worker, running_run))
+    connection = connect(one_worker, head.encode(), b"Content-Length: %d\r\n\r\n" % len(body), body)
+    until(lambda: len(one_worker.get("/api/runs", cwd=project).json) == 2)
+    until(lambda: not has_free_slot(one_worker, running_run) or is_answered(connection))
     assert not is_answered(connection)
     connection.close()
 
-    until(lambda: is_free(busy, going))
-    started = busy.get("/api/runs", cwd=project).json[0]
-    assert started["status"] == "running", "a run goes on when whoever waited for it has gone"
-    busy.delete(f"/api/runs/{started['id']}")
+    until(lambda: has_free_slot(one_worker, running_run))
+    started = one_worker.get("/api/runs", cwd=project).json[0]
+    assert started["status"] == "running", "the run ended when the client that waited for it disconnected"
+    one_worker.delete(f"/api/runs/{started['id']}")

@@ -1,4 +1,4 @@
-"""Webhooks of real services: asked for, refused, signed, shown, and not lost when the service is killed."""
+"""Webhooks of real services: requests, refusals, signatures, the list of deliveries, and a killed service."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def receiver() -> Iterator[Receiver]:
 
 @pytest.fixture(scope="module")
 def service(serve_all: ServeFunction, receiver: Receiver) -> ServiceProcess:
-    """A service that signs, and lets webhooks go to loopback alone."""
+    """Return a service that signs, and allows webhooks to loopback only."""
     return serve_all(CCM_WEBHOOK_SECRET=" ".join(SECRETS), CCM_WEBHOOK_ALLOW=f"127.0.0.1:{receiver.port},*.example.com")
 
 
@@ -54,9 +54,7 @@ def settled(client: Client, run: dict[str, Any], *statuses: str) -> list[dict[st
     return deliveries(client, run)
 
 
-def test_a_run_is_told_of_with_signatures_that_receivers_can_verify(
-    api: Client, receiver: Receiver, project: Path
-) -> None:
+def test_webhooks_have_signatures_that_receivers_can_verify(api: Client, receiver: Receiver, project: Path) -> None:
     run = api.start(project, "Hello.", webhookUrl=receiver.url + "/a?b=c")
     assert run["webhookUrl"] == receiver.url + "/a?b=c"
 
@@ -64,9 +62,9 @@ def test_a_run_is_told_of_with_signatures_that_receivers_can_verify(
     for secret in SECRETS:
         assert started.verified(secret)["data"]["run"]["status"] == "running"
         assert completed.verified(secret)["type"] == COMPLETED
-    told = completed.json["data"]["run"]
-    assert told == {name: value for name, value in run.items() if name in told}
-    assert set(run) - set(told) == {"prompt", "options"}
+    sent = completed.json["data"]["run"]
+    assert sent == {name: value for name, value in run.items() if name in sent}
+    assert set(run) - set(sent) == {"prompt", "options"}
 
     first, last = settled(api, run, "delivered", "delivered")
     assert [first["eventType"], last["eventType"]] == [STARTED, COMPLETED]
@@ -76,9 +74,7 @@ def test_a_run_is_told_of_with_signatures_that_receivers_can_verify(
     assert [d["id"] for d in api.get(following or "").json] == [last["id"]]
 
 
-def test_a_continuation_is_told_of_only_if_it_asks_for_it_itself(
-    api: Client, receiver: Receiver, project: Path
-) -> None:
+def test_a_continuation_does_not_inherit_the_webhook(api: Client, receiver: Receiver, project: Path) -> None:
     first = api.start(project, "Hello.", webhookUrl=receiver.url + "/first")
     silent = api.resume(first["sessionId"], "And?")
     resumed = api.resume(first["sessionId"], "And?", webhookUrl=receiver.url + "/resumed")
@@ -93,7 +89,7 @@ def test_a_continuation_is_told_of_only_if_it_asks_for_it_itself(
         ]
 
 
-def test_a_run_that_is_cancelled_in_the_queue_is_told_of_too(
+def test_a_run_that_is_cancelled_in_the_queue_sends_webhooks(
     serve_all: ServeFunction, receiver: Receiver, project: Path
 ) -> None:
     client = Client(serve_all(CCM_MAX_CONCURRENT_RUNS=1, CCM_WEBHOOK_URL=receiver.url + "/all").url)
@@ -118,14 +114,14 @@ def test_a_run_that_is_cancelled_in_the_queue_is_told_of_too(
 @pytest.mark.parametrize(
     "host", ["hooks.example.net", "example.com", "127.0.0.1", "127.0.0.1:1", "127.0.0.1.example.org"]
 )
-def test_a_host_that_the_operator_does_not_name_is_forbidden(api: Client, project: Path, host: str) -> None:
+def test_a_host_that_is_not_allowed_is_forbidden(api: Client, project: Path, host: str) -> None:
     answer = api.post("/api/runs/start", {"cwd": str(project), "prompt": "x", "webhookUrl": f"https://{host}/?key=1"})
     message = refused(answer, "webhookUrl", 403, "WEBHOOK_FORBIDDEN")
     assert "CCM_WEBHOOK_ALLOW" in message
     assert "key" not in message
 
 
-def test_deliveries_of_no_run_and_odd_queries_are_refused(api: Client, project: Path) -> None:
+def test_deliveries_of_unknown_runs_and_invalid_queries_are_refused(api: Client, project: Path) -> None:
     refused(api.get(f"/api/runs/{NOWHERE}/deliveries"), None, 404, "RUN_NOT_FOUND")
     run = api.start(project, "Hello.")
     path = f"/api/runs/{run['id']}/deliveries"
@@ -136,7 +132,7 @@ def test_deliveries_of_no_run_and_odd_queries_are_refused(api: Client, project: 
     refused(api.get("/api/runs/%00/deliveries"), "runId")
 
 
-def test_nothing_of_an_address_but_its_host_is_logged(
+def test_only_the_host_of_an_address_is_logged(
     api: Client, service: ServiceProcess, receiver: Receiver, project: Path
 ) -> None:
     run = api.start(project, "Hello.", webhookUrl=receiver.url + "/hidden?hidden=1")
@@ -146,7 +142,7 @@ def test_nothing_of_an_address_but_its_host_is_logged(
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_killed_between_commit_and_send_it_sends_after_the_next_start(
+def test_webhooks_are_sent_after_a_kill_between_commit_and_send(
     request: pytest.FixtureRequest, serve_all: ServeFunction, project: Path, tmp_path: Path, kind: str
 ) -> None:
     database: dict[str, object] = {"DATABASE_PATH": tmp_path / "db.sqlite"}
@@ -158,7 +154,7 @@ def test_killed_between_commit_and_send_it_sends_after_the_next_start(
         run = client.start(project, "Hello.", webhookUrl=silent.url)
         [started] = silent.wait_for(1)
         assert run["status"] == "completed"
-        # The first is sent and its outcome not stored; the second is committed and not sent.
+        # The first is sent without a stored outcome, the second is committed and not sent.
         assert [d["status"] for d in deliveries(client, run)] == ["pending", "pending"]
         service.process.send_signal(signal.SIGKILL)
         service.wait()
@@ -171,10 +167,10 @@ def test_killed_between_commit_and_send_it_sends_after_the_next_start(
         assert silent.received[1].headers["webhook-id"] == started.headers["webhook-id"]
 
 
-def test_ends_that_a_stop_brings_are_told_before_it_is_over(
+def test_a_stop_sends_the_ends_of_the_runs_that_it_interrupts(
     serve_all: ServeFunction, project: Path, tmp_path: Path
 ) -> None:
-    # A receiver that takes a moment: what is cut would be sent again after the next start.
+    # A receiver that takes a moment, because an aborted delivery would be sent again after the next start.
     with Receiver(reply=lambda _: Reply(500) if slow.closing.wait(0.3) else Reply()) as slow:
         service = serve_all(DATABASE_PATH=tmp_path / "db.sqlite")
         client = Client(service.url)
@@ -183,16 +179,16 @@ def test_ends_that_a_stop_brings_are_told_before_it_is_over(
         service.process.send_signal(signal.SIGTERM)
         assert service.wait() == 0
 
-        told = slow.received[3:]
-        assert sorted(received.told for received in told) == sorted((run["id"], "run.failed") for run in runs)
-        assert {received.json["data"]["run"]["error"]["code"] for received in told} == {"INTERRUPTED"}
+        ends = slow.received[3:]
+        assert sorted(received.told for received in ends) == sorted((run["id"], "run.failed") for run in runs)
+        assert {received.json["data"]["run"]["error"]["code"] for received in ends} == {"INTERRUPTED"}
         client = Client(serve_all(DATABASE_PATH=tmp_path / "db.sqlite").url)
         for run in runs:
             assert [d["status"] for d in deliveries(client, run)] == ["delivered", "delivered"]
         assert len(slow.received) == 6
 
 
-def test_a_receiver_that_does_not_answer_does_not_hold_up_a_stop(serve_all: ServeFunction, project: Path) -> None:
+def test_a_silent_receiver_does_not_delay_a_stop(serve_all: ServeFunction, project: Path) -> None:
     with Receiver(reply=lambda _: Reply() if silent.closing.wait(60) else Reply(500)) as silent:
         service = serve_all()
         Client(service.url).start(project, "Hello.", webhookUrl=silent.url)
@@ -201,7 +197,7 @@ def test_a_receiver_that_does_not_answer_does_not_hold_up_a_stop(serve_all: Serv
         assert service.wait() == 0
 
 
-def test_a_service_without_a_secret_says_at_the_start_that_its_webhooks_are_unsigned(
+def test_a_service_without_a_secret_warns_at_the_start_about_unsigned_webhooks(
     serve_all: ServeFunction, service: ServiceProcess
 ) -> None:
     unsigned = serve_all(CCM_WEBHOOK_URL="http://127.0.0.1:9/")
@@ -209,7 +205,7 @@ def test_a_service_without_a_secret_says_at_the_start_that_its_webhooks_are_unsi
     assert not [line for line in service.log if "CCM_WEBHOOK_SECRET" in line]
 
 
-def test_the_readmes_receiver_takes_what_is_genuine_and_nothing_else(
+def test_the_readmes_receiver_accepts_only_genuine_webhooks(
     serve_all: ServeFunction, tmp_path: Path, receiver: Receiver
 ) -> None:
     [sample] = [sample for sample in samples("python") if "webhook-signature" in sample]
@@ -228,7 +224,7 @@ def test_the_readmes_receiver_takes_what_is_genuine_and_nothing_else(
         assert not genuine(SECRETS[0], {}, received.body)
 
 
-def test_the_readmes_receiver_runs_as_it_stands(serve_all: ServeFunction, tmp_path: Path) -> None:
+def test_the_readmes_receiver_runs_unchanged(serve_all: ServeFunction, tmp_path: Path) -> None:
     [sample] = [sample for sample in samples("python") if "webhook-signature" in sample]
     port = free_port()
     program = tmp_path / "receiver.py"
@@ -246,9 +242,9 @@ def test_the_readmes_receiver_runs_as_it_stands(serve_all: ServeFunction, tmp_pa
             until(lambda: stranger.get(f"/api/runs/{unknown['id']}/deliveries").json[0]["attempts"])
             run = client.start(folder_of(tmp_path), "Hello.", webhookUrl=address)
             assert process.stdout is not None
-            told = [process.stdout.readline().split()[1:] for _ in range(2)]
+            lines = [process.stdout.readline().split()[1:] for _ in range(2)]
         finally:
             process.terminate()
-    assert told == [[STARTED, run["id"]], [COMPLETED, run["id"]]]
+    assert lines == [[STARTED, run["id"]], [COMPLETED, run["id"]]]
     [refusal] = stranger.get(f"/api/runs/{unknown['id']}/deliveries").json[0]["attempts"]
     assert refusal["statusCode"] == 401

@@ -26,7 +26,7 @@ def test_a_run_of_the_original_service_is_resumed_where_its_transcript_is_still_
 
     imported = Flask(home)(database_url, "import", str(bun))
 
-    assert "for the transcript is here: 1 run." in imported.stdout
+    assert "because their transcript is here: 1 run." in imported.stdout
     service = Client(serve(**variables(database_url)).url)
     prompt = f"What is the parrot called on {database_url[:6]}?"
     resumed = service.resume(made["sessionId"], prompt)

@@ -1,1 +1,6 @@
-"""What all families of URLs share: how a request is declared, read and answered."""
+"""What all families of URLs share.
+
+A request passes `proxy` (forwarded headers), `auth` (admission) and `route` (validation by `query` and `bodies`) before
+its view runs. The view answers through `responses`, `pagination`, `message_lists` or `sse`. Requests that are held open
+take a slot of `request_limiter`.
+"""

@@ -1,4 +1,4 @@
-"""The bodies that clients send, and how what is wrong with one is told."""
+"""The bodies of requests, their validation, and the messages about invalid ones."""
 
 from __future__ import annotations
 
@@ -36,15 +36,16 @@ from ccm.models.fields import (
     no_nul,
 )
 
-IMAGES = 20
+MAX_IMAGES = 20
 IMAGE_CHARACTERS = 27_000_000
 PATH_CHARACTERS = 4_096
 KEY_CHARACTERS = 255
-# Values, names and brackets in a body. Python makes hundreds of bytes of each: of a body of small ones, gigabytes.
+# The largest number of values, names and brackets in a body. Each takes hundreds of bytes in Python, so a body of small
+# ones would take gigabytes.
 BODY_PARTS = 200_000
-# A text in JSON, or the beginning of one that does not end.
+# A string in JSON, or an unterminated one at the end.
 JSON_TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
-# How much is told of a name that is wrong.
+# Unknown names are truncated to this in messages.
 NAME_CHARACTERS = 100
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", re.ASCII)
 SIGNATURES = {
@@ -68,10 +69,8 @@ def _run_id(text: str) -> str:
 
 
 Path = Annotated[str, Field(min_length=1, max_length=PATH_CHARACTERS), AfterValidator(no_nul)]
-# A UUID in its usual form: Claude Code would take a session's title too, and another session for it.
+# A UUID in its usual form. Claude Code would also accept a session's title, and so another session.
 Id = Annotated[str, AfterValidator(_uuid)]
-
-
 RunId = Annotated[str, AfterValidator(_run_id)]
 
 
@@ -93,24 +92,24 @@ class ImageBody(Strict):
 
 
 class InputBody(Strict):
-    """What a user says."""
+    """A user's message."""
 
     prompt: Prompt
-    images: Annotated[list[ImageBody], Field(max_length=IMAGES)] = Field(default_factory=list)
+    images: Annotated[list[ImageBody], Field(max_length=MAX_IMAGES)] = Field(default_factory=list)
 
     def pictures(self) -> tuple[Image, ...]:
         return tuple(Image(image.mediaType, image.data) for image in self.images)
 
 
 class SessionBody(Strict):
-    """What a client says of a session."""
+    """A client's description of a session."""
 
     title: Title = None
     metadata: Metadata | None = None
 
 
 class RunBody(InputBody):
-    """What the three bodies that start a run have in common."""
+    """The common fields of the bodies that start a run."""
 
     options: Options = Options()
     timeoutMs: TimeoutMs = None
@@ -119,11 +118,11 @@ class RunBody(InputBody):
     approvalTimeoutMs: ApprovalTimeoutMs = None
 
     def stored(self) -> dict[str, Any]:
-        """What is stored with the run as it was given, under the same names."""
+        """Return the fields that are stored with the run under the same names."""
         return self.model_dump(include=set(RunBody.model_fields) & set(Run.shape.shown), exclude={"options"})
 
     def described(self) -> dict[str, Any]:
-        """What was given that is stored with the session, under the same names."""
+        """Return the given fields that are stored with the session under the same names."""
         return self.model_dump(include=set(SessionBody.model_fields), exclude_unset=True)
 
     @field_validator("approvalTimeoutMs")
@@ -185,15 +184,15 @@ Body = TypeVar("Body", bound=Strict)
 
 
 def read_body(request: Request, model: type[Body], limit: int) -> Body:
-    """The body of a request, checked.
+    """Read and validate the body of a request.
 
     Args:
-        limit: the most bytes that are read.
+        limit: the maximum number of bytes.
 
     Raises:
-        UnsupportedMediaType: it is not application/json in UTF-8, or is compressed.
-        TooLarge: it has more bytes.
-        ValidationError: it does not fit the model; names the first field that is at fault.
+        UnsupportedMediaType: the body is not application/json in UTF-8, or it is compressed.
+        TooLarge: the body exceeds the limit.
+        ValidationError: the body does not match the model. Names the most relevant invalid field.
     """
     charset = request.mimetype_params.get("charset", "utf-8").lower()
     if request.mimetype != "application/json" or charset not in ("utf-8", "utf8"):
@@ -208,29 +207,31 @@ def read_body(request: Request, model: type[Body], limit: int) -> Body:
     try:
         return model.model_validate_json(data)
     except pydantic.ValidationError as error:
-        raise _told(error.errors(include_url=False, include_context=False, include_input=False), data, model) from None
+        raise _validation_error(
+            error.errors(include_url=False, include_context=False, include_input=False), data, model
+        ) from None
 
 
 def _has_too_many_parts(data: bytes) -> bool:
-    """Whether JSON is too much to be read, found out before it is."""
-    found = at = 0
+    """Return whether JSON has more than BODY_PARTS parts, without parsing it."""
+    parts = at = 0
     for text in JSON_TEXT.finditer(data):
-        found += 1 + _marks(data, at, text.start())
+        parts += 1 + _count_marks(data, at, text.start())
         at = text.end()
-        if found > BODY_PARTS:
+        if parts > BODY_PARTS:
             return True
-    return found + _marks(data, at, len(data)) > BODY_PARTS
+    return parts + _count_marks(data, at, len(data)) > BODY_PARTS
 
 
-def _marks(data: bytes, start: int, end: int) -> int:
+def _count_marks(data: bytes, start: int, end: int) -> int:
     return sum(data.count(mark, start, end) for mark in (b",", b"[", b"{"))
 
 
 def idempotency_key(request: Request, body: RunBody) -> IdempotencyKey | None:
-    """The request's `Idempotency-Key`, None if it has none. A request is its path and its body, without the query.
+    """Return the request's `Idempotency-Key`, with a digest of its path and body. None if it has no key.
 
     Raises:
-        ValidationError: it is blank or too long.
+        ValidationError: the key is blank or too long.
     """
     text = request.headers.get("Idempotency-Key")
     if text is None:
@@ -245,7 +246,7 @@ def idempotency_key(request: Request, body: RunBody) -> IdempotencyKey | None:
 
 
 def refuse_idempotency_key(request: Request) -> None:
-    """For what changes something and keeps no keys: who sends one counts on it, and would do a thing twice.
+    """Refuse a key where it is not supported, because a client that relies on it would repeat the request.
 
     Raises:
         ValidationError: the request has an `Idempotency-Key`.
@@ -257,13 +258,13 @@ def refuse_idempotency_key(request: Request) -> None:
         )
 
 
-# pydantic's names for a value that is not even of the right kind.
+# pydantic's error types for values of the wrong type.
 WRONG_TYPES = frozenset(
     {"string_type", "list_type", "dict_type", "model_type", "model_attributes_type", "literal_error", "enum"}
 )
 
 
-def _told(errors: list[ErrorDetails], data: bytes, model: type[Strict]) -> ValidationError:
+def _validation_error(errors: list[ErrorDetails], data: bytes, model: type[Strict]) -> ValidationError:
     error = _closest(errors)
     if error["type"] == "json_invalid":
         return ValidationError(f"The body is no valid JSON: {error['msg'].removeprefix('Invalid JSON: ')}.")
@@ -272,29 +273,29 @@ def _told(errors: list[ErrorDetails], data: bytes, model: type[Strict]) -> Valid
         return ValidationError("The body must be a JSON object.")
     field = ".".join(str(part)[:NAME_CHARACTERS] for part in path)
     if error["type"] == "extra_forbidden":
-        return ValidationError(_unknown(field, model), field=field)
+        return ValidationError(_unknown_field_message(field, model), field=field)
     reason = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
         reason = "is required"
-    if reason[1:2].islower():  # a sentence, and not the name of a variable
+    if reason[1:2].islower():  # a sentence and not the name of a variable
         reason = reason[0].lower() + reason[1:]
     return ValidationError(f"{field}: {reason}.", field=field)
 
 
 def _closest(errors: list[ErrorDetails]) -> ErrorDetails:
-    """The error that says most. Of a choice of types each that does not fit has one; the deepest came nearest."""
+    """Return the most relevant error. Each type of a union reports one, and the deepest one came closest to a match."""
     first = errors[0]
     rivals = [error for error in errors if error["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]]
     return max(rivals, key=lambda error: (len(error["loc"]), error["type"] not in WRONG_TYPES, error is first))
 
 
 def _path(error: ErrorDetails, value: Any) -> list[int | str]:
-    """The place in the body that pydantic means: without the names of the types that it tried on the way."""
+    """Return the path of an error in the body: pydantic's location without the names of the types that it tried."""
     path: list[int | str] = []
     loc = error["loc"]
     for number, part in enumerate(loc):
         if number and str(loc[number - 1]).startswith("tagged-union["):
-            continue  # the tag, which may be the name of a field as well
+            continue  # a tag, which may also be the name of a field
         children: Any = value if isinstance(value, dict | list) else ()
         try:
             value = children[part]
@@ -305,7 +306,7 @@ def _path(error: ErrorDetails, value: Any) -> list[int | str]:
     return path
 
 
-def _unknown(field: str, model: type[Strict]) -> str:
+def _unknown_field_message(field: str, model: type[Strict]) -> str:
     parent, _, name = field.rpartition(".")
     if parent == "options" and name in SERVICE_OWNED:
         return f"{field} is not for clients: {SERVICE_OWNED[name]}."

@@ -1,4 +1,4 @@
-"""Lists of messages: built from the stored JSON texts without parsing them, streamed at constant memory."""
+"""Lists of messages: joined from the stored JSON texts without parsing, streamed in constant memory."""
 
 from __future__ import annotations
 
@@ -9,36 +9,40 @@ from dataclasses import dataclass
 
 from flask import Response
 
-from ccm.api.http.context import held, service, wait_until
+from ccm.api.http.extensions import service
 from ccm.api.http.pagination import next_link
 from ccm.api.http.query import MessagesQuery
+from ccm.api.http.request_limiter import hold_open, wait_until
 from ccm.core.lineage import Segment
 
-# A list of so many chunks (core/queries.py) at the most is short.
+# The largest number of chunks (core/queries.py) of a list that is sent whole.
 SHORT_CHUNKS = 4
 
 
 @dataclass(frozen=True)
 class Extent:
-    """What there is to read at this moment.
+    """The messages that exist at one moment.
 
     Args:
-        complete: nothing more will come.
-        place: where a next request goes on after a segment, as its `after`.
+        complete: whether there will be no more.
+        position_after: returns the `after` with which a request continues after a segment.
     """
 
     segments: Sequence[Segment]
     complete: bool
-    place: Callable[[Segment], str]
+    position_after: Callable[[Segment], str]
 
 
 def message_list(query: MessagesQuery, key: str, measure: Callable[[], Extent]) -> Response:
-    """The messages that there are, once there are any or `?wait=` has passed.
+    """Return the messages once there are any, or when `?wait=` has passed.
 
     Args:
-        query: says which and how many.
-        key: the run or the session.
-        measure: tells anew what there is to read.
+        query: the parameters of the request.
+        key: the id of the run or the session.
+        measure: returns the current extent.
+
+    Raises:
+        SlotsTaken: the list is long and no slot is free.
     """
     queries = service().queries
     types, most, seconds = query.type or (), query.limit, query.wait
@@ -50,18 +54,20 @@ def message_list(query: MessagesQuery, key: str, measure: Callable[[], Extent]) 
     extent = (wait_until(key, seconds, look) if seconds else None) or measure()
     segments = extent.segments
     kept = segments if most is None else queries.cut(segments, types, most)
-    headers = {} if extent.complete and list(kept) == list(segments) else next_link(after=extent.place(kept[-1]))
+    headers = (
+        {} if extent.complete and list(kept) == list(segments) else next_link(after=extent.position_after(kept[-1]))
+    )
     chunks = queries.chunks(kept, types)
-    # A short list is sent whole, with its length. A long one keeps its thread for as long as the client reads.
+    # A short list is sent whole, with its length. A long one occupies its thread until the client has read it.
     beginning = deque(itertools.islice(chunks, SHORT_CHUNKS + 1))
     if len(beginning) <= SHORT_CHUNKS:
         return Response(b"".join(_array(beginning)), headers=headers, mimetype="application/json")
-    body = _array(itertools.chain(_drained(beginning), chunks))
-    return held(Response(body, headers=headers, mimetype="application/json"))
+    body = _array(itertools.chain(_pop_each(beginning), chunks))
+    return hold_open(Response(body, headers=headers, mimetype="application/json"))
 
 
-def _drained(chunks: deque[list[str]]) -> Iterator[list[str]]:
-    """The chunks, none of which is kept once it is used: the client may take hours to read on."""
+def _pop_each(chunks: deque[list[str]]) -> Iterator[list[str]]:
+    """Yield the chunks without keeping them, because the client may take hours to read the rest."""
     while chunks:
         yield chunks.popleft()
 

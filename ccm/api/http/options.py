@@ -1,8 +1,8 @@
-"""The options that a client may give a run, judged one by one; nothing is passed on blindly.
+"""The options that a client may set for a run. All others are refused.
 
-They are the SDK's options under their TypeScript names. Every one is either accepted here, or privileged (it runs
-programs or widens access, and needs the operator's word in CCM_PRIVILEGED_OPTIONS), or the service's own. This prevents
-mistakes; it is no sandbox: `allowedTools: ["Bash"]` is a shell.
+They are the SDK's options under their TypeScript names. Each one is accepted here, or privileged (it runs programs or
+extends access, and must be listed in CCM_PRIVILEGED_OPTIONS), or set by the service. This prevents mistakes, but is no
+sandbox: `allowedTools: ["Bash"]` is a shell.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ccm.models.fields import ARGUMENT_CHARACTERS, no_nul, plain_json
 
 TEXT_CHARACTERS = 1_000_000
 
-# What the service decides itself, and why a client may not.
+# The options that the service sets itself, and the reason or the alternative for clients.
 SERVICE_OWNED = {
     "abortController": "DELETE /api/runs/:runId cancels a run",
     "canUseTool": "it is a function, and a request carries none",
@@ -44,7 +44,7 @@ SERVICE_OWNED = {
     "stderr": "it is a function, and a request carries none",
     "user": "agents run as the service's user",
 }
-# Arguments of the CLI that the service sets, or that would undo what it sets.
+# Arguments of the CLI that the service sets, or that would override one of them.
 OWNED_ARGUMENTS = frozenset(
     {
         "continue",
@@ -64,7 +64,7 @@ OWNED_ARGUMENTS = frozenset(
         "verbose",
     }
 )
-# Arguments of the CLI that would go past the ceiling on an option of ours: the last one given wins.
+# Arguments of the CLI that would bypass the ceiling on an option, because the last argument wins.
 ARGUMENTS_OF_OPTIONS = {
     "max-budget-usd": "maxBudgetUsd",
     "max-turns": "maxTurns",
@@ -82,7 +82,7 @@ OWNED_VARIABLES = frozenset(
 
 
 def not_a_flag(text: str) -> str:
-    """It becomes an argument of the CLI, and one that begins with a dash would be read as another flag."""
+    """Refuse text with a leading dash, because the CLI would read the argument as a flag."""
     if text.startswith("-"):
         raise ValueError("must not begin with a dash")
     return no_nul(text)
@@ -137,7 +137,7 @@ PermissionMode = Literal["default", "acceptEdits", "plan", "dontAsk", "bypassPer
 
 
 class Strict(BaseModel):
-    """Nothing unknown, nothing converted: a mistake never goes unnoticed."""
+    """A model that refuses unknown fields and converts no values, so that no mistake goes unnoticed."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -163,7 +163,7 @@ class ToolsPreset(Strict):
 
 class OutputFormat(Strict):
     type: Literal["json_schema"]
-    # `schema` would hide a method of pydantic's.
+    # Not named `schema`, which is a method of pydantic's.
     json_schema: Object = Field(alias="schema")
 
 
@@ -192,7 +192,7 @@ class Plugin(Strict):
 
 
 class Agent(Strict):
-    """A subagent. `permissionMode` (the wide ones) and `mcpServers` are privileged here too."""
+    """A subagent. `mcpServers` and the permissive values of `permissionMode` are privileged here too."""
 
     description: Text
     prompt: Text
@@ -267,11 +267,11 @@ class Options(Strict):
 
     @model_validator(mode="after")
     def _fits_the_command_line(self) -> Options:
-        """Skills become rules among the allowed tools."""
+        """Check the length with the skills, because they become rules of the allowed tools."""
         skills = self.skills if isinstance(self.skills, list) else []
         _fits_an_argument([*(self.allowedTools or []), *(f"Skill({name})" for name in skills)])
         return self
 
     def given(self) -> dict[str, Any]:
-        """What the client gave, as it gave it; a null counts as not given."""
+        """Return the options that the client set. A null counts as not set."""
         return self.model_dump(by_alias=True, exclude_none=True)

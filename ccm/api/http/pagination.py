@@ -1,4 +1,4 @@
-"""Pages of a list, as GitHub does it: a plain array, and the next page's address in the `Link` header."""
+"""Pages of a list: a plain array, and the next page's URL in the `Link` header, as in GitHub's API."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from urllib.parse import urlencode
 
 from flask import Response, request
 
-from ccm.api.http.context import json_response
 from ccm.api.http.query import Paged, cursor_of
+from ccm.api.http.responses import json_response
 
 
 class Item(Protocol):
@@ -20,33 +20,33 @@ ItemT = TypeVar("ItemT", bound=Item)
 
 
 def next_link(**changes: str) -> dict[str, str]:
-    """The `Link` header to this very address with some parameters changed."""
+    """Return a `Link` header to the URL of this request with changed parameters."""
     query = dict(request.args.items()) | changes
-    # A Host that is none makes no address; the path alone is a valid one too.
-    address = request.base_url if request.host else request.path
-    return {"Link": f'<{address}?{urlencode(query)}>; rel="next"'}
+    # Without a valid Host, use the path alone, which is a valid link too.
+    url = request.base_url if request.host else request.path
+    return {"Link": f'<{url}?{urlencode(query)}>; rel="next"'}
 
 
 def page(
     query: Paged,
     read: Callable[[int, int | None], Sequence[ItemT]],
-    place: Callable[[ItemT], int],
+    position_of: Callable[[ItemT], int],
     *,
     grows: bool = False,
 ) -> Response:
-    """One page of a list.
+    """Return one page of a list.
 
     Args:
-        query: says how many items, and beyond which place.
-        read: gives so many items beyond a place.
-        place: where an item stands in the list.
-        grows: whether the client waits for what comes at its end: then there is always a next page.
+        query: has the size of the page, and the position after which it begins.
+        read: returns up to so many items after a position.
+        position_of: returns the position of an item.
+        grows: whether the client waits for new items at the end. Then there is always a next page.
     """
     size = query.limit
-    # One more than asked for tells whether there is a next page.
+    # One item more than requested shows whether there is a next page.
     items = read(size + 1, query.cursor)
     headers = {}
     if len(items) > size or grows:
         items = items[:size]
-        headers = next_link(**({"cursor": cursor_of(place(items[-1]))} if items else {}))
+        headers = next_link(**({"cursor": cursor_of(position_of(items[-1]))} if items else {}))
     return json_response([item.to_json() for item in items], headers=headers)

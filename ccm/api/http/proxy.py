@@ -1,7 +1,7 @@
-"""Behind a reverse proxy: what it tells of the request that it passes on is believed if CCM_TRUSTED_PROXY names it.
+"""Applies the `X-Forwarded-*` headers of the proxies in CCM_TRUSTED_PROXY.
 
-From everybody else `X-Forwarded-*` and `Forwarded` are taken away: whoever could send them would choose the name, the
-scheme and the client's address that the service goes by.
+They are removed from the requests of all other peers, as is `Forwarded`: a client that could set them would choose the
+host name, the scheme and the client address that the service relies on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from ccm.api.http.guard import HOST
+from ccm.api.http.auth import HOST
 from ccm.errors import ValidationError
 from ccm.settings.parsers import UNIX_PEER, URL_PREFIX
 
@@ -23,51 +23,56 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# How waitress and werkzeug name the peers of a Unix socket.
+# The REMOTE_ADDR of peers on a Unix socket, in waitress and werkzeug.
 UNIX_ADDRESSES = frozenset({"localhost", "<local>"})
 FORWARDED = "HTTP_X_FORWARDED_"
-# What each header may say. The client is for the log only, so any node's name will do (RFC 7239, section 6).
+# The valid values of each header. The client's address is only logged, so any node name is valid (RFC 7239, section 6).
 RULES = {
     FORWARDED + "FOR": (re.compile(r"[\w.:%\[\]-]{1,100}", re.ASCII), "an address"),
     FORWARDED + "PROTO": (re.compile(r"https?"), "http or https"),
     FORWARDED + "HOST": (HOST, "a host's name and perhaps its port"),
     FORWARDED + "PREFIX": (URL_PREFIX, "a path such as /agents, without what would need quoting"),
 }
-FAULT = "ccm.forwarded_fault"
+# The key of a proxy's invalid header in the environ.
+INVALID_HEADER = "ccm.forwarded_fault"
 
 
 class Forwarded:
-    """WSGI middleware around the whole app: afterwards the environ is as if the client had come without a proxy.
+    """WSGI middleware that makes the environ look as if the client had connected without a proxy.
 
     Args:
-        trusted: addresses of the proxies that are believed; UNIX_PEER is whoever comes through the Unix socket.
-        prefix: the path under which clients find the service, where a proxy does not tell. It may have taken it off
-            the request's path, or not.
+        trusted: the addresses of trusted proxies. UNIX_PEER stands for all peers on the Unix socket.
+        prefix: the path under which clients find the service, if the proxy does not send it. The proxy may or may not
+            have removed it from the request's path.
     """
 
     def __init__(self, app: WSGIApplication, trusted: Iterable[str], prefix: str) -> None:
         self._app = app
-        self._believed = ProxyFix(app, x_for=1, x_proto=1, x_host=1, x_prefix=1)
+        self._with_forwarded_headers = ProxyFix(app, x_for=1, x_proto=1, x_host=1, x_prefix=1)
         self._trusted = frozenset(trusted)
         self._prefix = prefix
-        self._told = False
+        self._warned = False
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         names = [name for name in environ if name.startswith(FORWARDED) or name == "HTTP_FORWARDED"]
-        said = {name: environ.pop(name) for name in names}
+        forwarded = {name: environ.pop(name) for name in names}
         peer = environ["REMOTE_ADDR"] = _peer(environ["REMOTE_ADDR"])
         environ["SCRIPT_NAME"] = self._prefix
         path = environ["PATH_INFO"]
         if self._prefix and (path == self._prefix or path.startswith(self._prefix + "/")):
             environ["PATH_INFO"] = path[len(self._prefix) :] or "/"
         if peer not in self._trusted:
-            if said and not self._told:
-                self._told = True
-                log.warning("what %s forwards is not believed: CCM_TRUSTED_PROXY does not name it", peer)
+            if forwarded and not self._warned:
+                self._warned = True
+                log.warning(
+                    "ignoring the X-Forwarded headers of %s: CCM_TRUSTED_PROXY does not name it",
+                    peer,
+                    extra={"event": "proxy_untrusted"},
+                )
             return self._app(environ, start_response)
         for name, (rule, meaning) in RULES.items():
-            # The last one is the trusted proxy's own word; what stands before it, anybody may have sent.
-            value = said.get(name, "").rpartition(",")[2].strip(" \t")
+            # The trusted proxy appended the last value. Clients may have sent the ones before it.
+            value = forwarded.get(name, "").rpartition(",")[2].strip(" \t")
             if name.endswith(("HOST", "PROTO")):
                 value = value.lower()
             elif name.endswith("PREFIX"):
@@ -76,21 +81,22 @@ class Forwarded:
                 environ[name] = value
             elif value:
                 header = name.removeprefix("HTTP_").replace("_", "-").title()
-                environ[FAULT] = f"The proxy sent a {header} that cannot be used: it must be {meaning}."
-        return self._believed(environ, start_response)
+                environ[INVALID_HEADER] = f"The proxy sent a {header} that cannot be used: it must be {meaning}."
+        return self._with_forwarded_headers(environ, start_response)
 
 
 def check_forwarded(environ: WSGIEnvironment) -> None:
-    """
+    """Refuse a request with an invalid header of a trusted proxy.
+
     Raises:
-        ValidationError: a trusted proxy sent what cannot be used.
+        ValidationError: names the header.
     """
-    if FAULT in environ:
-        raise ValidationError(environ[FAULT])
+    if INVALID_HEADER in environ:
+        raise ValidationError(environ[INVALID_HEADER])
 
 
 def _peer(address: str) -> str:
-    """An address in its one form: an IPv4 one is the same on a socket for both kinds."""
+    """Return an address in its canonical form: a dual-stack socket shows IPv4 addresses as IPv6."""
     if address in UNIX_ADDRESSES:
         return UNIX_PEER
     try:

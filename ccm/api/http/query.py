@@ -1,4 +1,4 @@
-"""The query parameters of each route: one model a route, from which their validation and their description come."""
+"""The query parameters: one model per route, which validates and describes them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ HIGHEST_LIMIT = 1_000
 LONGEST_WAIT = 300.0
 SEARCH_CHARACTERS = 1_000
 TYPES = 50
-# A run's seq. Imported history comes before what was there, so it may be negative.
-PLACE = re.compile(r"-?\d{1,18}", re.ASCII)
+# A run's seq. It may be negative, because imported history is placed before the existing runs.
+POSITION = re.compile(r"-?\d{1,18}", re.ASCII)
 
 
 def _limit(text: str) -> int:
@@ -32,16 +32,16 @@ def _limit(text: str) -> int:
     return int(text)
 
 
-def cursor_of(place: int) -> str:
-    """The cursor that leads beyond a place in a list."""
-    return base64.urlsafe_b64encode(str(place).encode()).decode()
+def cursor_of(position: int) -> str:
+    """Return the cursor that continues after a position in a list."""
+    return base64.urlsafe_b64encode(str(position).encode()).decode()
 
 
-def _place(cursor: str) -> int:
+def _decode_cursor(cursor: str) -> int:
     try:
-        place = base64.urlsafe_b64decode(cursor.encode("ascii")).decode("ascii")
-        if PLACE.fullmatch(place):
-            return int(place)
+        position = base64.urlsafe_b64decode(cursor.encode("ascii")).decode("ascii")
+        if POSITION.fullmatch(position):
+            return int(position)
     except (binascii.Error, UnicodeError, ValueError):
         pass
     raise ValueError("is not one that this service gave; take it from a Link header")
@@ -88,18 +88,18 @@ def _one_of(allowed: type[StrEnum]) -> Callable[[str], StrEnum]:
 Limit = Annotated[
     Annotated[int, Field(ge=1, le=HIGHEST_LIMIT)],
     BeforeValidator(_limit),
-    Field(description="The most to answer with."),
+    Field(description="The maximum number of items."),
 ]
 Cursor = Annotated[
-    Annotated[int, BeforeValidator(_place), WithJsonSchema({"type": "string"})] | None,
-    Field(description="Where to go on, from the `Link` header of the page before."),
+    Annotated[int, BeforeValidator(_decode_cursor), WithJsonSchema({"type": "string"})] | None,
+    Field(description="Where the page begins, from the `Link` header of the page before."),
 ]
 Wait = Annotated[
     Annotated[float, Field(ge=0, le=LONGEST_WAIT)],
     BeforeValidator(_seconds),
-    Field(description="How long to wait for what is asked for (seconds)."),
+    Field(description="How long to wait for a result (seconds)."),
 ]
-After = Annotated[str | None, Field(description="What was read last: only what comes after it is sent.")]
+After = Annotated[str | None, Field(description="The position that was read last. The response begins after it.")]
 Types = Annotated[
     Annotated[list[str], BeforeValidator(_types), WithJsonSchema({"type": "string"})] | None,
     Field(description="The types of message to keep, separated by commas."),
@@ -109,17 +109,17 @@ RunStatusFilter = Annotated[RunStatus, BeforeValidator(_one_of(RunStatus))]
 
 
 class Query(BaseModel):
-    """The query of a route that takes none; those of others derive from it. Parameters are named in their order."""
+    """The parameters of a route that takes none, and the base class of the others. Errors list them in this order."""
 
     model_config = ConfigDict(frozen=True, defer_build=True)
 
     @classmethod
     def read(cls, given: MultiDict[str, str]) -> Self:
-        """Check the parameters of a request.
+        """Validate the parameters of a request.
 
         Raises:
-            ValidationError: one is unknown, most likely a typing mistake; or is there twice, of which only the first
-                would be heeded; or is not what it should be.
+            ValidationError: a parameter is invalid, or unknown, which is most likely a typo, or repeated: the second
+                value would be ignored.
         """
         for name, values in given.lists():
             if name not in cls.model_fields:
@@ -135,13 +135,13 @@ class Query(BaseModel):
             raise ValidationError(f"{field}: {reason}.", field=field) from None
 
     def given(self, *names: str) -> dict[str, str]:
-        """Those of some parameters that have a value."""
+        """Return those of the named parameters that have a value."""
         values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 
 
 class Paged(Protocol):
-    """A query that asks for a page of a list."""
+    """The parameters of a request for a page."""
 
     @property
     def limit(self) -> int: ...
@@ -177,7 +177,7 @@ class RunsQuery(Query):
 class SessionsQuery(Query):
     cwd: Text | None = Field(default=None, description="Sessions in this directory.")
     q: Annotated[str, AfterValidator(_search)] | None = Field(
-        default=None, description="Sessions whose title, or the prompt of one of whose runs, holds this text."
+        default=None, description="Sessions with this text in their title or in a prompt of their runs."
     )
     limit: Limit = DEFAULT_LIMIT
     cursor: Cursor = None
@@ -195,7 +195,7 @@ class ApprovalsQuery(Query):
 
 
 class MessagesQuery(Query):
-    """The messages of a run."""
+    """The parameters of a list of messages."""
 
     after: After = None
     limit: Limit | None = None
@@ -205,5 +205,5 @@ class MessagesQuery(Query):
 
 class SessionMessagesQuery(MessagesQuery):
     history: Annotated[Literal["own", "full"], BeforeValidator(_history)] = Field(
-        default="own", description="`full` puts the messages that the session continued in front."
+        default="own", description="`full` prepends the messages that the session continued."
     )

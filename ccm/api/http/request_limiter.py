@@ -1,38 +1,79 @@
-"""Requests that are held open: each keeps a thread of the server, so there are only so many places."""
+"""Limits the requests that are held open: `?wait=`, event streams and long lists. Each occupies a server thread."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TypeVar
 
+from flask import Response, request
+
+from ccm.api.http.extensions import request_limiter, service
 from ccm.errors import SlotsTaken
+
+T = TypeVar("T")
 
 
 class RequestLimiter:
-    """The places. Beside them the server has threads enough that a plain request always gets through."""
+    """The slots for held requests. The server has more threads than slots, so that other requests get through."""
 
-    def __init__(self, places: int) -> None:
-        self._places = threading.Semaphore(places)
+    def __init__(self, slots: int) -> None:
+        self._slots = threading.Semaphore(slots)
 
     @contextmanager
-    def one(self) -> Iterator[bool]:
-        """A place for as long as the block lasts; False if none is free."""
-        taken = self._places.acquire(blocking=False)
+    def try_slot(self) -> Iterator[bool]:
+        """Hold a slot during the block. Yield whether one was free."""
+        taken = self._slots.acquire(blocking=False)
         try:
             yield taken
         finally:
             if taken:
-                self._places.release()
+                self._slots.release()
 
-    def take(self) -> Callable[[], None]:
-        """A place for an answer that goes on after its view. What is returned gives it back, once.
+    def take_slot(self) -> Callable[[], None]:
+        """Take a slot beyond the end of the view. Return a function that releases it once.
 
         Raises:
-            SlotsTaken: none is free.
+            SlotsTaken: no slot is free.
         """
-        if not self._places.acquire(blocking=False):
-            raise SlotsTaken("All places for requests that are held open are taken (CCM_MAX_HELD). Try again later.")
-        taken = ExitStack()
-        taken.callback(self._places.release)
-        return taken.close
+        if not self._slots.acquire(blocking=False):
+            raise SlotsTaken("All slots for requests that are held open are taken (CCM_MAX_HELD). Try again later.")
+        stack = ExitStack()
+        stack.callback(self._slots.release)
+        return stack.close
+
+
+def hold_open(response: Response) -> Response:
+    """Hold a slot until a response is sent or its client has gone. Return the response.
+
+    Raises:
+        SlotsTaken: no slot is free.
+    """
+    if request.method != "HEAD":  # has no body, so it is sent at once
+        # Not in the body's own `finally`, because a generator that never started does not run it.
+        response.call_on_close(request_limiter().take_slot())
+    return response
+
+
+def client_gone() -> Callable[[], bool]:
+    """Return a function that tells whether the request's client has disconnected. It works after the view has returned.
+
+    It always returns False on servers that cannot tell.
+    """
+    gone: Callable[[], bool] = request.environ.get("waitress.client_disconnected", lambda: False)
+    return gone
+
+
+def wait_until(key: str, seconds: float, look: Callable[[], T | None]) -> T | None:
+    """Wait until `look` returns a value, and return that.
+
+    Return None after `seconds`, and also when the client disconnects. If no slot is free, call `look` once.
+
+    Args:
+        key: the run or the session whose changes to wait for, or another key of the notifier.
+    """
+    if seconds <= 0:
+        return look()
+    with request_limiter().try_slot() as taken:
+        return service().notifier.wait(key, seconds if taken else 0, look, client_gone())

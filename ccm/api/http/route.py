@@ -1,6 +1,6 @@
-"""What a route takes and what it answers with, declared in one place: its view's decorator.
+"""The decorator that declares a route: its parameters, its body and its response.
 
-From the declaration comes the validation of each request, and, later, the description of the API.
+The declaration validates each request. It is also meant for the description of the API.
 """
 
 from __future__ import annotations
@@ -14,25 +14,26 @@ from flask import Blueprint, Response, request
 from pydantic.alias_generators import to_camel
 
 from ccm.api.http.bodies import read_body, refuse_idempotency_key
-from ccm.api.http.context import service
+from ccm.api.http.extensions import service
 from ccm.api.http.options import Strict
 from ccm.api.http.query import Query
 from ccm.errors import ValidationError
 
 EVENT_STREAM = "text/event-stream"
-# Messages as the SDK gave them, which nothing here parses.
+# The JSON of SDK messages, which is not parsed.
 Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Route:
-    """
+    """The declaration of a route.
+
     Args:
-        query: its parameters; the view gets them as `query`, unless it takes none.
-        body: its body, if it has one; the view gets it as `body`.
-        returns: the type that its JSON has, or a media type.
-        status: those of its answers that are no refusals.
-        takes_key: whether it heeds an Idempotency-Key.
+        query: the model of its parameters. The view gets them as `query`, unless there are none.
+        body: the model of its body, if it has one. The view gets it as `body`.
+        returns: the type of its JSON, or a media type.
+        status: the statuses of its successful responses.
+        takes_key: whether it supports an Idempotency-Key.
     """
 
     query: type[Query]
@@ -56,10 +57,10 @@ def route(
     status: tuple[int, ...] = (200,),
     takes_key: bool = False,
 ) -> Callable[[View], View]:
-    """Register a view: it is called with what its request holds, checked.
+    """Register a view, which is called with the validated parameters and body of a request.
 
-    Raises, when a request is not as declared:
-        ValidationError: says which parameter, header or field is at fault.
+    Raises, during a request:
+        ValidationError: names the invalid parameter, header or field.
         UnsupportedMediaType, TooLarge: the body cannot be read.
     """
     declared = Route(query, body, returns, status, takes_key)
@@ -67,17 +68,17 @@ def route(
     def decorate(view: View) -> View:
         @wraps(view)
         def checked(**path_values: str) -> Response:
-            words: dict[str, Any] = dict(path_values)
-            asked = query.read(request.args)
+            arguments: dict[str, Any] = dict(path_values)
+            parameters = query.read(request.args)
             if query is not Query:
-                words["query"] = asked
+                arguments["query"] = parameters
             for name, text in path_values.items():
                 _check_path(text, to_camel(name))
             if method == "POST" and not takes_key:
                 refuse_idempotency_key(request)
             if body is not None:
-                words["body"] = read_body(request, body, service().settings.max_body_bytes)
-            return view(**words)
+                arguments["body"] = read_body(request, body, service().settings.max_body_bytes)
+            return view(**arguments)
 
         checked.declared = declared  # type: ignore[attr-defined]  # for the description of the API
         blueprint.add_url_rule(path, view_func=checked, methods=[method])
@@ -87,9 +88,10 @@ def route(
 
 
 def _check_path(text: str, field: str) -> None:
-    """
+    """Refuse a path value with a NUL, because PostgreSQL cannot even compare it.
+
     Raises:
-        ValidationError: it has a NUL, which PostgreSQL cannot even compare.
+        ValidationError: names the field.
     """
     if "\0" in text:
         raise ValidationError(f"{field}: must not contain the character NUL.", field=field)

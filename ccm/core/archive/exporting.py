@@ -1,7 +1,7 @@
-"""Sessions as JSON Lines: one object a line, each text as it is stored.
+"""Writes sessions as JSON Lines: one object per line, with JSON texts copied as they are stored.
 
-The order is the one that they can be read back in: each session after the one it was forked from, with its runs, and
-each run with its messages and transcripts.
+The order suits an import: each session follows the one it was forked from, each run its session, and a run's messages,
+approvals and transcripts follow the run.
 """
 
 from __future__ import annotations
@@ -20,26 +20,28 @@ from ccm.timestamps import timestamp
 
 FORMAT = "cc-manager"
 VERSION = 1
-# Bounds of one read, and so of the memory that an export takes.
+# Limits of one read, which bound the memory of an export.
 PAGE = 1_000
-PIECE_ITEMS = 500
-PIECE_BYTES = 2 * 2**20
-# Approvals at once: each may hold a whole file that was to be written.
-APPROVALS = 20
+CHUNK_ITEMS = 500
+CHUNK_BYTES = 2 * 2**20
+# Approvals per read: each may hold the whole content of a file to write.
+APPROVALS_PAGE = 20
 BEFORE_ALL = -(2**62)
 
 
 def export(transaction: Transaction, session_id: str | None) -> Iterator[str]:
-    """The lines of an export, from a transaction that holds one moment.
+    """Yield the lines of an export.
 
     Args:
-        session_id: a session, or the SDK session of a run of it; it comes with all that it was forked from.
+        transaction: a snapshot of the database.
+        session_id: the id of a session, or the SDK session id of one of its runs. Only this session and its ancestors
+            are exported; None exports all sessions.
 
     Raises:
         SessionNotFound: there is no such session.
     """
-    chosen = None if session_id is None else _line_of(transaction, session_id)
-    yield _text(
+    chosen = None if session_id is None else _with_ancestors(transaction, session_id)
+    yield _line(
         type="export",
         format=FORMAT,
         version=VERSION,
@@ -47,30 +49,30 @@ def export(transaction: Transaction, session_id: str | None) -> Iterator[str]:
         lastSeq=runs.next_seq(transaction) - 1,
     )
     session_count = run_count = 0
-    for session in _all(transaction) if chosen is None else chosen:
+    for session in _all_sessions(transaction) if chosen is None else chosen:
         session_count += 1
-        yield _text(type="session", **archived(session))
+        yield _line(type="session", **archived(session))
         for run in _runs(transaction, session.id):
             run_count += 1
-            yield _text(type="run", **archived(run))
+            yield _line(type="run", **archived(run))
             yield from _messages(transaction, run)
             yield from _approvals(transaction, run)
             yield from _transcripts(transaction, run)
-    yield _text(type="end", sessions=session_count, runs=run_count)
+    yield _line(type="end", sessions=session_count, runs=run_count)
 
 
-def _line_of(transaction: Transaction, session_id: str) -> list[Session]:
-    """A session after all those that it was forked from."""
+def _with_ancestors(transaction: Transaction, session_id: str) -> list[Session]:
+    """Return a session and the sessions it was forked from, the oldest first."""
     session: Session | None = sessions.get(transaction, session_id)
-    line: list[Session] = []
+    lineage: list[Session] = []
     while session is not None:
-        line.insert(0, session)
+        lineage.insert(0, session)
         parent = session.parent_session_id
         session = None if parent is None else sessions.find(transaction, parent)
-    return line
+    return lineage
 
 
-def _all(transaction: Transaction) -> Iterator[Session]:
+def _all_sessions(transaction: Transaction) -> Iterator[Session]:
     after = BEFORE_ALL
     while found := archive.sessions_beyond(transaction, after, PAGE):
         for _, session_id in found:
@@ -83,37 +85,37 @@ def _runs(transaction: Transaction, session_id: str) -> Iterator[Run]:
         yield runs.get(transaction, link.id)
 
 
-def _text(**fields: Any) -> str:
+def _line(**fields: Any) -> str:
     return to_json_text(fields) + "\n"
 
 
 def archived(resource: StoredModel) -> dict[str, Any]:
-    """What a line says of a resource: what the API shows, and the columns behind it that an import needs."""
+    """Return the fields of a resource's line: those that the API shows, and the hidden columns that an import needs."""
     shown = resource.to_json()
-    taking_part = [field for field in resource.shape.fields if field.archive is not Archive.LEFT_OUT]
-    told = {field.shown: shown[field.shown] for field in taking_part if field.shown is not None}
-    behind = {field.column: getattr(resource, field.name) for field in taking_part if field.shown is None}
-    return {str(name): value for name, value in (told | behind).items()}
+    exported = [field for field in resource.shape.fields if field.archive is not Archive.LEFT_OUT]
+    visible = {field.shown: shown[field.shown] for field in exported if field.shown is not None}
+    hidden = {field.column: getattr(resource, field.name) for field in exported if field.shown is None}
+    return {str(name): value for name, value in (visible | hidden).items()}
 
 
 def _messages(transaction: Transaction, run: Run) -> Iterator[str]:
     through = run.message_count - 1
 
     def sizes(after: int) -> list[tuple[int, int]]:
-        return messages.sizes(transaction, run.id, after, through, PIECE_ITEMS)
+        return messages.sizes(transaction, run.id, after, through, CHUNK_ITEMS)
 
-    for after, last in _pieces(sizes):
+    for after, last in _chunks(sizes):
         for index, created_at, text in archive.dated_texts(transaction, run.id, after, last):
-            # Not parsed: it is to be as it is stored, and there may be millions.
+            # Not parsed: the stored text is copied unchanged, and there may be millions.
             fields = to_json_text({"type": "message", "runId": run.id, "index": index, "createdAt": created_at})
             yield f'{fields[:-1]},"message":{text}}}\n'
 
 
 def _approvals(transaction: Transaction, run: Run) -> Iterator[str]:
     after = None
-    while found := approvals.page(transaction, {"runId": run.id}, limit=APPROVALS, after=after):
+    while found := approvals.page(transaction, {"runId": run.id}, limit=APPROVALS_PAGE, after=after):
         for approval in found:
-            yield _text(type="approval", **archived(approval))
+            yield _line(type="approval", **archived(approval))
         after = found[-1].seq
 
 
@@ -121,9 +123,9 @@ def _transcripts(transaction: Transaction, run: Run) -> Iterator[str]:
     for key, updated_at_ms in transcripts.of_session(transaction, run.sdk_session_id).items():
 
         def sizes(after: int, key: TranscriptKey = key) -> list[tuple[int, int]]:
-            return transcripts.sizes(transaction, key, after, PIECE_ITEMS)
+            return transcripts.sizes(transaction, key, after, CHUNK_ITEMS)
 
-        for after, last in _pieces(sizes):
+        for after, last in _chunks(sizes):
             entries = transcripts.texts(transaction, key, after, last)
             fields = to_json_text(
                 {
@@ -138,18 +140,18 @@ def _transcripts(transaction: Transaction, run: Run) -> Iterator[str]:
             yield f'{fields[:-1]},"entries":[{",".join(entries)}]}}\n'
 
 
-def _pieces(sizes: Callable[[int], list[tuple[int, int]]]) -> Iterator[tuple[int, int]]:
-    """Ranges of indexes, after one and through another, of a bounded number of bytes each.
+def _chunks(sizes: Callable[[int], list[tuple[int, int]]]) -> Iterator[tuple[int, int]]:
+    """Yield ranges of indexes, each as (after, through), of about CHUNK_BYTES at most.
 
     Args:
-        sizes: index and bytes of the next few items after an index.
+        sizes: returns (index, bytes) of the next few items after an index.
     """
     after = -1
     while found := sizes(after):
         through, total = after, 0
         for index, size in found:
             total += size
-            if total > PIECE_BYTES and through > after:
+            if total > CHUNK_BYTES and through > after:
                 break
             through = index
         yield after, through

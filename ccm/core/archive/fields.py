@@ -1,4 +1,4 @@
-"""The fields of one line of an export: each is looked at before it is believed."""
+"""Reads and validates the fields of one line of an export."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ccm.models.fields import RUN_ID
 from ccm.models.shape import Archive, Mark, StoredField
 from ccm.models.stored import StoredModel
 
-# It leaves room for what is added to it, in databases that count to 2^63.
+# The largest integer. It leaves room for offsets that are added to it, because databases count to 2^63.
 HIGHEST = 2**60
 
 
 class Line:
-    """One object of the file; its fields are taken out one by one, each of the type that it must have."""
+    """One object of the file. Each method returns a field's value, or raises SourceError if it has the wrong type."""
 
     def __init__(self, number: int, fields: Mapping[str, Any]) -> None:
         self.number = number
@@ -26,8 +26,8 @@ class Line:
     def type(self) -> object:
         return self._fields.get("type")
 
-    def error(self, what: str) -> SourceError:
-        return SourceError(f"Line {self.number}: {what}")
+    def error(self, message: str) -> SourceError:
+        return SourceError(f"Line {self.number}: {message}")
 
     def raw(self, name: str) -> Any:
         return self._fields.get(name)
@@ -94,10 +94,13 @@ class Line:
 
 
 def columns(line: Line, model: type[StoredModel], without: Container[str] = ()) -> dict[str, Any]:
-    """The columns of a model that an import reads, as the database takes them.
+    """Return the columns of a model that an import reads, with values for the database.
 
     Args:
         without: columns to leave out.
+
+    Raises:
+        SourceError: a field has the wrong type.
     """
     fields = [field for field in model.shape.fields if field.column and field.archive is Archive.BOTH]
     return {str(field.column): _column(line, field) for field in fields if field.column not in without}
@@ -105,7 +108,7 @@ def columns(line: Line, model: type[StoredModel], without: Container[str] = ()) 
 
 def _column(line: Line, field: StoredField) -> Any:
     name, kind = str(field.shown or field.column), field.kind
-    # What has a default is not in older exports.
+    # Older exports lack the fields that were added with a default.
     if line.raw(name) is None and (kind.nullable or field.default is not None):
         return kind.written(field.default)
     if kind.is_json:

@@ -1,4 +1,4 @@
-"""An export as it is read back: JSON Lines, of which nothing is believed that is not looked at."""
+"""Reads an export, which is JSON Lines, and validates all of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 from ccm.core.archive.exporting import FORMAT, VERSION
 from ccm.core.archive.fields import Line, columns
 from ccm.core.archive.records import (
-    NOT_FOR_RUNS,
+    RESERVED_RUN_IDS,
     UUID,
     ArchivedApproval,
     ArchivedEntries,
@@ -21,7 +21,7 @@ from ccm.db.transcripts import Entry
 from ccm.json_text import storable
 from ccm.models import Approval, ApprovalStatus, Resolution, Run, RunStatus, Session
 
-# No message is larger than CCM_MAX_MESSAGE_BYTES may be, and no piece of a transcript much.
+# The longest line. Messages are limited by CCM_MAX_MESSAGE_BYTES, and chunks of transcripts are hardly larger.
 LINE_BYTES = 2**30
 
 
@@ -29,10 +29,10 @@ class LineSource:
     """The runs of an export.
 
     Args:
-        name: what the operator calls it.
+        name: the name of the stream in error messages.
 
     Raises:
-        SourceError: it is no export, or one of a version that this program does not know.
+        SourceError: it is no export, or has an unknown version.
     """
 
     def __init__(self, stream: BinaryIO, name: str) -> None:
@@ -54,7 +54,7 @@ class LineSource:
         self.last_seq = header.integer("lastSeq")
 
     def _read(self) -> Line | None:
-        """The next line; None at the end of the file."""
+        """Return the next line, None at the end of the file."""
         data = self._stream.readline(LINE_BYTES)
         if not data:
             return None
@@ -62,7 +62,7 @@ class LineSource:
         try:
             fields = json.loads(data)
         except (ValueError, RecursionError):
-            cut = "" if data.endswith(b"\n") else " The file ends in it: it is cut off."
+            cut = "" if data.endswith(b"\n") else " The file ends in it: it is truncated."
             raise SourceError(f"Line {self._number}: it is no JSON.{cut}") from None
         if not isinstance(fields, dict):
             raise SourceError(f"Line {self._number}: it is no JSON object.")
@@ -72,14 +72,15 @@ class LineSource:
         line = self._read()
         if line is None:
             raise SourceError(
-                f"The file ends with line {self._number} and not with a line of type 'end': it is cut off."
+                f"The file ends with line {self._number} and not with a line of type 'end': it is truncated."
             )
         return line
 
     def runs(self) -> Iterator[ArchivedRun]:
-        """
+        """Yield the runs.
+
         Raises:
-            SourceError: a line is not what it should be; names its number.
+            SourceError: a line is invalid. The message has its number.
         """
         session: Line | None = None
         session_count = run_count = 0
@@ -93,22 +94,22 @@ class LineSource:
                 parts = run.parts(self._next)
                 yield ArchivedRun(columns(session, Session), run.row(), parts)
                 for _ in parts:
-                    pass  # not wanted, and still to be got past
+                    pass  # skip the parts that the caller has not read
                 run_count += 1
                 line = run.next
             else:
-                raise line.error(f"a line of type {line.type!r} must not stand here.")
+                raise line.error(f"a line of type {line.type!r} must not be here.")
         if (line.integer("sessions"), line.integer("runs")) != (session_count, run_count):
             raise line.error(
-                f"it tells of {line.integer('sessions')} sessions and {line.integer('runs')} runs, and before it are "
-                f"{session_count} and {run_count}: a part of the file is missing."
+                f"it counts {line.integer('sessions')} sessions and {line.integer('runs')} runs, and the lines "
+                f"before it have {session_count} and {run_count}: a part of the file is missing."
             )
         if self._read() is not None:
             raise SourceError(f"Line {self._number}: there must be nothing after the line of type 'end'.")
 
 
 class _Run:
-    """A run's own line, and the lines that belong to it. `next` is the one after them, once they are read."""
+    """A run's own line and the lines of its parts. `next` is the line after them, once `parts` is exhausted."""
 
     def __init__(self, line: Line, session: Line) -> None:
         self._line = line
@@ -122,18 +123,18 @@ class _Run:
         line = self._line
         if line.id("sessionId") != self._session_id:
             raise line.error(f"the run must follow the line of its session {line.id('sessionId')}.")
-        if line.id("runId") in NOT_FOR_RUNS:
+        if line.id("runId") in RESERVED_RUN_IDS:
             raise line.error(f"runId must not be {line.id('runId')!r}.")
         resumable = line.flag("hasTranscript") or line.flag("transcriptStored")
         if resumable and not UUID.fullmatch(self._sdk_session_id):
             raise line.error("sdkSessionId must be a UUID in lower case where there is a transcript.")
         error = {} if line.raw("error") is None else line.mapping("error")
-        told = Line(line.number, error)
+        error_line = Line(line.number, error)
         return {
             **columns(line, Run),
             "id": line.id("runId"),
-            "errorCode": told.text("code") if error else None,
-            "errorMessage": None if told.raw("message") is None else told.text("message"),
+            "errorCode": error_line.text("code") if error else None,
+            "errorMessage": None if error_line.raw("message") is None else error_line.text("message"),
         }
 
     def parts(self, read: Callable[[], Line]) -> Iterator[ArchivedMessage | ArchivedApproval | ArchivedEntries]:
@@ -157,13 +158,13 @@ class _Run:
 
     def _message(self, line: Line, index: int) -> ArchivedMessage:
         if line.text("runId") != self._line.text("runId") or line.integer("index") != index:
-            raise line.error(f"message {index} of run {self._line.text('runId')} should stand here.")
+            raise line.error(f"message {index} of run {self._line.text('runId')} should be here.")
         message = line.mapping("message")
         return ArchivedMessage(line.text("createdAt"), storable(message.get("type")) or "unknown", line.json(message))
 
     def _approval(self, line: Line) -> ArchivedApproval:
         if line.text("runId") != self._line.text("runId"):
-            raise line.error(f"an approval of run {self._line.text('runId')} should stand here.")
+            raise line.error(f"an approval of run {self._line.text('runId')} should be here.")
         row = columns(line, Approval, without=("resolution",))
         pending = row["status"] == ApprovalStatus.PENDING
         resolution = None if pending else line.one_of("resolution", tuple(Resolution))
@@ -174,7 +175,7 @@ class _Run:
             raise line.error("sdkSessionId must be that of the run before it, and a UUID in lower case.")
         entries = line.mappings("entries")
         project_key, subpath = line.text("projectKey"), line.text("subpath")
-        # They become names of files below Claude Code's own directory.
+        # They become file names below Claude Code's own directory.
         if not _is_inside(project_key) or "/" in project_key or (subpath and not _is_inside(subpath)):
             raise line.error("projectKey and subpath must stay within the directory of the transcripts.")
         return ArchivedEntries(
@@ -187,5 +188,5 @@ class _Run:
 
 
 def _is_inside(path: str) -> bool:
-    """Whether it is a relative path that goes nowhere but down."""
+    """Return whether a relative path stays below its starting point."""
     return "\\" not in path and path.isprintable() and all(part not in ("", ".", "..") for part in path.split("/"))

@@ -1,4 +1,4 @@
-"""The only thing that ever deletes: whole trees of sessions, with Claude Code's own files of their runs."""
+"""Deletes whole trees of sessions with Claude Code's own files of their runs. Nothing else deletes recorded history."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BEFORE_ALL = -(2**62)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A tree that is to go, and the files on this host that go with it."""
+    """A tree to delete, and the files on this host to delete with it."""
 
     tree: Tree
     paths: list[Path]
@@ -29,7 +29,7 @@ class Candidate:
 
 
 def tree_of(transaction: Transaction, session_id: str, files: LocalFiles) -> Candidate:
-    """The tree that a session is in.
+    """Return the tree of a session.
 
     Raises:
         SessionNotFound: there is no such session.
@@ -43,7 +43,7 @@ def tree_of(transaction: Transaction, session_id: str, files: LocalFiles) -> Can
 
 
 def unfinished(tree: Tree) -> str:
-    """Why a tree is left alone."""
+    """Return the sentence that says why a tree is not deleted."""
     return (
         f"the tree of session {tree.root} has runs that have not ended ({tree.unfinished}). Start the service and let "
         "them end, or cancel them there; those that a crash has left it ends by itself."
@@ -51,7 +51,7 @@ def unfinished(tree: Tree) -> str:
 
 
 def trees_older_than(database: Database, age: int, files: LocalFiles) -> Iterator[Candidate]:
-    """The trees whose latest activity was so many seconds ago; those with runs that have not ended among them."""
+    """Yield the trees whose latest activity is older than `age` seconds, including those with unfinished runs."""
     cutoff = timestamp(-age)
     after = BEFORE_ALL
     while True:
@@ -70,7 +70,7 @@ def trees_older_than(database: Database, age: int, files: LocalFiles) -> Iterato
 def _candidate(transaction: Transaction, root: str, files: LocalFiles) -> Candidate:
     tree = trees.measure(transaction, root)
     sdk_session_ids: list[str] = []
-    # Any run of the tree may have had the transcript of another one written to its own directory.
+    # All directories, because a run may have written the transcript of another run of the tree to its own directory.
     directories: dict[Path, None] = {}
     after = BEFORE_ALL
     while places := trees.run_places(transaction, root, after):
@@ -83,7 +83,7 @@ def _candidate(transaction: Transaction, root: str, files: LocalFiles) -> Candid
 
 
 def _own_environ(options_json: str) -> dict[str, str]:
-    """What a run changed in the environment of its agent. An import may have brought anything."""
+    """Return the variables of a run's `env` option. Skip values of other types, which an import may have stored."""
     environ = json.loads(options_json).get("env")
     if not isinstance(environ, dict):
         return {}
@@ -91,11 +91,11 @@ def _own_environ(options_json: str) -> dict[str, str]:
 
 
 def delete(database: Database, candidate: Candidate) -> None:
-    """Delete a tree and its files: the files first, for the rows tell where they are.
+    """Delete a tree and its files: the files first, because the rows say where they are.
 
     Raises:
-        CommandRefused: a file cannot be deleted; then the tree is still there.
-        StorageError: what is left can be deleted by another try.
+        CommandRefused: a file cannot be deleted. The tree is still in the database.
+        StorageError: the database failed. Another call deletes the rest.
     """
     for path in candidate.paths:
         try:
@@ -107,11 +107,11 @@ def delete(database: Database, candidate: Candidate) -> None:
     trees.delete(database, candidate.tree.root)
 
 
-def clear(database: Database, deleted: bool) -> None:
-    """Have the database let go of the bytes of what was deleted.
+def release_space(database: Database, deleted: bool) -> None:
+    """Remove the bytes of deleted rows from the database's files.
 
     Raises:
-        StorageError: they are still there.
+        StorageError: the files still hold them.
     """
     trees.delete_unused_texts(database)
     trees.clear(database.url, deleted)

@@ -1,4 +1,4 @@
-"""A run as it comes in from outside, whatever it was read from; and which ids are let in."""
+"""The interface between the sources of an import and its storage: a run, its parts, valid ids and errors."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any, Protocol
 from ccm.db.transcripts import Entry
 from ccm.errors import CommandRefused
 
-# Claude Code's own ids; it would take anything else for a session's title.
+# Claude Code's session ids. It would read anything else as a session's title.
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-# They stand where a run's id stands in an address.
-NOT_FOR_RUNS = ("start", "resume", "fork")
+# Not ids of runs, because these paths below /api/runs are actions.
+RESERVED_RUN_IDS = ("start", "resume", "fork")
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class ArchivedMessage:
 
 @dataclass(frozen=True)
 class ArchivedApproval:
-    """A question of a run and what became of it: its columns but for `seq` and those that name the run."""
+    """An approval of a run: its columns without `seq`, `runId` and `sessionId`."""
 
     row: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class ArchivedEntries:
-    """A piece of one of Claude Code's transcript files."""
+    """Consecutive entries of one of Claude Code's transcript files, from `first_index` on."""
 
     project_key: str
     subpath: str
@@ -45,13 +45,13 @@ class ArchivedEntries:
 
 @dataclass(frozen=True)
 class ArchivedRun:
-    """One run, and what it says.
+    """One run of a source.
 
     Args:
-        session: the columns of its session that are known when that begins.
-        row: the columns of the run. `messageCount` None: as many as there are. `seq` is its place in the source.
-        parts: can be read until the next run is asked for.
-        spare_id: what it can have for its SDK session id where a run that is here has that one; None: it is refused.
+        session: the columns that its session has when it is created.
+        row: the columns of the run. `seq` is its position in the source.
+        parts: its messages, approvals and transcripts. Valid until the next run is requested.
+        spare_id: the SDK session id to use if another run in the database has the run's own. None: refuse the run.
     """
 
     session: dict[str, Any]
@@ -61,22 +61,23 @@ class ArchivedRun:
 
 
 class Source(Protocol):
-    """Something that runs come from, each after its parent and after the runs before it in its session."""
+    """A source of runs, in which each run follows its parent and the earlier runs of its session."""
 
     @property
     def last_seq(self) -> int:
-        """The highest `seq` of its runs, as far as it knows."""
+        """The highest `seq` of its runs, as far as known."""
 
     def runs(self) -> Iterator[ArchivedRun]:
-        """
+        """Yield the runs.
+
         Raises:
-            CommandRefused: it cannot be read on; says where.
+            CommandRefused: the source is unreadable or invalid. The message says where.
         """
 
 
 class SourceError(CommandRefused):
-    """What is read is not what it should be; says where."""
+    """The source is invalid. The message says where."""
 
 
 class DoesNotFit(SourceError):
-    """A run cannot be taken in beside what is here; the ones after it may."""
+    """A run conflicts with the database, or its parent is missing. Later runs may still be imported."""

@@ -1,4 +1,4 @@
-"""What an import is given, told apart by its content."""
+"""Opens the file of an import, and detects its format."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from ccm.db.driver.sqlite_file import MAGIC
 
 
 @contextmanager
-def open_source(path: str, has_transcript: Callable[[str, str], bool], tell: Callable[[str], None]) -> Iterator[Source]:
-    """
+def open_source(path: str, has_transcript: Callable[[str, str], bool], warn: Callable[[str], None]) -> Iterator[Source]:
+    """Open an export or a database of the original service.
+
     Args:
-        path: of an export or of a Bun database; `-` for an export on standard input.
-        has_transcript: whether Claude Code has a run's transcript on this host, by the run's cwd and SDK session.
-        tell: called with a sentence about whatever does not come in just as it was.
+        path: the file; `-` for an export on standard input.
+        has_transcript: returns whether Claude Code has a transcript on this host, given a run's cwd and SDK session id.
+        warn: called with a sentence for each thing that is not imported unchanged.
 
     Raises:
-        CommandRefused: it is neither; names it.
+        CommandRefused: the file has neither format.
     """
     if path == "-":
         yield LineSource(sys.stdin.buffer, "The standard input")
@@ -33,7 +34,7 @@ def open_source(path: str, has_transcript: Callable[[str, str], bool], tell: Cal
             file.seek(0)
             yield LineSource(file, path)
             return
-    with closing(BunSource(Path(path), has_transcript, tell)) as source:
+    with closing(BunSource(Path(path), has_transcript, warn)) as source:
         yield source
 
 

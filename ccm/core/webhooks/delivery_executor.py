@@ -1,4 +1,4 @@
-"""One attempt to deliver: read, sent, judged, and its outcome stored."""
+"""Makes one attempt at a delivery: reads it, sends it, decides what follows, and stores the outcome."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ccm.core.storage.writer import Writer
-from ccm.core.webhooks.outbox import Outbox
+from ccm.core.webhooks.outbox import URL_UNSET, Outbox
 from ccm.core.webhooks.post import Answer, NoAnswer, Post
 from ccm.core.webhooks.retry import SCHEDULE, RetryDecision, decide
 from ccm.core.webhooks.signature import headers
@@ -24,15 +24,24 @@ from ccm.timestamps import timestamp
 
 log = logging.getLogger(__name__)
 
-# How long a receiver may take (seconds).
+# The time for one attempt (seconds).
 ATTEMPT_TIMEOUT = 15.0
+LOG_EVENTS: dict[str, str] = {
+    DeliveryStatus.DELIVERED: "delivery_succeeded",
+    DeliveryStatus.PENDING: "delivery_postponed",
+    DeliveryStatus.FAILED: "delivery_failed",
+    DeliveryStatus.DISABLED: "delivery_disabled",
+}
 
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where webhooks may go, and who they are said to be from.
+    """The configured addresses and keys.
 
-    `service` is told of every run; `allow` says which hosts a run's own address may have; `keys` sign.
+    Args:
+        service: the service's own address, which gets the events of all runs.
+        allow: the hosts that a run's own address may have.
+        keys: the keys that sign.
     """
 
     service: str | None = None
@@ -41,13 +50,13 @@ class Addresses:
 
 
 class DeliveryExecutor:
-    """Delivers, in whatever thread it is called in.
+    """Executes deliveries in the calling thread. Thread-safe.
 
     Args:
-        writer: takes what has become of deliveries.
-        database: to read from.
-        outbox: decides what follows from an attempt.
-        attempt_seconds: how long a receiver may take.
+        writer: stores the outcomes.
+        database: for reads.
+        outbox: schedules what follows an outcome.
+        attempt_seconds: the time for one attempt.
         schedule: the pauses between attempts (seconds).
     """
 
@@ -68,23 +77,23 @@ class DeliveryExecutor:
         self._attempt_seconds = attempt_seconds
         self._schedule = schedule
         self._lock = threading.Lock()
-        # What is being sent, by the delivery.
+        # The requests in flight, by delivery id.
         self._posts: dict[int, Post] = {}
         self._closed = threading.Event()
-        self._said_unsigned = False
+        self._warned_unsigned = False
 
-    def begin(self) -> None:
-        """Before the first delivery.
+    def start(self) -> None:
+        """Correct the stored deliveries. Called before the first delivery.
 
         Raises:
-            Unavailable: the database takes no writes.
+            Unavailable: the database is not writable.
         """
-        self._writer.write(self._outbox.begin)
+        self._writer.write(self._outbox.recover)
         if self._addresses.service is not None:
-            self._say_unsigned()
+            self._warn_unsigned()
 
     def close(self) -> None:
-        """Cut what is under way, and send nothing more. What was cut is as if it had not been tried."""
+        """Abort the requests in flight, and refuse new ones. An aborted request does not count as an attempt."""
         with self._lock:
             self._closed.set()
             posts = list(self._posts.values())
@@ -92,21 +101,21 @@ class DeliveryExecutor:
             post.abort()
 
     def deliver(self, delivery_id: int) -> bool | None:
-        """One attempt, and its outcome stored. Whether the receiver gave an answer; None if it was not asked.
+        """Make one attempt, and store its outcome. Return whether the receiver answered, None if nothing was sent.
 
         Raises:
-            StorageDown: the delivery cannot be read; nothing was sent.
-            Exception: what has become of it cannot be stored.
+            StorageDown: the delivery cannot be read. Nothing was sent.
+            Exception: the outcome cannot be stored.
         """
 
         def query(transaction: Transaction) -> tuple[Delivery, str, str | None] | None:
             delivery = deliveries.find(transaction, delivery_id)
-            # Disabled since it was found, or just tried: who found it may have read before that was stored.
+            # Not due any more: it was disabled or attempted after the dispatcher had read it.
             if delivery is None or (delivery.next_attempt_at or "~") > timestamp():
                 return None
             run = runs.find(transaction, delivery.run_id) if delivery.target == DeliveryTarget.RUN else None
             text = events.find_text(transaction, delivery.event_id)
-            # Deleted with its run since the delivery was read, which PostgreSQL lets happen between two statements.
+            # Deleted with its run by `flask prune`, which on PostgreSQL can happen between two statements.
             if text is None or (run is None and delivery.target == DeliveryTarget.RUN):
                 return None
             return delivery, text, self._addresses.service if run is None else run.webhook_url
@@ -114,51 +123,51 @@ class DeliveryExecutor:
         if self._closed.is_set():
             return None
         with self._database.transaction() as transaction:
-            found = query(transaction)
-        if found is None:
+            due = query(transaction)
+        if due is None:
             return None
-        delivery, text, url = found
+        delivery, text, url = due
         refusal = self._refusal(delivery, url)
         if url is None or refusal is not None:
             self._store(delivery, delivery.attempts.value, RetryDecision(DeliveryStatus.DISABLED, reason=refusal))
             return None
-        at, begun = timestamp(), time.monotonic()
+        at, start = timestamp(), time.monotonic()
         answer = self._post(delivery, url, text.encode("ascii"))
-        took = round((time.monotonic() - begun) * 1_000)
+        duration_ms = round((time.monotonic() - start) * 1_000)
         if self._closed.is_set() and not isinstance(answer, Answer):
-            return None  # it was cut, and the receiver is not to blame
+            return None  # aborted by `close`, so it does not count as a failure of the receiver
         decision = decide(answer, len(delivery.attempts.value) + 1, self._schedule)
         code = answer.status if isinstance(answer, Answer) else None
-        attempt: Attempt = {"at": at, "durationMs": took, "statusCode": code, "error": decision.error}
+        attempt: Attempt = {"at": at, "durationMs": duration_ms, "statusCode": code, "error": decision.error}
         self._store(delivery, [*delivery.attempts.value, attempt], decision)
         return isinstance(answer, Answer)
 
     def _refusal(self, delivery: Delivery, url: str | None) -> str | None:
-        """Why a delivery is not to be sent by the settings as they are now."""
+        """Return the reason why the current settings forbid a delivery, None if they allow it."""
         if url is None:
-            return "CCM_WEBHOOK_URL is not set any more"
+            return URL_UNSET
         if delivery.target == DeliveryTarget.RUN and not allowed(url, self._addresses.allow):
             return f"CCM_WEBHOOK_ALLOW does not name {host_of(url)} any more"
         return None
 
     def _post(self, delivery: Delivery, url: str, body: bytes) -> Answer | str:
-        """The receiver's answer, or why there is none."""
+        """Return the receiver's answer, or the reason why there is none."""
         try:
             return self._send(delivery, url, body)
         except NoAnswer as reason:
             return str(reason)
         except Exception as error:
-            # Counted as a failed attempt: what always goes wrong would be tried again without end.
-            log.exception("delivery %d cannot be sent", delivery.id)
+            # Counted as a failed attempt, or a delivery that always fails this way would be retried without end.
+            log.exception("delivery %d cannot be sent", delivery.id, extra=_log_fields("delivery_errored", delivery))
             return f"a fault of the service: {type(error).__name__}"
 
     def _send(self, delivery: Delivery, url: str, body: bytes) -> Answer:
-        """
+        """Send a delivery, and return the receiver's answer.
+
         Raises:
-            NoAnswer: there was none.
+            NoAnswer: there is none, or the service is stopping.
         """
-        if not self._addresses.keys:
-            self._say_unsigned()
+        self._warn_unsigned()
         signed = headers(delivery.webhook_id, int(time.time()), body, self._addresses.keys)
         post = Post(url, signed, body, self._attempt_seconds, self._tls)
         with self._lock:
@@ -176,32 +185,40 @@ class DeliveryExecutor:
         return ssl.create_default_context()
 
     def _store(self, delivery: Delivery, attempts: Sequence[Attempt], decision: RetryDecision) -> None:
-        """Wait until it is committed, as long as it takes: tried again before, it would be sent twice.
+        """Store an outcome, and wait for the commit without a timeout, because an earlier retry would send it twice.
 
         Raises:
             CCMError: the writer has stopped.
         """
         self._writer.submit(
-            lambda transaction: self._outbox.tried(transaction, delivery, attempts, decision)
+            lambda transaction: self._outbox.record_attempt(transaction, delivery, attempts, decision)
         ).future.result()
-        self._say(delivery, decision)
+        _log_outcome(delivery, decision)
 
-    # ---- the log
+    def _warn_unsigned(self) -> None:
+        """Warn once if there are no keys."""
+        if not self._addresses.keys and not self._warned_unsigned:
+            self._warned_unsigned = True
+            log.warning(
+                "webhooks are not signed, so receivers cannot verify their sender: set CCM_WEBHOOK_SECRET",
+                extra={"event": "webhooks_unsigned"},
+            )
 
-    def _say(self, delivery: Delivery, decision: RetryDecision) -> None:
-        what = f"run {delivery.run_id}: {delivery.event_type} for {delivery.host or 'CCM_WEBHOOK_URL'}"
-        if decision.status == DeliveryStatus.DELIVERED:
-            log.info("%s delivered", what)
-        elif decision.status == DeliveryStatus.PENDING:
-            log.warning("%s not delivered, again in %.0f s: %s", what, decision.pause, decision.error)
-        elif decision.status == DeliveryStatus.FAILED:
-            log.error("%s given up: %s; at last %s", what, decision.reason, decision.error)
-        elif delivery.target == DeliveryTarget.RUN:
-            log.warning("%s disabled with all that would follow for this run: %s", what, decision.reason)
-        else:
-            log.error("%s disabled, with all others for it until the next start: %s", what, decision.reason)
 
-    def _say_unsigned(self) -> None:
-        if not self._addresses.keys and not self._said_unsigned:
-            self._said_unsigned = True
-            log.warning("webhooks are not signed, so receivers cannot know who calls: CCM_WEBHOOK_SECRET signs them")
+def _log_fields(event: str, delivery: Delivery) -> dict[str, object]:
+    return {"event": event, "delivery_id": delivery.id, "run_id": delivery.run_id}
+
+
+def _log_outcome(delivery: Delivery, decision: RetryDecision) -> None:
+    name = f"run {delivery.run_id}: {delivery.event_type} for {delivery.host or 'CCM_WEBHOOK_URL'}"
+    extra = _log_fields(LOG_EVENTS[decision.status], delivery)
+    if decision.status == DeliveryStatus.DELIVERED:
+        log.info("%s delivered", name, extra=extra)
+    elif decision.status == DeliveryStatus.PENDING:
+        log.warning("%s not delivered, next attempt in %.0f s: %s", name, decision.pause, decision.error, extra=extra)
+    elif decision.status == DeliveryStatus.FAILED:
+        log.error("%s given up: %s; the last error: %s", name, decision.reason, decision.error, extra=extra)
+    elif delivery.target == DeliveryTarget.RUN:
+        log.warning("%s disabled, with all later ones of this run: %s", name, decision.reason, extra=extra)
+    else:
+        log.error("%s disabled, with all others for it until the next start: %s", name, decision.reason, extra=extra)

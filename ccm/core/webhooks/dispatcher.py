@@ -1,8 +1,8 @@
-"""Sends what is in the outbox, from threads of its own.
+"""Dispatches due deliveries to threads of its own.
 
-What is due is read from the database, and so is each delivery just before it is sent, outside of any transaction. What
-has become of it is stored by the writer before the next one of the same run and target is sent. So a crash at any
-moment leaves a delivery that is still due: it may arrive twice, but not be lost.
+The database is the queue: the dispatcher reads which deliveries are due, and an executor reads each one again before it
+sends it, outside of any transaction. The writer stores the outcome before the next delivery of the same run and target
+is due. So a delivery is still due after a crash at any moment: it may arrive twice, but is not lost.
 """
 
 from __future__ import annotations
@@ -33,36 +33,37 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
-class _Handed:
-    """A delivery that is in the hands of a thread, or is about to be; `host` is whom it is for."""
+class _InFlight:
+    """A delivery to a host that a thread executes or is about to."""
 
     host: str
 
 
-# How much of what is due is read at once. More than can be under way, which is due as well.
+# Due deliveries per read. More than THREADS, because those in flight are still due.
 PAGE = 100
-# How many hosts that gave no answer are known at most: each query names them.
+# The number of silent hosts to remember. It is limited because each query names them.
 MOST_SILENT = 1_000
-# How long to sleep at most (seconds): the times of the next attempts are the clock's, which may jump.
-LONGEST_SLEEP = 60.0
-# How long threads get to end once what they send is cut (seconds). One that looks a name up may take longer.
+# The longest wait for the next due delivery (seconds). It is limited because the clock may jump.
+POLL_INTERVAL = 60.0
+# The wait for threads to end after their requests were aborted (seconds). A lookup of a host may take longer.
 END_TIMEOUT = 1.0
-# The pause after a fault of the database (seconds).
-FAULT_DELAY = 1.0
-# The pause after any other fault: no thread that can be started, say.
-FAULT_SLEEP = 5.0
-# The key of such a fault, and what is told of it.
+# The delay after the database could not be read (seconds).
+STORAGE_RETRY_DELAY = 1.0
+# The delay after any other failure, for example when no thread can be started (seconds).
+FAILURE_RETRY_DELAY = 5.0
+# The key and the sentence with which such a failure is reported.
 PROBLEM = "webhooks"
-UNSENT = "webhooks are not sent at the moment"
+PROBLEM_SENTENCE = "webhooks are not sent at the moment"
 
 
 class Dispatcher:
-    """
+    """A thread that finds due deliveries, and a pool of threads that execute them.
+
     Args:
-        database: to read from.
-        notifier: rings EVENTS when there may be something to send.
-        delivery executor: delivers.
-        problems: told of faults.
+        database: for reads.
+        notifier: notifies EVENTS when a delivery may be due.
+        delivery_executor: executes deliveries.
+        problems: gets failures of the service.
     """
 
     def __init__(
@@ -80,123 +81,132 @@ class Dispatcher:
         self._thread = threading.Thread(target=self._run, name="webhooks", daemon=True)
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
-        # By the delivery.
-        self._handed: dict[int, _Handed] = {}
-        # Hosts that gave no answer the last time, the latest at the end.
+        # By delivery id.
+        self._in_flight: dict[int, _InFlight] = {}
+        # Hosts that did not answer the last time, the most recent one last.
         self._silent: dict[str, None] = {}
-        self._rung = threading.Event()
+        self._wake_up = threading.Event()
         self._stopping = False
         self._stopped = threading.Event()
 
     def start(self) -> None:
-        """
+        """Start the thread.
+
         Raises:
-            Unavailable: the database takes no writes.
+            Unavailable: the database is not writable.
         """
-        self._delivery_executor.begin()
+        self._delivery_executor.start()
         self._thread.start()
 
     def stop(self, deadline: float) -> None:
-        """Send what is due, as far as that is quick. The rest is sent after the next start. Idempotent.
+        """Send the due deliveries until the deadline. The rest is sent after the next start. Idempotent.
 
         Args:
-            deadline: the `time.monotonic()` at which what is under way is cut.
+            deadline: the `time.monotonic()` at which requests in flight are aborted.
         """
         self._stopping = True
-        self._rung.set()
+        self._wake_up.set()
         if self._thread.is_alive():
             self._thread.join(max(0.0, deadline - time.monotonic()))
         with self._lock:
             self._stopped.set()
         self._delivery_executor.close()
-        self._rung.set()
-        # None may be reading when the database is closed, which is next: SQLite would crash the whole service.
+        self._wake_up.set()
+        # The caller closes the database next. A thread that still read it would crash the whole process in SQLite.
         if self._thread.is_alive():
             self._thread.join(END_TIMEOUT)
         with self._idle:
-            self._idle.wait_for(lambda: not self._handed, END_TIMEOUT)
+            self._idle.wait_for(lambda: not self._in_flight, END_TIMEOUT)
 
-    # ---- the thread that finds what is due
+    # ---- the thread that finds due deliveries
 
     def _run(self) -> None:
         while not self._stopped.is_set():
             try:
-                self._listen()
+                self._loop()
             except Exception as error:
-                self._problems.report(PROBLEM, UNSENT, error)
-                self._stopped.wait(FAULT_SLEEP)
+                self._problems.report(PROBLEM, PROBLEM_SENTENCE, error)
+                self._stopped.wait(FAILURE_RETRY_DELAY)
             else:
                 return
 
-    def _listen(self) -> None:
-        with self._notifier.subscribe(EVENTS) as self._rung:
+    def _loop(self) -> None:
+        with self._notifier.subscribe(EVENTS) as self._wake_up:
             while not self._stopped.is_set():
-                self._rung.clear()
-                idle = not self._handed  # asked first: what ends later may make something else due
-                sleep = self._look()
-                if self._stopping and idle and not self._handed:
+                self._wake_up.clear()
+                # Checked first, because a delivery that ends during the step may make another one due.
+                idle = not self._in_flight
+                sleep = self._step()
+                if self._stopping and idle and not self._in_flight:
                     return
-                self._rung.wait(sleep)
+                self._wake_up.wait(sleep)
 
-    def _look(self) -> float:
-        """Begin what is due. Gives the seconds until something else may be."""
+    def _step(self) -> float:
+        """Dispatch the due deliveries. Return the seconds until the next step. Log or report failures."""
         try:
-            sleep = self._begin_due()
+            sleep = self._dispatch_due()
         except StorageError as error:
-            log.debug("what is to be sent cannot be read: %s", error)
-            return FAULT_DELAY
+            log.debug("due deliveries cannot be read, retrying: %s", error, extra={"event": "deliveries_unreadable"})
+            return STORAGE_RETRY_DELAY
         except Exception as error:
-            self._problems.report(PROBLEM, UNSENT, error)
-            return FAULT_SLEEP
+            self._problems.report(PROBLEM, PROBLEM_SENTENCE, error)
+            return FAILURE_RETRY_DELAY
         self._problems.clear(PROBLEM)
         return sleep
 
-    def _begin_due(self) -> float:
-        """Hand what is due to threads. Gives the seconds until something else will be."""
+    def _dispatch_due(self) -> float:
+        """Dispatch the due deliveries. Return the seconds until another one is due, at most POLL_INTERVAL."""
         now = timestamp()
         with self._lock:
-            room = ConcurrencyLimits([handed.host for handed in self._handed.values()], set(self._silent))
-        for again in (False, True):  # what has failed before waits behind what has not
-            self._begin(room, now, again)
-        later = self._read(partial(deliveries.find_next_due, now=now))
-        return LONGEST_SLEEP if later is None else min(LONGEST_SLEEP, _seconds_until(later))
+            limits = ConcurrencyLimits([entry.host for entry in self._in_flight.values()], set(self._silent))
+        for retries in (False, True):  # first attempts come before retries
+            self._dispatch(limits, now, retries)
+        next_due = self._read(partial(deliveries.find_next_due, now=now))
+        return POLL_INTERVAL if next_due is None else min(POLL_INTERVAL, _seconds_until(next_due))
 
-    def _begin(self, room: ConcurrencyLimits, now: str, again: bool) -> None:
-        """Hand out what is due, or due again, as far as there is room."""
-        is_more = True
-        while is_more and room.has_any():
-            # A host that has its share is left out by the query: all that is due for it may be in front of the others.
-            page = self._read(partial(deliveries.due, now=now, again=again, without=room.full(), limit=PAGE))
-            begun = 0
+    def _dispatch(self, limits: ConcurrencyLimits, now: str, retries: bool) -> None:
+        """Dispatch due first attempts, or due retries, as far as the limits allow."""
+        has_more = True
+        while has_more and limits.allow_any():
+            # The query excludes full hosts, because their due deliveries may fill pages in front of all others.
+            full = limits.full_hosts()
+            page = self._read(partial(deliveries.due, now=now, again=retries, without=full, limit=PAGE))
+            dispatched = 0
             for delivery_id, host in page:
-                if room.has(host) and self._take(delivery_id, host):
-                    room.begin(host)
-                    begun += 1
-            is_more = begun > 0 and len(page) == PAGE
+                if limits.allow(host) and self._submit(delivery_id, host):
+                    limits.add(host)
+                    dispatched += 1
+            has_more = dispatched > 0 and len(page) == PAGE
 
-    def _take(self, delivery_id: int, host: str) -> bool:
-        handed = _Handed(host)
+    def _submit(self, delivery_id: int, host: str) -> bool:
+        """Give a delivery to the pool. Return False if it is in flight already, or the dispatcher has stopped."""
+        entry = _InFlight(host)
         with self._lock:
-            if delivery_id in self._handed or self._stopped.is_set():
+            if delivery_id in self._in_flight or self._stopped.is_set():
                 return False
-            self._handed[delivery_id] = handed
+            self._in_flight[delivery_id] = entry
         try:
             self._pool.submit(
-                lambda: self._deliver(delivery_id, handed), lambda error: self._not_done(delivery_id, handed, error)
+                lambda: self._deliver(delivery_id, entry), lambda error: self._on_failure(delivery_id, entry, error)
             )
-        except BaseException:  # no thread can be started: it is due still
-            self._put_back(delivery_id, handed)
+        except BaseException:  # no thread can be started, so the delivery is still due
+            self._release(delivery_id, entry)
             raise
         return True
 
-    def _not_done(self, delivery_id: int, handed: _Handed, error: BaseException) -> None:
-        log.error("delivery %d is still due, because of a fault", delivery_id, exc_info=error)
-        self._put_back(delivery_id, handed)
+    def _on_failure(self, delivery_id: int, entry: _InFlight, error: BaseException) -> None:
+        log.error(
+            "delivery %d failed unexpectedly, and is still due",
+            delivery_id,
+            exc_info=error,
+            extra={"event": "delivery_errored", "delivery_id": delivery_id},
+        )
+        self._release(delivery_id, entry)
 
-    def _put_back(self, delivery_id: int, handed: _Handed) -> None:
+    def _release(self, delivery_id: int, entry: _InFlight) -> None:
         with self._idle:
-            if self._handed.get(delivery_id) is handed:
-                del self._handed[delivery_id]
+            if self._in_flight.get(delivery_id) is entry:
+                del self._in_flight[delivery_id]
             self._idle.notify_all()
 
     def _read(self, query: Callable[[Transaction], T]) -> T:
@@ -205,28 +215,41 @@ class Dispatcher:
 
     # ---- the threads that send
 
-    def _deliver(self, delivery_id: int, handed: _Handed) -> None:
-        """Deliver it, whatever that raises. Nothing is done if it was put back meanwhile: another may be at it."""
+    def _deliver(self, delivery_id: int, entry: _InFlight) -> None:
+        """Execute a delivery, and handle all exceptions.
+
+        Do nothing if it was released meanwhile, because another thread may execute it.
+        """
         with self._lock:
-            if self._handed.get(delivery_id) is not handed:
+            if self._in_flight.get(delivery_id) is not entry:
                 return
         try:
             answered = self._delivery_executor.deliver(delivery_id)
             if answered is not None:
-                self._remember(handed.host, answered)
+                self._remember(entry.host, answered)
         except StorageDown as error:
-            log.debug("delivery %d cannot be read: %s", delivery_id, error)
-            self._stopped.wait(FAULT_DELAY)
+            log.debug(
+                "delivery %d cannot be read, retrying: %s",
+                delivery_id,
+                error,
+                extra={"event": "delivery_unreadable", "delivery_id": delivery_id},
+            )
+            self._stopped.wait(STORAGE_RETRY_DELAY)
         except Exception:
-            # It may have been sent, and is still due: at once it would be sent again and again.
+            # It may have been sent, and is still due. Without this delay it would be sent over and over.
             if not self._stopping:
-                log.exception("what has become of delivery %d is not stored", delivery_id)
-            self._stopped.wait(LONGEST_SLEEP)
+                log.exception(
+                    "delivery %d: cannot store the attempt's result; it may be resent",
+                    delivery_id,
+                    extra={"event": "delivery_result_lost", "delivery_id": delivery_id},
+                )
+            self._stopped.wait(POLL_INTERVAL)
         finally:
-            self._put_back(delivery_id, handed)
-            self._rung.set()
+            self._release(delivery_id, entry)
+            self._wake_up.set()
 
     def _remember(self, host: str, answered: bool) -> None:
+        """Remember whether a host answered."""
         with self._lock:
             self._silent.pop(host, None)
             if not answered:

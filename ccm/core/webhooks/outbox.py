@@ -1,4 +1,7 @@
-"""What is to be told, stored with the state that it tells of, and what becomes of it. For the writer's thread."""
+"""Stores deliveries together with the states that they report, and the outcomes of their attempts.
+
+All methods run in the writer's thread, inside a transaction. Each commit is followed by a notification of EVENTS.
+"""
 
 from __future__ import annotations
 
@@ -17,30 +20,32 @@ from ccm.timestamps import timestamp
 
 log = logging.getLogger(__name__)
 
-# What is delivered; the feed of /api/events has more.
-TOLD = frozenset((EventType.RUN_STARTED, *RUN_ENDED.values(), EventType.APPROVAL_REQUESTED))
+# The events that are delivered. /api/events shows more.
+DELIVERED_EVENTS = frozenset((EventType.RUN_STARTED, *RUN_ENDED.values(), EventType.APPROVAL_REQUESTED))
+URL_UNSET = "CCM_WEBHOOK_URL is not set any more"
 
 
 class Outbox:
-    """
+    """The events and their deliveries.
+
     Args:
-        service: whether the service has an address of its own that is told of every run.
+        service: whether the service has its own address, which gets the events of all runs.
     """
 
     def __init__(self, *, service: bool) -> None:
         self._service = service
-        # Why nothing goes to that address any more.
-        self._gone: str | None = None
+        # The reason why the service's address was disabled, None while it is not.
+        self._disabled_reason: str | None = None
 
     def enqueue(self, transaction: Transaction, type: str, run: Run, approval: Mapping[str, Any] | None = None) -> None:
-        """Tell of a state, in the transaction that stores it; ring EVENTS after its commit.
+        """Store an event, and its deliveries if events of this type are delivered.
 
         Args:
-            run: as it is now.
-            approval: as the API shows it, where it is what the event is about.
+            run: its current state.
+            approval: the JSON of the approval that the event is about.
         """
         events.insert(transaction, type, run, approval)
-        if type not in TOLD:
+        if type not in DELIVERED_EVENTS:
             return
         now = timestamp()
         webhook_id = f"evt_{uuid.uuid4().hex}"
@@ -49,39 +54,47 @@ class Outbox:
             host = host_of(run.webhook_url)
             deliveries.insert(transaction, run.id, DeliveryTarget.RUN, webhook_id, host, reason=reason, now=now)
         if self._service:
-            host = deliveries.SERVICE_HOST
-            deliveries.insert(transaction, run.id, DeliveryTarget.SERVICE, webhook_id, host, reason=self._gone, now=now)
+            host, reason = deliveries.SERVICE_HOST, self._disabled_reason
+            deliveries.insert(transaction, run.id, DeliveryTarget.SERVICE, webhook_id, host, reason=reason, now=now)
 
-    def begin(self, transaction: Transaction) -> None:
-        """At a start: what was for the service's address has none any more, if the setting is gone.
+    def recover(self, transaction: Transaction) -> None:
+        """Correct the stored deliveries at a start.
 
-        What is to be sent later than it can be was put off while the clock was ahead: it would never be sent.
+        Those that are due later than any pause allows were postponed while the clock was ahead, and would never be
+        sent. Those for the service's address are disabled if it is not set any more.
         """
-        late = deliveries.advance(transaction, timestamp(MAX_DELAY), timestamp())
-        if late:
-            log.warning("%d webhooks were put off while the clock was ahead, and are sent now", late)
+        postponed = deliveries.advance(transaction, timestamp(MAX_DELAY), timestamp())
+        if postponed:
+            log.warning(
+                "%d webhooks were postponed while the clock was ahead, and are sent now",
+                postponed,
+                extra={"event": "deliveries_rescheduled", "count": postponed},
+            )
         if not self._service:
-            left = deliveries.disable_service(transaction, "CCM_WEBHOOK_URL is not set any more")
-            if left:
-                log.warning("%d webhooks are given up: CCM_WEBHOOK_URL is not set any more", left)
+            disabled = deliveries.disable_service(transaction, URL_UNSET)
+            if disabled:
+                log.warning(
+                    "%d webhooks are not sent: %s",
+                    disabled,
+                    URL_UNSET,
+                    extra={"event": "deliveries_disabled", "count": disabled},
+                )
 
-    def tried(
+    def record_attempt(
         self,
         transaction: Transaction,
         delivery: Delivery,
         attempts: Sequence[Mapping[str, object]],
         decision: RetryDecision,
     ) -> None:
-        """Store an attempt and what follows from it; ring EVENTS after the commit."""
-        next_at = None if decision.pause is None else timestamp(decision.pause)
-        attempts_json = to_json_text(list(attempts))
+        """Store the attempts of a delivery and its new state, and schedule or disable the deliveries after it."""
         deliveries.record_attempt(
             transaction,
             delivery.id,
-            attempts_json,
+            to_json_text(list(attempts)),
             status=decision.status,
             reason=decision.reason,
-            next_attempt_at=next_at,
+            next_attempt_at=None if decision.pause is None else timestamp(decision.pause),
         )
         if decision.status == DeliveryStatus.DISABLED:
             self._disable(transaction, delivery, decision.reason or "")
@@ -92,5 +105,5 @@ class Outbox:
         if delivery.target == DeliveryTarget.RUN:
             deliveries.disable_run(transaction, delivery.run_id, DeliveryTarget.RUN, reason)
         else:
-            self._gone = reason
+            self._disabled_reason = reason
             deliveries.disable_service(transaction, reason)

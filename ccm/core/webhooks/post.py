@@ -1,4 +1,4 @@
-"""One POST that is over in time, without redirects or a proxy, and without reading more than the answer's head."""
+"""One POST with a total deadline. It follows no redirect, uses no proxy, and reads only the head of the answer."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ from urllib.parse import urlsplit
 
 from ccm.settings.webhook_urls import PORTS
 
-# A record of TLS has as many at the most.
-PIECE_BYTES = 2**14
+# The size of the chunks to send: the largest TLS record.
+CHUNK_BYTES = 2**14
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Of a receiver: the status, and its `Retry-After`."""
+    """The status of a receiver's answer, and its `Retry-After` header."""
 
     status: int
     retry_after: str | None
 
 
 class NoAnswer(Exception):
-    """Why there was none, in words that anybody may read."""
+    """The receiver did not answer. The message may be shown to clients."""
 
 
 class Post:
-    """
+    """A POST request to a receiver.
+
     Args:
-        seconds: for all of it, from the connection to the status.
-        tls: whom to trust.
+        seconds: the time from the lookup of the host to the status line.
+        tls: the trusted certificates.
     """
 
     def __init__(self, url: str, headers: Mapping[str, str], body: bytes, seconds: float, tls: ssl.SSLContext) -> None:
@@ -49,30 +50,31 @@ class Post:
         self._connection = _Connection(url, time.monotonic() + seconds, tls)
 
     def send(self) -> Answer:
-        """
+        """Send the request, and return the answer.
+
         Raises:
-            NoAnswer: there was none.
+            NoAnswer: the receiver did not answer in time, or not with HTTP.
         """
         try:
             parts = urlsplit(self._url)
             path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             self._connection.connect()
-            # Who has read enough answers and hangs up, amid the body that is still being sent: `410` or `413`.
+            # A receiver may answer (410, 413) and close the connection before it has read the whole body.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 self._connection.request("POST", path, self._body, dict(self._headers))
             with self._connection.getresponse() as response:
                 return Answer(response.status, response.getheader("Retry-After"))
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise NoAnswer(self._told(error)) from None
+            raise NoAnswer(self._describe(error)) from None
         finally:
             self._connection.close()
 
     def abort(self) -> None:
-        """End it now, from another thread. It may have arrived all the same."""
+        """End the request now, from another thread. The receiver may have got it anyway."""
         self._connection.abort()
 
-    def _told(self, error: Exception) -> str:
-        if self._connection.is_cut or isinstance(error, TimeoutError):
+    def _describe(self, error: Exception) -> str:
+        if self._connection.aborted or isinstance(error, TimeoutError):
             return f"no answer within {self._seconds:g} s"
         if isinstance(error, socket.gaierror):
             return f"the host cannot be found: {error.strerror}"
@@ -89,42 +91,43 @@ class Post:
         return f"the answer is no HTTP: {type(error).__name__}"
 
 
-class _InTime(io.RawIOBase):
-    """What a socket receives.
+class _DeadlineReader(io.RawIOBase):
+    """A stream from a socket that ends at the deadline.
+
+    A socket's own timeout restarts with every read, so a receiver that sends single bytes would never time out.
 
     Args:
-        received: as the socket gives it, whose timeout begins anew with every byte: a receiver that drips its answer
-            would never be done with.
-        limit: sets that timeout to what is left of the time. Raises TimeoutError if nothing is.
+        source: the stream of the socket.
+        set_timeout: sets the socket's timeout to the remaining time. Raises TimeoutError if none is left.
     """
 
-    def __init__(self, received: io.RawIOBase, limit: Callable[[], None]) -> None:
-        self._received = received
-        self._limit = limit
+    def __init__(self, source: io.RawIOBase, set_timeout: Callable[[], None]) -> None:
+        self._source = source
+        self._set_timeout = set_timeout
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        self._limit()
-        read: int | None = self._received.readinto(buffer)
+        self._set_timeout()
+        read: int | None = self._source.readinto(buffer)
         return read
 
     def close(self) -> None:
-        self._received.close()
+        self._source.close()
         super().close()
 
 
 class _Response(http.client.HTTPResponse):
-    def __init__(self, limit: Callable[[], None], sock: socket.socket, method: str | None = None) -> None:
+    def __init__(self, set_timeout: Callable[[], None], sock: socket.socket, method: str | None = None) -> None:
         super().__init__(sock, method=method)
-        self.fp = io.BufferedReader(_InTime(self.fp.detach(), limit))
+        self.fp = io.BufferedReader(_DeadlineReader(self.fp.detach(), set_timeout))
 
     def begin(self) -> None:
-        """Read the head of the answer, beyond what only announces it (103, Early Hints)."""
+        """Read the head of the answer. Skip interim answers (103, Early Hints)."""
         super().begin()
         while http.HTTPStatus.SWITCHING_PROTOCOLS < self.status < http.HTTPStatus.OK:
-            self.headers = None  # type: ignore[assignment]  # else it counts as read
+            self.headers = None  # type: ignore[assignment]  # otherwise `begin` returns at once
             super().begin()
 
 
@@ -132,33 +135,33 @@ class _Connection(http.client.HTTPConnection):
     def __init__(self, url: str, deadline: float, tls: ssl.SSLContext) -> None:
         parts = urlsplit(url)
         super().__init__(parts.hostname or "", parts.port or PORTS[parts.scheme])
-        self.default_port = PORTS[parts.scheme]  # left out of the Host header
+        self.default_port = PORTS[parts.scheme]  # omitted from the Host header
         self._tls = tls if parts.scheme == "https" else None
         self._deadline = deadline
         self._lock = threading.Lock()
-        self.is_cut = False
-        self.response_class = partial(_Response, self._limit)  # type: ignore[assignment]
+        self.aborted = False
+        self.response_class = partial(_Response, self._set_timeout)  # type: ignore[assignment]
 
     def connect(self) -> None:
-        # A name that the system takes long to look up cannot be cut short, but what follows is told that time is over.
-        places = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        for left, place in zip(range(len(places), 0, -1), places, strict=True):
+        # A slow lookup cannot be interrupted. If it passes the deadline, the next step raises TimeoutError.
+        addresses = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
             try:
-                self._reach(place, share=left)
+                self._connect_to(address, share=left)
                 break
             except OSError:
-                if left == 1 or self.is_cut:
+                if left == 1 or self.aborted:
                     raise
-        self._limit()
+        self._set_timeout()
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._tls is not None:
             secured = self._tls.wrap_socket(self.sock, server_hostname=self.host, do_handshake_on_connect=False)
             self._use(secured)
             secured.do_handshake()
 
-    def _reach(self, place: tuple[Any, ...], share: int) -> None:
-        family, kind, protocol, _, address = place
-        # Where the kernel has no IPv6 this alone fails, and the next address may do.
+    def _connect_to(self, info: tuple[Any, ...], share: int) -> None:
+        family, kind, protocol, _, address = info
+        # Without IPv6 in the kernel this fails for an IPv6 address only. The next address may work.
         connection = socket.socket(family, kind, protocol)
         try:
             self._use(connection, share)
@@ -168,14 +171,14 @@ class _Connection(http.client.HTTPConnection):
             raise
 
     def send(self, data: Any) -> None:
-        """Send bytes in pieces, because a TLS socket takes its timeout anew for each that it sends."""
+        """Send bytes in chunks, because the timeout of a TLS socket restarts with each call."""
         view = memoryview(data)
-        for start in range(0, len(view), PIECE_BYTES):
-            self._limit()
-            super().send(view[start : start + PIECE_BYTES])
+        for start in range(0, len(view), CHUNK_BYTES):
+            self._set_timeout()
+            super().send(view[start : start + CHUNK_BYTES])
 
-    def _limit(self) -> None:
-        """Have the next call of the socket take no longer than the time that remains."""
+    def _set_timeout(self) -> None:
+        """Limit the next call of the socket to the remaining time."""
         self.sock.settimeout(self._remaining())
 
     def _remaining(self) -> float:
@@ -185,17 +188,17 @@ class _Connection(http.client.HTTPConnection):
         return remaining
 
     def _use(self, connection: socket.socket, share: int = 1) -> None:
-        """Have a socket that `cut` reaches from now on, with a share of the time that remains."""
+        """Make `abort` reach a socket from now on, and limit it to a share of the remaining time."""
         with self._lock:
             self.sock = connection
-            if self.is_cut:
+            if self.aborted:
                 raise TimeoutError
         connection.settimeout(self._remaining() / share)
 
     def abort(self) -> None:
         with self._lock:
-            self.is_cut = True
+            self.aborted = True
             if self.sock is not None:
-                with contextlib.suppress(OSError):  # not connected yet, or not any more
-                    # Not the method of a TLS socket, which another thread is using.
+                with contextlib.suppress(OSError):  # not connected yet, or no longer
+                    # Not the method of the TLS socket, because another thread is using that.
                     socket.socket.shutdown(self.sock, socket.SHUT_RDWR)

@@ -1,4 +1,4 @@
-"""What follows from an attempt to deliver: https://github.com/standard-webhooks/standard-webhooks/blob/main/spec"""
+"""Decides what follows an attempt: https://github.com/standard-webhooks/standard-webhooks/blob/main/spec"""
 
 from __future__ import annotations
 
@@ -13,21 +13,25 @@ from ccm.models import DeliveryStatus
 
 # Pauses after the first attempt that fails, the second, ... (seconds).
 SCHEDULE = (5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
-# By how much of itself a pause may be longer, so that what failed together does not come back together.
+# The largest random extension of a pause, as a share of it, so that deliveries that failed together spread out.
 JITTER = 0.2
-# The most that a receiver may ask for in Retry-After (seconds).
+# The largest Retry-After that is respected (seconds).
 LONGEST_RETRY_AFTER = 86_400
-# The longest pause that there can be (seconds).
+# The longest possible pause (seconds).
 MAX_DELAY = max(LONGEST_RETRY_AFTER, max(SCHEDULE) * (1 + JITTER))
-RETRY_AFTER = (429, 503)
+# The statuses with which Retry-After is respected.
+RETRY_AFTER_STATUSES = (429, 503)
 GONE = 410
 
 
 @dataclass(frozen=True)
 class RetryDecision:
-    """What a delivery is now.
+    """The new state of a delivery after an attempt.
 
-    `error` is what was wrong with the attempt, `reason` why it is given up, `pause` the seconds to the next attempt.
+    Args:
+        error: why the attempt failed.
+        reason: why there are no more attempts.
+        pause: the seconds to the next attempt.
     """
 
     status: str
@@ -37,10 +41,11 @@ class RetryDecision:
 
 
 def decide(answer: Answer | str, attempts: int, schedule: Sequence[float]) -> RetryDecision:
-    """
+    """Decide the new state of a delivery.
+
     Args:
-        answer: of the receiver; or why there was none.
-        attempts: how many were made, this one included.
+        answer: the receiver's answer, or the reason why there is none.
+        attempts: the number of attempts, including this one.
     """
     if isinstance(answer, str):
         error = answer
@@ -56,13 +61,13 @@ def decide(answer: Answer | str, attempts: int, schedule: Sequence[float]) -> Re
     if attempts > len(schedule):
         return RetryDecision(DeliveryStatus.FAILED, error, f"no success in {attempts} attempts")
     pause = schedule[attempts - 1] * random.uniform(1, 1 + JITTER)  # noqa: S311  # no secret
-    if isinstance(answer, Answer) and answer.status in RETRY_AFTER:
-        pause = max(pause, min(_seconds(answer.retry_after), LONGEST_RETRY_AFTER))
+    if isinstance(answer, Answer) and answer.status in RETRY_AFTER_STATUSES:
+        pause = max(pause, min(_parse_retry_after(answer.retry_after), LONGEST_RETRY_AFTER))
     return RetryDecision(DeliveryStatus.PENDING, error, pause=pause)
 
 
-def _seconds(retry_after: str | None) -> float:
-    """What `Retry-After` says, a number of seconds or a date; 0 if it says nothing that can be used."""
+def _parse_retry_after(retry_after: str | None) -> float:
+    """Return the seconds of a `Retry-After`, which is a number or a date. 0 if it is missing or invalid."""
     text = (retry_after or "").strip()
     if text.isascii() and text.isdigit():
         return float(text[:9])

@@ -1,4 +1,4 @@
-"""The headers by which a receiver knows who calls, when, and whether it has had that before."""
+"""The headers of a webhook: its id, time and signatures, by which a receiver verifies and deduplicates it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from ccm import __version__
 
 
 def headers(webhook_id: str, seconds: int, body: bytes, keys: Sequence[bytes]) -> dict[str, str]:
-    """
+    """Return the headers of an attempt.
+
     Args:
-        seconds: the time of this attempt, since 1970.
-        keys: each makes a signature; without any the webhook is unsigned.
+        seconds: the time of the attempt (seconds since 1970).
+        keys: each adds a signature. Without keys the webhook is unsigned.
     """
-    named = {
+    fields = {
         "Content-Type": "application/json",
         "User-Agent": f"cc-manager/{__version__}",
         "Connection": "close",
@@ -26,5 +27,5 @@ def headers(webhook_id: str, seconds: int, body: bytes, keys: Sequence[bytes]) -
     signed = f"{webhook_id}.{seconds}.".encode("ascii") + body
     signatures = [base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode("ascii") for key in keys]
     if signatures:
-        named["webhook-signature"] = " ".join(f"v1,{signature}" for signature in signatures)
-    return named
+        fields["webhook-signature"] = " ".join(f"v1,{signature}" for signature in signatures)
+    return fields

@@ -1,4 +1,4 @@
-"""What the tests of export, import and prune share: the commands, and a database with a history to call them on."""
+"""Fixtures for the tests of export, import and prune: the commands, and a database with history."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.flask_commands import Flask
 
 
 class LendingWriter(Database):
-    """A writer that gives the right to write back after each transaction: the commands under test take it too."""
+    """A writable database that closes its connection after each transaction, because commands under test write too."""
 
     @contextmanager
     def transaction(self, uncertain: bool = False) -> Iterator[Transaction]:
@@ -27,7 +27,7 @@ class LendingWriter(Database):
 
 @pytest.fixture
 def writable(database_url: str) -> Iterator[Database]:
-    """The one writer of a database with the schema in place, except while a command is at work."""
+    """Yield a writable database with the current schema. Commands may write to it between its transactions."""
     database = LendingWriter(database_url, writable=True, pool_size=1)
     yield database
     database.close()
@@ -35,7 +35,7 @@ def writable(database_url: str) -> Iterator[Database]:
 
 @pytest.fixture
 def filled(writable: Database, database_url: str) -> str:
-    """The URL of a database with the history of tests/core/archive/history.py."""
+    """Return the URL of a database with the history of tests/core/archive/history.py."""
     fill(writable)
     return database_url
 
@@ -46,5 +46,5 @@ def flask(home: Path) -> Flask:
 
 
 def of_type(lines: list[dict[str, Any]], *types: str) -> list[dict[str, Any]]:
-    """Those lines of an export that are of some types."""
+    """Return the lines of an export that have one of the types."""
     return [line for line in lines if line["type"] in types]

@@ -1,4 +1,4 @@
-"""A history for the tests of export, import and prune; and the database of an original service, made by hand."""
+"""A history for the tests of export, import and prune, and a handmade database of the original service."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ODD = {
 }
 ROOT, FORK, OTHER = (str(uuid.UUID(int=number)) for number in (1, 2, 3))
 SECRET = "sk-very-secret-4711"
-# The columns of an approval; what it has of a run it gets with the run.
+# The columns of an approval, without those that name its run.
 APPROVAL = {
     "toolName": "Bash",
     "toolUseId": "toolu_1",
@@ -70,7 +70,7 @@ def at(minute: int) -> str:
 
 @contextmanager
 def writing(url: str) -> Iterator[Database]:
-    """The one writer of a database, made if there is none, until the end of the block."""
+    """Open a database for writing until the end of the block. Create it if there is none."""
     sqlite_file.prepare(url)
     with closing(Database(url, writable=True, pool_size=1)) as database:
         migrate(database)
@@ -85,13 +85,18 @@ def add_session(database: Database, session_id: str, **columns: Any) -> None:
 
 
 def add_run(
-    database: Database, session_id: str, seq: int, said: Iterable[Mapping[str, Any]] = (), **columns: Any
+    database: Database, session_id: str, seq: int, sent: Iterable[Mapping[str, Any]] = (), **columns: Any
 ) -> str:
-    """A run as the service would have left it; its id. Its transcript is `transcript`, if given."""
-    said = list(said)
+    """Store an ended run, and return its id.
+
+    Args:
+        sent: its messages.
+        columns: columns of the run. Also `transcript`: entries by subpath, and `approvals_of_run`: columns by approval.
+    """
+    sent = list(sent)
     run_id: str = columns.get("id", uuid_of(1000 + seq))
     entries = columns.pop("transcript", None)
-    asked = columns.pop("asked", ())
+    approvals_of_run = columns.pop("approvals_of_run", ())
     row = {
         "id": run_id,
         "seq": seq,
@@ -116,7 +121,7 @@ def add_run(
         "errorCode": None,
         "errorMessage": None,
         "costUsd": 0.1,
-        "messageCount": len(said),
+        "messageCount": len(sent),
         "hasTranscript": 1,
         "transcriptStored": int(entries is not None),
         "durationMs": 1234,
@@ -128,7 +133,7 @@ def add_run(
     }
     with database.transaction() as transaction:
         runs.insert(transaction, row, None)
-        texts = [(message.get("type", "unknown"), to_json_text(message)) for message in said]
+        texts = [(message.get("type", "unknown"), to_json_text(message)) for message in sent]
         batch = [Message(run_id, session_id, index, kind, text, at(seq)) for index, (kind, text) in enumerate(texts)]
         if batch:
             messages.insert_many(transaction, batch)
@@ -136,7 +141,7 @@ def add_run(
         sessions.run_added(transaction, session_id, seq, row["createdAt"])
         head = run_id if row["hasTranscript"] else None
         sessions.run_ended(transaction, session_id, len(batch) if ended else 0, row["costUsd"] or 0.0, head)
-        for one in asked:
+        for one in approvals_of_run:
             approvals.insert(transaction, {**APPROVAL, "runId": run_id, "sessionId": session_id, **one})
         for subpath, lines in (entries or {}).items():
             own = row["sdkSessionId"]
@@ -147,12 +152,12 @@ def add_run(
 
 
 def transcript_lines(session_id: str, *texts: str) -> list[dict[str, Any]]:
-    """Entries as Claude Code writes them: each names its session."""
+    """Return transcript entries as Claude Code writes them: each names its session."""
     return [{"uuid": uuid_of(3000 + n), "sessionId": session_id, "text": text} for n, text in enumerate(texts)]
 
 
 def fill(database: Database) -> None:
-    """Two trees: a session with two runs and a fork of the first, and another session."""
+    """Store two trees: a session with two runs and a fork of the first run, and another session."""
     add_session(database, ROOT, firstRunAt=at(1), title="Docs", metadataJson=to_json_text({"ticket": 17, "odd": "\0"}))
     first = add_run(
         database,
@@ -165,7 +170,7 @@ def fill(database: Database) -> None:
         },
         idempotencyKey="key-1",
         requestDigest="d" * 32,
-        asked=[{"id": uuid_of(4001)}, {"id": uuid_of(4002), **DENIAL}],
+        approvals_of_run=[{"id": uuid_of(4001)}, {"id": uuid_of(4002), **DENIAL}],
     )
     add_session(database, OTHER, firstRunAt=at(2), cwd="/srv/other")
     add_run(
@@ -220,8 +225,8 @@ def make_bun(path: Path, schema: str = BUN_SCHEMA) -> None:
 
 
 def add_bun_run(path: Path, run_id: Any, session_id: str | None, parent: str | None = None, **columns: Any) -> None:
-    """A run of the original service; `said` are the texts of its messages."""
-    said = columns.pop("said", [json.dumps({"type": "assistant", "text": f"I am {run_id}."})])
+    """Store a run of the original service; `sent` are the texts of its messages."""
+    sent = columns.pop("sent", [json.dumps({"type": "assistant", "text": f"I am {run_id}."})])
     row = {
         "id": run_id,
         "cwd": "/srv/project",
@@ -239,7 +244,7 @@ def add_bun_run(path: Path, run_id: Any, session_id: str | None, parent: str | N
     with closing(sqlite3.connect(path)) as connection, connection:
         names, marks = ", ".join(row), ", ".join("?" * len(row))
         connection.execute(f"INSERT INTO ccr_runs ({names}) VALUES ({marks})", list(row.values()))
-        for index, text in enumerate(said):
+        for index, text in enumerate(sent):
             connection.execute(
                 'INSERT INTO ccr_run_messages (run_id, "index", message_type, message_json, created_at) '
                 "VALUES (?, ?, ?, ?, ?)",

@@ -1,4 +1,4 @@
-"""`flask export` and `flask import` as the operator calls them, on both databases."""
+"""`flask export` and `flask import` on both databases."""
 
 from __future__ import annotations
 
@@ -37,12 +37,10 @@ def other(other_url: str) -> Iterator[Database]:
     database.close()
 
 
-# ---- there and back
+# ---- export and import
 
 
-def test_an_export_that_is_imported_elsewhere_is_exported_there_just_the_same(
-    flask: Flask, filled: str, other_url: str, tmp_path: Path
-) -> None:
+def test_an_export_of_an_imported_export_is_the_same(flask: Flask, filled: str, other_url: str, tmp_path: Path) -> None:
     exported = flask(filled, "export")
     file = tmp_path / "export.jsonl"
     file.write_text(exported.stdout)
@@ -63,7 +61,7 @@ def test_an_export_that_is_imported_elsewhere_is_exported_there_just_the_same(
     }
 
 
-def test_an_import_may_come_twice_and_from_standard_input(flask: Flask, filled: str, other_url: str) -> None:
+def test_an_import_can_be_repeated_and_can_read_standard_input(flask: Flask, filled: str, other_url: str) -> None:
     exported = flask(filled, "export").stdout
 
     first = flask(other_url, "import", "-", given=exported)
@@ -82,7 +80,7 @@ def test_a_message_is_exported_exactly_as_it_is_stored(flask: Flask, filled: str
     assert set(messages[0]) == {"type", "runId", "index", "createdAt", "message"}
 
 
-def test_an_import_of_a_cut_off_export_keeps_what_is_whole_and_is_completed_by_the_whole_one(
+def test_a_truncated_export_imports_its_complete_runs_and_the_whole_export_adds_the_rest(
     flask: Flask, filled: str, other_url: str
 ) -> None:
     exported = flask(filled, "export").stdout
@@ -92,7 +90,7 @@ def test_an_import_of_a_cut_off_export_keeps_what_is_whole_and_is_completed_by_t
 
     broken = flask(other_url, "import", "-", given=cut)
     assert broken.returncode == 1
-    assert f"Line {middle + 1}: it is no JSON. The file ends in it: it is cut off." in broken.stderr
+    assert f"Line {middle + 1}: it is no JSON. The file ends in it: it is truncated." in broken.stderr
     assert "2 sessions, 3 runs, 6 messages" in broken.stdout
     at_line_end = flask(other_url, "import", "-", given="".join(lines[:middle]))
     assert [at_line_end.returncode, f"ends with line {middle}" in at_line_end.stderr] == [1, True]
@@ -102,7 +100,7 @@ def test_an_import_of_a_cut_off_export_keeps_what_is_whole_and_is_completed_by_t
     assert flask(other_url, "export").stdout.splitlines()[1:] == exported.splitlines()[1:]
 
 
-def test_the_rest_of_an_import_that_was_cut_off_goes_to_where_it_would_have_gone(
+def test_the_rest_of_an_interrupted_import_gets_the_positions_it_would_have_had(
     flask: Flask, filled: str, other_url: str
 ) -> None:
     with writing(other_url) as own:
@@ -118,7 +116,7 @@ def test_the_rest_of_an_import_that_was_cut_off_goes_to_where_it_would_have_gone
     assert seqs == {uuid_of(1050): 50, **{uuid_of(1000 + seq): 45 + seq for seq in (1, 2, 3, 4)}}
 
 
-def test_what_is_written_while_an_export_goes_on_is_not_in_it(
+def test_an_export_does_not_contain_what_is_written_meanwhile(
     writable: Database, reader: Database, database_url: str
 ) -> None:
     fill(writable)
@@ -135,7 +133,7 @@ def test_what_is_written_while_an_export_goes_on_is_not_in_it(
     assert exported[-1] == {"type": "end", "sessions": 3, "runs": 4}
 
 
-def test_one_session_is_exported_with_all_that_it_was_forked_from(flask: Flask, filled: str, other_url: str) -> None:
+def test_one_session_is_exported_with_its_ancestors(flask: Flask, filled: str, other_url: str) -> None:
     by_id = flask(filled, "export", "--session", FORK)
     by_sdk_id = flask(filled, "export", "--session", uuid_of(2004))
 
@@ -147,7 +145,7 @@ def test_one_session_is_exported_with_all_that_it_was_forked_from(flask: Flask, 
     assert [line["sessionId"] for line in of_type(alone, "session")] == [OTHER]
 
 
-def test_an_unknown_session_is_told_and_nothing_is_written(flask: Flask, filled: str) -> None:
+def test_an_unknown_session_is_reported_and_nothing_is_written(flask: Flask, filled: str) -> None:
     unknown = flask(filled, "export", "--session", uuid_of(77))
     assert [unknown.returncode, unknown.stdout] == [1, ""]
     assert unknown.stderr == f"There is no session {uuid_of(77)} in this database.\n"
@@ -171,7 +169,7 @@ def test_an_export_whose_reader_leaves_ends_quietly(filled: str, environ: dict[s
 
 
 @pytest.mark.parametrize("words", [["export"], ["import", "-"], ["prune", "--session", ROOT]])
-def test_an_output_that_cannot_be_written_is_told_in_a_sentence(
+def test_an_output_that_cannot_be_written_is_reported_in_one_sentence(
     flask: Flask, filled: str, environ: dict[str, str], words: list[str]
 ) -> None:
     with open("/dev/full", "wb") as full:
@@ -187,7 +185,7 @@ def test_an_output_that_cannot_be_written_is_told_in_a_sentence(
     assert [done.returncode, done.stderr] == [1, b"The output cannot be written: No space left on device.\n"]
 
 
-def test_an_export_beside_a_running_service_is_of_one_moment(
+def test_an_export_beside_a_running_service_is_a_snapshot(
     flask: Flask, serve: ServeFunction, database_url: str, project: Path
 ) -> None:
     client = Client(serve(**variables(database_url)).url)
@@ -205,13 +203,13 @@ def test_an_export_beside_a_running_service_is_of_one_moment(
     assert "Another CC Manager is at work on this database" in beside.stderr
 
 
-def test_an_export_of_no_database_makes_none(flask: Flask, tmp_path: Path) -> None:
+def test_an_export_of_a_missing_database_does_not_create_it(flask: Flask, tmp_path: Path) -> None:
     missing = flask(f"sqlite:///{tmp_path}/none.sqlite", "export")
     assert [missing.returncode, "There is no database" in missing.stderr] == [3, True]
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- what comes in among what is there
+# ---- an import into a database with history
 
 
 def test_imported_history_comes_before_what_was_there_and_is_paged_through(
@@ -249,7 +247,7 @@ def test_imported_history_comes_before_what_was_there_and_is_paged_through(
     assert [session["headRunId"], session["title"]] == [uuid_of(1003), "Docs"]
 
 
-def test_what_came_later_to_an_imported_session_is_taken_in_after_it(
+def test_later_runs_of_an_imported_session_are_imported_after_it(
     flask: Flask, writable: Database, database_url: str, other_url: str, other: Database
 ) -> None:
     fill(writable)
@@ -262,7 +260,7 @@ def test_what_came_later_to_an_imported_session_is_taken_in_after_it(
     assert flask.export(other_url)[1:] == flask.export(database_url)[1:]
 
 
-def test_a_resume_of_what_has_gone_on_otherwise_here_becomes_a_fork(
+def test_a_resume_of_a_run_that_was_continued_another_way_here_becomes_a_fork(
     flask: Flask, writable: Database, database_url: str, other_url: str, other: Database
 ) -> None:
     fill(writable)
@@ -270,7 +268,7 @@ def test_a_resume_of_what_has_gone_on_otherwise_here_becomes_a_fork(
     add_run(writable, ROOT, 5, mode="resume", parentRunId=uuid_of(1003))
     add_run(writable, ROOT, 6, mode="resume", parentRunId=uuid_of(1005))
     with writing(other_url) as own:
-        # It has taken the place that run 5 would have.
+        # It has the position that run 5 would get.
         taken: dict[str, Any] = {"id": uuid_of(1999), "sdkSessionId": uuid_of(2999)}
         add_run(own, ROOT, 5, mode="resume", parentRunId=uuid_of(1003), **taken)
 
@@ -291,7 +289,7 @@ def test_a_resume_of_what_has_gone_on_otherwise_here_becomes_a_fork(
         assert [root.run_count, root.head_run_id] == [3, uuid_of(1999)]
 
 
-def test_a_fork_of_what_became_a_fork_here_is_one_of_that(
+def test_a_fork_of_a_run_that_became_a_fork_here_descends_from_it(
     flask: Flask, writable: Database, database_url: str, other_url: str
 ) -> None:
     fill(writable)
@@ -316,7 +314,7 @@ def test_a_fork_of_what_became_a_fork_here_is_one_of_that(
     assert "1 run, " not in flask(other_url, "import", "-", given=flask(database_url, "export").stdout).stdout
 
 
-def test_a_run_that_had_not_ended_comes_in_as_interrupted(
+def test_an_unfinished_run_is_imported_as_interrupted(
     flask: Flask, writable: Database, database_url: str, other_url: str, other: Database
 ) -> None:
     fill(writable)
@@ -353,7 +351,7 @@ def test_a_run_that_had_not_ended_comes_in_as_interrupted(
         assert [session.message_count, session.run_count, session.status] == [2, 3, "idle"]
 
 
-def test_an_idempotency_key_that_another_run_has_here_is_left_behind(flask: Flask, filled: str, other_url: str) -> None:
+def test_an_idempotency_key_that_another_run_has_is_dropped(flask: Flask, filled: str, other_url: str) -> None:
     with writing(other_url) as own:
         add_session(own, uuid_of(50))
         add_run(own, uuid_of(50), 50, idempotencyKey="key-1", requestDigest="e" * 32)
@@ -361,18 +359,18 @@ def test_an_idempotency_key_that_another_run_has_here_is_left_behind(flask: Flas
     imported = flask(other_url, "import", "-", given=flask(filled, "export").stdout)
 
     assert imported.returncode == 0
-    assert imported.stderr == f"Run {uuid_of(1001)} leaves its idempotency key behind: another run has it here.\n"
+    assert imported.stderr == f"Run {uuid_of(1001)} loses its idempotency key, because another run has it here.\n"
     keys = {run["runId"]: run["idempotencyKey"] for run in of_type(flask.export(other_url), "run")}
     assert [keys[uuid_of(1001)], keys[uuid_of(1050)]] == [None, "key-1"]
 
 
-# ---- what is no export
+# ---- invalid files
 
 HEADER = '{"type":"export","format":"cc-manager","version":1,"lastSeq":1}\n'
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"", "is neither an export"),
         (b"\x00\xff\xfe" * 100, "is neither an export"),
@@ -381,19 +379,19 @@ HEADER = '{"type":"export","format":"cc-manager","version":1,"lastSeq":1}\n'
         (b'{"type":"export","format":"cc-manager","version":2,"lastSeq":1}\n', "version 2 and this program knows 1"),
     ],
 )
-def test_a_file_that_is_neither_is_refused_and_nothing_is_made(
-    flask: Flask, tmp_path: Path, content: bytes, told: str
+def test_a_file_of_unknown_format_is_refused_and_no_database_is_created(
+    flask: Flask, tmp_path: Path, content: bytes, message: str
 ) -> None:
     file = tmp_path / "file"
     file.write_bytes(content)
     refused = flask(f"sqlite:///{tmp_path}/db.sqlite", "import", str(file))
 
     assert [refused.returncode, refused.stdout] == [1, ""]
-    assert told in refused.stderr
+    assert message in refused.stderr
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_an_export_that_cannot_be_stored_as_it_is_leaves_nothing_of_the_run(flask: Flask, filled: str) -> None:
+def test_a_run_that_cannot_be_stored_leaves_nothing_behind(flask: Flask, filled: str) -> None:
     exported = flask(filled, "export").stdout
     stranger = exported.replace(uuid_of(1001), uuid_of(5001))
 
@@ -404,7 +402,7 @@ def test_an_export_that_cannot_be_stored_as_it_is_leaves_nothing_of_the_run(flas
     assert flask(filled, "export").stdout.splitlines()[1:] == exported.splitlines()[1:]
 
 
-def test_a_run_that_does_not_fit_keeps_only_what_continues_it_out(
+def test_a_run_that_does_not_fit_excludes_only_its_descendants(
     flask: Flask, writable: Database, database_url: str, other_url: str
 ) -> None:
     fill(writable)
@@ -416,21 +414,21 @@ def test_a_run_that_does_not_fit_keeps_only_what_continues_it_out(
 
     assert done.returncode == 1
     assert "Imported 1 session, 1 run, " in done.stdout
-    told = done.stderr.splitlines()
-    assert told[0] == (
-        f"Run {uuid_of(1001)} cannot be taken: run {uuid_of(1050)}, which is here already, has the same sdkSessionId "
-        f"{uuid_of(2001)}."
+    warnings = done.stderr.splitlines()
+    assert warnings[0] == (
+        f"Run {uuid_of(1001)} cannot be imported: run {uuid_of(1050)}, which is here already, has the same "
+        f"sdkSessionId {uuid_of(2001)}."
     )
-    assert ["its parent run" in line for line in told[1:3]] == [True, True]
-    assert told[3:] == ["Not all has come in: of the runs, 3 did not fit, for the reasons above."]
+    assert ["its parent run" in line for line in warnings[1:3]] == [True, True]
+    assert warnings[3:] == ["The import is incomplete. Runs that do not fit, for the reasons above: 3."]
     assert {run["runId"] for run in of_type(flask.export(other_url), "run")} == {uuid_of(1002), uuid_of(1050)}
 
 
-def test_a_path_that_is_not_there_is_a_mistake_in_the_command(flask: Flask, tmp_path: Path) -> None:
+def test_a_missing_path_is_a_usage_error(flask: Flask, tmp_path: Path) -> None:
     assert flask(f"sqlite:///{tmp_path}/db.sqlite", "import", str(tmp_path / "none")).returncode == 2
 
 
-def test_a_database_of_our_own_is_to_be_exported_first(flask: Flask, tmp_path: Path) -> None:
+def test_a_database_of_this_service_must_be_exported_first(flask: Flask, tmp_path: Path) -> None:
     path = tmp_path / "db.sqlite"
     with writing(f"sqlite:///{path}"):
         pass

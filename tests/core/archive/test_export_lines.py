@@ -1,4 +1,4 @@
-"""An export as it is read back: whatever is not as it should be is refused, with the number of its line."""
+"""Reading an export: invalid lines are refused with their number."""
 
 from __future__ import annotations
 
@@ -97,20 +97,20 @@ APPROVAL: dict[str, Any] = {
 HEADER = {"type": "export", "format": "cc-manager", "version": 1, "lastSeq": 1}
 
 
-def take(database: Database, lines: list[dict[str, Any] | str], told: list[str] | None = None) -> None:
+def import_lines(database: Database, lines: list[dict[str, Any] | str], warnings: list[str] | None = None) -> None:
     text = "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in [HEADER, *lines])
     source = LineSource(io.BytesIO(text.encode("utf-8", "surrogatepass")), "it")
-    Importer(database, lambda _cwd, _id: False, ([] if told is None else told).append).take(source)
+    Importer(database, lambda _cwd, _id: False, ([] if warnings is None else warnings).append).run(source)
 
 
-def count(database: Database) -> int:
+def count_sessions(database: Database) -> int:
     return int(database.rows("SELECT COUNT(*) AS n FROM ccr_sessions")[0]["n"])
 
 
-def test_these_lines_are_well(writable: Database) -> None:
-    take(writable, list(LINES))
-    assert count(writable) == 1
-    # No main transcript has come, so it is not said to be here.
+def test_valid_lines_are_imported(writable: Database) -> None:
+    import_lines(writable, list(LINES))
+    assert count_sessions(writable) == 1
+    # The lines have no main transcript, so none is recorded as stored.
     assert writable.rows('SELECT "transcriptStored" AS stored, "messageCount" AS n FROM ccr_runs') == [
         {"stored": 0, "n": 1}
     ]
@@ -125,7 +125,7 @@ CHANGES: list[tuple[int, dict[str, Any], str]] = [
     (2, {"title": "\0"}, "title must be a text that can be stored"),
     (2, {"cwd": "\ud800"}, "cwd must be a text that can be stored"),
     (2, {"metadata": []}, "metadata must be an object"),
-    (2, {"type": "sesion"}, "type 'sesion' must not stand here"),
+    (2, {"type": "sesion"}, "type 'sesion' must not be here"),
     (3, {"runId": {"a": 1}}, "runId must be a text"),
     (3, {"runId": "a/b"}, "runId must be an id"),
     (3, {"runId": "start"}, "runId must not be 'start'"),
@@ -161,61 +161,61 @@ CHANGES: list[tuple[int, dict[str, Any], str]] = [
     (5, {"entries": ["x"]}, "entries must be an array of objects"),
     (5, {"index": 3}, "entry 0 of its transcript"),
     (6, {"runs": 2}, "a part of the file is missing"),
-    (6, {"type": "The End"}, "must not stand here"),
+    (6, {"type": "The End"}, "must not be here"),
 ]
 
 
-@pytest.mark.parametrize(("number", "change", "told"), CHANGES, ids=[f"{n} {list(c.items())}" for n, c, _ in CHANGES])
-def test_a_line_that_is_not_as_it_should_be_is_named(
-    writable: Database, number: int, change: dict[str, Any], told: str
-) -> None:
+@pytest.mark.parametrize(
+    ("number", "change", "message"), CHANGES, ids=[f"{n} {list(c.items())}" for n, c, _ in CHANGES]
+)
+def test_an_invalid_line_is_named(writable: Database, number: int, change: dict[str, Any], message: str) -> None:
     lines: list[dict[str, Any] | str] = list(LINES)
     lines[number - 2] = {**LINES[number - 2], **change}
 
-    sentences: list[str] = []
-    with pytest.raises(SourceError, match=r"Line|Not all has come in") as refused:
-        take(writable, lines, sentences)
+    warnings: list[str] = []
+    with pytest.raises(SourceError, match=r"Line|The import is incomplete") as refused:
+        import_lines(writable, lines, warnings)
 
-    # Of a run that does not fit it is told before the rest is read.
-    sentence = (sentences or [str(refused.value)])[0]
+    # The warning about a run that does not fit comes before the errors of the lines after it.
+    sentence = (warnings or [str(refused.value)])[0]
     assert sentence.startswith(("Line", "Run"))
-    assert told in sentence
-    assert count(writable) == (1 if number == 6 else 0)
+    assert message in sentence
+    assert count_sessions(writable) == (1 if number == 6 else 0)
 
 
-def approved(writable: Database) -> list[Any]:
+def stored_approvals(writable: Database) -> list[Any]:
     rows = writable.rows('SELECT id, status, resolution, "resolvedAt" FROM ccr_approvals ORDER BY seq')
     return [tuple(row.values()) for row in rows]
 
 
-def test_what_was_asked_comes_in_with_its_run(writable: Database) -> None:
+def test_approvals_are_imported_with_their_run(writable: Database) -> None:
     late = {**APPROVAL, "approvalId": uuid_of(7), "status": "denied", "resolution": "timed_out"}
-    take(writable, [*LINES[:3], APPROVAL, late, *LINES[3:]])
-    assert approved(writable) == [
+    import_lines(writable, [*LINES[:3], APPROVAL, late, *LINES[3:]])
+    assert stored_approvals(writable) == [
         (uuid_of(6), "allowed", "answered", at(1)),
         (uuid_of(7), "denied", "timed_out", at(1)),
     ]
 
 
-def test_what_was_pending_elsewhere_has_expired_here(writable: Database) -> None:
+def test_a_pending_approval_is_imported_as_expired(writable: Database) -> None:
     waiting = {**APPROVAL, "status": "pending", "resolution": None, "resolvedAt": None}
-    take(writable, [*LINES[:3], waiting, *LINES[3:]])
-    assert approved(writable) == [(uuid_of(6), "expired", "withdrawn", at(1))]
+    import_lines(writable, [*LINES[:3], waiting, *LINES[3:]])
+    assert stored_approvals(writable) == [(uuid_of(6), "expired", "withdrawn", at(1))]
 
 
-def test_a_run_whose_approval_another_run_has_here_is_left_out(writable: Database) -> None:
-    take(writable, [*LINES[:3], APPROVAL, *LINES[3:]])
+def test_a_run_with_an_approval_of_another_run_is_left_out(writable: Database) -> None:
+    import_lines(writable, [*LINES[:3], APPROVAL, *LINES[3:]])
     own = {"sessionId": uuid_of(30), "sdkSessionId": uuid_of(30), "runId": uuid_of(31)}
     other = [{**line, **{name: own[name] for name in own.keys() & line.keys()}} for line in (*LINES[:3], APPROVAL)]
-    told: list[str] = []
-    with pytest.raises(SourceError, match="Not all has come in"):
-        take(writable, [*other, LINES[-1]], told)
-    assert [sentence.endswith("is here already, of another run.") for sentence in told] == [True]
-    assert count(writable) == 1
+    warnings: list[str] = []
+    with pytest.raises(SourceError, match="The import is incomplete"):
+        import_lines(writable, [*other, LINES[-1]], warnings)
+    assert [sentence.endswith("is here already, of another run.") for sentence in warnings] == [True]
+    assert count_sessions(writable) == 1
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"runId": uuid_of(9)}, "an approval of run"),
         ({"approvalId": "a/b"}, "approvalId must be an id"),
@@ -234,38 +234,36 @@ def test_a_run_whose_approval_another_run_has_here_is_left_out(writable: Databas
         ({"expiresAt": None}, "expiresAt must be a text"),
     ],
 )
-def test_an_approval_that_is_not_as_it_should_be_is_named(
-    writable: Database, change: dict[str, Any], told: str
-) -> None:
+def test_an_invalid_approval_is_named(writable: Database, change: dict[str, Any], message: str) -> None:
     with pytest.raises(SourceError, match=r"Line 5: ") as refused:
-        take(writable, [*LINES[:3], {**APPROVAL, **change}, *LINES[3:]])
-    assert told in str(refused.value)
-    assert count(writable) == 0
+        import_lines(writable, [*LINES[:3], {**APPROVAL, **change}, *LINES[3:]])
+    assert message in str(refused.value)
+    assert count_sessions(writable) == 0
 
 
 @pytest.mark.parametrize(
     "line",
     ["{", "[]", "7", '"x"', "", "[" * 100_000, '{"type":"message","index":' + "9" * 5000 + "}", "\ud800"],
 )
-def test_a_line_that_is_no_object_is_named(writable: Database, line: str) -> None:
+def test_a_line_that_is_no_json_object_is_named(writable: Database, line: str) -> None:
     with pytest.raises(SourceError, match="Line 4: "):
-        take(writable, [SESSION, RUN, line + "\n", TRANSCRIPT, LINES[-1]])
-    assert count(writable) == 0
+        import_lines(writable, [SESSION, RUN, line + "\n", TRANSCRIPT, LINES[-1]])
+    assert count_sessions(writable) == 0
 
 
 def test_nothing_follows_the_end(writable: Database) -> None:
     with pytest.raises(SourceError, match="Line 7: there must be nothing after"):
-        take(writable, [*LINES, SESSION])
+        import_lines(writable, [*LINES, SESSION])
 
 
 def test_a_parent_in_another_tree_is_refused(writable: Database) -> None:
-    take(writable, list(LINES))
+    import_lines(writable, list(LINES))
     stranger = {**SESSION, "sessionId": uuid_of(20)}
     run = {**RUN, "runId": uuid_of(21), "sessionId": uuid_of(20), "sdkSessionId": uuid_of(20), "messageCount": 0}
     run |= {"mode": "fork", "parentRunId": uuid_of(2), "seq": 2}
 
-    told: list[str] = []
-    with pytest.raises(SourceError, match="Not all has come in"):
-        take(writable, [stranger, run, {"type": "end", "sessions": 1, "runs": 1}], told)
-    assert [sentence.endswith("is in no session that its own was forked from.") for sentence in told] == [True]
-    assert count(writable) == 1
+    warnings: list[str] = []
+    with pytest.raises(SourceError, match="The import is incomplete"):
+        import_lines(writable, [stranger, run, {"type": "end", "sessions": 1, "runs": 1}], warnings)
+    assert [sentence.endswith("is in no session that its own was forked from.") for sentence in warnings] == [True]
+    assert count_sessions(writable) == 1

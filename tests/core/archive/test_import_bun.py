@@ -1,4 +1,4 @@
-"""`flask import` of the original service's database: grouping, what its values may be, and that it is never changed."""
+"""`flask import` of the original service's database: grouping into sessions, odd values, and read-only access."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_the_first_resume_of_a_run_continues_its_session_and_its_siblings_become
     assert runs["root"]["endedAt"] == "2025-06-01T10:00:01.500Z"
 
 
-def test_a_run_that_was_a_fork_there_is_one_here(flask: Flask, bun: Path, database_url: str) -> None:
+def test_a_fork_stays_a_fork(flask: Flask, bun: Path, database_url: str) -> None:
     add_bun_run(bun, "root", A, created_at=day(1))
     add_bun_run(bun, "its-fork", B, A, created_at=day(2), mode="fork")
     add_bun_run(bun, "its-resume", C, A, created_at=day(3))
@@ -92,7 +92,7 @@ def test_a_run_that_was_a_fork_there_is_one_here(flask: Flask, bun: Path, databa
     assert [runs["its-fork"]["sessionId"], runs["its-resume"]["sessionId"]] == [B, A]
 
 
-def test_an_import_may_come_twice_and_brings_what_has_come_since(flask: Flask, bun: Path, database_url: str) -> None:
+def test_a_repeated_import_adds_the_new_runs(flask: Flask, bun: Path, database_url: str) -> None:
     add_bun_run(bun, "r1", A, created_at=day(1))
     add_bun_run(bun, "r2", "", created_at=day(2))
     flask(database_url, "import", str(bun))
@@ -120,7 +120,7 @@ def test_a_run_without_a_session_id_gets_a_session_of_its_own(flask: Flask, bun:
     assert [run["sessionId"] == run["sdkSessionId"] for run in runs.values()] == [True, True]
 
 
-def test_two_runs_of_one_session_id_follow_one_another_and_the_last_has_the_transcript(
+def test_runs_with_one_session_id_follow_one_another_and_the_last_has_the_transcript(
     flask: Flask, bun: Path, database_url: str, home: Path, project: Path
 ) -> None:
     transcript = transcript_path(str(project), A, {"HOME": str(home)})
@@ -135,12 +135,12 @@ def test_two_runs_of_one_session_id_follow_one_another_and_the_last_has_the_tran
     assert [runs["r2"]["parentRunId"], runs["r2"]["mode"], runs["r2"]["sdkSessionId"]] == ["r1", "resume", A]
     assert [runs["r1"]["hasTranscript"], runs["r2"]["hasTranscript"]] == [False, True]
     assert lines_of(flask, database_url, "session")[A]["headRunId"] == "r2"
-    assert "for the transcript is here: 1 run." in done.stdout
+    assert "because their transcript is here: 1 run." in done.stdout
 
 
-def test_what_is_not_as_it_should_be_is_told(flask: Flask, bun: Path, database_url: str) -> None:
+def test_invalid_values_are_reported(flask: Flask, bun: Path, database_url: str) -> None:
     odd = ['{"type": "user", "text": "\\u0000 \\ud83d"}', "{broken", "[1]", '{"no": "type"}']
-    add_bun_run(bun, "orphan", A, E, created_at=day(1), said=odd)
+    add_bun_run(bun, "orphan", A, E, created_at=day(1), sent=odd)
     add_bun_run(bun, "a/b", B, created_at=day(2), status="waiting", result_json="{broken", duration_ms="x")
     add_bun_run(bun, "going-on", C, created_at=day(3), status="running", result_json=None)
     add_bun_run(bun, "../../etc", "../../../etc/passwd", created_at="soon", prompt=None)
@@ -151,16 +151,16 @@ def test_what_is_not_as_it_should_be_is_told(flask: Flask, bun: Path, database_u
     done = flask(database_url, "import", str(bun))
 
     assert done.returncode == 0
-    told = done.stderr.splitlines()
+    warnings = done.stderr.splitlines()
     for sentence in (
-        f"Run orphan continued session {E}, which is not in this database: it begins one of its own.",
-        "Message 1 of run orphan is no JSON object: it is kept as text, in the field 'unparsed'.",
-        "Message 2 of run orphan is no JSON object: it is kept as text, in the field 'unparsed'.",
-        "Run going-on had not ended: it is error / INTERRUPTED now.",
+        f"Run orphan continued session {E}, which is not in this database. It begins a session of its own.",
+        "Message 1 of run orphan is no JSON object. It is kept as text, in the field 'unparsed'.",
+        "Message 2 of run orphan is no JSON object. It is kept as text, in the field 'unparsed'.",
+        "Run going-on had not ended. It is now error / INTERRUPTED.",
         "Messages that belong to no run were left out: 1.",
     ):
-        assert sentence in told
-    assert "Run 'a/b' has an id that no address can have" in done.stderr
+        assert sentence in warnings
+    assert "Run 'a/b' has an id that cannot be part of a URL" in done.stderr
     runs = {run["prompt"]: run for run in lines_of(flask, database_url, "run").values()}
     assert [runs["Prompt of orphan"]["mode"], runs["Prompt of orphan"]["messageCount"]] == ["fresh", 4]
     waiting = runs["Prompt of a/b"]
@@ -176,7 +176,7 @@ def test_what_is_not_as_it_should_be_is_told(flask: Flask, bun: Path, database_u
     assert [messages[2]["unparsed"], messages[3]] == ["[1]", {"no": "type"}]
 
 
-def test_older_tables_without_mode_and_index_are_read_too(flask: Flask, tmp_path: Path, database_url: str) -> None:
+def test_older_tables_without_mode_and_index_are_read(flask: Flask, tmp_path: Path, database_url: str) -> None:
     path = tmp_path / "old.sqlite"
     make_bun(
         path,
@@ -210,13 +210,11 @@ def test_older_tables_without_mode_and_index_are_read_too(flask: Flask, tmp_path
         (b"x", None),
     ],
 )
-def test_a_time_is_read_however_it_was_written(stored: Any, read: str | None) -> None:
+def test_times_in_all_formats_are_read(stored: Any, read: str | None) -> None:
     assert iso_time(stored) == read
 
 
-def test_a_parent_that_a_wrong_clock_puts_after_its_child_comes_first(
-    flask: Flask, bun: Path, database_url: str
-) -> None:
+def test_a_parent_with_a_later_timestamp_than_its_child_comes_first(flask: Flask, bun: Path, database_url: str) -> None:
     add_bun_run(bun, "child", B, A, created_at=day(1))
     add_bun_run(bun, "root", A, created_at=day(2))
     add_bun_run(bun, "ring-1", C, D, created_at=day(3))
@@ -230,29 +228,29 @@ def test_a_parent_that_a_wrong_clock_puts_after_its_child_comes_first(
 
 
 @pytest.fixture
-def written_ahead(bun: Path) -> Iterator[Path]:
-    """A Bun database whose last run is still in its write-ahead log, as while its service runs."""
+def bun_with_log(bun: Path) -> Iterator[Path]:
+    """Yield a Bun database whose last run is still in its write-ahead log, as while its service runs."""
     add_bun_run(bun, "r1", A, created_at=day(1))
     connection = sqlite3.connect(bun)
     connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("SELECT COUNT(*) FROM ccr_runs").fetchall()  # it holds the log open
+    connection.execute("SELECT COUNT(*) FROM ccr_runs").fetchall()  # keeps the log open
     add_bun_run(bun, "r2", B, A, created_at=day(2))
     yield bun
     connection.close()
 
 
 def test_the_database_is_read_with_its_log_and_never_changed(
-    flask: Flask, written_ahead: Path, database_url: str
+    flask: Flask, bun_with_log: Path, database_url: str
 ) -> None:
-    log = written_ahead.with_name("bun.sqlite-wal")
-    before = written_ahead.read_bytes(), log.read_bytes()
+    log = bun_with_log.with_name("bun.sqlite-wal")
+    before = bun_with_log.read_bytes(), log.read_bytes()
     assert b"Prompt of r2" not in before[0]
 
-    assert "2 runs" in flask(database_url, "import", str(written_ahead)).stdout
-    assert (written_ahead.read_bytes(), log.read_bytes()) == before
+    assert "2 runs" in flask(database_url, "import", str(bun_with_log)).stdout
+    assert (bun_with_log.read_bytes(), log.read_bytes()) == before
 
 
-def test_a_database_that_was_closed_well_is_read_and_nothing_is_left_beside_it(
+def test_reading_a_cleanly_closed_database_leaves_no_files_beside_it(
     flask: Flask, bun: Path, tmp_path: Path, home: Path
 ) -> None:
     with closing(sqlite3.connect(bun)) as connection:
@@ -276,7 +274,7 @@ def test_another_programs_database_is_refused(flask: Flask, tmp_path: Path) -> N
     assert not (tmp_path / "db.sqlite").exists()
 
 
-def test_what_has_gone_on_here_since_is_not_continued_twice(flask: Flask, bun: Path, database_url: str) -> None:
+def test_a_run_that_was_continued_here_since_is_not_continued_twice(flask: Flask, bun: Path, database_url: str) -> None:
     add_bun_run(bun, "root", A, created_at=day(1))
     flask(database_url, "import", str(bun))
     with writing(database_url) as own:
@@ -289,7 +287,7 @@ def test_what_has_gone_on_here_since_is_not_continued_twice(flask: Flask, bun: P
     assert lines_of(flask, database_url, "session")[B]["parentSessionId"] == A
 
 
-def test_a_fork_of_what_became_a_fork_here_is_one_of_that(flask: Flask, bun: Path, database_url: str) -> None:
+def test_a_fork_of_a_run_that_became_a_fork_here_descends_from_it(flask: Flask, bun: Path, database_url: str) -> None:
     add_bun_run(bun, "root", A, created_at=day(1))
     flask(database_url, "import", str(bun))
     with writing(database_url) as own:
@@ -307,7 +305,7 @@ def test_a_fork_of_what_became_a_fork_here_is_one_of_that(flask: Flask, bun: Pat
 
 
 @pytest.mark.parametrize("gone_on", [False, True])
-def test_a_session_id_that_a_run_has_here_already_stays_with_it(
+def test_a_session_id_stays_with_the_run_that_has_it_here(
     flask: Flask, bun: Path, database_url: str, gone_on: bool
 ) -> None:
     add_bun_run(bun, "r1", A, created_at=day(1))
@@ -315,7 +313,7 @@ def test_a_session_id_that_a_run_has_here_already_stays_with_it(
     if gone_on:
         with writing(database_url) as own:
             add_run(own, A, 5, mode="resume", parentRunId="r1")
-    # There, the last of the runs that share a session id has it.
+    # In the original service, the last of the runs that share a session id has it.
     add_bun_run(bun, "r2", A, A, created_at=day(2))
     add_bun_run(bun, "r3", B, created_at=day(3))
 
@@ -331,7 +329,7 @@ def test_a_session_id_that_a_run_has_here_already_stays_with_it(
     assert [again.returncode, "here already: 3 runs." in again.stdout] == [0, True]
 
 
-def test_two_databases_with_one_session_id_come_in_as_two_sessions(
+def test_two_databases_with_the_same_session_id_become_two_sessions(
     flask: Flask, bun: Path, tmp_path: Path, database_url: str
 ) -> None:
     second = tmp_path / "second.sqlite"
@@ -363,5 +361,5 @@ def test_imported_history_is_served(flask: Flask, bun: Path, database_url: str, 
     assert [run["id"] for run in client.get(page.next or "").json] == newest_first[4:]
     assert client.messages("r3") == [{"type": "assistant", "text": "I am r3."}]
     assert client.get(f"/api/sessions/{uuid_of(63)}/runs").json == [client.run("r3")]
-    told = client.post("/api/runs/resume", {"sessionId": uuid_of(63), "prompt": "Go on."})
-    assert [told.status, told.error["code"]] == [409, "SESSION_NOT_RESUMABLE"]
+    refused = client.post("/api/runs/resume", {"sessionId": uuid_of(63), "prompt": "Go on."})
+    assert [refused.status, refused.error["code"]] == [409, "SESSION_NOT_RESUMABLE"]

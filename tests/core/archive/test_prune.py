@@ -1,4 +1,4 @@
-"""`flask prune`: what goes, what stays, and that the bytes are really gone."""
+"""`flask prune`: the rows and files that it deletes and keeps, and the removal of the bytes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TABLES = ("ccr_sessions", "ccr_runs", "ccr_run_messages", "ccr_transcripts", "cc
 
 @pytest.fixture
 def own_home(tmp_path: Path) -> Path:
-    """A HOME of the test's own, for files are deleted in it."""
+    """Return a HOME of the test's own, because files in it are deleted."""
     folder = tmp_path / "home"
     folder.mkdir()
     return folder
@@ -66,7 +66,7 @@ def recent(**ago: int) -> str:
 
 
 @pytest.mark.parametrize("named", [ROOT, FORK, uuid_of(2004)])
-def test_any_session_of_a_tree_takes_the_whole_tree_and_no_other(flask: Flask, filled: str, named: str) -> None:
+def test_naming_any_session_deletes_its_whole_tree_and_no_other(flask: Flask, filled: str, named: str) -> None:
     other = flask.export(filled, "--session", OTHER)[1:]
 
     done = flask(filled, "prune", "--session", named)
@@ -80,7 +80,7 @@ def test_any_session_of_a_tree_takes_the_whole_tree_and_no_other(flask: Flask, f
     assert flask(filled, "prune", "--session", ROOT).returncode == 1
 
 
-def test_a_text_that_another_tree_has_too_stays(flask: Flask, writable: Database, filled: str) -> None:
+def test_a_text_that_another_tree_shares_stays(flask: Flask, writable: Database, filled: str) -> None:
     flask(filled, "prune", "--session", OTHER)
     texts = writable.rows("SELECT COUNT(*) AS n FROM ccr_transcript_texts")[0]["n"]
     entries = writable.rows("SELECT COUNT(DISTINCT digest) AS n FROM ccr_transcript_entries")[0]["n"]
@@ -91,9 +91,7 @@ def test_a_text_that_another_tree_has_too_stays(flask: Flask, writable: Database
         assert writable.rows(f"SELECT COUNT(*) AS n FROM {table}")[0]["n"] == 0
 
 
-def test_what_has_happened_to_the_runs_goes_with_them_and_all_that_was_to_be_delivered(
-    flask: Flask, writable: Database, filled: str
-) -> None:
+def test_events_and_deliveries_are_deleted_with_their_runs(flask: Flask, writable: Database, filled: str) -> None:
     with writable.transaction() as transaction:
         outbox = Outbox(service=True)
         for run in runs.page(transaction, {}, limit=10, after=None):
@@ -112,7 +110,7 @@ def test_what_has_happened_to_the_runs_goes_with_them_and_all_that_was_to_be_del
     assert left() == [0, 0]
 
 
-def test_a_dry_run_says_the_same_and_changes_nothing(flask: Flask, filled: str) -> None:
+def test_a_dry_run_prints_the_same_and_changes_nothing(flask: Flask, filled: str) -> None:
     before = flask.export(filled)[1:]
     would = flask(filled, "prune", "--session", FORK, "--dry-run")
     assert flask.export(filled)[1:] == before
@@ -121,9 +119,7 @@ def test_a_dry_run_says_the_same_and_changes_nothing(flask: Flask, filled: str) 
     assert would.stdout.replace("Would delete", "Deleted") == did.stdout
 
 
-def test_a_dry_run_may_be_made_beside_the_service_and_a_real_one_not(
-    flask: Flask, filled: str, serve: ServeFunction
-) -> None:
+def test_only_a_dry_run_is_possible_beside_the_service(flask: Flask, filled: str, serve: ServeFunction) -> None:
     client = Client(serve(**variables(filled)).url)
     would = flask(filled, "prune", "--older-than", "1h", "--dry-run")
     refused = flask(filled, "prune", "--older-than", "1h")
@@ -133,7 +129,7 @@ def test_a_dry_run_may_be_made_beside_the_service_and_a_real_one_not(
     assert len(client.get("/api/sessions").json) == 3
 
 
-def test_the_age_of_a_tree_is_that_of_the_latest_activity_in_any_of_its_sessions(
+def test_the_age_of_a_tree_counts_from_the_latest_activity_in_any_of_its_sessions(
     flask: Flask, writable: Database, filled: str
 ) -> None:
     # The root is years old; a fork of a fork was made two days ago.
@@ -150,7 +146,7 @@ def test_the_age_of_a_tree_is_that_of_the_latest_activity_in_any_of_its_sessions
     assert ids(flask, filled) == []
 
 
-def test_a_tree_with_a_run_that_has_not_ended_is_left_alone(flask: Flask, writable: Database, filled: str) -> None:
+def test_a_tree_with_an_unfinished_run_is_left_alone(flask: Flask, writable: Database, filled: str) -> None:
     running = {"status": "running", "endedAt": None, "hasTranscript": 0}
     add_run(writable, ROOT, 5, [{"type": "system"}], mode="resume", parentRunId=uuid_of(1003), **running)
 
@@ -176,12 +172,12 @@ def test_a_tree_with_a_run_that_has_not_ended_is_left_alone(flask: Flask, writab
         ["--older-than", "1y"],
     ],
 )
-def test_a_mistake_in_the_command_deletes_nothing(flask: Flask, tmp_path: Path, words: list[str]) -> None:
+def test_a_usage_error_deletes_nothing(flask: Flask, tmp_path: Path, words: list[str]) -> None:
     assert flask(f"sqlite:///{tmp_path}/none.sqlite", "prune", *words).returncode == 2
     assert not (tmp_path / "none.sqlite").exists()
 
 
-def test_claude_codes_own_files_of_the_runs_go_and_the_agents_files_stay(
+def test_claude_codes_own_files_are_deleted_and_the_agents_files_stay(
     flask: Flask, writable: Database, database_url: str, own_home: Path, project: Path
 ) -> None:
     add_session(writable, ROOT, cwd=str(project))
@@ -212,7 +208,7 @@ def test_claude_codes_own_files_of_the_runs_go_and_the_agents_files_stay(
     assert (project / "here-is-a-file.txt").read_text() == "hello\n"
 
 
-def test_copies_of_transcripts_that_were_written_for_other_runs_go_too(
+def test_copies_of_transcripts_for_other_runs_are_deleted(
     flask: Flask, writable: Database, database_url: str, own_home: Path, project: Path
 ) -> None:
     add_session(writable, ROOT, cwd=str(project))
@@ -229,10 +225,10 @@ def test_copies_of_transcripts_that_were_written_for_other_runs_go_too(
         write(own_home, Path("/srv/other"), parent),
         write(own_home / "configured", Path("/srv/other"), parent, "CLAUDE_CONFIG_DIR"),
         write(own_home / "another-home", Path("/srv/other"), parent),
-        # Whatever name Claude Code gave to a directory.
+        # The directory may have any name.
         own_home / ".claude" / "projects" / "-srv-\U0001f600" / f"{parent}.jsonl",
         own_home / ".claude" / "projects" / "-srv-\U0001f600" / parent / "subagents" / "agent-1.jsonl",
-        # What a service that was killed has left of writing a transcript back.
+        # The temporary file of a service that was killed while it wrote a transcript back.
         own_home / ".claude" / "projects" / "-srv-other" / f".ccm-{parent}-abcd_123",
     ]
     names = [f"{uuid_of(9999)}.jsonl", f".ccm-{uuid_of(9999)}-abcd", ".ccm-abcd", f"{parent}.txt", "memory"]
@@ -253,7 +249,7 @@ def test_copies_of_transcripts_that_were_written_for_other_runs_go_too(
     assert not (own_home / ".claude" / "projects" / "-srv-\U0001f600" / parent).exists()
 
 
-def test_a_transcript_that_the_service_has_set_aside_goes_too(
+def test_a_transcript_that_the_service_set_aside_is_deleted(
     flask: Flask, writable: Database, database_url: str, own_home: Path, project: Path
 ) -> None:
     add_session(writable, ROOT, cwd=str(project))
@@ -285,68 +281,68 @@ def files_of(url: str) -> Iterator[Path]:
 
 
 @pytest.fixture
-def lite(tmp_path: Path) -> Iterator[tuple[Database, str]]:
-    """A SQLite database, whose file is looked into."""
+def sqlite(tmp_path: Path) -> Iterator[tuple[Database, str]]:
+    """Yield a SQLite database and its URL. The tests read its file."""
     url = f"sqlite:///{tmp_path}/db.sqlite"
     with writing(url) as database:
         yield database, url
 
 
-def holds_secret(url: str) -> bool:
+def contains_secret(url: str) -> bool:
     return any(SECRET.encode() in file.read_bytes() for file in files_of(url))
 
 
-def test_the_bytes_are_gone_from_the_database_and_its_log(flask: Flask, lite: tuple[Database, str]) -> None:
-    database, url = lite
+def test_the_bytes_are_removed_from_the_database_and_its_log(flask: Flask, sqlite: tuple[Database, str]) -> None:
+    database, url = sqlite
     fill(database)
-    assert holds_secret(url)
+    assert contains_secret(url)
 
     flask(url, "prune", "--session", ROOT)
 
     assert {file.name for file in files_of(url)} >= {"db.sqlite", "db.sqlite-wal", "db.sqlite-shm"}
-    assert not holds_secret(url)
+    assert not contains_secret(url)
     assert os.stat(url.removeprefix("sqlite:///")).st_mode & 0o777 == 0o600
     assert database.rows("SELECT COUNT(*) AS n FROM ccr_runs") == [{"n": 1}]
 
 
-def test_the_file_is_written_anew_without_room_for_temporary_files(
-    environ: dict[str, str], own_home: Path, lite: tuple[Database, str], small_disk: SmallDisk
+def test_the_file_is_rewritten_without_space_for_temporary_files(
+    environ: dict[str, str], own_home: Path, sqlite: tuple[Database, str], small_disk: SmallDisk
 ) -> None:
-    database, url = lite
+    database, url = sqlite
     fill(database)
     with database.transaction() as transaction:
         transaction.execute("UPDATE ccr_sessions SET title = :title WHERE id = :id", title="x" * 2**24, id=OTHER)
     small_disk.fill()
-    # A process of its own: SQLite looks at TMPDIR when it is loaded.
+    # A process of its own, because SQLite reads TMPDIR when it is loaded.
     own = {"HOME": str(own_home), "TMPDIR": str(small_disk.path), **variables(url)}
     command = [*FLASK, "prune", "--session", ROOT]
 
     done = subprocess.run(command, env=environ | own, cwd=APP.parent, capture_output=True, text=True, check=False)
 
     assert [done.returncode, done.stderr] == [0, ""]
-    assert not holds_secret(url)
+    assert not contains_secret(url)
 
 
-def test_a_reader_that_holds_the_log_is_told_of_and_the_next_prune_clears_it(
-    flask: Flask, lite: tuple[Database, str], monkeypatch: pytest.MonkeyPatch
+def test_a_reader_that_holds_the_log_is_reported_and_the_next_prune_clears_it(
+    flask: Flask, sqlite: tuple[Database, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ccm.db.trees.CLEAR_TIMEOUT", 0.1)
-    database, url = lite
+    database, url = sqlite
     fill(database)
     with closing(sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)) as reader:
         reader.execute("BEGIN")
         reader.execute("SELECT COUNT(*) FROM ccr_runs").fetchone()
         held = flask(url, "prune", "--session", ROOT)
     assert held.returncode == 1
-    assert "still has its bytes in the database's files" in held.stderr
-    assert holds_secret(url)
+    assert "still have their bytes in the database's files" in held.stderr
+    assert contains_secret(url)
 
     later = flask(url, "prune", "--older-than", "9999w")
     assert [later.returncode, later.stdout] == [0, "Nothing to delete.\n"]
-    assert not holds_secret(url)
+    assert not contains_secret(url)
 
 
-def test_a_prune_that_was_cut_off_is_completed_by_the_next(
+def test_the_next_prune_completes_an_interrupted_one(
     flask: Flask, filled: str, monkeypatch: pytest.MonkeyPatch, writable: Database
 ) -> None:
     from ccm.db import trees
@@ -368,7 +364,7 @@ def test_a_prune_that_was_cut_off_is_completed_by_the_next(
     assert ids(flask, filled) == [OTHER]
 
 
-def test_a_service_that_starts_after_a_prune_was_cut_off_answers_honestly(
+def test_a_service_answers_consistently_after_an_interrupted_prune(
     flask: Flask, filled: str, monkeypatch: pytest.MonkeyPatch, writable: Database, serve: ServeFunction
 ) -> None:
     from ccm.db import trees

@@ -1,5 +1,4 @@
 """Reads the database of the original service, which ran on Bun, as a source for an import.
 
-Only `sources.py` knows of this package. It reads SQLite itself, because that file is nobody's but the original's:
-`ccm/db` is about the service's own database.
+Only `sources.py` imports this package. It reads SQLite directly, because `ccm/db` is for the service's own database.
 """

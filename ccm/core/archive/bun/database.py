@@ -1,4 +1,4 @@
-"""The database of the original service, which ran on Bun: two tables in a SQLite file. It is only read."""
+"""The database of the original service, which ran on Bun: two tables in a SQLite file. It is opened read-only."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ MESSAGE_COLUMNS = ("message_type", "message_json", "created_at")
 # https://www.sqlite.org/fileformat.html#file_format_version_numbers
 WRITE_VERSION_AT = slice(18, 19)
 WAL_VERSION = b"\x02"
-# Without these it is some other program's.
+# A database without these columns is another program's.
 NEEDED = {"ccr_runs": ("id", "cwd", "session_id"), "ccr_run_messages": ("run_id", "message_json")}
 
 
 class BunLink(NamedTuple):
-    """A run without its texts: what the grouping needs, as it is stored."""
+    """A run's stored values without its long texts, for the grouping."""
 
     rowid: int
     id: Any
@@ -52,10 +52,10 @@ class BunMessage(NamedTuple):
 
 
 class BunDatabase:
-    """The file, opened for reading, at one moment.
+    """A snapshot of the file, opened read-only.
 
     Raises:
-        CommandRefused: it is not the original service's.
+        CommandRefused: the file is not the original service's.
     """
 
     def __init__(self, path: Path) -> None:
@@ -81,10 +81,10 @@ class BunDatabase:
                     )
 
     def _open(self, header: bytes) -> sqlite3.Connection:
-        """It is never written to, and its write-ahead log counts where there is one.
+        """Open the file without writing to it. Include its write-ahead log if there is one.
 
-        Where there could be one and is none, nobody has the file open. Then it is declared immutable, or SQLite would
-        make a log beside it, and one of another user's would shut the original service out of its database.
+        If the file uses a log and has none, no process has it open. Then it is opened as immutable: SQLite would
+        otherwise create a log, which, owned by another user, locks the original service out of its database.
         """
         log = self._path.with_name(self._path.name + "-wal")
         unused = header[WRITE_VERSION_AT] == WAL_VERSION and not log.exists()
@@ -106,10 +106,10 @@ class BunDatabase:
         self._connection.close()
 
     def _rows(self, sql: str, *parameters: Any) -> Iterator[tuple[Any, ...]]:
-        """What a query gives, row by row.
+        """Yield the rows of a query.
 
         Raises:
-            CommandRefused: the file is damaged. Not a driver's error: it would be taken for our own database's.
+            CommandRefused: the file is damaged. A driver's error would look like one of the service's own database.
         """
         try:
             with closing(self._connection.execute(sql, parameters)) as rows:
@@ -118,23 +118,23 @@ class BunDatabase:
             raise CommandRefused(f"{self._path} cannot be read: {error}.") from None
 
     def _selected(self, table: str, columns: tuple[str, ...]) -> str:
-        there = self._columns[table]
-        return ", ".join(f'"{column}"' if column in there else f'NULL AS "{column}"' for column in columns)
+        existing = self._columns[table]
+        return ", ".join(f'"{column}"' if column in existing else f'NULL AS "{column}"' for column in columns)
 
     def links(self) -> Iterator[BunLink]:
-        """All runs, by rowid."""
+        """Return all runs in the order of their rowids."""
         sql = f"SELECT rowid, {self._selected('ccr_runs', LINK_COLUMNS)} FROM ccr_runs ORDER BY rowid"
         return (BunLink(*row) for row in self._rows(sql))
 
     def run(self, rowid: int) -> Mapping[str, Any]:
-        """A run whole, as it is stored."""
+        """Return all stored columns of a run."""
         sql = f"SELECT {self._selected('ccr_runs', RUN_COLUMNS)} FROM ccr_runs WHERE rowid = ?"
         return dict(zip(RUN_COLUMNS, next(self._rows(sql, rowid)), strict=True))
 
     def order_messages(self) -> None:
-        """Note where each run's messages are: the table itself need not have an index by run."""
-        there = self._columns["ccr_run_messages"]
-        place, message_id = (f'"{column}"' if column in there else "NULL" for column in ("index", "id"))
+        """Build a temporary index of messages by run, because the table may have none."""
+        existing = self._columns["ccr_run_messages"]
+        place, message_id = (f'"{column}"' if column in existing else "NULL" for column in ("index", "id"))
         for statement in (
             "PRAGMA temp_store = FILE",
             f"CREATE TEMP TABLE places AS SELECT run_id, {place} AS place, {message_id} AS nth, rowid AS at "
@@ -144,7 +144,7 @@ class BunDatabase:
             list(self._rows(statement))
 
     def messages(self, run_id: Any) -> Iterator[BunMessage]:
-        """A run's messages, by their index, else by their id. `order_messages` comes first."""
+        """Return a run's messages in the order of their indexes, or else of their ids. Call `order_messages` first."""
         columns = self._selected("ccr_run_messages", MESSAGE_COLUMNS)
         sql = (
             f"SELECT {columns} FROM (SELECT place, nth, at FROM temp.places WHERE run_id = ?) "
@@ -153,6 +153,6 @@ class BunDatabase:
         return (BunMessage(*row) for row in self._rows(sql, run_id))
 
     def orphans(self) -> int:
-        """How many messages belong to no run."""
+        """Return the number of messages without a run."""
         sql = "SELECT COUNT(*) FROM temp.places WHERE run_id IS NULL OR run_id NOT IN (SELECT id FROM main.ccr_runs)"
         return int(next(self._rows(sql))[0])

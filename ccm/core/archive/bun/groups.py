@@ -1,7 +1,7 @@
-"""Which run of the original service belongs into which session here.
+"""Assigns the runs of the original service to sessions.
 
-There each resume got a new session id and names the one that it continued. Here the first resume of a run continues its
-session, and its siblings become forks.
+In the original service each resume got a new session id and names the session it continued. Here the first resume of a
+run continues its session, and further ones become forks.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import NamedTuple
 
 from ccm.core.archive.bun import values
 from ccm.core.archive.bun.database import BunLink
-from ccm.core.archive.records import NOT_FOR_RUNS
+from ccm.core.archive.records import RESERVED_RUN_IDS
 from ccm.models import RunMode
 from ccm.models.fields import RUN_ID
 
-# Of the ids that are made for what has none that can be used: the same ones at every import.
+# The namespace of generated ids, which replace unusable ones. Every import generates the same ids.
 NAMESPACE = uuid.UUID("6ccb6f2c-5f6c-4d0e-9c3b-1f4c1a0f6a3e")
 UNKNOWN_TIME = "1970-01-01T00:00:00.000Z"
 
 
 class Group(NamedTuple):
-    """A run's place among the others, which `parent` is the number of. Ids are those that it has here.
+    """A run with its ids in our database. `parent` is the index of its parent in the list of groups.
 
-    `made_id` is a UUID that is its own whatever the others are.
+    `made_id` is a generated UUID that no other run has.
     """
 
     link: BunLink
@@ -38,7 +38,7 @@ class Group(NamedTuple):
 
 
 class _Sessions:
-    """The runs of each session id there, in order."""
+    """The runs of each original session id, in order."""
 
     def __init__(self, links: Sequence[BunLink]) -> None:
         self._ids = [values.text(link.session_id) for link in links]
@@ -51,22 +51,22 @@ class _Sessions:
         return self._ids[number]
 
     def shared_with(self, number: int) -> list[int]:
-        """The runs that have a run's session id, itself among them."""
+        """Return the runs with the same session id as a run, including itself."""
         return self._runs.get(self._ids[number], [number])
 
     def runs(self, session_id: str) -> list[int]:
         return self._runs.get(session_id, [])
 
 
-def group(links: Sequence[BunLink], tell: Callable[[str], None]) -> list[Group]:
-    """The runs in the order of their times, each with its session.
+def group(links: Sequence[BunLink], warn: Callable[[str], None]) -> list[Group]:
+    """Return the runs in the order of their times, each with its session.
 
     Args:
-        tell: called with a sentence about whatever cannot be as it was.
+        warn: called with a sentence for each thing that is not imported unchanged.
     """
     links = sorted(links, key=lambda link: (_time(link), link.rowid))
     sessions = _Sessions(links)
-    parents = _without_rings([_parent(number, link, sessions, tell) for number, link in enumerate(links)])
+    parents = _without_cycles([_parent(number, link, sessions, warn) for number, link in enumerate(links)])
     continued: set[int] = set()
     groups: list[Group] = []
     for number, (link, parent) in enumerate(zip(links, parents, strict=True)):
@@ -84,9 +84,9 @@ def group(links: Sequence[BunLink], tell: Callable[[str], None]) -> list[Group]:
             Group(
                 link=link,
                 created_at=_time(link),
-                run_id=_run_id(link, tell),
+                run_id=_run_id(link, warn),
                 made_id=made,
-                # Of the runs that share one, the last has its transcript, which holds them all.
+                # Of the runs that share a session id, the last has the transcript, which includes the earlier ones.
                 sdk_session_id=session_id if fits and shared[-1] == number else made,
                 session_id=session_id if fits and shared[0] == number else made,
                 mode=mode,
@@ -101,54 +101,56 @@ def group(links: Sequence[BunLink], tell: Callable[[str], None]) -> list[Group]:
 
 
 def parents_first(groups: Sequence[Group]) -> Iterator[int]:
-    """The numbers of the runs in order, but none before its parent's, whatever the clocks said."""
+    """Yield the indexes of the runs in order, but each after its parent's, even if timestamps say otherwise."""
     done: set[int] = set()
     for number in range(len(groups)):
-        line = []
+        path = []
         wanted: int | None = number
         while wanted is not None and wanted not in done:
-            line.append(wanted)
+            path.append(wanted)
             wanted = groups[wanted].parent
-        done.update(line)
-        yield from reversed(line)
+        done.update(path)
+        yield from reversed(path)
 
 
 def _time(link: BunLink) -> str:
     return values.iso_time(link.created_at) or UNKNOWN_TIME
 
 
-def _parent(number: int, link: BunLink, sessions: _Sessions, tell: Callable[[str], None]) -> int | None:
-    """The run that one continued: the last before it that has the session, else the first."""
+def _parent(number: int, link: BunLink, sessions: _Sessions, warn: Callable[[str], None]) -> int | None:
+    """Return the run that a run continued: the last one before it with that session id, or else the first."""
     shared = sessions.shared_with(number)
     if shared[0] != number:
         return shared[shared.index(number) - 1]
     wanted = values.text(link.parent_session_id)
     found = [other for other in sessions.runs(wanted) if other != number]
     if wanted and not found:
-        tell(f"Run {link.id} continued session {wanted}, which is not in this database: it begins one of its own.")
+        warn(
+            f"Run {link.id} continued session {wanted}, which is not in this database. It begins a session of its own."
+        )
     return next((other for other in reversed(found) if other < number), found[0] if found else None)
 
 
-def _without_rings(parents: Sequence[int | None]) -> list[int | None]:
-    """The same parents, but none for a run that would be its own ancestor."""
+def _without_cycles(parents: Sequence[int | None]) -> list[int | None]:
+    """Return the parents, with None where a run would be its own ancestor."""
     kept = list(parents)
-    sound: set[int] = set()
+    checked: set[int] = set()
     for number in range(len(kept)):
-        line: list[int] = []
+        path: list[int] = []
         wanted: int | None = number
-        while wanted is not None and wanted not in sound:
-            line.append(wanted)
-            sound.add(wanted)
+        while wanted is not None and wanted not in checked:
+            path.append(wanted)
+            checked.add(wanted)
             wanted = kept[wanted]
-        if wanted in line:
-            kept[line[-1]] = None
+        if wanted in path:
+            kept[path[-1]] = None
     return kept
 
 
-def _run_id(link: BunLink, tell: Callable[[str], None]) -> str:
+def _run_id(link: BunLink, warn: Callable[[str], None]) -> str:
     run_id = str(link.id)
-    if RUN_ID.fullmatch(run_id) and run_id not in NOT_FOR_RUNS:
+    if RUN_ID.fullmatch(run_id) and run_id not in RESERVED_RUN_IDS:
         return run_id
     made = str(uuid.uuid5(NAMESPACE, f"run {run_id}"))
-    tell(f"Run {run_id!r} has an id that no address can have: it becomes {made}.")
+    warn(f"Run {run_id!r} has an id that cannot be part of a URL. It becomes {made}.")
     return made

@@ -1,4 +1,4 @@
-"""The history of the original service as runs of ours."""
+"""The database of the original service as a source of an import."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ class BunSource:
     """The runs of a Bun database, parents first.
 
     Args:
-        has_transcript: whether Claude Code has a run's transcript on this host, by the run's cwd and SDK session.
-        tell: called with a sentence about whatever does not come in just as it was.
+        has_transcript: returns whether Claude Code has a transcript on this host, given a run's cwd and SDK session id.
+        warn: called with a sentence for each thing that is not imported unchanged.
 
     Raises:
         CommandRefused: the file is not the original service's.
     """
 
-    def __init__(self, path: Path, has_transcript: Callable[[str, str], bool], tell: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, has_transcript: Callable[[str, str], bool], warn: Callable[[str], None]) -> None:
         self._database = BunDatabase(path)
         self._has_transcript = has_transcript
-        self._tell = tell
-        # The total that a run's result tells counts what it continued too.
+        self._warn = warn
+        # The total costs of the runs so far, by index. The total of a result includes the runs that it continued.
         self._totals: dict[int, float | None] = {}
 
     def close(self) -> None:
@@ -38,7 +38,7 @@ class BunSource:
 
     @cached_property
     def _links(self) -> list[BunLink]:
-        """All runs, without their texts, in memory because a parent may stand anywhere."""
+        """All runs without their long texts. Kept in memory, because a parent may be anywhere in the table."""
         return list(self._database.links())
 
     @property
@@ -47,37 +47,37 @@ class BunSource:
 
     def runs(self) -> Iterator[ArchivedRun]:
         self._database.order_messages()
-        groups = group([link for link in self._links if link.id is not None], self._tell)
+        groups = group([link for link in self._links if link.id is not None], self._warn)
         for seq, number in enumerate(parents_first(groups), 1):
             yield self._run(groups, number, seq)
         if len(groups) < len(self._links):
-            self._tell(f"Runs without an id were left out: {len(self._links) - len(groups)}.")
+            self._warn(f"Runs without an id were left out: {len(self._links) - len(groups)}.")
         lost = self._database.orphans()
         if lost:
-            self._tell(f"Messages that belong to no run were left out: {lost}.")
+            self._warn(f"Messages that belong to no run were left out: {lost}.")
 
-    # ---- what a run is
+    # ---- the columns of a run
 
     def _run(self, groups: Sequence[Group], number: int, seq: int) -> ArchivedRun:
-        place = groups[number]
-        parent = None if place.parent is None else groups[place.parent]
-        stored = self._database.run(place.link.rowid)
-        result = self._result(place.run_id, stored["result_json"])
+        entry = groups[number]
+        parent = None if entry.parent is None else groups[entry.parent]
+        stored = self._database.run(entry.link.rowid)
+        result = self._result(entry.run_id, stored["result_json"])
         self._totals[number] = total = values.total(result)
         cwd = storable(values.text(stored["cwd"])) or ""
         status = stored["status"] if stored["status"] in tuple(RunStatus) else RunStatus.ERROR
         duration = values.whole(stored["duration_ms"])
         local = (
             status != RunStatus.RUNNING
-            and bool(UUID.fullmatch(place.sdk_session_id))
-            and self._has_transcript(cwd, place.sdk_session_id)
+            and bool(UUID.fullmatch(entry.sdk_session_id))
+            and self._has_transcript(cwd, entry.sdk_session_id)
         )
         if values.iso_time(stored["created_at"]) is None:
-            self._tell(f"Run {place.run_id} has no time that can be read: it is taken for {UNKNOWN_TIME}.")
+            self._warn(f"Run {entry.run_id} has no valid time. It is dated {UNKNOWN_TIME}.")
         error = values.error(status, stored["status"], result)
-        forked_from = parent if place.mode == RunMode.FORK else None
+        forked_from = parent if entry.mode == RunMode.FORK else None
         session = {
-            "id": place.session_id,
+            "id": entry.session_id,
             "parentSessionId": forked_from.session_id if forked_from else None,
             "forkedFromRunId": forked_from.run_id if forked_from else None,
             "cwd": cwd,
@@ -85,14 +85,14 @@ class BunSource:
             "metadataJson": "{}",
         }
         row = {
-            "id": place.run_id,
+            "id": entry.run_id,
             "seq": seq,
             "cwd": cwd,
-            "sessionId": place.session_id,
-            "sdkSessionId": place.sdk_session_id,
+            "sessionId": entry.session_id,
+            "sdkSessionId": entry.sdk_session_id,
             "parentSessionId": session["parentSessionId"],
             "parentRunId": parent.run_id if parent else None,
-            "mode": place.mode,
+            "mode": entry.mode,
             "status": status,
             "prompt": storable(values.text(stored["prompt"])) or "",
             "optionsJson": "{}",
@@ -101,15 +101,15 @@ class BunSource:
             "resultJson": None if result is None else to_json_text(result),
             "errorCode": error[0],
             "errorMessage": error[1],
-            "costUsd": total if place.parent is None else values.own_cost(total, self._totals.get(place.parent)),
+            "costUsd": total if entry.parent is None else values.own_cost(total, self._totals.get(entry.parent)),
             "hasTranscript": int(local),
             "transcriptStored": 0,
             "durationMs": duration,
-            "createdAt": place.created_at,
-            "startedAt": place.created_at,
-            "endedAt": None if status == RunStatus.RUNNING else values.later(place.created_at, duration or 0),
+            "createdAt": entry.created_at,
+            "startedAt": entry.created_at,
+            "endedAt": None if status == RunStatus.RUNNING else values.later(entry.created_at, duration or 0),
         }
-        return ArchivedRun(session, row, self._messages(place), spare_id=place.made_id)
+        return ArchivedRun(session, row, self._messages(entry), spare_id=entry.made_id)
 
     def _result(self, run_id: str, text: Any) -> dict[str, Any] | None:
         if text is None or text == "":
@@ -117,16 +117,16 @@ class BunSource:
         result = values.parsed(text)
         if isinstance(result, dict):
             return result
-        self._tell(f"Run {run_id} has a result that is no JSON object: it was left out.")
+        self._warn(f"Run {run_id} has a result that is no JSON object. The result was left out.")
         return None
 
-    def _messages(self, place: Group) -> Iterator[ArchivedMessage]:
-        for index, message in enumerate(self._database.messages(place.link.id)):
-            at = values.iso_time(message.created_at) or place.created_at
+    def _messages(self, entry: Group) -> Iterator[ArchivedMessage]:
+        for index, message in enumerate(self._database.messages(entry.link.id)):
+            at = values.iso_time(message.created_at) or entry.created_at
             raw = values.parsed(message.json)
             if not isinstance(raw, dict):
-                self._tell(
-                    f"Message {index} of run {place.run_id} is no JSON object: it is kept as text, in the field "
+                self._warn(
+                    f"Message {index} of run {entry.run_id} is no JSON object. It is kept as text, in the field "
                     "'unparsed'."
                 )
                 raw = {"type": values.text(message.type) or "unknown", "unparsed": values.text(message.json)}

@@ -1,4 +1,4 @@
-"""The values of a Bun database, which keeps whatever was put into a column."""
+"""Converts the values of a Bun database, whose columns may hold values of any type."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ccm.json_text import storable, to_json_text
 from ccm.models import RunStatus
 from ccm.models.fields import MONEY_DIGITS
 
-# A number larger than this counts milliseconds and not seconds.
+# From this number on, a time is in milliseconds and not in seconds.
 MILLISECONDS_FROM = 100_000_000_000
 
 
 def iso_time(value: Any) -> str | None:
-    """A time as ours are, in UTC with milliseconds: of ISO 8601, of SQLite's own form, or since 1970 in s or ms."""
+    """Return a time in UTC with milliseconds, from ISO 8601, SQLite's own format, or s or ms since 1970."""
     number = _number(value)
     try:
         if number is not None:
@@ -34,7 +34,7 @@ def iso_time(value: Any) -> str | None:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, also one that is written as a text."""
+    """Return a finite number, also from text; None for anything else."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -43,20 +43,20 @@ def _number(value: Any) -> float | None:
 
 
 def whole(value: Any) -> int | None:
-    """A whole number that is not negative, None if it is none."""
+    """Return a non-negative whole number, None for anything else."""
     number = _number(value)
     return None if number is None or not 0 <= number < MILLISECONDS_FROM * 1000 else round(number)
 
 
 def text(value: Any) -> str:
-    """A text, whatever it is stored as; empty for NULL."""
+    """Return a value as text, empty for NULL."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     return "" if value is None else str(value)
 
 
 def parsed(text: Any) -> Any:
-    """What a text says, None if it is no JSON."""
+    """Return the value of JSON text, None if it is invalid or cannot be stored."""
     try:
         value = json.loads(text)
         to_json_text(value)
@@ -66,33 +66,34 @@ def parsed(text: Any) -> Any:
 
 
 def total(result: dict[str, Any] | None) -> float | None:
-    """What a result says that its run cost, with all that it continued (USD)."""
+    """Return the cost in a result (USD), which includes the runs that it continued."""
     total = (result or {}).get("total_cost_usd")
     return None if isinstance(total, bool | str) else _number(total)
 
 
 def own_cost(total: float | None, before: float | None) -> float | None:
-    """What a run alone cost that continued another: the totals tell, if both are known."""
+    """Return the cost of a continued run alone, from both totals. None if one is unknown."""
     if total is None or before is None or total < before:
         return None
     return round(total - before, MONEY_DIGITS)
 
 
-def error(status: str, told: Any, result: dict[str, Any] | None) -> tuple[str | None, str | None]:
-    """Code and sentence of why a run failed.
+def error(status: str, stored: Any, result: dict[str, Any] | None) -> tuple[str | None, str | None]:
+    """Return the error code and message of a run, None for both if it did not fail.
 
     Args:
-        told: the status that it had there.
+        status: its status here.
+        stored: its status in the original service.
     """
     if status != RunStatus.ERROR:
         return None, None
-    if told != RunStatus.ERROR:
-        return "EXECUTION_ERROR", storable(f"The original service left this run in the status {told!r}.")
+    if stored != RunStatus.ERROR:
+        return "EXECUTION_ERROR", storable(f"The original service left this run in the status {stored!r}.")
     subtype = str((result or {}).get("subtype"))
-    said = (result or {}).get("result") or "The original service recorded that this run failed, and not why."
-    return RESULT_ERRORS.get(subtype, "EXECUTION_ERROR"), storable(str(said))
+    message = (result or {}).get("result") or "The original service recorded that this run failed, and not why."
+    return RESULT_ERRORS.get(subtype, "EXECUTION_ERROR"), storable(str(message))
 
 
 def later(at: str, milliseconds: int) -> str:
-    """A time so many milliseconds after another."""
+    """Return a time plus milliseconds."""
     return iso_time((datetime.fromisoformat(at) + timedelta(milliseconds=milliseconds)).isoformat()) or at

@@ -1,8 +1,8 @@
-"""Who may talk to the service at all. Whoever may has a shell as its user, so this comes before anything else, on every
-path: the Host, then the token, then where the request comes from, then its media type.
+"""Admission checks of each request: Host, token, origin, media type, in this order.
 
-Without these a web page could have a browser on this host start runs: through a name of its own that leads to loopback
-(DNS rebinding: the Host gives it away), or by a request across sites (Origin and Sec-Fetch-Site do).
+They run before anything else and on every path, because admitted clients can execute commands as the service's user.
+Without them a web page could make a browser on this host start runs: through a domain name that resolves to loopback
+(DNS rebinding, which the Host reveals), or with a cross-site request (which Origin and Sec-Fetch-Site reveal).
 """
 
 from __future__ import annotations
@@ -12,29 +12,30 @@ import re
 
 from flask import Request
 
-from ccm.api.http.tokens import Tokens
+from ccm.api.http.auth_tokens import Tokens
 from ccm.errors import HostForbidden, OriginForbidden, Unauthorized, UnsupportedMediaType, ValidationError
 from ccm.settings.parsers import HOST_NAME
 
-# A name or an address, and perhaps a port: nothing else that a header may hold.
+# A name or an address, with an optional port.
 HOST = re.compile(rf"(?P<name>{HOST_NAME.pattern})(?::\d{{1,5}})?", re.ASCII)
-# It tells nobody anything, and whoever watches the service should need no secret.
+# Open without a token, because the path reveals no data and monitoring should need no secret.
 OPEN_PATHS = frozenset({"/health"})
-# A page of another site, or of another name under the same domain. `none` is the user's own typing.
+# Requests by pages of another site, or of another host of the same site. `none` means that the user typed the address.
 FOREIGN_SITES = frozenset({"cross-site", "same-site"})
-# Names under which tokens are wrongly sent in addresses, which land in logs and histories.
+# Query parameters in which clients send tokens by mistake. URLs end up in logs and histories.
 TOKEN_PARAMETERS = frozenset({"token", "access_token", "api_key", "apikey"})
 DEFAULT_PORTS = {"http": ":80", "https": ":443"}
-# Where werkzeug keeps what the proxy itself sent.
+# The key of the headers as the proxy sent them, before werkzeug replaced them with the forwarded ones.
 PROXY_FIX = "werkzeug.proxy_fix.orig"
 BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
 
 
 class Guard:
-    """
+    """The admission checks.
+
     Args:
-        allowed_hosts: names that the service may be called by, without ports: `ssh -L` takes another port.
-        tokens: who may use it; everybody that reaches it, if there are none.
+        allowed_hosts: the names that a Host header may have. Ports are ignored, because `ssh -L` uses another one.
+        tokens: the accepted tokens. Without any, all clients are admitted.
     """
 
     def __init__(self, allowed_hosts: tuple[str, ...], tokens: Tokens) -> None:
@@ -42,14 +43,14 @@ class Guard:
         self._tokens = tokens
 
     def admit(self, request: Request) -> str | None:
-        """Let a request through, and say whose it is: the name of its token, None if there are no tokens.
+        """Check a request. Return the name of its token, None if no tokens are configured.
 
         Raises:
-            CCMError: it is refused.
+            CCMError: the request is refused.
         """
         self._check_host(request.environ.get("HTTP_HOST"))
         if PROXY_FIX in request.environ:
-            # The proxy's own Host too: a page that is rebound onto the proxy's address may forge the forwarded one.
+            # The proxy's own Host too, because a page that rebinds to the proxy's address can forge the forwarded one.
             self._check_host(request.environ[PROXY_FIX]["HTTP_HOST"])
         client = self._check_token(request)
         self._check_origin(request)
@@ -57,7 +58,7 @@ class Guard:
         return client
 
     def _check_host(self, header: str | None) -> None:
-        # Two Host headers come joined by a comma, which is no name either.
+        # Two Host headers arrive joined by a comma, which is not a valid name.
         name = None if header is None else host_name(header)
         if name is None or name not in self._allowed_hosts:
             shown = "The request has no Host header" if header is None else f"The Host {header[:200]!r} is not allowed"
@@ -67,8 +68,8 @@ class Guard:
         for name in request.args:
             if name.lower() in TOKEN_PARAMETERS:
                 raise ValidationError(
-                    f"{name}: a token does not belong into an address, which is logged and remembered. Send it as "
-                    "'Authorization: Bearer TOKEN', and make a new one instead of this.",
+                    f"{name}: do not send a token in a URL, which is logged and remembered. Send it as "
+                    "'Authorization: Bearer TOKEN', and replace this one.",
                     field=name,
                 )
         if request.path in OPEN_PATHS or not self._tokens.required:
@@ -77,7 +78,7 @@ class Guard:
         client = self._tokens.client(token.strip()) if scheme.lower() == "bearer" else None
         if client is None:
             raise Unauthorized(
-                "This service wants a token: send 'Authorization: Bearer TOKEN' with one that CCM_API_TOKEN or "
+                "This service requires a token: send 'Authorization: Bearer TOKEN' with one that CCM_API_TOKEN or "
                 "CCM_API_TOKEN_FILE holds."
             )
         return client
@@ -86,7 +87,7 @@ class Guard:
         site = request.headers.get("Sec-Fetch-Site", "none").lower()
         origin = request.headers.get("Origin")
         own = f"{request.scheme}://{request.environ['HTTP_HOST']}".lower()
-        own = own.removesuffix(DEFAULT_PORTS[request.scheme])  # a browser leaves it out, and some proxies do not
+        own = own.removesuffix(DEFAULT_PORTS[request.scheme])  # browsers omit it, some proxies do not
         if site in FOREIGN_SITES or (origin is not None and origin.lower() != own):
             raise OriginForbidden(
                 "A web page of another origin may not use this service. Serve the page from the same host and port, "
@@ -100,9 +101,9 @@ class Guard:
 
 
 def host_name(header: str) -> str | None:
-    """The name in a Host header, in lower case and without the port; None if the header is none.
+    """Return the name in a Host header, in lower case and without the port. None if the header is invalid.
 
-    Addresses are brought into one form, so that `[0:0:0:0:0:0:0:1]` is `[::1]`.
+    IPv6 addresses are normalized: `[0:0:0:0:0:0:0:1]` becomes `[::1]`.
     """
     match = HOST.fullmatch(header.lower())
     if match is None:

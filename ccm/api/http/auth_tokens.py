@@ -1,0 +1,98 @@
+"""The tokens that are accepted, each with the name of its client."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import os
+import threading
+from pathlib import Path
+
+from ccm.errors import BadSetting
+from ccm.settings.settings import Settings
+from ccm.settings.token_file import read_tokens
+
+log = logging.getLogger(__name__)
+
+# The client name of CCM_API_TOKEN.
+SINGLE = "api"
+
+
+class Tokens:
+    """The accepted tokens, kept as digests, so that the time of a comparison does not depend on the token sent.
+
+    Args:
+        settings: has the single token, or the file of tokens, which is read again when it changes.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._file = settings.api_token_file
+        self._lock = threading.Lock()
+        # The file's state when it was last read.
+        self._file_state: tuple[int, ...] | None = None
+        # The errno while the file cannot be read.
+        self._failure: int | None = None
+        self._single = {} if settings.api_token is None else {SINGLE: settings.api_token}
+        self._digests = {_digest(token): name for name, token in self._single.items()}
+        self.required = bool(self._single) or self._file is not None
+
+    def client(self, token: str) -> str | None:
+        """Return the name of a token's client, None if the token is not accepted."""
+        if self._file is not None:
+            self._refresh(self._file)
+        digest_of_token = _digest(token)
+        name = None
+        for digest, client in self._digests.items():
+            if hmac.compare_digest(digest, digest_of_token):
+                name = client
+        return name
+
+    def _refresh(self, file: Path) -> None:
+        with self._lock:
+            try:
+                state = _state(file)
+                if state == self._file_state:
+                    return
+                tokens = read_tokens(file)
+            except OSError as error:
+                self._reject_all(file, error)
+                return
+            except BadSetting as error:
+                # A typo of the operator must not lock out all clients.
+                log.warning("the tokens stay as they were: %s", error, extra={"event": "token_file_invalid"})
+                self._file_state, self._failure = state, None
+                return
+            self._file_state, self._failure = state, None
+            self._use(tokens)
+
+    def _reject_all(self, file: Path, error: OSError) -> None:
+        """Accept no token while the file cannot be read.
+
+        Each request tries again, because the reason may pass without a change of the file, such as too many open files.
+        """
+        self._file_state = None
+        if self._failure == error.errno:
+            return  # logged once: a line per request would flood the log
+        self._failure = error.errno
+        log.warning(
+            "no token is accepted, because CCM_API_TOKEN_FILE %s cannot be read: %s",
+            file,
+            error.strerror,
+            extra={"event": "token_file_unreadable"},
+        )
+        self._use({})
+
+    def _use(self, tokens: dict[str, str]) -> None:
+        self._digests = {_digest(token): name for name, token in self._single.items() | tokens.items()}
+        log.info("tokens of %s", ", ".join(tokens) or "nobody", extra={"event": "tokens_read"})
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+
+
+def _state(file: Path) -> tuple[int, ...]:
+    status = os.stat(file)
+    # ctime too, because a `chmod` that makes the file readable again changes nothing else.
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

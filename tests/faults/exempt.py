@@ -43,7 +43,10 @@ UNSTORABLE = (
 
 EXEMPTIONS: tuple[Exemption, ...] = (
     *(Exemption(module, "", ("for_ever",), ("I1", "I2", "I4", "I7"), UNSTORABLE) for module in STORAGE),
-    Exemption("ccm.core.runs.runner", "self._writer.submit", ("for_ever",), ("I1", "I2", "I4", "I7"), UNSTORABLE),
+    *(
+        Exemption(module, "self._writer.submit", ("for_ever",), ("I1", "I2", "I4", "I7"), UNSTORABLE)
+        for module in ("ccm.core.runs.runner", "ccm.core.runs.end_store")
+    ),
     Exemption(
         "ccm.core.worker_pool",
         "self._jobs.get",
@@ -69,7 +72,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Exemption(
             "ccm.core.runs.runner", text, ("for_ever",), ("I1", "I4"), "The same: it is where the runs are stopped."
         )
-        for text in ("time.monotonic", "self._all_ended.wait", "self._given_up.set")
+        for text in ("time.monotonic", "self._all_ended.wait", "self._ends.give_up")
     ),
     Exemption(
         "ccm.core.claude.sdk",

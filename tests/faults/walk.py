@@ -373,6 +373,7 @@ def main(probes: Probes) -> None:
     arguments.add_argument("--mode", action="append", default=[])
     arguments.add_argument("--verbose", action="store_true")
     given = arguments.parse_args()
+    importlib.import_module("ccm.core.claude.execution")  # the first run would import it, and its calls are walked too
     shorten(given.bound)
     log = (lambda line: print(line, file=sys.stderr, flush=True)) if given.verbose else (lambda _line: None)
     with tempfile.TemporaryDirectory() as temporary:

@@ -8,7 +8,6 @@ The runs that this process holds in memory only copy what is stored. They are up
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -23,20 +22,19 @@ from ccm.core.claude.input_queue import FollowUp
 from ccm.core.claude.outcome import Outcome
 from ccm.core.claude.processes import end_marked
 from ccm.core.claude.reaper import Reaper
-from ccm.core.claude.run_context import CLIConfig, RunContext
+from ccm.core.claude.run_context import CLIConfig
 from ccm.core.problems import Problems
+from ccm.core.runs.end_store import FIRST_DELAY, MAX_DELAY, EndStore, columns, columns_of_fault
 from ccm.core.runs.ongoing_run import OngoingRun
+from ccm.core.runs.preparation import Preparation
 from ccm.core.runs.transitions import AfterCommit, RunTransitions, Start
 from ccm.core.storage.notifier import Notifier
 from ccm.core.storage.writer import Writer
 from ccm.core.transcripts.files import TranscriptFiles
-from ccm.core.transcripts.store import Mirror
 from ccm.core.worker_pool import WorkerPool
 from ccm.db.driver.transaction import Transaction
-from ccm.errors import Forbidden, ShuttingDown, StorageError, Unavailable
-from ccm.json_text import storable, to_json_text
-from ccm.models import Image, Message, Run, RunStatus
-from ccm.timestamps import timestamp
+from ccm.errors import ShuttingDown, Unavailable
+from ccm.models import Run, RunStatus
 
 if TYPE_CHECKING:
     from ccm.core.claude.execution import Execution
@@ -46,18 +44,12 @@ log = logging.getLogger(__name__)
 SHUT_DOWN = Outcome(RunStatus.ERROR, "INTERRUPTED", "The service was shut down during this run.")
 # How often a stopping service checks whether all runs have ended, in case a notification was lost (seconds).
 POLL_INTERVAL = 0.5
-# Delays between attempts to store an end after a fault (seconds).
-FIRST_DELAY = 0.1
-MAX_DELAY = 10.0
-# The number of attempts to store a run's full end. After that only its row is ended.
-FULL_END_ATTEMPTS = 3
 # The number of consecutive catch-ups after which runs that still cannot begin are ended.
 MAX_CATCH_UPS = 3
 # How long a stopping service waits for the decisions that were taken before (seconds).
 BARRIER_TIMEOUT = 2.0
 # The key under which it is reported that waiting runs cannot be started.
 PROBLEM = "runner"
-UNSTORED = "the end of a run cannot be stored"
 NOT_BEGUN = "The run was started but could not be executed because of a fault; the service's log has the reason."
 
 
@@ -93,13 +85,13 @@ class Runner:
     ) -> None:
         self._writer = writer
         self._notifier = notifier
-        self._cli_config = cli_config
         self._transcripts = transcripts
         self._transitions = transitions
-        self._approvals = approvals
         self._problems = problems
-        self._allow = allow
-        self._environ = environ
+        self._preparation = Preparation(
+            cli_config, environ, transcripts, approvals=approvals, writer=writer, allow=allow
+        )
+        self._ends = EndStore(writer, transitions, problems, self.perform)
         self._pool = WorkerPool(workers, problems)
         self._reaper = Reaper()
         self._lock = threading.Lock()
@@ -111,8 +103,6 @@ class Runner:
         self._catch_ups = 0
         # The ids of the runs that the last catch-up tried to begin.
         self._redispatched: set[str] = set()
-        # Set when the service gives up. Ends that are not stored by then are left to the next start.
-        self._given_up = threading.Event()
 
     @property
     def stopping(self) -> bool:
@@ -150,7 +140,7 @@ class Runner:
         for run_id in list(self._ongoing):
             self._end_processes(run_id)
         self._attempt(self._reaper.stop, "cannot stop the reaper")
-        self._given_up.set()
+        self._ends.give_up()
 
     def _await_writer(self, deadline: float) -> None:
         with suppress(Unavailable):  # it has been stopped
@@ -276,33 +266,7 @@ class Runner:
             exc_info=error,
             extra={"event": "run_begin_failed", "run_id": run.id},
         )
-        self._end_without_thread(run, _failed(error), 0)
-
-    def _end_without_thread(self, run: Run, values: Mapping[str, Any], refused: int) -> None:
-        """Store the end of a run without waiting for it. Retried until it is stored.
-
-        Args:
-            refused: the number of failed attempts.
-        """
-
-        def check(stored: Future[AfterCommit]) -> None:
-            error = stored.exception()
-            if error is None:
-                self._problems.clear(key)
-                self._forget(run.id)
-            elif isinstance(error, ShuttingDown):
-                self._forget(run.id)  # the next start reports it
-            else:
-                self._problems.report(key, UNSTORED, error)
-                pause = min(FIRST_DELAY * 2 ** min(refused, 10), MAX_DELAY)
-                self._writer.call_later(pause, lambda: self._end_without_thread(run, values, refused + 1))
-
-        key = f"run {run.id}"
-        end = self._end if refused < FULL_END_ATTEMPTS else self._end_row_only
-        try:
-            self._writer.submit(partial(end, run, values), self.perform).future.add_done_callback(check)
-        except Unavailable:
-            self._forget(run.id)
+        self._ends.submit(run, columns_of_fault(error), self._forget)
 
     # ---- in the run's thread
 
@@ -316,11 +280,11 @@ class Runner:
         transcript: dict[str, Any] = {}
         try:
             outcome, transcript = self._execute(start, ongoing)
-            values = _columns(outcome) | transcript
+            values = columns(outcome) | transcript
         except BaseException as error:
             log.exception("run %s failed because of a fault", run.id, extra={"event": "run_failed", **ids})
-            values = _failed(error) | transcript
-        if not self._store_end(run, values):
+            values = columns_of_fault(error) | transcript
+        if not self._ends.store(run, values):
             # The run stays in `_ongoing`, so that it does not begin again.
             log.error(
                 "run %s: its end is not stored; the next start reports it as INTERRUPTED",
@@ -350,11 +314,9 @@ class Runner:
         execution: Execution | None = None
         try:
             self._reaper.watch(run.id)
-            refusal = self._check_allowed(run)
-            if refusal is None and start.parent is not None:
-                refusal = self._provide_transcript(start.parent, run)
+            refusal = self._preparation.check(start)
             if refusal is None:
-                execution = self._make_execution(start, mirror)
+                execution = self._preparation.make_execution(start, mirror)
                 ongoing.attach(execution)
                 outcome = execution.run()
             else:
@@ -369,70 +331,6 @@ class Runner:
         complete = execution is not None and execution.closed_by_itself
         return outcome, self._transcripts.keep(run, mirror, complete=complete)
 
-    def _make_execution(self, start: Start, mirror: Mirror) -> Execution:
-        # Imported here because the SDK takes longer to import than the rest of a start.
-        from ccm.core.claude.execution import Execution  # noqa: PLC0415
-
-        run, parent = start.run, start.parent
-        context = RunContext(
-            run_id=run.id,
-            sdk_session_id=run.sdk_session_id,
-            cwd=run.cwd,
-            prompt=run.prompt,
-            images=tuple(Image(image["mediaType"], image["data"]) for image in json.loads(start.images_json or "[]")),
-            options=run.options.value,
-            timeout_ms=run.timeout_ms,
-            resume=parent.sdk_session_id if parent else None,
-            resume_at=run.fork_at_message,
-        )
-        ask = partial(self._approvals.ask, run) if run.approvals else None
-        return Execution(context, self._cli_config, self._environ, self._record(run), mirror, ask=ask)
-
-    def _record(self, run: Run) -> Callable[[dict[str, Any]], Any]:
-        """Return a function that numbers the messages of a run and hands them to the writer."""
-        index = 0
-
-        async def record(raw: dict[str, Any]) -> int:
-            nonlocal index
-            message = Message(
-                run_id=run.id,
-                session_id=run.session_id,
-                index=index,
-                type=storable(raw.get("type")) or "unknown",
-                json=to_json_text(raw),
-                created_at=timestamp(),
-            )
-            index += 1
-            await self._writer.append(message)
-            return message.index
-
-        return record
-
-    def _check_allowed(self, run: Run) -> Outcome | None:
-        """Return how the run ends if the settings forbid it: a restart while it was waiting may have changed them."""
-        try:
-            self._allow(run)
-        except Forbidden as error:
-            return Outcome(RunStatus.ERROR, error.code, error.message)
-        return None
-
-    def _provide_transcript(self, parent: Run, run: Run) -> Outcome | None:
-        """Put the parent's transcript where Claude Code finds it. Return how the run ends if that is impossible."""
-        try:
-            if self._transcripts.provide(parent, run):
-                return None
-            reason = "it is neither on this host nor complete in the database"
-        except (OSError, StorageError) as error:
-            log.exception(
-                "run %s: cannot write the transcript of run %s to a file",
-                run.id,
-                parent.id,
-                extra={"event": "transcript_restore_failed", "run_id": run.id},
-            )
-            reason = f"it could not be written to a file: {error}"
-        message = f"The transcript of run {parent.id}, which this run continues, is missing: {reason}."
-        return Outcome(RunStatus.ERROR, "SESSION_NOT_RESUMABLE", message)
-
     def _end_processes(self, run_id: str) -> None:
         """End the remaining processes of a run. If this process cannot find them, the reaper ends them."""
         try:
@@ -446,77 +344,7 @@ class Runner:
             )
             self._attempt(lambda: self._reaper.end(run_id), "cannot write to the reaper", run_id)
 
-    # ---- the end
-
-    def _store_end(self, run: Run, values: Mapping[str, Any]) -> bool:
-        """Store the end of a run and wait until it is committed, however long that takes.
-
-        Returns:
-            False if the service gives up before.
-        """
-        stored = False
-
-        def perform(after_commit: AfterCommit) -> None:
-            # Set first, because the end is stored even if a side effect fails.
-            nonlocal stored
-            stored = True
-            self.perform(after_commit)
-
-        pause = FIRST_DELAY
-        key = f"run {run.id}"
-        refused = 0
-        while True:
-            end = self._end if refused < FULL_END_ATTEMPTS else self._end_row_only
-            try:
-                self._writer.submit(partial(end, run, values), perform).future.result()
-            except Exception as error:
-                self._problems.report(key, UNSTORED, error)
-                # Unavailable storage is no reason to give up the full end: nothing is wrong with the end itself.
-                refused += not isinstance(error, Unavailable)
-            if stored:
-                self._problems.clear(key)
-                return True
-            if self._given_up.wait(pause):
-                return False
-            pause = min(pause * 2, MAX_DELAY)
-
-    def _end(self, run: Run, values: Mapping[str, Any], transaction: Transaction) -> AfterCommit:
-        """End a run and decide which starts next. A run of which a message was refused ends in error."""
-        refusal = self._writer.broken.get(run.id)
-        if refusal is not None:
-            message = f"A message of this run cannot be stored: {refusal}."
-            values = {
-                **values,
-                "status": RunStatus.ERROR,
-                "errorCode": "EXECUTION_ERROR",
-                "errorMessage": storable(message),
-            }
-        return self._transitions.end_or_fail(transaction, run, values) | self._transitions.dispatch(transaction)
-
-    def _end_row_only(self, run: Run, _values: Mapping[str, Any], transaction: Transaction) -> AfterCommit:
-        """End a run by its row alone, because `_end` has failed. Which run starts next is decided separately."""
-        return self._transitions.end_row_only(transaction, run) | AfterCommit(dispatch_failed=True)
-
     def _forget(self, run_id: str) -> None:
         with self._all_ended:
             self._ongoing.pop(run_id, None)
             self._all_ended.notify_all()
-
-
-def _columns(outcome: Outcome) -> dict[str, Any]:
-    """Return the columns of a run that ended with `outcome`."""
-    return {
-        "status": outcome.status,
-        "errorCode": outcome.error_code,
-        "errorMessage": storable(outcome.error_message),
-        "resultType": None if outcome.result is None else storable(outcome.result.get("subtype")),
-        "resultJson": None if outcome.result is None else to_json_text(outcome.result),
-        "costUsd": outcome.cost_usd,
-        "durationMs": outcome.duration_ms,
-    }
-
-
-def _failed(error: BaseException) -> dict[str, Any]:
-    """Return the columns of a run that ended because of a fault."""
-    message = storable(f"{type(error).__name__}: {error}")
-    return {"status": RunStatus.ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": message}

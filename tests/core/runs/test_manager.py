@@ -210,7 +210,7 @@ def test_a_successful_run_ends_in_error_if_a_message_cannot_be_stored(
     running = Service(Settings(database_path=tmp_path / "r.sqlite", cli_path=stand_in_cli(tmp_path)), environ)
     running.start()
     # No driver can bind this text, so storage refuses the message.
-    monkeypatch.setattr("ccm.core.runs.runner.storable", lambda text: text)
+    monkeypatch.setattr("ccm.core.runs.preparation.storable", lambda text: text)
     try:
         prompt = json.dumps({"messages": [{"type": "\ud800"}]})
         run = running.runs.start(RunRequest(mode=RunMode.FRESH, prompt=prompt), str(project)).run

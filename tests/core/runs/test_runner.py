@@ -236,8 +236,8 @@ def test_a_run_without_a_thread_is_never_executed_even_if_its_end_is_stored_late
         raise MemoryError
 
     with no_new_thread(monkeypatch, "run-"), monkeypatch.context() as patch:
-        patch.setattr(service._runner, "_end", refuse)
-        patch.setattr(service._runner, "_end_row_only", refuse)
+        patch.setattr(service._runner._ends, "_end", refuse)
+        patch.setattr(service._runner._ends, "_end_row_only", refuse)
         run = start(service, project)
         until(lambda: len(tries) > 6)
         service._runner.catch_up()

@@ -1,0 +1,127 @@
+"""Prepares the execution of a run: whether it may still begin, the parent's transcript, and the SDK's inputs."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ccm.core.approvals.requests import Approvals
+from ccm.core.claude.outcome import Outcome
+from ccm.core.claude.run_context import CLIConfig, RunContext
+from ccm.core.runs.transitions import Start
+from ccm.core.storage.writer import Writer
+from ccm.core.transcripts.files import TranscriptFiles
+from ccm.core.transcripts.store import Mirror
+from ccm.errors import Forbidden, StorageError
+from ccm.json_text import storable, to_json_text
+from ccm.models import Image, Message, Run, RunStatus
+from ccm.timestamps import timestamp
+
+if TYPE_CHECKING:
+    from ccm.core.claude.execution import Execution
+
+log = logging.getLogger(__name__)
+
+
+class Preparation:
+    """Prepares executions. For the threads of runs.
+
+    Args:
+        cli_config: the Claude Code to run.
+        environ: the environment that agents inherit.
+        transcripts: the transcripts of runs, on this host and in the database.
+        approvals: passes permission requests on to clients.
+        writer: stores messages.
+        allow: raises `Forbidden` if the settings no longer allow a run that is about to begin.
+    """
+
+    def __init__(
+        self,
+        cli_config: CLIConfig,
+        environ: Mapping[str, str],
+        transcripts: TranscriptFiles,
+        *,
+        approvals: Approvals,
+        writer: Writer,
+        allow: Callable[[Run], None],
+    ) -> None:
+        self._cli_config = cli_config
+        self._environ = environ
+        self._transcripts = transcripts
+        self._approvals = approvals
+        self._writer = writer
+        self._allow = allow
+
+    def check(self, start: Start) -> Outcome | None:
+        """Put the parent's transcript in place. Return how the run ends if it cannot begin."""
+        refusal = self._check_allowed(start.run)
+        if refusal is None and start.parent is not None:
+            refusal = self._provide_transcript(start.parent, start.run)
+        return refusal
+
+    def make_execution(self, start: Start, mirror: Mirror) -> Execution:
+        # Imported here because the SDK takes longer to import than the rest of a start.
+        from ccm.core.claude.execution import Execution  # noqa: PLC0415
+
+        run, parent = start.run, start.parent
+        context = RunContext(
+            run_id=run.id,
+            sdk_session_id=run.sdk_session_id,
+            cwd=run.cwd,
+            prompt=run.prompt,
+            images=tuple(Image(image["mediaType"], image["data"]) for image in json.loads(start.images_json or "[]")),
+            options=run.options.value,
+            timeout_ms=run.timeout_ms,
+            resume=parent.sdk_session_id if parent else None,
+            resume_at=run.fork_at_message,
+        )
+        ask = partial(self._approvals.ask, run) if run.approvals else None
+        return Execution(context, self._cli_config, self._environ, self._record(run), mirror, ask=ask)
+
+    def _record(self, run: Run) -> Callable[[dict[str, Any]], Any]:
+        """Return a function that numbers the messages of a run and hands them to the writer."""
+        index = 0
+
+        async def record(raw: dict[str, Any]) -> int:
+            nonlocal index
+            message = Message(
+                run_id=run.id,
+                session_id=run.session_id,
+                index=index,
+                type=storable(raw.get("type")) or "unknown",
+                json=to_json_text(raw),
+                created_at=timestamp(),
+            )
+            index += 1
+            await self._writer.append(message)
+            return message.index
+
+        return record
+
+    def _check_allowed(self, run: Run) -> Outcome | None:
+        """Return how the run ends if the settings forbid it: a restart while it was waiting may have changed them."""
+        try:
+            self._allow(run)
+        except Forbidden as error:
+            return Outcome(RunStatus.ERROR, error.code, error.message)
+        return None
+
+    def _provide_transcript(self, parent: Run, run: Run) -> Outcome | None:
+        """Put the parent's transcript where Claude Code finds it. Return how the run ends if that is impossible."""
+        try:
+            if self._transcripts.provide(parent, run):
+                return None
+            reason = "it is neither on this host nor complete in the database"
+        except (OSError, StorageError) as error:
+            log.exception(
+                "run %s: cannot write the transcript of run %s to a file",
+                run.id,
+                parent.id,
+                extra={"event": "transcript_restore_failed", "run_id": run.id},
+            )
+            reason = f"it could not be written to a file: {error}"
+        message = f"The transcript of run {parent.id}, which this run continues, is missing: {reason}."
+        return Outcome(RunStatus.ERROR, "SESSION_NOT_RESUMABLE", message)

@@ -172,8 +172,10 @@ ServeFunction = Callable[..., ServiceProcess]
 
 
 @pytest.fixture
-def serve(environ: dict[str, str], tmp_path: Path) -> Iterator[ServeFunction]:
+def serve(request: pytest.FixtureRequest, environ: dict[str, str], tmp_path: Path) -> Iterator[ServeFunction]:
     """Starts services as processes of their own, with settings of a test's choice; ends them afterwards."""
+    if "database_url" in request.fixturenames:
+        request.getfixturevalue("database_url")  # made before the services, and so deleted after they have stopped
     with ExitStack() as stack:
 
         def start(*through: str, **settings: object) -> ServiceProcess:

@@ -29,7 +29,7 @@ from ccm.models import Run, RunMode, RunStatus
 blueprint = Blueprint("runs", __name__, url_prefix="/api/runs")
 
 # How long DELETE waits for a run to end (seconds): the timeouts of interrupt, terminate and kill
-# (core/claude/execution.py), and the time to store the end.
+# (core/claude/termination.py), and the time to store the end.
 CANCEL_TIMEOUT = 30.0
 # Paths of actions, which match the path of a run.
 ACTIONS = ("start", "resume", "fork")

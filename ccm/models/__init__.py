@@ -1,4 +1,8 @@
-"""The stored resources: one file each, with its list of fields and its possible states."""
+"""The stored resources: one file each, with its list of fields and its possible states.
+
+`stored` and `shape` derive columns, JSON, schema, export and import from those fields; `fields` has types that several
+models and request bodies share. tests/models/test_adding_a_field.py shows what a new field takes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all families of URLs share.
+"""Code shared by all routes.
 
 A request passes `proxy` (forwarded headers), `auth` (admission) and `route` (validation by `query` and `bodies`) before
 its view runs. The view answers through `responses`, `pagination`, `message_lists` or `sse`. Requests that are held open

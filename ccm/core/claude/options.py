@@ -151,39 +151,41 @@ def _system_prompt(prompt: Any, arguments: dict[str, Any], directory: Path) -> N
 
 def sdk_options(
     context: RunContext,
-    claude: CLIConfig,
+    cli_config: CLIConfig,
     environ: Mapping[str, str],
     directory: Path,
     mirror: Mirror | None,
     *,
     ask: Ask | None = None,
 ) -> ClaudeAgentOptions:
-    """The SDK's options of a run.
+    """Return the SDK's options of a run.
 
     Args:
-        environ: what its agent inherits.
-        directory: the run's own.
-        ask: gets Claude Code's questions answered; it is not to ask if left out.
+        environ: the environment that its agent inherits.
+        directory: the run's private directory.
+        ask: answers permission requests; without it Claude Code does not send any.
 
     Raises:
-        UnusableOptionsError: what its request names cannot be used; the message says why.
+        UnusableOptionsError: a value in the request cannot be used; the message says why.
     """
     arguments = sdk_arguments(
-        claude.ceilings.lower(context.options),
-        # Who wants to be asked wants to be asked about edits too.
-        permission_mode=claude.permission_mode if ask is None else "default",
-        setting_sources=claude.setting_sources,
+        cli_config.ceilings.lower(context.options),
+        # With approvals, edits need approval too, so the configured mode does not apply.
+        permission_mode=cli_config.permission_mode if ask is None else "default",
+        setting_sources=cli_config.setting_sources,
         directory=directory,
         agent=AgentDefinition,
     )
-    # A run's messages are to read as the whole conversation, the user's side too.
+    # The recorded messages must include the user's, so that they form the whole conversation.
     arguments["extra_args"]["replay-user-messages"] = None
     inherited = {name: value for name, value in environ.items() if name not in arguments["env"]}
     arguments["env"] |= {
-        **launch_environment(claude.cli_path, context.run_id, inherited, directory / STDERR_FILE, claude.open_files),
-        # Tells when a run is over: the first result is not the end while agents work in the background.
+        **launch_environment(
+            cli_config.cli_path, context.run_id, inherited, directory / STDERR_FILE, cli_config.open_files
+        ),
+        # Shows when a run is over: the first result is not the end while agents work in the background.
         "CLAUDE_CODE_EMIT_SESSION_STATE_EVENTS": "1",
-        # Claude Code leaves folders in it.
+        # Claude Code leaves files in its temporary directory; here they are removed with the run's.
         "CLAUDE_CODE_TMPDIR": str(directory),
     }
     return ClaudeAgentOptions(
@@ -193,9 +195,9 @@ def sdk_options(
         resume=context.resume,
         fork_session=context.resume is not None,
         resume_session_at=context.resume_at,
-        max_buffer_size=claude.max_message_bytes,
-        session_store=mirror,  # type: ignore[arg-type]  # the SDK wants no more of it, for a store of its own
-        # As it grows: what is kept until the turn's end is lost with a service that is killed.
+        max_buffer_size=cli_config.max_message_bytes,
+        session_store=mirror,  # type: ignore[arg-type]  # it has the methods that the SDK calls
+        # Entries buffered until the end of the turn would be lost if the service were killed.
         session_store_flush="eager",
         can_use_tool=None if ask is None else permission_callback(ask),
         **arguments,

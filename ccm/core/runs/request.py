@@ -1,4 +1,4 @@
-"""What a client asks for when it starts, resumes or forks."""
+"""A client's request for a run, and the answer to it."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from ccm.models import IdempotencyKey, Image, Run, RunMode
 
 
 class IfBusy(StrEnum):
-    """What a resume does while a run of its session has not ended."""
+    """The effect of a resume while another run of its session has not ended."""
 
-    # It is refused.
+    # Refuse the resume.
     REJECT = "reject"
-    # It waits behind that run.
+    # Queue it behind that run.
     ENQUEUE = "enqueue"
-    # It cancels that run.
+    # Cancel that run.
     INTERRUPT = "interrupt"
 
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What a client asked for, checked.
+    """A validated request for a run.
 
     Args:
-        stored: what else is stored with the run as it was given, under the names that the API has for it.
-        described: the same for the session that it opens.
+        stored: further fields to store with the run unchanged, under their names in the API.
+        described: the same for the session that the run opens.
     """
 
     mode: RunMode
@@ -43,7 +43,7 @@ class RunRequest:
 
 
 class Accepted(NamedTuple):
-    """The run that a request has made, or, where it is `replayed`, that an earlier one with the same key had made."""
+    """The run created for a request. If `replayed`, an earlier request with the same key created it."""
 
     run: Run
     replayed: bool

@@ -1,6 +1,6 @@
 """Decides which runs are accepted, which starts next and how one ends.
 
-Each decision reads the database alone and is taken in the writer's thread, inside the transaction that stores it, so no
+Each decision depends only on the database (and on whether the service is stopping). It is taken in the writer's thread, inside the transaction that stores it, so no
 two of them race. Its side effects are returned as an `AfterCommit`.
 """
 

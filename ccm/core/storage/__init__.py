@@ -1,7 +1,8 @@
 """Writing to the database, and everything that follows a commit.
 
-One writer thread holds the only connection that writes. It batches whatever is queued into one transaction, commits,
-completes the callers' futures and then notifies subscribers, who read the new rows from the database.
+One writer thread holds the only connection that writes. It batches the queued items into one transaction and commits.
+Then it runs each control write's `on_commit`, completes its future, and notifies the subscribers of new messages, who
+read them from the database.
 
 States of a control write: pending, in progress, done or dropped (`WriteTask`).
 

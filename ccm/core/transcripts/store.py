@@ -27,17 +27,18 @@ def entry(line: Mapping[str, Any]) -> Entry:
 
 
 class TranscriptStore:
-    """Stores transcripts and reads them back. `claude_agent_sdk.SessionStore` says what `append` owes to the SDK."""
+    """Stores transcripts and reads them back. The contract of `append` is that of `claude_agent_sdk.SessionStore`."""
 
     def __init__(self, writer: Writer, database: Database) -> None:
         self._writer = writer
         self._database = database
 
     async def append(self, key: Mapping[str, str], entries: Sequence[Mapping[str, Any]]) -> None:
-        """
+        """Append entries to a transcript, and wait until they are committed.
+
         Raises:
-            TimeoutError: it is not stored yet, and may be later.
-            CCMError, StorageError: it is not stored.
+            TimeoutError: the entries are not stored yet, and may be later.
+            CCMError, StorageError: the entries are not stored.
         """
         if not entries:
             return
@@ -48,7 +49,7 @@ class TranscriptStore:
         def work(transaction: Transaction) -> None:
             before = transcripts.length(transaction, place)
             if length and before > length[0]:
-                return  # the commit before this try, whose outcome was not known, had gone through after all
+                return  # the previous attempt was committed after all
             length[:] = [before]
             transcripts.append(transaction, place, rows)
 
@@ -56,8 +57,8 @@ class TranscriptStore:
         try:
             await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(write.future)), WRITE_TIMEOUT)
         except TimeoutError:
-            # The SDK tells it as the reason that it gives.
-            late = TimeoutError(f"the database has not taken it in {WRITE_TIMEOUT:.0f} seconds")
+            # The SDK reports this message as the reason.
+            late = TimeoutError(f"the entries were not stored within {WRITE_TIMEOUT:.0f} seconds")
             write.give_up(late)
             raise late from None
 
@@ -89,11 +90,13 @@ class TranscriptStore:
         return self._read(lambda transaction: transcripts.uuids(transaction, key))
 
     def merge(self, files: Mapping[TranscriptKey, Sequence[Entry]]) -> None:
-        """Store what files hold. A file that has all that is stored of it takes its place; of any other, what is new
-        is added: it may be a stump. Returns when it is committed, however long that takes.
+        """Merge transcript files into the database, and wait until that is committed.
+
+        A file that contains every stored entry replaces the stored transcript. From any other file only new entries are
+        appended, because the file may be truncated.
 
         Raises:
-            CCMError, StorageError: it is not stored.
+            CCMError, StorageError: nothing is stored.
         """
 
         def work(transaction: Transaction) -> None:

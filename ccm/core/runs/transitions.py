@@ -1,7 +1,7 @@
 """Decides which runs are accepted, which starts next and how one ends.
 
-Each decision depends only on the database (and on whether the service is stopping). It is taken in the writer's thread, inside the transaction that stores it, so no
-two of them race. Its side effects are returned as an `AfterCommit`.
+Each decision depends only on the database, and on whether the service is stopping. It is taken in the writer's thread,
+inside the transaction that stores it, so no two of them race. Its side effects are returned as an `AfterCommit`.
 """
 
 from __future__ import annotations

@@ -199,6 +199,7 @@ def test_a_disconnect_loses_no_message(client: Client, tmp_path: Path) -> None:
 # ---- the end of a turn
 
 
+@pytest.mark.many_rounds
 def test_at_the_end_of_a_turn_a_message_is_either_answered_or_refused(client: Client, tmp_path: Path) -> None:
     """Two clients send messages to each run, at random moments around the ends of its turns, until it has ended."""
     chance = random.Random(11)
@@ -245,6 +246,7 @@ def test_at_the_end_of_a_turn_a_message_is_either_answered_or_refused(client: Cl
     assert min(outcomes.count(status) for status in (202, 409)) > RACES / 10
 
 
+@pytest.mark.many_rounds
 def test_a_concurrent_message_and_cancel_leave_a_consistent_record(client: Client, tmp_path: Path) -> None:
     chance = random.Random(13)
 

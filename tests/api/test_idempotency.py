@@ -152,6 +152,7 @@ def test_a_hundred_concurrent_duplicates_make_one_run(served: Callable[..., Clie
     assert len(client.get("/api/runs").json) == len(client.get("/api/sessions").json) == 1
 
 
+@pytest.mark.many_rounds
 def test_a_client_that_retries_while_the_service_is_killed_gets_one_run(
     serve: ServeFunction, home: Path, project: Path
 ) -> None:

@@ -108,6 +108,7 @@ def test_each_message_has_all_turns_before_it(client: Client, project: Path, max
     assert client.run(run["id"])["status"] == "completed"
 
 
+@pytest.mark.many_rounds
 def test_at_the_end_of_a_turn_a_message_is_either_taken_in_and_answered_or_refused(
     client: Client, project: Path
 ) -> None:

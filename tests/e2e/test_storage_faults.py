@@ -25,6 +25,9 @@ from tests.disks import SmallDisk
 from tests.postgresql import PostgreSQLServer
 from tests.waiting import until
 
+# Each test waits until a fault is noticed and until it is over.
+pytestmark = pytest.mark.many_rounds
+
 SECRETS = ("/tmp", "db.sqlite", "127.0.0.1", "SELECT", "INSERT")
 
 

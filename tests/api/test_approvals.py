@@ -290,7 +290,8 @@ def test_the_setting_is_the_timeout_if_the_request_has_none(sqlite_api: Client, 
     for fields, seconds in cases:
         approval = ask_one(sqlite_api, project, **fields)
         at = [datetime.fromisoformat(approval[name]) for name in ("createdAt", "expiresAt")]
-        assert (at[1] - at[0]).total_seconds() == seconds
+        # The clock is read once for each of the two.
+        assert seconds <= (at[1] - at[0]).total_seconds() < seconds + 60
         decide(sqlite_api, approval, "deny")
 
 

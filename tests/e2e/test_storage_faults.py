@@ -295,7 +295,9 @@ def test_a_server_that_is_read_only_is_refused_at_the_start(
     postgresql_server: PostgreSQLServer, environ: dict[str, str], site: SiteFunction
 ) -> None:
     url = postgresql_server.new_database()
-    site(DATABASE_URL=url).service.process.terminate()
+    first = site(DATABASE_URL=url).service
+    first.process.terminate()
+    first.wait()
     postgresql_server.configure(default_transaction_read_only="on")
     try:
         result = start_refused(environ, DATABASE_URL=url)

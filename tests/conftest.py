@@ -31,7 +31,9 @@ MARKERS = {
     "small_disk": "root",
     "program": "program",
 }
-EXTRA = {*MARKERS.values(), "many_rounds", "slow"}
+EXTRA = {*MARKERS.values(), "claude", "many_rounds", "slow"}
+# In this directory only the tests marked `main_job` belong to the README's command: each case takes a second or more.
+REAL_CLAUDE = Path(__file__).with_name("e2e")
 
 
 def pytest_configure() -> None:
@@ -48,6 +50,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         needs = {MARKERS[name] for name in getattr(item, "fixturenames", ()) if name in MARKERS}
         if "postgresql" in _kinds(item):
             needs.add("postgresql")
+        if item.path.is_relative_to(REAL_CLAUDE) and not item.get_closest_marker("main_job"):
+            needs.add("claude")
         for name in needs:
             item.add_marker(name)
         if any(item.get_closest_marker(name) for name in EXTRA):

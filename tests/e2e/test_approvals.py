@@ -71,6 +71,7 @@ def states(client: Client, run: dict[str, Any]) -> list[str]:
 # ---- answered
 
 
+@pytest.mark.main_job
 def test_what_is_allowed_is_done(client: Client, project: Path) -> None:
     run = start(client, project, write(project, "new.txt"))
     approval = next_of(client, run)
@@ -86,6 +87,7 @@ def test_what_is_allowed_is_done(client: Client, project: Path) -> None:
     assert (project / "new.txt").read_text() == "x"
 
 
+@pytest.mark.main_job
 def test_what_is_denied_is_not_done_and_the_model_is_told_why(
     client: Client, project: Path, messages_api: MessagesAPI
 ) -> None:
@@ -112,6 +114,7 @@ def test_a_denial_may_end_the_turn(client: Client, project: Path) -> None:
     assert client.resume(run["sessionId"], "Go on.")["status"] == "completed"
 
 
+@pytest.mark.main_job
 def test_what_is_changed_is_executed_and_recorded(client: Client, project: Path) -> None:
     run = start(client, project, bash("touch asked.txt"))
     decide(client, next_of(client, run), updatedInput={"command": "touch changed.txt"})
@@ -125,6 +128,7 @@ def test_what_is_changed_is_executed_and_recorded(client: Client, project: Path)
     ]
 
 
+@pytest.mark.main_job
 def test_what_is_remembered_holds_for_the_run_and_is_in_no_settings(client: Client, home: Path, project: Path) -> None:
     def settings() -> dict[str, str]:
         files = [*project.rglob("settings*.json"), *(home / ".claude").glob("settings*.json")]

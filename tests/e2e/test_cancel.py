@@ -82,7 +82,16 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+MAIN_STATES = {"streaming", "a tool runs"}
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        pytest.param(state, id=name, marks=[pytest.mark.main_job] if name in MAIN_STATES else [])
+        for name, state in STATES.items()
+    ],
+)
 def test_a_cancelled_run_keeps_its_partial_result_leaves_no_process_and_can_be_continued(
     client: Client, project: Path, state: State
 ) -> None:
@@ -164,6 +173,7 @@ def test_a_run_that_is_over_and_ends_ends_as_it_would_have(client: Client, proje
     assert client.resume(run["sessionId"], "Go on.")["status"] == "completed"
 
 
+@pytest.mark.main_job
 def test_a_run_that_has_ended_is_not_cancelled(client: Client, project: Path) -> None:
     run = client.start(project, "Hello.")
 

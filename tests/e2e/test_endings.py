@@ -71,6 +71,7 @@ def test_a_passing_error_of_the_api_is_none_of_the_run(client: Client, project: 
     assert run["result"]["result"] == "Now."
 
 
+@pytest.mark.main_job
 def test_a_failed_run_can_be_continued(client: Client, project: Path) -> None:
     failed = client.start(project, "[[status 400]]")
     assert failed["status"] == "error"
@@ -138,6 +139,7 @@ def test_interrupt_makes_way(client: Client, project: Path) -> None:
     assert [client.run(run["id"])["status"] for run in (busy, waiting)] == ["cancelled"] * 2
 
 
+@pytest.mark.main_job
 def test_two_resumes_at_once_one_wins(client: Client, project: Path) -> None:
     session = client.start(project, "Hello.")["sessionId"]
     barrier = threading.Barrier(2)
@@ -200,6 +202,7 @@ def test_a_signal_that_another_thread_gets_stops_the_service_too(serve: ServeFun
     assert service.process.wait(timeout=60) == 0
 
 
+@pytest.mark.main_job
 def test_a_killed_service_leaves_no_agent_and_its_runs_are_interrupted(serve: ServeFunction, project: Path) -> None:
     service = serve(CCM_MAX_CONCURRENT_RUNS=1)
     client = Client(service.url)

@@ -67,6 +67,7 @@ def test_during_text_a_message_is_answered_in_a_turn_of_its_own(
     assert messages_api.prompts(messages_api.requests[-1])[-3:] == ["[[slow 10 0.1]]", "And why is that?", "Go on."]
 
 
+@pytest.mark.main_job
 def test_during_a_tool_messages_become_part_of_the_turn(client: Client, project: Path) -> None:
     run = client.start(project, TOOL, wait=0, options={"allowedTools": ["Bash"]})
     client.wait_for_message(run["id"], "assistant")

@@ -250,7 +250,7 @@ def changes_under(client: Client, folder: Path, options: Mapping[str, Any] | Non
 @pytest.mark.parametrize(
     ("options", "changes"),
     [
-        ({}, ["remove", "redirect", "write", "edit"]),
+        pytest.param({}, ["remove", "redirect", "write", "edit"], marks=pytest.mark.main_job),
         ({"permissionMode": "dontAsk"}, []),
         ({"permissionMode": "default"}, []),
         ({"disallowedTools": ["Bash"]}, ["write", "edit"]),

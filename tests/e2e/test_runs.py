@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ccm.core.claude.locations import bundled_cli, transcript_path
 from ccm.testing.messages_api import MessagesAPI
 from tests.client import Client
@@ -48,6 +50,7 @@ def prompts_sent(api: MessagesAPI, prompt: str) -> list[str]:
     return api.prompts(request_for(api, prompt))
 
 
+@pytest.mark.main_job
 def test_a_start_is_answered_at_once_and_runs_to_its_end(client: Client, project: Path) -> None:
     answer = client.post("/api/runs/start", {"cwd": str(project), "prompt": "Hello."})
 
@@ -67,6 +70,7 @@ def test_a_start_is_answered_at_once_and_runs_to_its_end(client: Client, project
     assert ended["messageCount"] == len(client.messages(ended["id"]))
 
 
+@pytest.mark.main_job
 def test_a_start_with_wait_answers_with_the_ended_run(client: Client, project: Path) -> None:
     answer = client.post("/api/runs/start", {"cwd": str(project), "prompt": "Hello again."}, wait=60)
 
@@ -103,6 +107,7 @@ def test_claude_codes_own_system_prompt_is_the_default(
     assert system("Which appended prompt?").count("Like a parrot.") == 20_000
 
 
+@pytest.mark.main_job
 def test_a_tool_call_really_lists_a_file(client: Client, project: Path) -> None:
     run = client.start(project, '[[tool Bash {"command": "ls"}]] [[text Listed.]]')
 
@@ -120,6 +125,7 @@ def test_without_options_a_run_may_create_a_file(client: Client, project: Path) 
     assert run["permissionDenials"] == []
 
 
+@pytest.mark.main_job
 def test_a_denied_tool_shows_on_the_run(client: Client, project: Path) -> None:
     run = client.start(project, '[[tool Bash {"command": "touch denied"}]]', options={"permissionMode": "default"})
 
@@ -128,6 +134,7 @@ def test_a_denied_tool_shows_on_the_run(client: Client, project: Path) -> None:
     assert not (project / "denied").exists()
 
 
+@pytest.mark.main_job
 def test_a_resume_carries_the_earlier_turns(client: Client, project: Path, messages_api: MessagesAPI) -> None:
     first = client.start(project, "Remember the number 7.")
     second = client.resume(first["sessionId"], "Which number was it?")
@@ -151,6 +158,7 @@ def test_a_resume_carries_the_earlier_turns(client: Client, project: Path, messa
     assert abs(session["costUsd"] - sum(run["costUsd"] for run in (first, second, third))) < 1e-9
 
 
+@pytest.mark.main_job
 def test_a_fork_from_the_head_knows_everything_and_opens_a_session(
     client: Client, project: Path, messages_api: MessagesAPI
 ) -> None:
@@ -174,6 +182,7 @@ def test_a_fork_from_the_head_knows_everything_and_opens_a_session(
     assert [s["sessionId"] for s in forks] == [fork["sessionId"]]
 
 
+@pytest.mark.main_job
 def test_a_fork_from_an_earlier_run_or_message_does_not_know_the_later_turns(
     client: Client, project: Path, messages_api: MessagesAPI
 ) -> None:
@@ -246,6 +255,7 @@ def test_a_fork_may_go_into_another_directory(
     assert "Home." in prompts_sent(messages_api, "Still away?")[0]
 
 
+@pytest.mark.main_job
 def test_two_forks_at_once_leave_the_parents_transcript_as_it_was(client: Client, project: Path, home: Path) -> None:
     first = client.start(project, "The root.")
     transcript = transcript_path(first["cwd"], first["sdkSessionId"], {"HOME": str(home)})
@@ -262,6 +272,7 @@ def test_two_forks_at_once_leave_the_parents_transcript_as_it_was(client: Client
     assert transcript.stat().st_mtime_ns == written
 
 
+@pytest.mark.main_job
 def test_images_reach_the_model_and_survive_a_fork(client: Client, project: Path, messages_api: MessagesAPI) -> None:
     run = client.start(project, "What is this?", images=[{"mediaType": "image/png", "data": PNG}])
     client.fork(run["sessionId"], "And what was that?")
@@ -273,6 +284,7 @@ def test_images_reach_the_model_and_survive_a_fork(client: Client, project: Path
         assert [source["media_type"] for source in sources] == ["image/png"]  # type: ignore[index]
 
 
+@pytest.mark.main_job
 def test_structured_output_comes_in_the_result(client: Client, project: Path) -> None:
     schema = {"type": "object", "properties": {"answer": {"type": "integer"}}, "required": ["answer"]}
     run = client.start(
@@ -285,6 +297,7 @@ def test_structured_output_comes_in_the_result(client: Client, project: Path) ->
     assert run["result"]["structured_output"] == {"answer": 42}
 
 
+@pytest.mark.main_job
 def test_partial_messages_are_recorded_when_asked_for(client: Client, project: Path) -> None:
     run = client.start(project, "[[chunks 20]]", options={"includePartialMessages": True})
 
@@ -354,6 +367,7 @@ def test_twenty_runs_at_once_over_four_workers(client: Client, project: Path) ->
         assert sum(1 for begun, ended in spans if begun <= started < ended) <= 4
 
 
+@pytest.mark.main_job
 def test_every_message_is_what_the_cli_wrote(serve: ServeFunction, project: Path, tmp_path: Path) -> None:
     written = tmp_path / "written.jsonl"
     tee = tmp_path / "claude"

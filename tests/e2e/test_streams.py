@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import pytest
+
 from tests.client import Client
 from tests.event_source import Event, Stream
 
@@ -31,6 +33,7 @@ def test_a_stream_that_breaks_fifty_times_while_claude_speaks_is_whole(client: C
     assert events[-1].json == client.run(run["id"])
 
 
+@pytest.mark.main_job
 def test_what_claude_says_is_streamed_while_it_speaks(client: Client, project: Path) -> None:
     run = client.start(project, "[[slow 100 0.05]]", wait=0, options=PARTIAL)
     with Stream(client, f"/api/runs/{run['id']}/stream") as stream:

@@ -75,6 +75,7 @@ def test_a_runs_transcript_is_stored_whole(host: Host, project: Path) -> None:
     assert stat.S_IMODE(away.stat().st_mode) == 0o600
 
 
+@pytest.mark.main_job
 def test_a_session_goes_on_after_its_transcripts_were_deleted(
     host: Host, project: Path, messages_api: MessagesAPI
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import sys
@@ -41,6 +42,12 @@ def pytest_configure() -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # A handler, and not SIG_DFL: what has a handler is reset to its default in every program that is executed.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the number of tests that `-n auto` runs at once: more than cores, because many tests wait."""
+    return 2 * len(os.sched_getaffinity(0))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -169,6 +176,8 @@ def environ(messages_api: MessagesAPI, home: Path) -> dict[str, str]:
         # root, as CI often is, may not bypass permissions outside of a sandbox.
         "IS_SANDBOX": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
+        # A free port, because another test or program may have the default one.
+        "PORT": "0",
     }
 
 

@@ -211,7 +211,8 @@ def test_flask_demo_serve_reports_a_port_in_use(environ: dict[str, str], variabl
         with contextlib.suppress(OSError):
             taken.bind(("127.0.0.1", 3000))
             taken.listen()
-        result = call([*FLASK, "demo", "--serve"], environ | variables)
+        others = {name: value for name, value in environ.items() if name != "PORT"}
+        result = call([*FLASK, "demo", "--serve"], others | variables)
 
         assert result.returncode == 1
         assert "PORT 3000: Address already in use.\n" in result.stderr

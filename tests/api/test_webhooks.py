@@ -246,5 +246,5 @@ def test_the_readmes_receiver_runs_unchanged(serve_all: ServeFunction, tmp_path:
         finally:
             process.terminate()
     assert lines == [[STARTED, run["id"]], [COMPLETED, run["id"]]]
-    [refusal] = stranger.get(f"/api/runs/{unknown['id']}/deliveries").json[0]["attempts"]
+    refusal, *_ = stranger.get(f"/api/runs/{unknown['id']}/deliveries").json[0]["attempts"]
     assert refusal["statusCode"] == 401

@@ -1,4 +1,4 @@
-"""The commands of `flask`, called within the tests' own process: one of its own takes a second to start."""
+"""The `flask` commands, called in the test's process because starting a process takes a second."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ BY_NAME = {command.name: command for command in COMMANDS}
 
 
 def variables(url: str) -> dict[str, str]:
-    """The settings that name a database."""
+    """Return the settings that select a database."""
     return {"DATABASE_PATH": url.removeprefix("sqlite:///")} if url.startswith("sqlite") else {"DATABASE_URL": url}
 
 
 @dataclass(frozen=True)
-class Done:
-    """What a command left."""
+class CommandResult:
+    """The outcome of a command."""
 
     returncode: int
     stdout: str
@@ -31,7 +31,8 @@ class Done:
 
 
 class Flask:
-    """
+    """Calls `flask` commands.
+
     Args:
         home: the HOME of the agents.
     """
@@ -39,12 +40,12 @@ class Flask:
     def __init__(self, home: Path) -> None:
         self._environ = {"HOME": str(home), "CLAUDE_CONFIG_DIR": None, "DATABASE_URL": None, "DATABASE_PATH": None}
 
-    def __call__(self, url: str, name: str, *words: str, given: str | None = None) -> Done:
+    def __call__(self, url: str, name: str, *words: str, given: str | None = None) -> CommandResult:
         environ = {**self._environ, **variables(url)}
         result = CliRunner().invoke(BY_NAME[name], words, input=given, env=environ)
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
-        return Done(result.exit_code, result.stdout, result.stderr)
+        return CommandResult(result.exit_code, result.stdout, result.stderr)
 
     def export(self, url: str, *words: str) -> list[dict[str, Any]]:
         done = self(url, "export", *words)

@@ -352,7 +352,7 @@ def read_response(connection: socket.socket) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a tenth of all rounds, as a check that it works")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and less data, as a check that it works")
     parser.add_argument("names", nargs="*", help="only these measures, such as trivial_run")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ccm-bench-") as folder:

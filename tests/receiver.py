@@ -65,7 +65,7 @@ class Receiver:
         self.received: list[Received] = []
         self.reply = reply
         self.closing = threading.Event()
-        self._arrival = threading.Condition()
+        self._has_arrived = threading.Condition()
         self._server = _Server(("127.0.0.1", port), _Handler)
         self._server.receiver = self
         self.port: int = self._server.server_address[1]
@@ -86,9 +86,9 @@ class Receiver:
         self._thread.join()
 
     def add(self, received: Received) -> None:
-        with self._arrival:
+        with self._has_arrived:
             self.received.append(received)
-            self._arrival.notify_all()
+            self._has_arrived.notify_all()
 
     def wait_for(self, count: int, path: str = "", seconds: float = 30) -> list[Received]:
         """Wait for `count` requests whose path begins with `path` and return the first `count`."""
@@ -96,8 +96,8 @@ class Receiver:
         def found() -> list[Received]:
             return [received for received in self.received if received.path.startswith(path)]
 
-        with self._arrival:
-            assert self._arrival.wait_for(lambda: len(found()) >= count, seconds), f"only {len(found())} arrived"
+        with self._has_arrived:
+            assert self._has_arrived.wait_for(lambda: len(found()) >= count, seconds), f"only {len(found())} arrived"
             return found()[:count]
 
 

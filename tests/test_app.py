@@ -12,7 +12,6 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 
 import psycopg
@@ -23,21 +22,12 @@ from ccm.db.driver.migrate import read_migrations
 from ccm.settings.settings import Settings
 from tests.client import Client
 from tests.conftest import ServeFunction
+from tests.flask_commands import FLASK, call
 from tests.programs import free_port
 from tests.receiver import Receiver
 
 ROOT = Path(__file__).parents[1]
 MIGRATIONS = [f"{migration.number:04}" for migration in read_migrations("sqlite")]
-FLASK = [sys.executable, "-m", "flask"]
-
-
-def call(
-    words: list[str], environ: Mapping[str, str], cwd: Path = ROOT, **variables: object
-) -> subprocess.CompletedProcess[str]:
-    own = {name: str(value) for name, value in variables.items()}
-    return subprocess.run(
-        words, env={**environ, **own}, cwd=cwd, capture_output=True, text=True, timeout=120, check=False
-    )
 
 
 def test_create_app_opens_nothing_and_starts_no_thread(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from ccm.core.service import Service
+from tests.flask_commands import call
 
-ROOT = Path(__file__).parents[1]
 # Modules that are imported later, and why a start does not need them.
 LATER = {
     "claude_agent_sdk": "the first run needs it",
@@ -63,16 +63,7 @@ print(*sys.modules, sep="\\n")
 
 
 def python(code: str, environ: dict[str, str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    own = {"DATABASE_PATH": str(tmp_path / "db.sqlite"), "PORT": "0"}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=environ | own,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return call([sys.executable, "-c", code], environ, DATABASE_PATH=tmp_path / "db.sqlite", PORT=0)
 
 
 @pytest.mark.parametrize(("code", "later"), [(LISTEN, LATER | COMMANDS), (CREATE, LATER)], ids=["python", "flask"])

@@ -107,7 +107,7 @@ def connect(client: Client, *parts: bytes) -> socket.socket:
     return connection
 
 
-def announced(path: str, *headers: str) -> bytes:
+def post_head(path: str, *headers: str) -> bytes:
     """Return the head of a POST request with a JSON body."""
     lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", *headers, "", ""]
     return "\r\n".join(lines).encode()

@@ -22,10 +22,10 @@ from ccm.testing.service_process import ServiceProcess
 from tests.client import Answer, Client
 from tests.conftest import ServeFunction, stand_in_cli
 from tests.disks import SmallDisk
+from tests.flask_commands import call
 from tests.postgresql import PostgreSQLServer
 from tests.programs import resident_memory
 from tests.storage_faults import locked
-from tests.test_app import call
 from tests.waiting import until
 
 # Each test waits until the service detects the fault, and until it has recovered.

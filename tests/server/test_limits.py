@@ -20,7 +20,7 @@ from tests.api.conftest import connect, held, read_all, script
 from tests.client import Client
 from tests.conftest import ServeFunction, stand_in_cli
 from tests.event_source import Stream
-from tests.test_app import call
+from tests.flask_commands import call
 from tests.waiting import until
 
 # Starts app.py with short timeouts for slow clients.

@@ -14,7 +14,7 @@ import pytest
 from tests.client import Client
 from tests.conftest import ServeFunction
 from tests.event_source import events_of
-from tests.test_app import call
+from tests.flask_commands import call
 from tests.waiting import until
 
 

@@ -1,8 +1,8 @@
-"""Measures the service beside what it is built on: `python -m tests.bench [--quick] [NAME ...]`.
+"""Benchmarks of the service against the libraries it is built on: `python -m tests.bench [--quick] [NAME ...]`.
 
-Each measure is paired: both sides run in turn, in one process or on one machine at one time, and the medians and their
-ratio are printed. A stand-in CLI that answers at once (tests/stand_in_cli.py) takes the real CLI's half second and its
-noise out of the way; the real one is measured beside it.
+Each measure is paired: both sides run in turn on the same machine, and the medians and their ratio are printed. A
+stand-in CLI that answers at once (tests/stand_in_cli.py) removes the real CLI's half second and its noise; the real CLI
+is measured as well.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import socket
 import sqlite3
 import statistics
@@ -39,6 +38,7 @@ from ccm.testing.service_process import ServiceProcess, credential_free_environm
 from ccm.timestamps import timestamp
 from tests.client import Client
 from tests.conftest import stand_in_cli
+from tests.programs import resident_memory
 
 MESSAGE = json.dumps({"type": "assistant", "uuid": str(uuid.uuid4()), "message": {"content": "x" * 1400}})
 BARE_FLASK = """
@@ -62,14 +62,14 @@ def median(values: list[float]) -> float:
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Milliseconds."""
+    """Return the milliseconds that an action takes."""
     begun = time.perf_counter()
     action()
     return (time.perf_counter() - begun) * 1000
 
 
 class Bench:
-    """The measures; each method named `measure_*` prints its own lines."""
+    """The measures; each method named `measure_*` prints its results."""
 
     def __init__(self, folder: Path, quick: bool) -> None:
         self.folder = folder
@@ -94,7 +94,7 @@ class Bench:
     # ---- runs
 
     def bare_run(self, cli: Path, prompt: str) -> float:
-        """Milliseconds of one run with the SDK alone, as its documentation shows it."""
+        """Return the milliseconds of one run with the SDK alone, as its documentation shows it."""
 
         async def run() -> None:
             options = ClaudeAgentOptions(cli_path=cli, cwd=self.project, env=self.environ, max_buffer_size=2**25)
@@ -164,7 +164,7 @@ class Bench:
                 idle.append((time.perf_counter() - begun) * 1000)
                 client.run(run["id"])
             busy = [timed(lambda: client.start(self.project, "hello", wait=0)) for _ in range(self.rounds * 4)]
-        print(f"POST to 202: p50 {median(idle):.1f} ms idle, {median(busy):.1f} ms with 8 runs going on and a queue")
+        print(f"POST to 202: p50 {median(idle):.1f} ms idle, {median(busy):.1f} ms with 8 runs in progress and a queue")
 
     # ---- reads
 
@@ -183,9 +183,9 @@ class Bench:
             session = client.get("/api/sessions").json[0]["sessionId"]
             path_and_query = f"/api/sessions/{session}/messages"
             client.get(path_and_query)
-            before = resident(service.process.pid)
+            before = resident_memory(service.process.pid)
             rate = self.rate(service.url, path_and_query)
-            after = resident(service.process.pid)
+            after = resident_memory(service.process.pid)
         print(
             f"GET /api/sessions/:id/messages, 10,000 messages: {rate:.1f} requests/s, "
             f"memory {before:.0f} MiB after one, {after:.0f} MiB after all"
@@ -215,7 +215,7 @@ class Bench:
         print(f"GET /health: bare Flask route {theirs:.0f}, service {ours:.0f} requests/s: {ours / theirs:.2f}")
 
     def rate(self, url: str, path: str) -> float:
-        """Requests a second that two clients get, each on a connection that it keeps if it may."""
+        """Return the requests per second of two clients, each on a persistent connection if the server allows it."""
         host, port = url.removeprefix("http://").split(":")
         request = f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode()
         done = [0, 0]
@@ -244,7 +244,7 @@ class Bench:
         return sum(done) / (time.perf_counter() - begun)
 
     def filled(self, runs: int, messages_each: int, one_session: bool = False) -> Path:
-        """A database with so many ended runs of so many messages."""
+        """Create a database with `runs` ended runs of `messages_each` messages."""
         path = self.folder / f"{uuid.uuid4()}.sqlite"
         url = f"sqlite:///{path}"
         sqlite_file.prepare(url)
@@ -331,7 +331,7 @@ class Bench:
 
 
 def read_response(connection: socket.socket) -> bool:
-    """Read one answer, with a length or in chunks; whether the connection is kept."""
+    """Read one answer, with a length or in chunks; return whether the connection stays open."""
     data = b""
     while b"\r\n\r\n" not in data:
         data += connection.recv(2**18)
@@ -350,14 +350,9 @@ def read_response(connection: socket.socket) -> bool:
     return False
 
 
-def resident(pid: int) -> float:
-    """Resident memory of a process in MiB."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a tenth of everything, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and less data, as a check that it works")
     parser.add_argument("names", nargs="*", help="only these measures, such as trivial_run")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ccm-bench-") as folder:

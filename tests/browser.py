@@ -1,4 +1,4 @@
-"""A real Chromium, driven through WebDriver on loopback."""
+"""Chromium, controlled through WebDriver on loopback."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ FLAGS = [
 
 
 class Browser:
-    """One Chromium.
+    """One Chromium session.
 
     Args:
         driver: the address of its WebDriver.
-        resolver_rules: Chromium's rules for the addresses of names; a name without a rule has no address.
+        resolver_rules: Chromium's host resolver rules; a name without a rule does not resolve.
     """
 
     def __init__(self, driver: str, resolver_rules: str) -> None:

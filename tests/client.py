@@ -1,4 +1,4 @@
-"""A plain HTTP client for the tests: what curl does, with the answer taken apart."""
+"""A plain HTTP client for the tests, like curl, with parsed answers."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Answer:
 
     @property
     def error(self) -> dict[str, str]:
-        """The error object; fails if there is none, as every error must have one."""
+        """The error object, which every error answer must have."""
         error: dict[str, str] = self.json["error"]
         assert set(error) <= {"code", "message", "field"}
         return error
 
     @property
     def next(self) -> str | None:
-        """The path and query of the next page."""
+        """The path and query of the next page; None on the last page."""
         match = re.fullmatch(r'<([^>]*)>; rel="next"', self.headers.get("Link", ""))
         if match is None:
             return None
@@ -40,7 +40,7 @@ class Answer:
 
 
 def prepared(body: Any, headers: Mapping[str, str] | None) -> tuple[bytes | None, dict[str, str]]:
-    """A body as bytes, and the headers with its media type; anything but bytes is sent as JSON."""
+    """Return a body as bytes, encoded as JSON unless it is bytes, and the headers with its media type."""
     sent = dict(headers or {})
     if body is not None and not isinstance(body, bytes):
         body = json.dumps(body).encode()
@@ -50,7 +50,7 @@ def prepared(body: Any, headers: Mapping[str, str] | None) -> tuple[bytes | None
 
 
 class UnixConnection(http.client.HTTPConnection):
-    """HTTP over a Unix socket, as `curl --unix-socket` does it."""
+    """HTTP over a Unix socket, like `curl --unix-socket`."""
 
     def __init__(self, path: str, timeout: float) -> None:
         super().__init__("localhost", timeout=timeout)
@@ -63,10 +63,10 @@ class UnixConnection(http.client.HTTPConnection):
 
 
 class Client:
-    """Talks to one service; every request on a connection of its own, as curl does.
+    """A client of one service; each request opens its own connection, as curl does.
 
     Args:
-        url: what the service's log says that it listens on: `http://...`, or `unix:/path`.
+        url: the service's address as its log shows it: `http://...` or `unix:/path`.
     """
 
     def __init__(self, url: str) -> None:
@@ -75,7 +75,7 @@ class Client:
         self.host, self.port = parts.hostname or "", parts.port or 0
 
     def connection(self, timeout: float = 150) -> http.client.HTTPConnection:
-        """A new connection, for whoever needs more of it than one answer."""
+        """Return a new connection, for tests that need more than one answer on it."""
         if self.url.startswith("unix:"):
             return UnixConnection(self.url.removeprefix("unix:"), timeout)
         return http.client.HTTPConnection(self.host, self.port, timeout=timeout)
@@ -109,7 +109,7 @@ class Client:
     def delete(self, path: str) -> Answer:
         return self.request("DELETE", path)
 
-    # ---- the main job in short
+    # ---- shortcuts for runs
 
     def start(self, cwd: Any, prompt: str, wait: float = 60, **fields: Any) -> dict[str, Any]:
         return self._run("start", {"cwd": str(cwd), "prompt": prompt, **fields}, wait)
@@ -127,7 +127,7 @@ class Client:
         return run
 
     def run(self, run_id: str, wait: float = 60) -> dict[str, Any]:
-        """A run once it has ended, or as it is after `wait` seconds."""
+        """Return a run once it has ended, or its state after `wait` seconds."""
         run: dict[str, Any] = self.get(f"/api/runs/{run_id}", wait=wait).json
         return run
 
@@ -138,7 +138,7 @@ class Client:
         return messages
 
     def wait_for_message(self, run_id: str, *types: str) -> dict[str, Any]:
-        """The first message of one of the types, once it is stored."""
+        """Wait for the first stored message of one of the types and return it."""
         found = self.messages(run_id, type=",".join(types), wait=60, limit=1)
         assert found, f"run {run_id} has no message of type {types}"
         return found[0]

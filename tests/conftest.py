@@ -1,4 +1,4 @@
-"""What the tests share: databases on both servers, the stand-in for the Messages API, services as real processes."""
+"""Shared fixtures: SQLite and PostgreSQL databases, the stand-in for the Messages API, services as real processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.programs import program as find_program
 
 STAND_IN_CLI = Path(__file__).with_name("stand_in_cli.py")
 
-# What a test needs besides Python is told by the fixtures that it uses: the marker of each.
+# Fixtures that need more than Python, and the marker that each adds to the tests that use it.
 MARKERS = {
     "postgresql": "postgresql",
     "postgresql_server": "postgresql",
@@ -38,9 +38,9 @@ REAL_CLAUDE = Path(__file__).with_name("e2e")
 
 
 def pytest_configure() -> None:
-    """Give the processes that the tests start the default for SIGINT, which a shell's background job ignores."""
+    """Restore the default SIGINT handling, which child processes inherit: a shell's background job ignores SIGINT."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        # A handler, and not SIG_DFL: what has a handler is reset to its default in every program that is executed.
+        # A handler, not SIG_DFL: exec() resets a handled signal to its default in the child.
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -52,7 +52,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test with what it needs, before pytest selects by markers, so that no test can forget to say it."""
+    """Mark each test with its requirements before pytest selects by markers, so that no test can omit them."""
     for item in items:
         needs = {MARKERS[name] for name in getattr(item, "fixturenames", ()) if name in MARKERS}
         if "postgresql" in _kinds(item):
@@ -66,9 +66,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _kinds(item: pytest.Item) -> list[object]:
-    """The parameters of a test that may name a kind of database: each, or the first of it where it is a tuple.
+    """Return a test's parameters that may name a kind of database; of a tuple, its first element.
 
-    A fixture that is there for each kind asks for a server only where its parameter says so.
+    A fixture parametrised over both kinds requests the PostgreSQL server only for its own parameter.
     """
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
     return [value[0] if isinstance(value, tuple) and value else value for value in parameters]
@@ -76,21 +76,21 @@ def _kinds(item: pytest.Item) -> list[object]:
 
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[str]:
-    """The URL of a real PostgreSQL server of the tests' own, without the database's name."""
+    """Start a private PostgreSQL server; the value is its URL without a database name."""
     with PostgreSQLServer() as server:
         yield server.url
 
 
 @pytest.fixture(scope="module")
 def postgresql_server() -> Iterator[PostgreSQLServer]:
-    """Another one, for tests that break it and mend it."""
+    """Start a separate PostgreSQL server for tests that stop or break it."""
     with PostgreSQLServer() as server:
         yield server
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
-    """A file system of 2 MiB."""
+    """Mount a file system of 2 MiB."""
     with SmallDisk(tmp_path / "small-disk") as disk:
         yield disk
 
@@ -100,13 +100,13 @@ ProgramFunction = Callable[[str, str], str]
 
 @pytest.fixture(scope="session")
 def program() -> ProgramFunction:
-    """Finds a program of the system by its name and Debian's package, as `tests.programs.program`."""
+    """Return `tests.programs.program`, which finds a system program by its name and Debian package."""
     return find_program
 
 
 @pytest.fixture(scope="session")
 def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SQLite file with the schema, to be copied."""
+    """Create a SQLite file with the schema, for tests to copy."""
     path = tmp_path_factory.mktemp("template") / "db.sqlite"
     sqlite_file.prepare(f"sqlite:///{path}")
     database = Database(f"sqlite:///{path}", writable=True, pool_size=1)
@@ -117,7 +117,7 @@ def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A new database with the schema, once on each kind of server: a copy, for a migration takes far longer."""
+    """Create a database with the schema on each kind of server. It is a copy because a migration takes far longer."""
     if request.param == "sqlite":
         path = tmp_path / "db.sqlite"
         shutil.copy(request.getfixturevalue("sqlite_template"), path)
@@ -130,7 +130,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A new database without the schema, for tests of the migrations."""
+    """Create a database without the schema, for tests of the migrations."""
     if request.param == "sqlite":
         url = f"sqlite:///{tmp_path}/empty.sqlite"
         sqlite_file.prepare(url)
@@ -143,7 +143,7 @@ def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterat
 
 @pytest.fixture
 def writable(database_url: str) -> Iterator[Database]:
-    """The one writer of a database with the schema in place."""
+    """Open the only writing `Database` of a database with the schema."""
     database = Database(database_url, writable=True, pool_size=1)
     yield database
     database.close()
@@ -158,22 +158,22 @@ def reader(database_url: str) -> Iterator[Database]:
 
 @pytest.fixture(scope="session")
 def messages_api() -> Iterator[MessagesAPI]:
-    """The stand-in for the Messages API; what it was sent is in its `requests`."""
+    """Start the stand-in for the Messages API, which keeps the requests it gets in `requests`."""
     with MessagesAPI() as api:
         yield api
 
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The HOME of the session's agents."""
+    """Create the HOME of the test session's agents."""
     return tmp_path_factory.mktemp("home")
 
 
 @pytest.fixture(scope="session")
 def environ(messages_api: MessagesAPI, home: Path) -> dict[str, str]:
-    """The environment of a service for tests: made from nothing, so that nothing of the machine reaches an agent."""
+    """Build a service's environment from scratch, so that no variable of the machine reaches an agent."""
     return credential_free_environment(messages_api.url, str(home)) | {
-        # root, as CI often is, may not bypass permissions outside of a sandbox.
+        # Claude Code refuses to bypass permissions as root outside a sandbox, and CI often runs as root.
         "IS_SANDBOX": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         # A free port, because another test or program may have the default one.
@@ -186,9 +186,9 @@ ServeFunction = Callable[..., ServiceProcess]
 
 @pytest.fixture
 def serve(request: pytest.FixtureRequest, environ: dict[str, str], tmp_path: Path) -> Iterator[ServeFunction]:
-    """Starts services as processes of their own, with settings of a test's choice; ends them afterwards."""
+    """Return a function that starts a service process with the given settings; stop the services after the test."""
     if "database_url" in request.fixturenames:
-        request.getfixturevalue("database_url")  # made before the services, and so deleted after they have stopped
+        request.getfixturevalue("database_url")  # created before the services, so it is deleted after they stop
     with ExitStack() as stack:
 
         def start(*through: str, **settings: object) -> ServiceProcess:
@@ -201,7 +201,7 @@ def serve(request: pytest.FixtureRequest, environ: dict[str, str], tmp_path: Pat
 
 @pytest.fixture(scope="session")
 def client(environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """A client of a service that the whole session shares: default settings, SQLite, the real Claude Code."""
+    """Start one service for the whole test session (default settings, SQLite, real Claude Code); return its client."""
     database = tmp_path_factory.mktemp("shared") / "db.sqlite"
     own = {"DATABASE_PATH": str(database), "LOG_LEVEL": "debug", "CCM_MAX_CONCURRENT_RUNS": "4"}
     with ServiceProcess(environ | own) as service:
@@ -211,12 +211,12 @@ def client(environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def quick(serve: ServeFunction, home: Path) -> Client:
-    """A client of a service whose Claude Code is the stand-in of tests/stand_in_cli.py."""
+    """Start a service that runs the stand-in CLI of tests/stand_in_cli.py; return its client."""
     return Client(serve(CCM_CLI_PATH=stand_in_cli(home)).url)
 
 
 def stand_in_cli(folder: Path) -> Path:
-    """The stand-in CLI as a program that starts with this very Python, and fast: it needs no site-packages."""
+    """Write a program that runs the stand-in CLI with this Python, without site-packages for a fast start."""
     program = folder / "claude"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {STAND_IN_CLI} "$@"\n')
     program.chmod(0o755)
@@ -225,7 +225,7 @@ def stand_in_cli(folder: Path) -> Path:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A directory for agents to work in, with one file."""
+    """Create a directory for agents to work in, with one file."""
     folder = tmp_path / "project"
     folder.mkdir()
     (folder / "here-is-a-file.txt").write_text("hello\n")

@@ -1,4 +1,4 @@
-"""A file system of its own that is soon full."""
+"""A small file system that a test can fill."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 
 class SmallDisk:
-    """A tmpfs of 2 MiB, mounted while its context lasts. Only root may mount; elsewhere its test is skipped."""
+    """A tmpfs of 2 MiB, mounted while its context is open. Only root may mount: other users skip the test."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -21,7 +21,7 @@ class SmallDisk:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Lazily: a test that failed may have files open, and pytest cannot remove what is mounted.
+        # Lazily: a failed test may have files open, and pytest cannot delete a mount point.
         subprocess.run(["umount", "--lazy", str(self.path)], check=True)
 
     def _mount(self, options: str, *words: str) -> None:
@@ -34,12 +34,12 @@ class SmallDisk:
             pytest.skip(f"a tmpfs cannot be mounted here: {result.stderr.strip()}")
 
     def used(self) -> int:
-        """How many bytes files take, those included that have no name any more."""
+        """Return the bytes in use, including those of deleted files that are still open."""
         room = os.statvfs(self.path)
         return (room.f_blocks - room.f_bfree) * room.f_frsize
 
     def fill(self) -> None:
-        """Take all the room that is left."""
+        """Fill the file system."""
         with (self.path / "filler").open("ab", buffering=0) as file:
             try:
                 while True:
@@ -48,7 +48,7 @@ class SmallDisk:
                 return
 
     def grow(self) -> None:
-        """Make room for 64 MiB."""
+        """Enlarge the file system to 64 MiB."""
         self._mount("remount,size=64m")
 
     def make_read_only(self) -> None:

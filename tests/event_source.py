@@ -1,4 +1,4 @@
-"""A client of Server-Sent Events, with a parser by the book:
+"""A client of Server-Sent Events whose parser follows the standard:
 https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
 """
 
@@ -24,7 +24,7 @@ class Event:
 
 
 class Parser:
-    """Takes bytes as they come, gives the events that they complete."""
+    """An incremental parser: takes bytes, returns the events that they complete."""
 
     def __init__(self) -> None:
         self.last_event_id = ""
@@ -36,7 +36,7 @@ class Parser:
         self._data: list[str] = []
 
     def feed(self, received: bytes) -> list[Event]:
-        # A line may end with CR, LF or both; of a CR at the very end it is not known yet which.
+        # A line may end with CR, LF or CRLF; a CR at the end of the input may still be followed by LF.
         text = self._rest + received
         held_back = b"\r" if text.endswith(b"\r") else b""
         lines = text.removesuffix(b"\r").replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
@@ -70,7 +70,7 @@ class Parser:
 
 
 class Stream:
-    """One connection to a stream; iterating gives its events until the service closes it. A context manager."""
+    """One connection to a stream. A context manager; iterating yields events until the service closes the stream."""
 
     def __init__(self, client: Client, path: str, last_event_id: str | None = None, timeout: float = 60) -> None:
         self.parser = Parser()
@@ -99,12 +99,12 @@ class Stream:
         while received := self.receive(2**16):
             yield from self.parser.feed(received)
 
-    def receive(self, most: int) -> bytes:
-        """The next bytes as soon as there are any; none at the end."""
-        return self._response.read1(most)
+    def receive(self, size: int) -> bytes:
+        """Return the next bytes as soon as there are any, or no bytes at the end."""
+        return self._response.read1(size)
 
     def take(self, count: int) -> list[Event]:
-        """The next events; fails if there are fewer."""
+        """Return the next `count` events; fail if the stream ends before."""
         return [next(self._events) for _ in range(count)]
 
     def close(self) -> None:
@@ -113,6 +113,6 @@ class Stream:
 
 
 def events_of(client: Client, path: str, last_event_id: str | None = None) -> list[Event]:
-    """All events of a stream that comes to an end."""
+    """Return all events of a stream that ends."""
     with Stream(client, path, last_event_id) as stream:
         return list(stream)

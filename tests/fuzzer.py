@@ -1,4 +1,4 @@
-"""Requests as bytes: some that no client would make, and some that one would. The same seed makes the same requests."""
+"""Random requests as bytes, valid and malformed. The same seed makes the same requests."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TEXTS = [
     "nan",
     "true",
 ]
-# No longer waits, because the service grants them.
+# All short: a valid wait holds the connection for its whole time.
 WAITS = ["0", "0.01", "-1", "nan", "inf", "1e999", "x", "", "0x1", "\0"]
 HEADERS = [
     ("Authorization", ["Bearer x", "Basic !!!", "Bearer " + "x" * 9_000, "\xff"]),
@@ -68,7 +68,7 @@ HEADERS = [
     ("A_b", ["\x7f", "\x80"]),
     ("A-B", ["\x00"]),
 ]
-# Headers that are refused, or that decide where a request or a connection ends.
+# Headers that the service refuses, or that change where a request or a connection ends.
 UNSOUND = {
     "Connection",
     "Content-Length",
@@ -108,8 +108,8 @@ class Conversation:
     """The requests of one connection.
 
     Args:
-        requests: in the order in which they are sent.
-        whole: each request is whole and the last one asks to end the connection, so the service has to close it.
+        requests: the requests in sending order.
+        whole: whether each request is complete and the last one asks to close the connection, so the service must.
     """
 
     requests: list[bytes]
@@ -117,11 +117,11 @@ class Conversation:
 
 
 class Fuzzer:
-    """Makes conversations at random.
+    """A generator of random conversations.
 
     Args:
-        bodies: for each path a valid body.
-        paths: those of reads, and some that do not exist.
+        bodies: a valid body for each path.
+        paths: the paths of reads, and some that do not exist.
     """
 
     def __init__(self, seed: str, bodies: dict[str, dict[str, Any]], paths: list[str]) -> None:
@@ -148,7 +148,7 @@ class Fuzzer:
         return self._mutated(request) if self._chance(0.3) else request
 
     def _mutated(self, data: bytes) -> bytes:
-        """Change, remove, double or insert some bytes."""
+        """Change, remove, duplicate or insert some bytes."""
         changed = data
         for _ in range(self._random.choice([1, 1, 3, 20])):
             at = self._random.randrange(len(changed) + 1)
@@ -164,7 +164,7 @@ class Fuzzer:
         return changed
 
     def _api_request(self, *, sound: bool, close: bool = False) -> bytes:
-        """Make a request to one of the service's own paths; a sound one ends where its head says."""
+        """Make a request to one of the service's paths; a sound one ends where its head says."""
         method, path, body = "POST", self._random.choice(list(self._bodies)), b""
         if "sessions" in path:
             method = "PATCH"

@@ -1,11 +1,10 @@
-"""A real PostgreSQL server of the tests' own, which may be stopped, restarted and made to stand still."""
+"""A private PostgreSQL server that tests can stop, restart and suspend."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -19,27 +18,21 @@ import pytest
 
 from ccm.db.driver.database import Database
 from ccm.db.driver.migrate import migrate
+from tests.programs import free_port
 
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-# A database of 300 files is created and deleted in memory within milliseconds, and on a disk within a second.
+# Creating or deleting a database (300 files) takes milliseconds in memory and up to a second on a disk.
 MEMORY = Path("/dev/shm")
 MEMORY_NEEDED = 2 * 2**30
-# No test depends on what survives a crash of the machine. A crash of the server, which tests do cause, loses nothing:
-# each commit is handed to the operating system, which `synchronous_commit = off` would put off.
+# No test depends on surviving a crash of the machine. Tests do crash the server, which loses no commit, because each
+# commit reaches the operating system; `synchronous_commit = off` would delay that.
 TUNING = {"fsync": "off", "full_page_writes": "off"}
-# Has the schema, and no connection: each test gets a clone of it.
+# Has the schema; each test gets a clone. PostgreSQL clones only a database without connections.
 TEMPLATE = "ccm_template"
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 class PostgreSQLServer:
-    """A context manager: made and started within, gone afterwards. `url` lacks the database's name."""
+    """A context manager that creates and starts a server, then deletes it. `url` has no database name."""
 
     def __init__(self) -> None:
         found = shutil.which("initdb") or (str(PROGRAMS[-1]) if PROGRAMS else None)
@@ -48,7 +41,7 @@ class PostgreSQLServer:
                 pytest.fail("CI needs PostgreSQL: install Debian's package postgresql")
             pytest.skip("PostgreSQL's initdb is not installed; Debian's package postgresql has it")
         self._programs = Path(found).resolve().parent
-        # Not below pytest's own directories, which are closed to others: PostgreSQL refuses to run as root.
+        # Not below pytest's directories: only their owner can enter them, and root must run PostgreSQL as another user.
         self._folder = Path(tempfile.mkdtemp(prefix="ccm-postgresql-", dir=_folder_for_databases()))
         self._user = "nobody" if os.geteuid() == 0 else None
         if self._user is not None:
@@ -84,7 +77,7 @@ class PostgreSQLServer:
         self._call("pg_ctl", "-w", "-l", str(self._folder / "log"), "-o", options, "start")
 
     def stop(self, mode: str = "fast") -> None:
-        """As `pg_ctl stop -m`: `fast` ends all connections, `immediate` is a crash."""
+        """Stop like `pg_ctl stop -m`: `fast` ends all connections, `immediate` is a crash."""
         self._call("pg_ctl", "-m", mode, "-w", "stop")
 
     def new_database(self) -> str:
@@ -96,20 +89,20 @@ class PostgreSQLServer:
         return execute(self.url, sql)
 
     def configure(self, **settings: str) -> None:
-        """Change the server's settings; they hold for every connection when this returns."""
+        """Change the server's settings; every connection has them when this returns."""
         for name, value in settings.items():
             self.execute(f"ALTER SYSTEM SET {name} = '{value}'")
         self.execute("SELECT pg_reload_conf()")
-        # A connection made after the postmaster has read them has them, and it reads them when it next accepts one.
+        # The postmaster rereads its settings when it next accepts a connection; later connections have them.
         for name, value in settings.items():
             while self.execute(f"SHOW {name}") != [(value,)]:
                 time.sleep(0.01)
 
     @contextmanager
     def standing_still(self) -> Iterator[None]:
-        """Every process of the server is stopped within: connections are in order, and nothing answers."""
+        """Suspend every process of the server in the block: connections stay open, and none gets an answer."""
         postmaster = int((self._data / "postmaster.pid").read_text().split()[0])
-        # The postmaster first, so that it makes no more of them.
+        # The postmaster first, so that it starts no more processes.
         os.kill(postmaster, signal.SIGSTOP)
         stopped = [postmaster, *_children(postmaster)]
         for pid in stopped[1:]:
@@ -136,8 +129,8 @@ def new_database(server: str, *, empty: bool = False) -> str:
     """Create a database on a server and return its URL.
 
     Args:
-        server: the URL of a server of this file, without a database.
-        empty: leave out the schema.
+        server: the URL of a PostgreSQLServer, without a database.
+        empty: whether to omit the schema.
     """
     name = f"test_{uuid.uuid4().hex}"
     execute(server, f"CREATE DATABASE {name} TEMPLATE {'template1' if empty else TEMPLATE}")
@@ -151,7 +144,7 @@ def drop_database(url: str) -> None:
 
 
 def _folder_for_databases() -> Path | None:
-    """The folder for the files of a server; None is the default one for temporary files."""
+    """Return the directory for a server's files; None means the default for temporary files."""
     if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > MEMORY_NEEDED:
         return MEMORY
     return None

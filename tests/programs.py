@@ -1,19 +1,20 @@
-"""Programs of the system that some tests need, and the ports that they listen on."""
+"""System programs that some tests need, the ports that they listen on, and the memory of a process."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import socket
+from pathlib import Path
 
 import pytest
 
 
 def program(name: str, package: str) -> str:
-    """The path of a program. Without it the test is skipped, and in CI it fails: `.ci/run` installs it.
+    """Return the path of a program; without it skip the test, or in CI fail it, because `.ci/run` installs it.
 
     Args:
-        package: Debian's package that has it.
+        package: the Debian package of the program.
     """
     found = shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"]))
     if found is None:
@@ -24,11 +25,16 @@ def program(name: str, package: str) -> str:
 
 
 def free_port() -> int:
-    """A port that nobody listens on, for a program that cannot choose one itself."""
+    """Return a port on which no program listens, for a program that cannot choose one itself."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def resident_memory(pid: int) -> float:
+    """Return the resident memory of a process in MiB."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def can_connect(port: int) -> bool:

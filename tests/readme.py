@@ -1,4 +1,4 @@
-"""The samples of the README, as they stand there."""
+"""The samples in the README."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def samples(language: str) -> list[str]:
-    """The fenced blocks of one language, in order."""
+    """Return the fenced blocks of one language, in order."""
     return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
 def filled_in(sample: str, places: Mapping[str, str]) -> str:
-    """A sample with what is particular to a host put in. Each of `places` must be in it."""
+    """Replace each key of `places`, which the sample must contain, with its value."""
     for place, own in places.items():
         assert place in sample, f"the README's sample has no {place}"
         sample = sample.replace(place, own)

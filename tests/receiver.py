@@ -1,4 +1,4 @@
-"""A receiver of webhooks on loopback, which answers as a test has it answer."""
+"""A webhook receiver on loopback whose replies a test chooses."""
 
 from __future__ import annotations
 
@@ -24,18 +24,22 @@ class Received:
         return json.loads(self.body)
 
     @property
-    def told(self) -> tuple[str, str]:
-        """The run and what happened to it."""
+    def run_and_type(self) -> tuple[str, str]:
+        """The id of the run and the type of its event."""
         return self.json["data"]["run"]["id"], self.json["type"]
 
     def verified(self, secret: str) -> Any:
-        """What it says, if the signature is right; raises if not."""
+        """Return the payload.
+
+        Raises:
+            WebhookVerificationError: the signature is wrong.
+        """
         return Webhook(secret).verify(self.body, dict(self.headers))
 
 
 @dataclass(frozen=True)
 class Reply:
-    """`drip` has it begin its answer and never come to an end, byte after byte."""
+    """A reply. With `drip` it sends byte after byte and never ends."""
 
     status: int = 204
     headers: Mapping[str, str] | None = None
@@ -44,12 +48,12 @@ class Reply:
 
 
 class Receiver:
-    """A context manager. What has come is in `received`, in order.
+    """A context manager. The requests are in `received`, in order of arrival.
 
     Args:
-        port: of an earlier receiver that is down now; 0 takes a free one.
-        reply: what it answers; it may take its time.
-        tls: its certificate.
+        port: the port of an earlier receiver that has closed; 0 takes a free one.
+        reply: makes the reply to a request; it may block.
+        tls: the context with its certificate; None serves plain HTTP.
     """
 
     def __init__(
@@ -61,7 +65,7 @@ class Receiver:
         self.received: list[Received] = []
         self.reply = reply
         self.closing = threading.Event()
-        self._came = threading.Condition()
+        self._has_arrived = threading.Condition()
         self._server = _Server(("127.0.0.1", port), _Handler)
         self._server.receiver = self
         self.port: int = self._server.server_address[1]
@@ -81,19 +85,19 @@ class Receiver:
         self._server.server_close()
         self._thread.join()
 
-    def come(self, received: Received) -> None:
-        with self._came:
+    def add(self, received: Received) -> None:
+        with self._has_arrived:
             self.received.append(received)
-            self._came.notify_all()
+            self._has_arrived.notify_all()
 
     def wait_for(self, count: int, path: str = "", seconds: float = 30) -> list[Received]:
-        """The first so many requests whose path begins like that, once they have come."""
+        """Wait for `count` requests whose path begins with `path` and return the first `count`."""
 
         def found() -> list[Received]:
             return [received for received in self.received if received.path.startswith(path)]
 
-        with self._came:
-            assert self._came.wait_for(lambda: len(found()) >= count, seconds), f"only {len(found())} came"
+        with self._has_arrived:
+            assert self._has_arrived.wait_for(lambda: len(found()) >= count, seconds), f"only {len(found())} arrived"
             return found()[:count]
 
 
@@ -102,7 +106,7 @@ class _Server(http.server.ThreadingHTTPServer):
     request_queue_size = 128
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """The sender may leave whenever it likes."""
+        """Ignore errors: the sender may disconnect at any time."""
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -112,7 +116,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         receiver = self.server.receiver
         body = self.rfile.read(int(self.headers["Content-Length"]))
         received = Received(self.path, {name.lower(): value for name, value in self.headers.items()}, body)
-        receiver.come(received)
+        receiver.add(received)
         reply = receiver.reply(received)
         if reply.drip:
             while not receiver.closing.is_set():
@@ -125,4 +129,4 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(reply.body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: what came is in `received`."""
+        """Log nothing: the requests are in `received`."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A stand-in for the Claude Code CLI: answers at once, and says just what a test or a benchmark has it say.
+"""A stand-in for the Claude Code CLI that answers at once with the messages that a test or benchmark scripts.
 
 It speaks the CLI's side of stream-json on its standard streams. The prompt is JSON:
 
@@ -8,17 +8,17 @@ It speaks the CLI's side of stream-json on its standard streams. The prompt is J
      "ask": [{"tool_name": "...", "input": {...}, ...}], "at_once": true,
      "seconds": N, "merges": true, "lifecycle": false, "deaf": true, "finishes": true}
 
-`messages` are written as they are, then `count` assistant messages of `pad` bytes, then a result; `late` comes once the
-input is closed. A `tool` holds the output open, a `server` does not. It asks whether it may do each thing in `ask`, one
-after another or all `at_once`, and says each answer as a message of type `answered`. Anything else in the prompt makes
-one short turn.
+It writes `messages` unchanged, then `count` assistant messages of `pad` bytes, then a result, and `late` once the input
+is closed. A `tool` process inherits the output, a `server` process does not. The CLI requests permission for each item
+of `ask`, in turn or all `at_once`, and writes each answer as a message of type `answered`. Any other prompt makes one
+short turn.
 
-What comes in while a turn goes on (it takes `seconds`, or is on `hold`) is queued, and makes a turn of its own; where
-it `merges` it becomes part of the one that goes on, as after a tool. A message with a uuid is told of with
-`command_lifecycle`, and replayed. One that is `deaf` reads nothing after its prompt; one that
-`finishes` has its turn end well in spite of an interrupt, as when that comes at its very end.
+A turn lasts `seconds`, or until an interrupt if it is on `hold`. A message that arrives during a turn is queued for a
+turn of its own; with `merges` it joins the current turn, as after a tool. The CLI replays each message and, if it has
+a uuid, reports its states with `command_lifecycle`. With `deaf` it reads nothing after its prompt; with `finishes` an
+interrupted turn succeeds, as if the interrupt had come at its very end.
 
-With STAND_IN_CLI_LOG in its environment it writes there each line that it writes.
+If STAND_IN_CLI_LOG is set, the CLI appends each line that it writes to that file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import sys
 import time
 
 TYPE_CHECKING = False
-if TYPE_CHECKING:  # imports nothing that it does not need: it is to start fast
+if TYPE_CHECKING:  # not imported at run time, for a fast start
     from typing import Any
 
 LOG = os.environ.get("STAND_IN_CLI_LOG")
@@ -67,9 +67,9 @@ def argument(name: str) -> str | None:
 
 
 def transcript(*texts: str) -> None:
-    """What the real CLI leaves behind, enough for a resume: a file, and its mirror on stdout where that is asked for.
+    """Write transcript entries to their file, and mirror them to stdout on request: enough for a resume.
 
-    The first call copies the parent's, as every fork does.
+    The first call copies the parent's transcript, as every fork does.
     """
     key = "".join(char if char.isalnum() and char.isascii() else "-" for char in os.path.realpath(os.getcwd()))
     path = os.path.join(projects(), key, SESSION + ".jsonl")
@@ -126,14 +126,14 @@ def assistant(text: str) -> dict[str, object]:
 
 
 class Lines:
-    """The lines of the input, waited for no longer than one likes."""
+    """The lines of the input, read with a timeout."""
 
     def __init__(self) -> None:
         self.ended = False
         self._bytes = b""
 
     def read(self, seconds: float | None) -> list[bytes]:
-        """What has come, at the latest after some seconds; for ever with None."""
+        """Return the complete lines that arrive within `seconds`; None waits indefinitely."""
         if self.ended:
             return []
         if select.select([0], [], [], seconds)[0]:
@@ -148,16 +148,16 @@ class StandIn:
     def __init__(self) -> None:
         self._lines = Lines()
         self._queue: list[dict[str, Any]] = []
-        # What the first prompt says of how this one behaves, and the last one of its turn.
-        self._ways: dict[str, Any] | None = None
+        # The script of the first prompt, which sets the CLI's behaviour, and that of the current turn.
+        self._behaviour: dict[str, Any] | None = None
         self._script: dict[str, Any] = {}
-        # The messages of the turn that goes on.
+        # The messages of the current turn.
         self._turn: list[dict[str, Any]] = []
         self._idle = True
-        # Whether it has had its prompt.
+        # Whether the first prompt has started.
         self._begun = False
-        # What it waits to be answered.
-        self._asked: dict[str, dict[str, Any]] = {}
+        # The permission requests without an answer, by id.
+        self._pending: dict[str, dict[str, Any]] = {}
 
     def run(self) -> None:
         while True:
@@ -166,13 +166,13 @@ class StandIn:
             elif self._lines.ended:
                 break
             else:
-                self._hear(None)
+                self._receive(None)
         if self._script.get("late"):
             transcript(self._script["late"])
             write(assistant(self._script["late"]))
 
-    def _hear(self, seconds: float | None) -> None:
-        if self._lines.ended or (self._ways or {}).get("deaf"):
+    def _receive(self, seconds: float | None) -> None:
+        if self._lines.ended or (self._behaviour or {}).get("deaf"):
             select.select([], [], [], seconds)
             return
         for line in self._lines.read(seconds):
@@ -180,12 +180,12 @@ class StandIn:
             if message["type"] == "control_request":
                 self._control(message)
             elif message["type"] == "control_response":
-                self._answered(message["response"])
+                self._write_answer(message["response"])
             elif message["type"] == "user":
-                if self._ways is None:
-                    self._ways = script_of(message)
+                if self._behaviour is None:
+                    self._behaviour = script_of(message)
                 self._state("running")
-                self._tell(message, "queued")
+                self._report_state(message, "queued")
                 self._queue.append(message)
 
     def _control(self, message: dict[str, Any]) -> None:
@@ -194,17 +194,17 @@ class StandIn:
             return
         response = {}
         if kind == "interrupt":
-            swept = self._queue if message["request"].get("cancel_queued") else []
-            for queued in swept:
-                self._tell(queued, "cancelled")
-            response = {"cancelled": [queued.get("uuid") for queued in swept]}
-            swept.clear()
+            dropped = self._queue if message["request"].get("cancel_queued") else []
+            for queued in dropped:
+                self._report_state(queued, "cancelled")
+            response = {"cancelled": [queued.get("uuid") for queued in dropped]}
+            dropped.clear()
         reply = {"subtype": "success", "request_id": message["request_id"], "response": response}
         control({"type": "control_response", "response": reply})
         if kind == "interrupt" and self._turn:
-            for request_id in self._asked:
+            for request_id in self._pending:
                 control({"type": "control_cancel_request", "request_id": request_id})
-            self._asked.clear()
+            self._pending.clear()
             if self._script.get("finishes"):
                 self._end(result(), "completed")
             else:
@@ -212,43 +212,43 @@ class StandIn:
 
     def _state(self, name: str) -> None:
         idle = name == "idle"
-        if (self._ways or {}).get("states", True) and idle != self._idle:
+        if (self._behaviour or {}).get("states", True) and idle != self._idle:
             control(state(name))
         self._idle = idle
 
-    def _tell(self, message: dict[str, Any], state: str) -> None:
-        """What has become of a message."""
-        if "uuid" in message and (self._ways or {}).get("lifecycle", True):
-            said = {"type": "command_lifecycle", "command_uuid": message["uuid"], "state": state}
-            control({**said, "uuid": new_id(), "session_id": SESSION})
+    def _report_state(self, message: dict[str, Any], state: str) -> None:
+        """Report the state of a message."""
+        if "uuid" in message and (self._behaviour or {}).get("lifecycle", True):
+            report = {"type": "command_lifecycle", "command_uuid": message["uuid"], "state": state}
+            control({**report, "uuid": new_id(), "session_id": SESSION})
 
     def _replay(self, message: dict[str, Any]) -> None:
-        """The real one replays the first message too, which here would only be in the way."""
+        """Replay a message, except the first, whose replay would only complicate the tests."""
         if self._begun:
             control({**message, "isReplay": True})
 
     def _begin(self, message: dict[str, Any]) -> None:
-        """A turn, up to its end, unless it is to be held."""
+        """Start a turn and run it to its end, unless it is held."""
         self._script = script = script_of(message)
         self._turn = [message]
-        self._tell(message, "started")
+        self._report_state(message, "started")
         self._replay(message)
         self._begun = True
         transcript(text_of(message))
-        say(script)
+        write_messages(script)
         self._ask_all(script)
         if "exit" in script:
             os._exit(script["exit"])
         deadline = time.monotonic() + script.get("seconds", 0)
-        while self._turn and (left := deadline - time.monotonic()) > 0:
-            self._hear(left)
-        if not self._turn or self._asked or script.get("hold"):
-            return  # interrupted, or left alone, or to be
+        while self._turn and (remaining := deadline - time.monotonic()) > 0:
+            self._receive(remaining)
+        if not self._turn or self._pending or script.get("hold"):
+            return  # interrupted, without answers, or held
         if script.get("merges"):
             for merged in self._queue:
                 self._replay(merged)
-                self._tell(merged, "started")
-                self._tell(merged, "completed")
+                self._report_state(merged, "started")
+                self._report_state(merged, "completed")
                 self._turn.append(merged)
             self._queue.clear()
         transcript(*["x" * script.get("pad", 100)] * script.get("count", 0))
@@ -261,26 +261,26 @@ class StandIn:
                 self._ask(together)
 
     def _ask(self, questions: list[dict[str, Any]]) -> None:
-        """Ask, and wait for the answers. It has something left that it asked if there will be none."""
-        self._asked = {new_id(): question for question in questions}
-        for request_id, question in self._asked.items():
+        """Request permissions and wait for the answers; requests remain in `_pending` if the input ends first."""
+        self._pending = {new_id(): question for question in questions}
+        for request_id, question in self._pending.items():
             request = {"subtype": "can_use_tool", "input": {}, "tool_use_id": request_id, **question}
             control({"type": "control_request", "request_id": request_id, "request": request})
-        while self._asked and not self._lines.ended:
-            self._hear(None)
+        while self._pending and not self._lines.ended:
+            self._receive(None)
 
-    def _answered(self, response: dict[str, Any]) -> None:
-        question = self._asked.pop(response["request_id"])
+    def _write_answer(self, response: dict[str, Any]) -> None:
+        question = self._pending.pop(response["request_id"])
         write({"type": "answered", "asked": question, "answer": response.get("response") or response.get("error")})
         sys.stdout.flush()
 
-    def _end(self, result: dict[str, Any], how: str) -> None:
-        """The turn's result, and what becomes of its message."""
+    def _end(self, result: dict[str, Any], state: str) -> None:
+        """Write the turn's result and report the final state of its message."""
         first, self._turn = self._turn[0], []
         write(result)
         sys.stdout.flush()
-        self._tell(first, how)
-        self._hear(0)
+        self._report_state(first, state)
+        self._receive(0)
         if not self._queue:
             self._state("idle")
 
@@ -298,8 +298,8 @@ def script_of(message: dict[str, Any]) -> dict[str, Any]:
         return {"messages": [assistant("heard: " + text)]}
 
 
-def say(script: dict[str, Any]) -> None:
-    """All of a turn but its result."""
+def write_messages(script: dict[str, Any]) -> None:
+    """Write a turn's messages, except the result."""
     for message in script.get("messages", []):
         write(message)
     for _ in range(script.get("count", 0)):
@@ -310,7 +310,8 @@ def say(script: dict[str, Any]) -> None:
     if "raw" in script:
         write(script["raw"])
     if script.get("tool") or script.get("server"):
-        # Processes of the agent, in sessions of their own as the real CLI's are. Nobody but their mark ends them.
+        # The agent's processes, in sessions of their own as the real CLI's are: only the mark in their environment
+        # lets the service find and end them.
         import subprocess
 
         for name, output in (("tool", None), ("server", subprocess.DEVNULL)):

@@ -1,4 +1,4 @@
-"""Faults of storage for both kinds of database: a lock of another program, a damaged file, a lost connection."""
+"""Storage faults for both kinds of database: another program's lock, a damaged file, a lost connection."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def impatient(url: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @contextmanager
 def locked(url: str, *, spared: str | None = None) -> Iterator[None]:
-    """Lock a database as another program: SQLite's against writers, PostgreSQL's tables against everybody.
+    """Lock a database as another program would: SQLite against writers, PostgreSQL's tables against all access.
 
     Args:
-        spared: a table of PostgreSQL's that is not locked.
+        spared: a PostgreSQL table to leave unlocked.
     """
     if url.startswith("sqlite"):
         with closing(sqlite3.connect(path_of(url), isolation_level=None, check_same_thread=False)) as other:
@@ -52,9 +52,9 @@ def locked(url: str, *, spared: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def damaged(path: Path) -> Iterator[None]:
-    """Overwrite the first page of each table and index of a SQLite file that nobody has open; put it right at the end.
+    """Overwrite the first page of each table and index of a SQLite file that is not open; restore it at the end.
 
-    The schema stays, so that each statement is compiled and the damage is met on the way through it.
+    The schema stays intact, so that each statement compiles and meets the damage when it runs.
     """
     with closing(sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)) as plain:
         pages = [page for (page,) in plain.execute("SELECT rootpage FROM sqlite_master WHERE rootpage > 1")]
@@ -64,19 +64,19 @@ def damaged(path: Path) -> Iterator[None]:
         broken[(page - 1) * PAGE_SIZE : page * PAGE_SIZE] = b"\xff" * PAGE_SIZE
     _overwrite(path, broken)
     yield
-    assert path.read_bytes() == broken, "something was written into a damaged file"
+    assert path.read_bytes() == broken, "the service wrote to a damaged file"
     _overwrite(path, whole)
 
 
 def _overwrite(path: Path, content: bytes | bytearray) -> None:
-    """In place: a file that is replaced is noticed for that reason."""
+    """Overwrite a file in place, because the service detects a replaced file as another fault."""
     with path.open("r+b") as file:
         file.write(content)
 
 
 @contextmanager
 def cut_off(database: Database) -> Iterator[None]:
-    """Have PostgreSQL lose the connection of each transaction as soon as it has begun and written something."""
+    """Terminate each transaction's PostgreSQL connection right after it begins and writes something."""
     pool = database._pool
     begin = pool.begin
 
@@ -97,7 +97,7 @@ def cut_off(database: Database) -> Iterator[None]:
 
 
 def content(url: str) -> dict[str, list[Any]]:
-    """Return all rows of all tables, past the code under test."""
+    """Return all rows of all tables, read without the code under test."""
     if url.startswith("sqlite"):
         with closing(sqlite3.connect(path_of(url))) as plain:
             names = [row[0] for row in plain.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]

@@ -12,7 +12,6 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 
 import psycopg
@@ -23,21 +22,12 @@ from ccm.db.driver.migrate import read_migrations
 from ccm.settings.settings import Settings
 from tests.client import Client
 from tests.conftest import ServeFunction
+from tests.flask_commands import FLASK, call
 from tests.programs import free_port
 from tests.receiver import Receiver
 
 ROOT = Path(__file__).parents[1]
 MIGRATIONS = [f"{migration.number:04}" for migration in read_migrations("sqlite")]
-FLASK = [sys.executable, "-m", "flask"]
-
-
-def call(
-    words: list[str], environ: Mapping[str, str], cwd: Path = ROOT, **variables: object
-) -> subprocess.CompletedProcess[str]:
-    own = {name: str(value) for name, value in variables.items()}
-    return subprocess.run(
-        words, env={**environ, **own}, cwd=cwd, capture_output=True, text=True, timeout=120, check=False
-    )
 
 
 def test_create_app_opens_nothing_and_starts_no_thread(tmp_path: Path) -> None:
@@ -108,7 +98,7 @@ def test_flask_run_starts_the_service_with_the_first_request(
     )
     try:
         assert process.stderr is not None
-        # The reloader's child serves, and prints its line second.
+        # The reloader's child serves; its line is the second.
         waiting_for = iter(["Debugger PIN", None])
         word = next(waiting_for)
         for line in process.stderr:
@@ -152,7 +142,7 @@ def test_ctrl_c_under_flask_run_interrupts_the_runs(environ: dict[str, str], tmp
 
 
 def test_flask_demo_shows_every_step(environ: dict[str, str], tmp_path: Path) -> None:
-    # From another directory, with a shell's environment that also has settings for a service.
+    # Run it from another directory and with a service's settings in the environment, which it must ignore.
     own = {name: environ[name] for name in ("PATH", "LANG")} | {"HOME": str(tmp_path)}
     with Receiver() as receiver:
         settings = {
@@ -180,7 +170,7 @@ def test_flask_demo_shows_every_step(environ: dict[str, str], tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-def test_flask_demo_serve_stays_until_ctrl_c(environ: dict[str, str], tmp_path: Path) -> None:
+def test_flask_demo_serve_runs_until_ctrl_c(environ: dict[str, str], tmp_path: Path) -> None:
     port = free_port()
     process = subprocess.Popen(
         [*FLASK, "demo", "--serve"],
@@ -205,7 +195,7 @@ def test_flask_demo_serve_stays_until_ctrl_c(environ: dict[str, str], tmp_path: 
 
 @pytest.mark.parametrize("variables", [{}, {"PORT": ""}, {"PORT": "3000"}])
 def test_flask_demo_serve_reports_a_port_in_use(environ: dict[str, str], variables: dict[str, str]) -> None:
-    # Without PORT it uses the port of the README's samples, which another program may have taken.
+    # Without PORT the demo uses 3000, the README's port. Ignore a failing bind: another program may already use it.
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         with contextlib.suppress(OSError):

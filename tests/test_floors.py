@@ -1,4 +1,4 @@
-"""The layout of ccm/: which part may import which, held by reading the imports."""
+"""The layout of ccm/: the tests read the imports and compare them with the allowed ones."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CCM = ROOT / "ccm"
 MODULES = sorted(CCM.rglob("*.py"))
-# What every part may import. These import one another and none of the floors.
+# Modules that every part may import. They import one another and none of the floors.
 SHARED = {"errors", "file_limits", "json_text", "models", "settings", "timestamps"}
-# The floors and what stands beside them: each may import itself, SHARED, and what is named here.
-# `cli` and app.py put the parts together, so they may import anything.
+# The floors and the packages beside them: each may import itself, SHARED, and the parts that its entry names.
+# `cli` and app.py assemble the parts, so they may import anything.
 FLOORS = {
     "api": {"core"},
     "core": {"db"},
@@ -51,7 +51,7 @@ CORE = {
     "worker_pool": {"problems"},
     "problems": set(),
 }
-# The only places that may import a package.
+# The only modules that may import a third-party package or sqlite3.
 OWNERS = {
     "flask": {"api", "cli", "server/server.py"},
     "werkzeug": {"api"},
@@ -60,7 +60,7 @@ OWNERS = {
     "dataset": {"db/driver/connection_pool.py"},
     "sqlalchemy": {"db/driver/connection_pool.py", "db/driver/errors.py"},
     "psycopg": {"db/driver", "db/trees.py"},
-    # core/archive/bun reads another program's database, which `db` knows nothing of.
+    # core/archive/bun reads another program's database, whose format `db` does not know.
     "sqlite3": {"db", "core/archive/bun"},
     "pydantic": {"api", "models", "core/runs/input.py"},
     "click": {"cli"},
@@ -68,7 +68,7 @@ OWNERS = {
 
 
 def imports(module: Path) -> set[str]:
-    """Every module that a file imports, also within functions."""
+    """Return every module that a file imports, also within functions."""
     names = set()
     for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -80,7 +80,7 @@ def imports(module: Path) -> set[str]:
 
 
 def parts(module: Path) -> tuple[str, ...]:
-    """The place of a module below ccm/, without the suffix."""
+    """Return a module's path below ccm/ as its parts, without the suffix."""
     return module.relative_to(CCM).with_suffix("").parts
 
 
@@ -117,7 +117,7 @@ def test_the_order_of_core_has_no_cycle() -> None:
     rest = {folder: allowed - {"*"} for folder, allowed in CORE.items()}
     while rest:
         free = [folder for folder, allowed in rest.items() if allowed <= set(order)]
-        assert free, f"a cycle among {sorted(rest)}"
+        assert free, f"an import cycle among {sorted(rest)}"
         order += free
         for folder in free:
             del rest[folder]
@@ -129,7 +129,7 @@ def test_every_part_of_the_layout_exists() -> None:
 
 
 @pytest.mark.parametrize("module", MODULES, ids=relative)
-def test_packages_have_one_owner(module: Path) -> None:
+def test_only_its_owners_import_a_package(module: Path) -> None:
     place = relative(module)
     for name in imports(module):
         owners = OWNERS.get(name.partition(".")[0])
@@ -137,14 +137,14 @@ def test_packages_have_one_owner(module: Path) -> None:
             assert any(place == owner or place.startswith(f"{owner}/") for owner in owners), f"{place} imports {name}"
 
 
-def test_only_the_choice_of_a_source_knows_the_import_from_bun() -> None:
+def test_only_archive_sources_imports_the_bun_package() -> None:
     package = "ccm.core.archive.bun"
     importers = {relative(module) for module in MODULES if any(name.startswith(package) for name in imports(module))}
     assert {place for place in importers if not place.startswith("core/archive/bun/")} == {"core/archive/sources.py"}
 
 
 def test_dataset_is_never_used_as_a_context_manager() -> None:
-    # `with db:` leaves the thread's connection broken when COMMIT fails.
+    # `with db:` leaves a broken connection on the thread if COMMIT fails.
     source = (CCM / "db" / "driver" / "connection_pool.py").read_text(encoding="utf-8")
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.With):
@@ -154,6 +154,6 @@ def test_dataset_is_never_used_as_a_context_manager() -> None:
 
 def test_only_settings_and_the_entry_points_read_the_environment() -> None:
     readers = {relative(module) for module in MODULES if "os.environ" in module.read_text(encoding="utf-8")}
-    # The service takes what agents inherit; the tour reads PORT, and a service process gets PATH.
+    # The service reads the variables that agents inherit, the tour reads PORT, and a service process gets PATH.
     commands = {f"cli/{name}.py" for name in ("migrate", "token", "export", "import_", "prune")}
     assert readers == {*commands, "core/service.py", "demo/tour.py", "testing/service_process.py"}

@@ -1,4 +1,4 @@
-"""The README's tables of codes beside the code."""
+"""The README's tables of error codes match the code."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tests.readme import README
 CCM = Path(__file__).parents[1] / "ccm"
 FILES = [CCM / "errors.py", CCM / "server/server.py", *(CCM / "api").rglob("*.py"), *(CCM / "core").rglob("*.py")]
 CODE = re.compile(r"[A-Z]+(_[A-Z]+)+")
-# Codes of a single word cannot be told from other words of the code's own.
+# Single-word codes cannot be recognised among the other strings.
 SINGLE_WORDS = {"UNAUTHORIZED", "UNHEALTHY", "INTERRUPTED", "TIMEOUT"}
-# Names of variables and of WSGI's keys.
+# Prefixes of environment variables and WSGI keys.
 OTHER_NAMES = ("CCM_", "CLAUDE_", "DATABASE_", "HTTP_", "PATH_INFO", "REMOTE_ADDR", "SCRIPT_NAME")
-# Werkzeug's own names, which the API takes over.
+# The API derives these from Werkzeug's names.
 NOT_OURS = {"METHOD_NOT_ALLOWED", "NOT_FOUND"}
-# Answers that no exception of ccm/errors.py stands behind: of the HTTP server, of Flask, of `/health` and the like.
+# Errors without an exception in ccm/errors.py: those of the HTTP server, of Flask, of `/health` and the like.
 WITHOUT_CLASS = {
     (400, "BAD_REQUEST"),
     (404, "NOT_FOUND"),
@@ -33,13 +33,13 @@ WITHOUT_CLASS = {
 
 
 def texts() -> set[str]:
-    """Every text that stands in the code."""
+    """Return every string constant in the code."""
     nodes = [node for file in FILES for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
     return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
 
 def section(title: str) -> str:
-    """What stands under a heading of the README, up to the next one."""
+    """Return the README's text from a heading to the next one."""
     return README.read_text(encoding="utf-8").partition(f"\n### {title}\n")[2].partition("\n#")[0]
 
 
@@ -48,7 +48,7 @@ def errors() -> list[str]:
 
 
 def classes(base: type[CCMError] = CCMError) -> list[type[CCMError]]:
-    """The classes that are raised: those that have no subclasses."""
+    """Return the classes that are raised, which are those without subclasses."""
     subclasses = base.__subclasses__()
     return [found for subclass in subclasses for found in classes(subclass)] if subclasses else [base]
 
@@ -57,13 +57,13 @@ def reasons() -> list[str]:
     return re.findall(r"^\| `(\w+)` \|", section("Why a run failed"), re.M)
 
 
-def test_the_readme_has_every_code() -> None:
+def test_the_readme_lists_every_code() -> None:
     codes = {text for text in texts() if CODE.fullmatch(text) and not text.startswith(OTHER_NAMES)}
 
     assert (codes | SINGLE_WORDS) - {*errors(), *reasons()} == set()
 
 
-def test_each_error_code_has_one_class_and_the_readme_has_its_status() -> None:
+def test_each_error_code_has_one_class_and_the_readme_lists_its_status() -> None:
     table = re.findall(r"^\| (\d{3}) \| `(\w+)` \|", section("Errors"), re.M)
 
     assert all("code" in vars(error) for error in classes())
@@ -71,10 +71,10 @@ def test_each_error_code_has_one_class_and_the_readme_has_its_status() -> None:
     assert {(error.status, error.code) for error in classes()} | WITHOUT_CLASS == {(int(s), code) for s, code in table}
 
 
-def test_the_readme_has_no_error_that_is_never_given() -> None:
+def test_the_readme_lists_only_errors_that_the_code_has() -> None:
     assert set(errors()) - texts() - NOT_OURS == set()
 
 
-def test_the_readme_has_each_code_once() -> None:
+def test_the_readme_lists_each_code_once() -> None:
     assert len(set(errors())) == len(errors())
     assert len(set(reasons())) == len(reasons())

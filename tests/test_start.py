@@ -1,4 +1,4 @@
-"""What a start imports: only what it needs, because imports are most of the time that it takes."""
+"""Imports at the start: only the necessary modules, because imports take most of a start's time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from ccm.core.service import Service
+from tests.flask_commands import call
 
-ROOT = Path(__file__).parents[1]
-# What is imported when it is needed, and the reason why a start does not need it.
+# Modules that are imported later, and why a start does not need them.
 LATER = {
     "claude_agent_sdk": "the first run needs it",
     "mcp": "the SDK imports it",
@@ -31,13 +31,13 @@ LATER = {
     "sqlalchemy.dialects.mysql": "alembic imports it",
     "sqlalchemy.dialects.oracle": "alembic imports it",
 }
-# What `flask` imports beyond that, for its commands.
+# Modules that only `flask` imports at the start, for its commands.
 COMMANDS = {
     "ccm.cli": "`flask` needs it",
     "ccm.core.archive": "`flask export`, `flask import` and `flask prune` need it",
     "ccm.demo": "`flask demo` needs it",
 }
-# Serves, and shows what has been imported at the moment when it listens.
+# Starts the service and prints the modules imported by the time it listens.
 LISTEN = """
 import os, signal, sys, app
 from ccm.core.service import Service
@@ -63,16 +63,7 @@ print(*sys.modules, sep="\\n")
 
 
 def python(code: str, environ: dict[str, str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    own = {"DATABASE_PATH": str(tmp_path / "db.sqlite"), "PORT": "0"}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=environ | own,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return call([sys.executable, "-c", code], environ, DATABASE_PATH=tmp_path / "db.sqlite", PORT=0)
 
 
 @pytest.mark.parametrize(("code", "later"), [(LISTEN, LATER | COMMANDS), (CREATE, LATER)], ids=["python", "flask"])
@@ -104,7 +95,7 @@ def test_an_sdk_that_cannot_be_imported_stops_the_service(environ: dict[str, str
     assert "the Claude Agent SDK cannot be imported" in result.stderr
 
 
-def test_an_sdk_that_is_not_installed_keeps_the_service_from_starting(environ: dict[str, str], tmp_path: Path) -> None:
+def test_without_the_sdk_the_service_does_not_start(environ: dict[str, str], tmp_path: Path) -> None:
     hide = "import sys; sys.modules['claude_agent_sdk'] = None; import app; sys.exit(app.main())"
     result = python(hide, environ, tmp_path)
 
@@ -112,7 +103,7 @@ def test_an_sdk_that_is_not_installed_keeps_the_service_from_starting(environ: d
     assert "claude_agent_sdk" in result.stderr
 
 
-def test_an_sdk_that_cannot_be_read_at_present_ends_no_service(
+def test_a_temporary_failure_to_import_the_sdk_does_not_stop_the_service(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class OutOfDescriptors:

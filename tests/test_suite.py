@@ -1,4 +1,4 @@
-"""What is said about running the tests: the README, .pytest.ini and .ci/run agree."""
+"""The README, .pytest.ini and .ci/run agree on how the tests run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one way in which a test waits for something that it is not notified of."""
+"""Polling for tests that wait for a condition without a notification."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ POLL_INTERVAL = 0.01
 def until(condition: Callable[[], T], seconds: float = 60) -> T:
     """Wait until a condition is true and return its value.
 
-    The bound is far above what any machine needs: a test asserts that something happens, not how quickly.
+    The bound is generous because a test asserts that something happens, not how quickly.
 
     Raises:
         AssertionError: the condition stayed false; the message quotes it and its last value.
@@ -28,7 +28,7 @@ def until(condition: Callable[[], T], seconds: float = 60) -> T:
 
 
 def _quoted(condition: Callable[[], object]) -> str:
-    """The source of a condition, on one line."""
+    """Return the source of a condition on one line."""
     try:
         return " ".join(inspect.getsource(condition).split())
     except (OSError, TypeError):

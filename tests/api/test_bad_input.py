@@ -21,7 +21,7 @@ from ccm.core.policy.options import check_policy
 from ccm.errors import Forbidden
 from ccm.models.fields import RUN_ID
 from ccm.settings.settings import PRIVILEGED_OPTIONS, Settings
-from tests.api.conftest import NOWHERE, announced, connect, folder_of, read_all, refused
+from tests.api.conftest import NOWHERE, connect, folder_of, post_head, read_all, refused
 from tests.api.in_process import InProcessService
 from tests.client import Client
 from tests.conftest import ServeFunction
@@ -892,21 +892,21 @@ def said_413(head: bytes, body: bytes) -> bool:
 
 @pytest.mark.parametrize("size", [SMALL * 4, 2**40])
 def test_a_body_that_is_announced_as_too_large_is_refused_unread(served: Client, size: int) -> None:
-    with connect(served, announced("/api/runs/start", f"Content-Length: {size}")) as connection:
+    with connect(served, post_head("/api/runs/start", f"Content-Length: {size}")) as connection:
         first = connection.recv(2**16)
         assert first.startswith(b"HTTP/1.1 413 "), "the client is told to go on and send it"
         assert said_413(*read_all(connection, first))
 
 
 def test_a_chunked_body_that_grows_too_large_is_refused(served: Client) -> None:
-    with connect(served, announced("/api/runs/start", "Transfer-Encoding: chunked")) as connection:
+    with connect(served, post_head("/api/runs/start", "Transfer-Encoding: chunked")) as connection:
         connection.sendall(b"%x\r\n" % (SMALL * 4) + b" " * (SMALL * 2))
         assert said_413(*read_all(connection))
 
 
 def test_a_body_of_one_byte_too_many_is_refused(served: Client) -> None:
     with connect(
-        served, announced("/api/runs/start", f"Content-Length: {SMALL + 1}", "Connection: close")
+        served, post_head("/api/runs/start", f"Content-Length: {SMALL + 1}", "Connection: close")
     ) as connection:
         connection.sendall(b'{"prompt": "x"}'.ljust(SMALL + 1))
         assert said_413(*read_all(connection))
@@ -924,7 +924,7 @@ def test_a_body_just_below_the_limit_is_read(served: Client) -> None:
 
 
 def test_a_body_of_exactly_the_limit_is_read(served: Client) -> None:
-    with connect(served, announced("/api/runs/start", f"Content-Length: {SMALL}", "Connection: close")) as connection:
+    with connect(served, post_head("/api/runs/start", f"Content-Length: {SMALL}", "Connection: close")) as connection:
         connection.sendall(b'{"prompt": "x"}'.ljust(SMALL))
         head, body = read_all(connection)
     assert head.split(b" ")[1] == b"400", "a body of CCM_MAX_BODY_BYTES is not larger than that"

@@ -28,7 +28,7 @@ from tests.api.conftest import NOWHERE, connect, folder_of, read_all, write_toke
 from tests.api.in_process import InProcessClient, InProcessService
 from tests.client import Answer, Client
 from tests.conftest import ServeFunction
-from tests.test_app import FLASK, call
+from tests.flask_commands import FLASK, call
 
 TOKEN = "0123456789-a-token-of-the-tests"
 JSON = {"Content-Type": "application/json"}

@@ -31,13 +31,13 @@ from ccm.settings.access import check_access
 from ccm.settings.settings import Settings
 from ccm.settings.token_file import add_token
 from ccm.testing.service_process import APP, ServiceProcess
-from tests.api.conftest import announced, connect, folder_of, read_all, refused, script, write_tokens
+from tests.api.conftest import connect, folder_of, post_head, read_all, refused, script, write_tokens
 from tests.api.in_process import InProcessService
 from tests.api.test_fuzzing import LOG_LINE
 from tests.client import Client
 from tests.conftest import ServeFunction, stand_in_cli
+from tests.flask_commands import FLASK, call
 from tests.postgresql import new_database
-from tests.test_app import FLASK, call
 
 TOKEN = "0123456789-a-token-of-the-tests"
 SECRET = "sk-nobody-else-may-read-this"
@@ -363,7 +363,7 @@ def test_unfinished_bodies_take_no_memory(roomy: ServiceProcess) -> None:
     part = b"%x\r\n" % MIB + b" " * MIB + b"\r\n"
     with ExitStack() as stack:
         connections = [
-            stack.enter_context(connect(Client(roomy.url), announced("/api/runs/start", "Transfer-Encoding: chunked")))
+            stack.enter_context(connect(Client(roomy.url), post_head("/api/runs/start", "Transfer-Encoding: chunked")))
             for _ in range(8)
         ]
 

@@ -83,7 +83,7 @@ def test_a_continuation_does_not_inherit_the_webhook(api: Client, receiver: Rece
     assert silent["webhookUrl"] is None
     assert deliveries(api, silent) == []
     for run, path in ((resumed, "/resumed"), (forked, "/forked")):
-        assert [received.told for received in receiver.wait_for(2, path)] == [
+        assert [received.run_and_type for received in receiver.wait_for(2, path)] == [
             (run["id"], STARTED),
             (run["id"], COMPLETED),
         ]
@@ -99,8 +99,8 @@ def test_a_run_that_is_cancelled_in_the_queue_sends_webhooks(
     client.delete(f"/api/runs/{going_on['id']}")
 
     [cancelled] = receiver.wait_for(1, "/queued")
-    assert cancelled.told == (waiting["id"], "run.cancelled")
-    of_service = [received.told for received in receiver.wait_for(3, "/all")]
+    assert cancelled.run_and_type == (waiting["id"], "run.cancelled")
+    of_service = [received.run_and_type for received in receiver.wait_for(3, "/all")]
     assert sorted(of_service) == sorted(
         [(going_on["id"], STARTED), (waiting["id"], "run.cancelled"), (going_on["id"], "run.cancelled")]
     )
@@ -158,12 +158,15 @@ def test_webhooks_are_sent_after_a_kill_between_commit_and_send(
         assert [d["status"] for d in deliveries(client, run)] == ["pending", "pending"]
         service.process.send_signal(signal.SIGKILL)
         service.wait()
-        assert [received.told[1] for received in silent.received] == [STARTED]
+        assert [received.run_and_type[1] for received in silent.received] == [STARTED]
 
         silent.reply = lambda _: Reply()
         client = Client(serve_all(**database).url)
         settled(client, run, "delivered", "delivered")
-        assert [received.told for received in silent.received[1:]] == [(run["id"], STARTED), (run["id"], COMPLETED)]
+        assert [received.run_and_type for received in silent.received[1:]] == [
+            (run["id"], STARTED),
+            (run["id"], COMPLETED),
+        ]
         assert silent.received[1].headers["webhook-id"] == started.headers["webhook-id"]
 
 
@@ -180,7 +183,7 @@ def test_a_stop_sends_the_ends_of_the_runs_that_it_interrupts(
         assert service.wait() == 0
 
         ends = slow.received[3:]
-        assert sorted(received.told for received in ends) == sorted((run["id"], "run.failed") for run in runs)
+        assert sorted(received.run_and_type for received in ends) == sorted((run["id"], "run.failed") for run in runs)
         assert {received.json["data"]["run"]["error"]["code"] for received in ends} == {"INTERRUPTED"}
         client = Client(serve_all(DATABASE_PATH=tmp_path / "db.sqlite").url)
         for run in runs:

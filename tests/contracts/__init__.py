@@ -1,5 +1,5 @@
-"""What we lean on in libraries beyond what they promise: one file each, and one test for each thing.
+"""Contract tests: the undocumented parts of libraries that ccm uses, one file for each library.
 
-They fail first when an upgrade takes something away, and say what of ours used it. What a library's own documentation
-promises is not tested here.
+After an upgrade that changes one of them, its test fails first and names the code of ccm that uses it. Behaviour that a
+library documents is not tested here.
 """

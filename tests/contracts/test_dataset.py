@@ -1,4 +1,4 @@
-"""dataset and SQLAlchemy: what ccm's `Database` leans on."""
+"""The parts of dataset and SQLAlchemy that ccm's `Database` uses."""
 
 from __future__ import annotations
 
@@ -45,21 +45,23 @@ def database(tmp_path: Path) -> Iterator[Any]:
     ],
 )
 def test_a_database_has_the_attribute(database: Any, name: str, kind: type, used: str) -> None:
-    assert isinstance(getattr(database, name, None), kind), f"dataset's Database.{name} is gone or else: {used}"
+    assert isinstance(getattr(database, name, None), kind), (
+        f"dataset's Database.{name} is missing or has another type: {used}"
+    )
 
 
-def test_the_connection_of_a_thread_is_the_one_that_was_put_there(database: Any) -> None:
+def test_a_thread_uses_the_connection_that_was_put_there(database: Any) -> None:
     connection = database.engine.connect()
     database.connections[threading.get_ident()] = connection
 
-    assert database.executable is connection, "Transaction would run on another connection than Database has taken"
+    assert database.executable is connection, "Transaction would use another connection than Database took"
     database.begin()
-    assert database.local.tx, "begin() notes its transaction elsewhere: Database._release resets `local.tx`"
+    assert database.local.tx, "begin() records its transaction elsewhere: Database._release resets `local.tx`"
     database.commit()
-    assert database.connections == {}, "commit() keeps the connection: Database would have to give it back"
+    assert database.connections == {}, "commit() keeps the connection: Database would have to release it"
 
 
-def test_a_connection_that_was_taken_out_is_forgotten(database: Any) -> None:
+def test_a_removed_connection_leaves_no_transaction(database: Any) -> None:
     database.begin()
     database.local.tx = []
     connection = database.connections.pop(threading.get_ident())
@@ -70,11 +72,11 @@ def test_a_connection_that_was_taken_out_is_forgotten(database: Any) -> None:
     database.rollback()
 
 
-def test_the_statements_run_on_each_new_connection_and_the_journal_is_a_log(database: Any) -> None:
+def test_each_new_connection_runs_the_statements_and_uses_wal(database: Any) -> None:
     with database.engine.connect() as connection:
         values = [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("user_version", "journal_mode")]
 
-    assert values == [7, "wal"], "dataset runs no on_connect_statements, or no longer switches to WAL by itself"
+    assert values == [7, "wal"], "dataset does not run on_connect_statements, or does not switch to WAL"
 
 
 def test_alembic_is_not_needed_to_import_dataset() -> None:
@@ -89,29 +91,29 @@ alembic.migration.MigrationContext, alembic.operations.Operations
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
 
-    assert result.returncode == 0, f"dataset imports more of alembic than without_alembic() knows: {result.stderr}"
+    assert result.returncode == 0, f"dataset imports more of alembic than without_alembic() replaces: {result.stderr}"
 
 
 # ---- SQLAlchemy
 
 
 @pytest.mark.parametrize("name", ["begin", "connect", "do_connect"])
-def test_the_engine_tells_of_the_event(database: Any, name: str) -> None:
+def test_the_engine_fires_the_event(database: Any, name: str) -> None:
     def listener(*_: Any) -> None:
-        told.append(name)
+        fired.append(name)
 
-    told: list[str] = []
+    fired: list[str] = []
     event.listen(database.engine, name, listener)
     database.begin()
     database.rollback()
 
-    assert told == [name], f"SQLAlchemy's event `{name}` is gone: Database opens connections and transactions with it"
+    assert fired == [name], f"SQLAlchemy no longer fires `{name}`: Database opens connections and transactions with it"
 
 
 @pytest.mark.parametrize(
     ("name", "used"),
     [
-        ("info", "Database keeps there which files a connection has open"),
+        ("info", "Database records there which files a connection has open"),
         ("connection", "Transaction takes the driver's cursor from it"),
         ("invalidate", "Database._release closes a broken connection with it"),
         ("closed", "Database._release reads it"),
@@ -120,48 +122,52 @@ def test_the_engine_tells_of_the_event(database: Any, name: str) -> None:
 )
 def test_a_connection_has_the_attribute(database: Any, name: str, used: str) -> None:
     with database.engine.connect() as connection:
-        assert hasattr(connection, name), f"SQLAlchemy's Connection.{name} is gone: {used}"
+        assert hasattr(connection, name), f"SQLAlchemy's Connection.{name} is missing: {used}"
 
 
 def test_the_drivers_own_connection_can_be_reached(database: Any) -> None:
     with database.engine.connect() as connection:
         cursor = connection.connection.cursor()
         cursor.execute("SELECT 1 AS one")
-        assert cursor.description[0][0] == "one", "Transaction.rows reads the columns' names of the driver's cursor"
+        assert cursor.description[0][0] == "one", "Transaction.rows reads the column names from the driver's cursor"
         cursor.close()
-        assert callable(connection.connection.dbapi_connection.interrupt), "Database._interrupt calls sqlite3's"
+        assert callable(connection.connection.dbapi_connection.interrupt), (
+            "Database._interrupt calls sqlite3's interrupt()"
+        )
 
 
-def test_the_info_of_a_connection_is_that_of_its_record(database: Any) -> None:
+def test_a_connection_shares_the_info_of_its_pool_record(database: Any) -> None:
     def note(_connection: Any, record: Any) -> None:
         record.info["files"] = "noted"
 
     event.listen(database.engine, "connect", note)
     with database.engine.connect() as connection:
-        assert connection.info.get("files") == "noted", "Database._sqlite_opened's note does not reach the connection"
+        assert connection.info.get("files") == "noted", (
+            "the info that Database._sqlite_opened sets does not reach the connection"
+        )
 
 
-def test_rows_go_to_the_driver_as_they_are(database: Any) -> None:
+def test_rows_reach_the_driver_unchanged(database: Any) -> None:
     with database.engine.connect() as connection:
         connection.exec_driver_sql("CREATE TABLE t (a, b)")
         connection.exec_driver_sql("INSERT INTO t (a, b) VALUES (?, ?)", [(1, ":x"), (2, "%s")])
         rows = connection.exec_driver_sql("SELECT a, b FROM t ORDER BY a").fetchall()
         connection.rollback()
 
-    assert [tuple(row) for row in rows] == [(1, ":x"), (2, "%s")], "Transaction.insert_many relies on it"
+    assert [tuple(row) for row in rows] == [(1, ":x"), (2, "%s")], "Transaction.insert_many needs them unchanged"
 
 
-def test_an_error_of_the_driver_is_wrapped_once(database: Any) -> None:
+def test_a_driver_error_is_wrapped_once(database: Any) -> None:
     with database.engine.connect() as connection, pytest.raises(OperationalError) as raised:
         connection.exec_driver_sql("SELECT * FROM no_such_table")
 
-    assert isinstance(raised.value, SQLAlchemyError), "storage_error() knows SQLAlchemy's errors by this class"
+    assert isinstance(raised.value, SQLAlchemyError), "storage_error() recognises SQLAlchemy's errors by this class"
     assert getattr(raised.value.orig, "sqlite_errorname", None) == "SQLITE_ERROR", (
         "storage_error() reads the driver's error in `orig`"
     )
 
 
-def test_a_pool_without_a_free_connection_refuses_at_once(database: Any) -> None:
+def test_an_exhausted_pool_raises_at_once(database: Any) -> None:
     with database.engine.connect(), pytest.raises(PoolTimeout):
         database.engine.connect()
 
@@ -172,10 +178,12 @@ def test_an_invalidated_connection_is_not_used_again(database: Any) -> None:
     connection.invalidate()
     connection.close()
     with database.engine.connect() as second:
-        assert second.connection.dbapi_connection is not first, "Database._release would give back a broken connection"
+        assert second.connection.dbapi_connection is not first, (
+            "Database._release would return a broken connection to the pool"
+        )
 
 
-def test_a_disposed_pool_closes_what_is_in_it_and_opens_anew(database: Any) -> None:
+def test_a_disposed_pool_closes_its_connections(database: Any) -> None:
     opened: list[Any] = []
     event.listen(database.engine, "connect", lambda connection, _record: opened.append(connection))
     with database.engine.connect():
@@ -189,7 +197,7 @@ def test_a_disposed_pool_closes_what_is_in_it_and_opens_anew(database: Any) -> N
 def test_postgresql_means_psycopg_3() -> None:
     engine = sqlalchemy.create_engine("postgresql://user@localhost/none")
 
-    assert engine.dialect.driver == "psycopg", "DATABASE_URL would be opened with another driver"
+    assert engine.dialect.driver == "psycopg", "DATABASE_URL would use another driver"
 
 
 def test_a_url_is_shown_without_its_password() -> None:

@@ -1,4 +1,4 @@
-"""psycopg: what ccm's connections to PostgreSQL lean on. No server is needed."""
+"""The parts of psycopg that ccm's connections to PostgreSQL use. These tests need no server."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ccm.errors import StorageDown, StorageRejected
 
 def test_a_connection_waits_in_a_method_that_can_be_overridden() -> None:
     assert list(inspect.signature(psycopg.Connection.wait).parameters)[:2] == ["self", "gen"], (
-        "Connection.wait overrides it, and bounds the wait for every answer"
+        "Connection.wait overrides it to limit the wait for every answer"
     )
 
 
@@ -28,11 +28,11 @@ def test_a_connection_waits_in_a_method_that_can_be_overridden() -> None:
     [psycopg.Connection.commit, psycopg.Connection.rollback, psycopg.Cursor.execute],
     ids=["commit", "rollback", "execute"],
 )
-def test_what_needs_an_answer_goes_through_wait(function: Any) -> None:
-    assert ".wait(" in inspect.getsource(function), f"{function.__qualname__} would not be bounded by Connection.wait"
+def test_every_function_that_needs_an_answer_calls_wait(function: Any) -> None:
+    assert ".wait(" in inspect.getsource(function), f"Connection.wait would not limit {function.__qualname__}"
 
 
-def test_a_wait_wakes_its_generator_with_nothing_now_and_then() -> None:
+def test_a_wait_wakes_its_generator_after_each_interval() -> None:
     woken: list[int] = []
 
     def read() -> Generator[int, int, str]:
@@ -43,17 +43,17 @@ def test_a_wait_wakes_its_generator_with_nothing_now_and_then() -> None:
     with here, there:
         result = waiting.wait(read(), here.fileno(), interval=0.01)  # type: ignore[arg-type]
 
-    assert (result, woken) == ("done", [0]), "Connection._limit checks the time when nothing is ready"
+    assert (result, woken) == ("done", [0]), "Connection._limit checks the time when it is woken with 0"
 
 
-def test_a_wait_by_default_has_an_interval() -> None:
+def test_a_wait_has_a_default_interval() -> None:
     default = inspect.signature(psycopg.Connection.wait).parameters["interval"].default
 
-    assert 0 < default <= 1, "Connection._limit would check the time too rarely, or never"
+    assert 0 < default <= 1, "Connection._limit would check the time too rarely or never"
 
 
 class SilentServer:
-    """Stands for a libpq connection to a server that says nothing."""
+    """A libpq connection to a server that never answers."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection.fileno()
@@ -63,7 +63,7 @@ class SilentServer:
         self.finished = True
 
 
-def test_a_server_that_says_nothing_is_given_up() -> None:
+def test_the_wait_for_a_silent_server_ends() -> None:
     def read() -> Generator[int, int, None]:
         while True:
             yield waiting.Wait.R
@@ -75,12 +75,12 @@ def test_a_server_that_says_nothing_is_given_up() -> None:
         connection.answer_seconds = 0.0
         with pytest.raises(NoAnswer):
             connection.wait(read())
-        del connection.pgconn  # psycopg would warn of a connection that was not closed
+        del connection.pgconn  # psycopg would warn of an unclosed connection
 
-    assert server.finished, "Connection._limit must close the connection, or a ROLLBACK waits for as long"
+    assert server.finished, "Connection._limit must close the connection, or a ROLLBACK waits just as long"
 
 
-def test_a_connection_of_libpq_can_be_finished() -> None:
+def test_a_libpq_connection_has_finish() -> None:
     assert callable(getattr(psycopg.pq.PGconn, "finish", None)), "Connection._limit calls pgconn.finish()"
 
 
@@ -107,8 +107,10 @@ def test_libpq_knows_the_parameter(name: str) -> None:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_an_error_has_its_class_and_its_state(error: psycopg.Error, kind: type) -> None:
-    assert type(storage_error(error)) is kind, f"storage_error() tells {type(error).__name__} by its class or sqlstate"
+def test_storage_error_recognises_the_error(error: psycopg.Error, kind: type) -> None:
+    assert type(storage_error(error)) is kind, (
+        f"storage_error() recognises {type(error).__name__} by its class or sqlstate"
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,9 @@ def test_an_error_has_its_class_and_its_state(error: psycopg.Error, kind: type) 
     [("LockNotAvailable", "55P03"), ("AdminShutdown", "57P01"), ("QueryCanceled", "57014"), ("DiskFull", "53100")],
 )
 def test_an_error_class_has_its_sqlstate(name: str, state: str) -> None:
-    assert getattr(psycopg.errors, name).sqlstate == state, f"storage_error() and _take_right_to_write() know {name}"
+    assert getattr(psycopg.errors, name).sqlstate == state, (
+        f"storage_error() and _take_right_to_write() check for {name}"
+    )
 
 
 def test_a_row_is_a_tuple_by_default() -> None:

@@ -1,4 +1,4 @@
-"""claude-agent-sdk, and the Claude Code that it brings: what ccm's module `sdk` and its neighbours lean on."""
+"""The parts of claude-agent-sdk and its bundled Claude Code that ccm's module `sdk` and its neighbours use."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SESSION = "6f3a0a5e-3a35-4a44-8b8e-0a1f4a3f1a11"
 
 
 class Wire(Transport):
-    """Stands where the SDK has the CLI's process: answers control requests, says `lines`, and keeps what is written."""
+    """A transport without a CLI: answers control requests, yields `lines` and records the messages written."""
 
     def __init__(self, *lines: dict[str, Any], error: Exception | None = None) -> None:
         self.written: list[dict[str, Any]] = []
@@ -83,7 +83,7 @@ class Wire(Transport):
 
 
 def converse(wire: Wire, act: Callable[[Client], Coroutine[Any, Any, None]]) -> list[dict[str, Any]]:
-    """Connect a client to the wire, act, end the input, and return what came in."""
+    """Connect a client to the wire, call `act`, end the input, and return the messages received."""
     taken: list[dict[str, Any]] = []
 
     async def take(message: dict[str, Any]) -> None:
@@ -106,15 +106,17 @@ def converse(wire: Wire, act: Callable[[Client], Coroutine[Any, Any, None]]) -> 
 async def nothing(_client: Client) -> None: ...
 
 
-# ---- what Client reaches into
+# ---- private attributes that Client uses
 
 
 @pytest.mark.parametrize("name", ["_query", "_transport"])
 def test_the_client_has_the_attribute(name: str) -> None:
     attributes = vars(claude_agent_sdk.ClaudeSDKClient(ClaudeAgentOptions()))
 
-    assert name in attributes, f"ClaudeSDKClient.{name} is gone: every method of Client reads it"
-    assert attributes[name] is None, f"ClaudeSDKClient.{name} is set before connect(): Client takes it for connected"
+    assert name in attributes, f"ClaudeSDKClient.{name} is missing: every method of Client reads it"
+    assert attributes[name] is None, (
+        f"ClaudeSDKClient.{name} is set before connect(): Client would consider it connected"
+    )
 
 
 @pytest.fixture
@@ -128,25 +130,25 @@ def query() -> Iterator[Query]:
 @pytest.mark.parametrize(
     ("name", "kind", "used"),
     [
-        ("_message_send", anyio.streams.memory.MemoryObjectSendStream, "Client.receive_raw puts _Tap in its place"),
+        ("_message_send", anyio.streams.memory.MemoryObjectSendStream, "Client.receive_raw replaces it with _Tap"),
         ("_message_receive", anyio.streams.memory.MemoryObjectReceiveStream, "Client.receive_raw empties it"),
         ("_send_control_request", Callable, "Client.interrupt calls it"),
     ],
 )
 def test_the_query_has_the_attribute(query: Query, name: str, kind: type, used: str) -> None:
-    assert isinstance(getattr(query, name, None), kind), f"Query.{name} is gone or something else: {used}"
+    assert isinstance(getattr(query, name, None), kind), f"Query.{name} is missing or has another type: {used}"
 
 
-def test_the_reader_does_with_its_stream_what_the_tap_offers() -> None:
+def test_the_reader_uses_only_the_methods_of_the_tap() -> None:
     calls = set(re.findall(r"self\._message_send\.(\w+)", inspect.getsource(Query)))
 
-    assert calls == {"send", "send_nowait", "close"}, "_Tap stands in for the stream and has these three only"
+    assert calls == {"send", "send_nowait", "close"}, "_Tap replaces the stream and has only these three methods"
 
 
 def test_the_transport_has_a_process() -> None:
     transport = SubprocessCLITransport(prompt="", options=ClaudeAgentOptions())
 
-    assert "_process" in vars(transport), "SubprocessCLITransport._process is gone: Client signals and waits for it"
+    assert "_process" in vars(transport), "SubprocessCLITransport._process is missing: Client signals and waits for it"
 
 
 @pytest.mark.parametrize(
@@ -159,14 +161,14 @@ def test_the_transport_has_a_process() -> None:
     ],
     ids=["transport", "pipe", "signal", "wait"],
 )
-def test_a_process_of_anyio_can_be_reached_into(reach: Callable[[Any], object], used: str) -> None:
+def test_a_process_of_anyio_has_the_attribute(reach: Callable[[Any], object], used: str) -> None:
     async def run() -> None:
         process = await anyio.open_process(["cat"], stderr=None)
         try:
-            assert process.returncode is None, "a process that runs has a return code: Client.signal reads it"
+            assert process.returncode is None, "a running process has a return code: Client.signal reads it"
             reach(process)
         except AttributeError as error:
-            pytest.fail(f"anyio's process is built otherwise ({error}): {used}")
+            pytest.fail(f"anyio's process has changed ({error}): {used}")
         finally:
             process.kill()
             await process.aclose()
@@ -177,8 +179,8 @@ def test_a_process_of_anyio_can_be_reached_into(reach: Callable[[Any], object], 
 # ---- the wire
 
 
-def test_what_the_cli_says_comes_as_it_is() -> None:
-    # They come together with the answer to `initialize`: the reader is about to send while its stream is taken over.
+def test_messages_of_the_cli_arrive_unchanged() -> None:
+    # They arrive with the answer to `initialize`, so the reader is about to send while _Tap replaces its stream.
     said: list[dict[str, Any]] = [
         {"type": "of_no_known_type", "n": 1},
         {"type": "system", "subtype": "x", "unknown_field": [None]},
@@ -187,7 +189,7 @@ def test_what_the_cli_says_comes_as_it_is() -> None:
     assert converse(Wire(*said), nothing) == said, "the SDK alters messages before _Tap gets them"
 
 
-def test_what_the_user_says_goes_as_it_is() -> None:
+def test_messages_of_the_user_are_sent_unchanged() -> None:
     wire = Wire()
     message = {**user_message(SESSION, "Hello", ()), "uuid": SESSION}
 
@@ -199,7 +201,7 @@ def test_what_the_user_says_goes_as_it_is() -> None:
 
     converse(wire, say)
     written = next(line for line in wire.written if line["type"] == "user")
-    assert message.items() <= written.items(), "the SDK drops fields of a user's message: Execution needs its uuid"
+    assert message.items() <= written.items(), "the SDK drops fields of a user message: Execution needs its uuid"
 
 
 def test_an_interrupt_can_drop_the_queue() -> None:
@@ -207,35 +209,37 @@ def test_an_interrupt_can_drop_the_queue() -> None:
     converse(wire, lambda client: client.interrupt())
 
     request = wire.written[-1]["request"]
-    assert request == {"subtype": "interrupt", "cancel_queued": True}, "Client.interrupt sends something else"
+    assert request == {"subtype": "interrupt", "cancel_queued": True}, "Client.interrupt sends another request"
 
 
 def test_the_input_can_be_ended() -> None:
     wire = Wire()
     converse(wire, nothing)
 
-    assert wire.input_ended, "Client.end_input does not reach the transport: a run that is over would have to be killed"
+    assert wire.input_ended, (
+        "Client.end_input does not reach the transport: the CLI of a finished run would have to be killed"
+    )
 
 
-def test_an_error_of_the_reader_is_raised_as_it_is() -> None:
+def test_an_error_of_the_reader_is_raised_unchanged() -> None:
     broken = ProcessError("broken", exit_code=7)
     with pytest.raises(ProcessError) as raised:
         converse(Wire(error=broken), nothing)
 
-    assert raised.value is broken, "the reader's last message carries no `exception` any more: _Tap looks for it"
+    assert raised.value is broken, "the reader's last message has no `exception`: _Tap looks for it"
 
 
-def test_an_error_result_makes_the_error_of_the_reader_a_result_error() -> None:
+def test_an_error_after_an_error_result_is_a_result_error() -> None:
     result = {"type": "result", "is_error": True, "subtype": "x", "errors": ["No conversation found with session ID"]}
     with pytest.raises(ResultError) as raised:
         converse(Wire(result, error=ProcessError("exit", exit_code=1)), nothing)
 
-    assert raised.value.errors == result["errors"], "ResultError.errors is gone: explain() tells it to the client"
+    assert raised.value.errors == result["errors"], "ResultError.errors is missing: explain() reports it to the client"
     code, _ = explain(raised.value, "", 0)
-    assert code == "SESSION_NOT_RESUMABLE", "explain() no longer knows a session that cannot be resumed"
+    assert code == "SESSION_NOT_RESUMABLE", "explain() does not recognise a session that cannot be resumed"
 
 
-# ---- errors, as explain() tells them apart
+# ---- errors that explain() distinguishes
 
 
 @pytest.mark.parametrize(
@@ -243,24 +247,26 @@ def test_an_error_result_makes_the_error_of_the_reader_a_result_error() -> None:
     [(CLINotFoundError, CLIConnectionError), (ResultError, ProcessError)],
     ids=["not found", "result"],
 )
-def test_an_error_is_a_kind_of_another(narrow: type, wide: type) -> None:
-    assert issubclass(narrow, wide), f"{narrow.__name__} is no {wide.__name__}: look at the order in explain()"
+def test_an_error_is_a_subclass_of_another(narrow: type, wide: type) -> None:
+    assert issubclass(narrow, wide), f"{narrow.__name__} is no {wide.__name__}: check the order in explain()"
 
 
-def test_a_message_that_is_too_large_is_told_by_its_text() -> None:
+def test_the_error_of_a_too_large_message_has_its_text() -> None:
     source = inspect.getsource(SubprocessCLITransport._read_messages_impl)
 
-    assert "maximum buffer size" in source, "explain() looks for these words in CLIJSONDecodeError.line"
-    assert CLIJSONDecodeError("a line", ValueError()).line == "a line", "CLIJSONDecodeError.line is gone"
+    assert "maximum buffer size" in source, "explain() searches CLIJSONDecodeError.line for these words"
+    assert CLIJSONDecodeError("a line", ValueError()).line == "a line", "CLIJSONDecodeError.line is missing"
 
 
-def test_a_cli_that_does_not_answer_is_told_by_its_text() -> None:
+def test_the_error_of_a_silent_cli_has_its_text() -> None:
     source = inspect.getsource(Query._send_control_request)
 
-    assert "Control request timeout" in source, "explain() looks for these words: the SDK raises a plain Exception"
+    assert "Control request timeout" in source, (
+        "explain() searches for these words because the SDK raises a plain Exception"
+    )
 
 
-def test_the_loggers_of_the_sdk_have_one_name() -> None:
+def test_the_sdk_has_one_logger() -> None:
     names = {"claude_agent_sdk", Query.__module__.partition(".")[0]}
 
     assert names == {claude_agent_sdk.logger.name}, "ccm's module `log` silences this logger"
@@ -302,17 +308,17 @@ def command(**options: Any) -> list[str]:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_an_option_becomes_an_argument_and_nothing_more(options: dict[str, Any], words: list[str]) -> None:
+def test_an_option_becomes_an_argument(options: dict[str, Any], words: list[str]) -> None:
     made = command(**options)
 
     assert [word for word in words if word in made] == words, f"sdk_options() relies on {words}; the SDK makes {made}"
 
 
-def test_a_preset_prompt_is_no_empty_prompt() -> None:
+def test_a_preset_prompt_does_not_replace_the_system_prompt() -> None:
     preset = {"type": "preset", "preset": "claude_code"}
 
     assert "--system-prompt" not in command(system_prompt=preset), (
-        "CLAUDE_CODE_PROMPT is not Claude Code's own any more"
+        "CLAUDE_CODE_PROMPT no longer selects Claude Code's own prompt"
     )
 
 
@@ -331,18 +337,18 @@ def test_a_preset_prompt_is_no_empty_prompt() -> None:
         (PermissionUpdate, {"destination"}),
     ],
 )
-def test_what_permission_callback_reads_and_makes_is_there(kind: type, names: set[str]) -> None:
-    assert is_dataclass(kind), f"{kind.__name__} is no dataclass: permission_callback() uses replace()"
+def test_the_permission_types_have_the_fields(kind: type, names: set[str]) -> None:
+    assert is_dataclass(kind), f"{kind.__name__} is not a dataclass: permission_callback() uses replace()"
     assert names <= {field.name for field in fields(kind)}, f"permission_callback() uses {names} of {kind.__name__}"
 
 
-def test_a_session_store_of_ours_is_one_of_the_sdks() -> None:
+def test_mirror_matches_the_sdks_session_store() -> None:
     for name in ("append", "load"):
         ours, theirs = (list(inspect.signature(getattr(kind, name)).parameters) for kind in (Mirror, SessionStore))
         assert len(ours) == len(theirs), f"the SDK calls Mirror.{name} with {theirs}"
 
 
-# ---- where the program and its files are
+# ---- locations of the program and its files
 
 
 def test_the_bundled_cli_is_where_the_sdk_looks_for_it() -> None:
@@ -352,7 +358,7 @@ def test_the_bundled_cli_is_where_the_sdk_looks_for_it() -> None:
 
 
 @pytest.mark.parametrize("cwd", ["/", "/home/me/a project", "/x_y.z", "/" + "long/" * 60, "/ünï/" + "cödé" * 60])
-def test_a_project_has_the_name_that_the_sdk_gives_it(cwd: str) -> None:
+def test_project_name_matches_the_sdk(cwd: str) -> None:
     assert project_name(cwd) == _sanitize_path(os.path.realpath(cwd)), "project_name() names another directory"
 
 
@@ -365,20 +371,23 @@ def claude() -> Iterator[mmap.mmap]:
 @pytest.mark.parametrize(
     ("name", "used"),
     [
-        ("CLAUDE_CODE_EMIT_SESSION_STATE_EVENTS", "sdk_options() sets it, and Execution ends runs by what it brings"),
-        ("session_state_changed", "Execution ends runs by it"),
-        ("CLAUDE_CODE_TMPDIR", "sdk_options() sets it, and the run's directory is removed with all that is in it"),
-        ("replay-user-messages", "sdk_options() passes it, or a run's messages lack the user's side"),
+        (
+            "CLAUDE_CODE_EMIT_SESSION_STATE_EVENTS",
+            "sdk_options() sets it, and Execution ends runs on the events that it enables",
+        ),
+        ("session_state_changed", "Execution ends runs on it"),
+        ("CLAUDE_CODE_TMPDIR", "sdk_options() sets it to the run's directory, which the service removes"),
+        ("replay-user-messages", "sdk_options() passes it, or a run's messages lack those of the user"),
         ("system-prompt-file", "sdk_arguments() passes it, to keep prompts out of the list of processes"),
         ("append-system-prompt-file", "sdk_arguments() passes it, to keep prompts out of the list of processes"),
-        ("cancel_queued", "Client.interrupt() sends it, or a run goes on with its queue after a cancel"),
-        ("command_lifecycle", "InputQueue learns from it what has become of a message"),
+        ("cancel_queued", "Client.interrupt() sends it, or a run continues with its queue after a cancel"),
+        ("command_lifecycle", "InputQueue learns the state of a message from it"),
         ("command_uuid", "Execution and InputQueue read it"),
-        ("user_message_uuids", "InputQueue learns from it which messages a turn has answered"),
+        ("user_message_uuids", "InputQueue learns which messages a turn has answered from it"),
         ("model_usage_since_last_result", "cost() sums it: the total counts the resumed history too"),
         ("api_retry", "Execution counts refused logins by it"),
-        ("No conversation found", "explain() tells SESSION_NOT_RESUMABLE by it"),
-        ("The user sent a new message while you were working:", "the stand-in for the Messages API knows it"),
+        ("No conversation found", "explain() derives SESSION_NOT_RESUMABLE from it"),
+        ("The user sent a new message while you were working:", "the stand-in for the Messages API recognises it"),
     ],
 )
 def test_the_bundled_cli_knows_the_name(claude: mmap.mmap, name: str, used: str) -> None:

@@ -1,4 +1,4 @@
-"""waitress: what ccm's server leans on. Only its `waitress.serve` and the settings are promised."""
+"""The parts of waitress that ccm's server uses. waitress documents only `waitress.serve` and its settings."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ REQUEST = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\n"
     [
         (HTTPChannel, "received", "Channel.received notes when a request begins"),
         (HTTPChannel, "write_soon", "Channel.write_soon puts large pieces into files"),
-        (HTTPChannel, "handle_close", "_Bounds.maintenance ends slow clients with it"),
-        (HTTPChannel, "check_client_disconnected", "_Channel.check_client_disconnected asks the socket too"),
+        (HTTPChannel, "handle_close", "_Bounds.maintenance disconnects slow clients with it"),
+        (HTTPChannel, "check_client_disconnected", "_Channel.check_client_disconnected also checks the socket"),
         (HTTPChannel, "request", "Channel.is_too_slow reads it"),
         (HTTPChannel, "parser_class", "_Channel sets it"),
         (HTTPChannel, "task_class", "_Channel sets it"),
         (HTTPChannel, "error_task_class", "_Channel sets it"),
-        (HTTPRequestParser, "parse_header", "Parser.parse_header puts _Body in place"),
+        (HTTPRequestParser, "parse_header", "Parser.parse_header installs _Body"),
         (HTTPRequestParser, "received", "Parser.received refuses a body that was dropped"),
         (HTTPRequestParser, "completed", "Parser.received reads it"),
         (HTTPRequestParser, "error", "Parser.received sets it"),
@@ -61,7 +61,7 @@ REQUEST = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\n"
             (kind, name, used)
             for kind in (TcpWSGIServer, UnixWSGIServer)
             for name, used in (
-                ("maintenance", "_Bounds.maintenance looks through the connections"),
+                ("maintenance", "_Bounds.maintenance checks the connections"),
                 ("readable", "_Bounds.readable pauses after a lack of descriptors"),
                 ("accept", "_Bounds.accept survives a lack of descriptors"),
                 ("handle_error", "_Bounds.handle_error keeps the listening socket open"),
@@ -74,8 +74,8 @@ REQUEST = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\n"
         (wasyncore.dispatcher, "close", "Server._stop_listening closes the socket with it, and not the trigger"),
     ],
 )
-def test_the_name_is_there(owner: Any, name: str, used: str) -> None:
-    assert hasattr(owner, name), f"waitress has no {owner.__name__}.{name} any more: {used}"
+def test_waitress_has_the_name(owner: Any, name: str, used: str) -> None:
+    assert hasattr(owner, name), f"waitress has no {owner.__name__}.{name}: {used}"
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,8 @@ def test_the_name_is_there(owner: Any, name: str, used: str) -> None:
         *("asyncore_use_poll", "ident", "clear_untrusted_proxy_headers", "inbuf_overflow"),
     ],
 )
-def test_the_setting_is_there(name: str) -> None:
-    assert hasattr(Adjustments, name), f"waitress has no setting {name} any more: open_server or _Body uses it"
+def test_waitress_has_the_setting(name: str) -> None:
+    assert hasattr(Adjustments, name), f"waitress has no setting {name}: open_server or _Body uses it"
 
 
 def app(_environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -97,7 +97,7 @@ def app(_environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterabl
 
 @pytest.fixture
 def server() -> Iterator[Any]:
-    """A server that listens, and whose loop does not run."""
+    """Create a server that listens but does not run its loop."""
     bound = socket.create_server(("127.0.0.1", 0))
     server = open_server(app, bound, Channel, 1)
     yield server
@@ -117,75 +117,75 @@ def channel(server: Any) -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("name", "kind", "used"),
     [
-        ("active_channels", dict, "_Bounds.maintenance and Server._unsent_bytes look through it"),
+        ("active_channels", dict, "_Bounds.maintenance and Server._unsent_bytes iterate over it"),
         ("task_dispatcher", ThreadedTaskDispatcher, "Server._shut_down waits for it"),
         ("trigger", object, "Server._shut_down wakes the loop with it"),
-        ("_map", dict, "tests close all that is in it"),
+        ("_map", dict, "tests close everything in it"),
         ("channel_class", type, "open_server sets it"),
     ],
 )
 def test_a_server_has_the_attribute(server: Any, name: str, kind: type, used: str) -> None:
-    assert isinstance(getattr(server, name, None), kind), f"waitress' server has no {name} any more: {used}"
+    assert isinstance(getattr(server, name, None), kind), f"the server of waitress has no {name}: {used}"
 
 
 def test_a_server_makes_our_channels(server: Any) -> None:
-    assert server.channel_class is Channel, "waitress sets its own class after open_server has"
+    assert server.channel_class is Channel, "waitress sets its own class after open_server does"
 
 
 @pytest.mark.parametrize("name", ["requests", "total_outbufs_len", "last_activity", "socket", "server", "adj"])
 def test_a_channel_has_the_attribute(channel: Any, name: str) -> None:
-    assert hasattr(channel, name), f"waitress' channel has no {name} any more: Channel and _Channel read it"
+    assert hasattr(channel, name), f"the channel of waitress has no {name}: Channel and _Channel read it"
 
 
-def test_a_channel_is_among_those_of_its_server(server: Any, channel: Any) -> None:
-    assert channel in server.active_channels.values(), "_Bounds.maintenance would look through no channel"
+def test_a_server_lists_its_channels(server: Any, channel: Any) -> None:
+    assert channel in server.active_channels.values(), "_Bounds.maintenance would check no channel"
 
 
-def test_a_channel_tells_how_far_its_request_has_come(channel: Any) -> None:
+def test_a_channel_shows_the_progress_of_its_request(channel: Any) -> None:
     channel.received(REQUEST[:20])
-    assert channel.request is not None, "Channel.received would not notice the beginning of a request"
-    assert not channel.request.headers_finished, "Channel.is_too_slow would take headers for received"
+    assert channel.request is not None, "Channel.received would miss the beginning of a request"
+    assert not channel.request.headers_finished, "Channel.is_too_slow would consider the headers complete"
     channel.received(REQUEST[20:])
-    assert channel.request.headers_finished, "Channel.is_too_slow would take headers for missing"
+    assert channel.request.headers_finished, "Channel.is_too_slow would consider the headers incomplete"
 
 
-def test_a_body_is_kept_in_a_buffer_that_can_be_replaced() -> None:
+def test_the_buffer_of_a_body_can_be_replaced() -> None:
     parser = Parser(Adjustments())
     parser.received(REQUEST)
     buffer = parser.body_rcv.buf
     parser.received(b"abc")
 
     assert type(buffer).__name__ == "_RequestBody", "Parser.parse_header does not replace the buffer"
-    assert len(buffer) == 3, "waitress keeps the body somewhere else than in body_rcv.buf"
-    assert parser.completed, "waitress does not end a request with its last byte"
+    assert len(buffer) == 3, "waitress does not keep the body in body_rcv.buf"
+    assert parser.completed, "waitress does not complete a request with its last byte"
     parser.close()
 
 
-def test_a_request_tells_its_method() -> None:
+def test_a_request_has_its_method() -> None:
     parser = Parser(Adjustments())
     parser.received(b"HEAD / HTTP/1.1\r\nHost: localhost\r\n\r\n")
 
-    assert parser.command == "HEAD", "_Task.finish would not know a HEAD"
+    assert parser.command == "HEAD", "_Task.finish would not recognise HEAD"
     parser.close()
 
 
-def test_bytes_that_wait_are_counted_and_sent_by_the_loop(channel: Any) -> None:
-    channel.write_soon(b"x" * 2**19)  # more than a socket takes at once
+def test_the_loop_counts_and_sends_pending_bytes(channel: Any) -> None:
+    channel.write_soon(b"x" * 2**19)  # more than a socket buffers
 
     assert 0 < channel.total_outbufs_len < 2**19, "Server._unsent_bytes would end a drain too early"
-    assert not channel.will_close, "waitress closes a channel that has just been written to"
+    assert not channel.will_close, "waitress closes a channel after a write"
 
 
-def test_a_file_goes_out_as_it_is(channel: Any) -> None:
+def test_a_file_is_sent_without_a_copy_in_memory(channel: Any) -> None:
     channel.write_soon(b"x" * 2**21)
 
-    assert 0 < channel.total_outbufs_len < 2**21, "the piece in a file is not counted"
+    assert 0 < channel.total_outbufs_len < 2**21, "waitress does not count the bytes in a file"
     assert any(isinstance(buffer, ReadOnlyFileBasedBuffer) for buffer in channel.outbufs), (
-        "Channel.write_soon's file is copied into memory"
+        "waitress copies the file of Channel.write_soon into memory"
     )
 
 
-def test_the_trigger_runs_something_in_the_loop_and_the_loop_ends_without_sockets(server: Any) -> None:
+def test_the_trigger_runs_a_function_in_the_loop_and_the_loop_ends_without_sockets(server: Any) -> None:
     ran_in: list[str] = []
 
     def act() -> None:
@@ -197,17 +197,19 @@ def test_the_trigger_runs_something_in_the_loop_and_the_loop_ends_without_socket
     server.trigger.pull_trigger(act)
     loop.join(60)
 
-    assert ran_in == ["loop"], "Server._stop_listening would run in another thread than the loop's"
-    assert not loop.is_alive(), "the loop goes on without a socket: serve() would never tell that nobody can connect"
+    assert ran_in == ["loop"], "Server._stop_listening would run outside the loop's thread"
+    assert not loop.is_alive(), (
+        "the loop continues without a socket: serve() would never report that no client can connect"
+    )
 
 
-def test_closing_the_dispatcher_leaves_the_trigger(server: Any) -> None:
+def test_closing_the_server_keeps_the_trigger(server: Any) -> None:
     wasyncore.dispatcher.close(server)
 
     assert server.socket is None, "Server._stop_listening does not close the listening socket"
-    server.trigger.pull_trigger(lambda: None)  # raises if it is closed: answers under way are sent through it
+    server.trigger.pull_trigger(lambda: None)  # raises if closed; pending answers are sent through it
 
 
-def test_maintenance_is_asked_with_the_time(server: Any) -> None:
+def test_maintenance_takes_the_time(server: Any) -> None:
     server.next_channel_cleanup = 0
     server.maintenance(time.time())

@@ -1,7 +1,7 @@
 """A small database with a row in every table, on which the contract tests call the functions of `ccm.db`.
 
 Session `s` has the ended run `e` and the started run `r`, which waits for the approval `a`. Session `f` is a fork of
-`s`, and its run `w` waits in the queue. Session `o` has a run `x` that a service had started before it was killed.
+`s`, and its run `w` is queued. Session `o` has a run `x` that a service started before it was killed.
 """
 
 from __future__ import annotations

@@ -27,14 +27,14 @@ SEARCH = "a full-text search reads the texts"
 
 @dataclass(frozen=True)
 class Call:
-    """One way to call a function.
+    """One call of a function.
 
     Attributes:
-        function: called in a transaction. It may reduce the result for the comparison.
+        function: runs in a transaction. It may reduce the result for the comparison.
         result: the expected result on the sample; ANY if it depends on the time or is irrelevant.
         writes: whether it needs a writable database.
-        scans: why it may work without an index; empty if it may not.
-        untouched: the dialects in which it reads no table, so that neither a lock nor damage affects it.
+        scans: the reason why it may scan a table; empty if it must use an index.
+        untouched: the dialects in which it reads no table, so neither a lock nor damage affects it.
     """
 
     function: Callable[[Transaction], object]

@@ -1,4 +1,4 @@
-"""Approvals with the real Claude Code: what is allowed is done, what is not is not, and nothing is left waiting."""
+"""Approvals with the real Claude Code: it executes only allowed tool calls, and no approval stays pending."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ccm.testing.messages_api import MessagesAPI
 from tests.client import Client
 from tests.conftest import ServeFunction
 
-# Seconds.
-ONE_WAIT = 12
-LONG_WAIT = 10 * 60
+# The longest wait of one request, and of a whole approval (seconds).
+POLL_TIMEOUT = 12
+LONG_DELAY = 10 * 60
 
 
 def bash(command: str) -> str:
@@ -32,18 +32,18 @@ def start(client: Client, cwd: Path, prompt: str, **fields: Any) -> dict[str, An
     return client.start(cwd, prompt, wait=0, approvals=True, **fields)
 
 
-def next_of(client: Client, run: dict[str, Any]) -> dict[str, Any]:
-    """What a run waits for, once it does; other runs may wait too."""
+def pending_approval(client: Client, run: dict[str, Any]) -> dict[str, Any]:
+    """Wait for a run's pending approval and return it; other runs may have pending approvals too."""
     path: str | None = "/api/approvals?status=pending&wait=50"
     while path is not None:
         answer = client.get(path)
-        assert answer.json, "it has not asked in time"
+        assert answer.json, "the run requested no approval in time"
         for approval in answer.json:
             if approval["runId"] == run["id"]:
-                found: dict[str, Any] = approval
-                return found
+                pending: dict[str, Any] = approval
+                return pending
         path = answer.next
-    raise AssertionError("a wait has no end")
+    raise AssertionError("the answer to a wait has no next page")
 
 
 def decide(client: Client, approval: dict[str, Any], decision: str = "allow", **fields: Any) -> dict[str, Any]:
@@ -53,8 +53,8 @@ def decide(client: Client, approval: dict[str, Any], decision: str = "allow", **
     return decided
 
 
-def results(client: Client, run: dict[str, Any]) -> list[str]:
-    """What the tools of a run gave back to the model."""
+def tool_results(client: Client, run: dict[str, Any]) -> list[str]:
+    """Return the tool results that a run sent to the model."""
     blocks = [
         block
         for message in client.messages(run["id"], type="user")
@@ -64,19 +64,19 @@ def results(client: Client, run: dict[str, Any]) -> list[str]:
     return [block["content"] if isinstance(block["content"], str) else json.dumps(block["content"]) for block in blocks]
 
 
-def states(client: Client, run: dict[str, Any]) -> list[str]:
+def approval_statuses(client: Client, run: dict[str, Any]) -> list[str]:
     return [approval["status"] for approval in client.get(f"/api/runs/{run['id']}/approvals").json]
 
 
-# ---- answered
+# ---- with an answer
 
 
 @pytest.mark.main_job
-def test_what_is_allowed_is_done(client: Client, project: Path) -> None:
+def test_an_allowed_tool_call_is_executed(client: Client, project: Path) -> None:
     run = start(client, project, write(project, "new.txt"))
-    approval = next_of(client, run)
+    approval = pending_approval(client, run)
 
-    # Without options edits need no permission; who wants to be asked is asked about them too.
+    # Without options edits need no permission, but with `approvals` they need an approval too.
     assert [approval["toolName"], approval["input"]["content"]] == ["Write", "x"]
     assert approval["toolUseId"].startswith("toolu_")
     assert not (project / "new.txt").exists()
@@ -88,36 +88,36 @@ def test_what_is_allowed_is_done(client: Client, project: Path) -> None:
 
 
 @pytest.mark.main_job
-def test_what_is_denied_is_not_done_and_the_model_is_told_why(
+def test_a_denied_tool_call_is_not_executed_and_the_model_gets_the_reason(
     client: Client, project: Path, messages_api: MessagesAPI
 ) -> None:
     run = start(client, project, bash("touch denied.txt"))
-    decide(client, next_of(client, run), "deny", message="Better not, says 4711.")
+    decide(client, pending_approval(client, run), "deny", message="Better not, says 4711.")
     ended = client.run(run["id"])
 
     assert ended["status"] == "completed"
     assert [denial["tool_name"] for denial in ended["permissionDenials"]] == ["Bash"]
     assert not (project / "denied.txt").exists()
-    assert results(client, run) == ["Better not, says 4711."]
+    assert tool_results(client, run) == ["Better not, says 4711."]
     assert "Better not, says 4711." in json.dumps(messages_api.requests[-1]["messages"])
 
 
 def test_a_denial_may_end_the_turn(client: Client, project: Path) -> None:
-    run = start(client, project, bash("touch denied.txt") + "[[text I went on.]]")
-    decide(client, next_of(client, run), "deny", interrupt=True, message="Leave it.")
+    run = start(client, project, bash("touch denied.txt") + "[[text I continued.]]")
+    decide(client, pending_approval(client, run), "deny", interrupt=True, message="Leave it.")
     ended = client.run(run["id"])
 
     assert [ended["status"], ended["error"]["code"]] == ["error", "APPROVAL_DENIED"]
     assert ended["error"]["message"] == "An approval was denied with interrupt: Leave it."
     assert ended["result"]["terminal_reason"] == "aborted_tools"
-    assert "I went on." not in json.dumps(client.messages(run["id"], type="assistant"))
+    assert "I continued." not in json.dumps(client.messages(run["id"], type="assistant"))
     assert client.resume(run["sessionId"], "Go on.")["status"] == "completed"
 
 
 @pytest.mark.main_job
-def test_what_is_changed_is_executed_and_recorded(client: Client, project: Path) -> None:
+def test_a_changed_input_is_executed_and_recorded(client: Client, project: Path) -> None:
     run = start(client, project, bash("touch asked.txt"))
-    decide(client, next_of(client, run), updatedInput={"command": "touch changed.txt"})
+    decide(client, pending_approval(client, run), updatedInput={"command": "touch changed.txt"})
 
     assert client.run(run["id"])["status"] == "completed"
     assert [(project / f"{name}.txt").exists() for name in ("asked", "changed")] == [False, True]
@@ -129,42 +129,44 @@ def test_what_is_changed_is_executed_and_recorded(client: Client, project: Path)
 
 
 @pytest.mark.main_job
-def test_what_is_remembered_holds_for_the_run_and_is_in_no_settings(client: Client, home: Path, project: Path) -> None:
+def test_a_remembered_rule_applies_to_the_run_only_and_changes_no_settings(
+    client: Client, home: Path, project: Path
+) -> None:
     def settings() -> dict[str, str]:
         files = [*project.rglob("settings*.json"), *(home / ".claude").glob("settings*.json")]
         return {str(file): file.read_text() for file in files}
 
     before = settings()
     run = start(client, project, bash("perl -e 'print 1'") * 2)
-    approval = next_of(client, run)
+    approval = pending_approval(client, run)
     assert [suggestion["destination"] for suggestion in approval["suggestions"]] == ["localSettings"]
     decide(client, approval, remember=True)
 
     assert client.run(run["id"])["status"] == "completed"
-    assert results(client, run) == ["1", "1"]
-    assert states(client, run) == ["allowed"]
+    assert tool_results(client, run) == ["1", "1"]
+    assert approval_statuses(client, run) == ["allowed"]
     assert settings() == before
     again = client.resume(run["sessionId"], bash("perl -e 'print 1'"), wait=0, approvals=True)
-    decide(client, next_of(client, again), "deny")
+    decide(client, pending_approval(client, again), "deny")
     assert client.run(again["id"])["status"] == "completed"
 
 
-def test_tools_that_are_called_at_once_are_asked_about_one_by_one(client: Client, project: Path) -> None:
+def test_parallel_tool_calls_request_approval_one_by_one(client: Client, project: Path) -> None:
     prompt = "[[and]]".join(bash(f"touch {name}.txt") for name in "abc")
     run = start(client, project, prompt)
-    asked = []
+    commands = []
     for decision in ("allow", "deny", "allow"):
-        approval = next_of(client, run)
-        asked.append(approval["input"]["command"])
+        approval = pending_approval(client, run)
+        commands.append(approval["input"]["command"])
         assert client.run(run["id"], wait=0)["pendingApprovals"] == 1
         decide(client, approval, decision)
 
     assert client.run(run["id"])["status"] == "completed"
-    assert asked == [f"touch {name}.txt" for name in "abc"]
+    assert commands == [f"touch {name}.txt" for name in "abc"]
     assert [(project / f"{name}.txt").exists() for name in "abc"] == [True, False, True]
 
 
-def test_a_subagent_asks_too_and_says_which_it_is(client: Client, project: Path) -> None:
+def test_an_approval_of_a_subagent_has_its_id(client: Client, project: Path) -> None:
     task = {
         "description": "touch",
         "prompt": bash("touch by-agent.txt"),
@@ -172,7 +174,7 @@ def test_a_subagent_asks_too_and_says_which_it_is(client: Client, project: Path)
         "run_in_background": False,
     }
     run = start(client, project, f"[[tool Agent {json.dumps(task)}]]")
-    approval = next_of(client, run)
+    approval = pending_approval(client, run)
 
     assert [approval["input"]["command"], bool(approval["agentId"])] == ["touch by-agent.txt", True]
     decide(client, approval)
@@ -180,72 +182,70 @@ def test_a_subagent_asks_too_and_says_which_it_is(client: Client, project: Path)
     assert (project / "by-agent.txt").exists()
 
 
-def test_a_question_of_claudes_own_is_answered_with_its_answers(client: Client, project: Path) -> None:
+def test_the_answers_to_a_question_of_claude_reach_it(client: Client, project: Path) -> None:
     options = [{"label": "Red", "description": "warm"}, {"label": "Blue", "description": "cold"}]
     question = {"question": "Which colour?", "header": "Colour", "options": options, "multiSelect": False}
     run = start(client, project, f"[[tool AskUserQuestion {json.dumps({'questions': [question]})}]]")
-    approval = next_of(client, run)
+    approval = pending_approval(client, run)
 
     assert approval["toolName"] == "AskUserQuestion"
     decide(client, approval, updatedInput={**approval["input"], "answers": {"Which colour?": "Blue"}})
     assert client.run(run["id"])["status"] == "completed"
-    (result,) = results(client, run)
+    (result,) = tool_results(client, run)
     assert '"Which colour?"="Blue"' in result
 
 
-def test_a_plan_is_approved(client: Client, project: Path) -> None:
+def test_an_approved_plan_is_carried_out(client: Client, project: Path) -> None:
     prompt = '[[tool ExitPlanMode {"plan": "Write it."}]]' + write(project, "planned.txt")
     run = start(client, project, prompt, options={"permissionMode": "plan"})
     for tool in ("ExitPlanMode", "Write"):
-        approval = next_of(client, run)
+        approval = pending_approval(client, run)
         assert approval["toolName"] == tool
         decide(client, approval)
     assert client.run(run["id"])["status"] == "completed"
     assert (project / "planned.txt").exists()
 
 
-def test_a_plan_that_was_written_is_shown_to_who_approves_it(
-    client: Client, project: Path, messages_api: MessagesAPI
-) -> None:
+def test_the_approval_of_a_plan_shows_its_file(client: Client, project: Path, messages_api: MessagesAPI) -> None:
     run = start(client, project, "[[tool ExitPlanMode {}]]" * 2, options={"permissionMode": "plan"})
-    first = next_of(client, run)
+    first = pending_approval(client, run)
     assert first["input"] == {}
-    # Claude Code tells the model, and nobody else, where the plan is to be.
+    # Claude Code gives the path of the plan to the model only.
     path = re.findall(r"[\w/.-]+/plans/[\w-]+\.md", json.dumps(messages_api.requests))[-1]
     Path(path).parent.mkdir(exist_ok=True)
     Path(path).write_text("Write it.")
     decide(client, first, "deny")
-    second = next_of(client, run)
+    second = pending_approval(client, run)
     assert second["input"] == {"plan": "Write it.", "planFilePath": path}
     decide(client, second)
     assert client.run(run["id"])["status"] == "completed"
 
 
-def test_what_an_option_allows_is_not_asked_about(client: Client, project: Path) -> None:
+def test_a_tool_that_an_option_allows_needs_no_approval(client: Client, project: Path) -> None:
     run = client.start(project, bash("touch allowed.txt"), approvals=True, options={"allowedTools": ["Bash"]})
-    assert [run["status"], states(client, run)] == ["completed", []]
+    assert [run["status"], approval_statuses(client, run)] == ["completed", []]
     assert (project / "allowed.txt").exists()
 
 
-# ---- not answered
+# ---- without an answer
 
 
-def test_what_nobody_answers_in_time_is_denied_and_the_model_is_told(client: Client, project: Path) -> None:
+def test_an_unanswered_approval_is_denied_and_the_model_gets_the_reason(client: Client, project: Path) -> None:
     run = start(client, project, bash("touch late.txt"), approvalTimeoutMs=500)
 
     assert client.run(run["id"])["status"] == "completed"
     (approval,) = client.get(f"/api/runs/{run['id']}/approvals").json
     assert [approval["status"], approval["resolution"]] == ["denied", "timed_out"]
-    assert results(client, run) == [approval["message"]]
+    assert tool_results(client, run) == [approval["message"]]
     assert not (project / "late.txt").exists()
 
 
-def waits_and_then_is_done(client: Client, project: Path, seconds: int) -> None:
-    # Its own time is far shorter than the wait.
+def allow_after(client: Client, project: Path, seconds: int) -> None:
+    # The run's own time limit is far shorter than the wait.
     run = start(client, project, bash("touch done.txt"), timeoutMs=10_000)
-    approval = next_of(client, run)
-    for _ in range(0, seconds, ONE_WAIT):
-        still = client.run(run["id"], wait=ONE_WAIT)
+    approval = pending_approval(client, run)
+    for _ in range(0, seconds, POLL_TIMEOUT):
+        still = client.run(run["id"], wait=POLL_TIMEOUT)
         assert [still["status"], still["pendingApprovals"]] == ["running", 1]
     decide(client, approval)
     ended = client.run(run["id"])
@@ -253,24 +253,24 @@ def waits_and_then_is_done(client: Client, project: Path, seconds: int) -> None:
     assert (project / "done.txt").exists()
 
 
-def test_a_wait_may_take_longer_than_the_run_itself_may(client: Client, project: Path) -> None:
-    waits_and_then_is_done(client, project, ONE_WAIT)
+def test_an_approval_may_wait_longer_than_the_time_limit_of_its_run(client: Client, project: Path) -> None:
+    allow_after(client, project, POLL_TIMEOUT)
 
 
 @pytest.mark.slow
-def test_a_wait_may_take_ten_minutes(client: Client, project: Path) -> None:
-    waits_and_then_is_done(client, project, LONG_WAIT)
+def test_an_approval_may_wait_ten_minutes(client: Client, project: Path) -> None:
+    allow_after(client, project, LONG_DELAY)
 
 
-def test_a_run_that_is_cancelled_while_it_waits_can_be_continued(client: Client, project: Path) -> None:
+def test_a_run_cancelled_during_an_approval_can_be_continued(client: Client, project: Path) -> None:
     run = start(client, project, bash("touch never.txt"))
-    approval = next_of(client, run)
+    approval = pending_approval(client, run)
     cancelled = client.delete(f"/api/runs/{run['id']}").json
 
     assert [cancelled["status"], cancelled["pendingApprovals"]] == ["cancelled", 0]
     assert cancelled["result"]["subtype"] == "error_during_execution"
     assert marked(run["id"]) == []
-    assert states(client, run) == ["expired"]
+    assert approval_statuses(client, run) == ["expired"]
     late = client.post(f"/api/approvals/{approval['id']}", {"decision": "allow"})
     assert [late.status, late.json["approval"]["status"]] == [409, "expired"]
     again = client.resume(run["sessionId"], "Go on.")
@@ -278,30 +278,30 @@ def test_a_run_that_is_cancelled_while_it_waits_can_be_continued(client: Client,
     assert not (project / "never.txt").exists()
 
 
-def test_a_run_that_is_interrupted_by_the_next_leaves_nothing_pending(client: Client, project: Path) -> None:
+def test_a_run_interrupted_by_the_next_one_leaves_no_pending_approval(client: Client, project: Path) -> None:
     run = start(client, project, bash("touch never.txt"))
-    next_of(client, run)
+    pending_approval(client, run)
     after = client.resume(run["sessionId"], "Another way.", ifBusy="interrupt")
 
     assert [after["status"], client.run(run["id"])["status"]] == ["completed", "cancelled"]
-    assert states(client, run) == ["expired"]
+    assert approval_statuses(client, run) == ["expired"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_service_that_ends_while_a_run_waits_leaves_nothing_pending(
+def test_a_service_that_exits_during_an_approval_leaves_it_expired(
     serve: ServeFunction, project: Path, number: signal.Signals
 ) -> None:
     service = serve()
     client = Client(service.url)
     run = start(client, project, bash("touch never.txt"))
-    approval = next_of(client, run)
+    approval = pending_approval(client, run)
     service.process.send_signal(number)
     assert service.wait() == (0 if number == signal.SIGTERM else -signal.SIGKILL)
 
     client = Client(serve().url)
     ended = client.run(run["id"])
     assert [ended["status"], ended["error"]["code"], ended["pendingApprovals"]] == ["error", "INTERRUPTED", 0]
-    assert states(client, run) == ["expired"]
+    assert approval_statuses(client, run) == ["expired"]
     assert client.get("/api/approvals", status="pending").json == []
     late = client.post(f"/api/approvals/{approval['id']}", {"decision": "allow"})
     assert [late.status, late.error["code"]] == [409, "APPROVAL_ALREADY_RESOLVED"]

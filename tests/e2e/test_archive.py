@@ -1,4 +1,4 @@
-"""History that came in from elsewhere is continued by the real Claude Code."""
+"""Imported and pruned history with the real Claude Code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.e2e.test_runs import prompts_sent
 from tests.flask_commands import Flask, variables
 
 
-def test_a_run_of_the_original_service_is_resumed_where_its_transcript_is_still_there(
+def test_a_run_of_the_original_service_can_be_resumed_while_its_transcript_exists(
     serve: ServeFunction, database_url: str, tmp_path: Path, home: Path, messages_api: MessagesAPI
 ) -> None:
     made = Client(serve(DATABASE_PATH=tmp_path / "first.sqlite").url).start(tmp_path, "The parrot is called Polly.")
@@ -36,7 +36,7 @@ def test_a_run_of_the_original_service_is_resumed_where_its_transcript_is_still_
     assert [run["id"] for run in service.get(f"/api/sessions/{made['sessionId']}/runs").json] == ["b1", resumed["id"]]
 
 
-def test_a_secret_that_was_recorded_has_a_way_out(
+def test_prune_removes_a_recorded_secret_everywhere(
     serve: ServeFunction, environ: dict[str, str], tmp_path: Path, project: Path
 ) -> None:
     secret = "sk-a-secret-that-slipped-in-4711"

@@ -1,4 +1,4 @@
-"""A real browser's own EventSource follows runs."""
+"""A real browser follows runs with its own EventSource."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tests.browser import Browser, chromium
 from tests.client import Client
 
-# Runs in the page: collects the events of an EventSource until it closes, which it does at a 204 only.
+# Runs in the page: collects the events of an EventSource until it closes, which it does only after a 204.
 FOLLOW = """
 const [path, done] = arguments;
 const seen = [], source = new EventSource(path);
@@ -21,7 +21,7 @@ source.onmessage = note;
 source.addEventListener("end", note);
 source.onerror = () => source.readyState === EventSource.CLOSED && done([opened, seen]);
 """
-# The same until so many "end" events have come.
+# The same, until `ends` "end" events have arrived.
 FOLLOW_ENDS = """
 const [path, ends, done] = arguments;
 const seen = [], source = new EventSource(path);
@@ -47,8 +47,8 @@ def test_a_browser_follows_a_run_to_its_end_and_does_not_reconnect(
     opened, seen = browser.run(FOLLOW, f"/api/runs/{run['id']}/stream")
 
     messages = client.messages(run["id"])
-    told = [["message", str(index), message] for index, message in enumerate(messages)]
-    assert seen == [*told, ["end", "end", client.run(run["id"])]]
+    expected = [["message", str(index), message] for index, message in enumerate(messages)]
+    assert seen == [*expected, ["end", "end", client.run(run["id"])]]
     assert len(messages) > 20
     assert opened == 1
 

@@ -1,9 +1,8 @@
-"""`DELETE` in every state that a run can be in, with the real Claude Code."""
+"""`DELETE` in every state of a run, with the real Claude Code."""
 
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,15 +15,16 @@ from ccm.core.claude.processes import marked
 from tests.client import Client
 from tests.conftest import ServeFunction
 from tests.e2e.test_endings import SLEEPING_TOOL, SLOW, commands
+from tests.storage_faults import locked
 from tests.waiting import until
 
 
-def at_once(_client: Client, _run_id: str) -> None:
-    """Before Claude Code has said anything."""
+def connecting(_client: Client, _run_id: str) -> None:
+    """Return before the first message of Claude Code."""
 
 
-def has_said(*kinds: str) -> Callable[[Client, str], None]:
-    """A message of one of the types, or of the subtype, is stored."""
+def has_message(*kinds: str) -> Callable[[Client, str], None]:
+    """Return a function that waits until a message of one of the types or subtypes is stored."""
 
     def reached(client: Client, run_id: str) -> None:
         until(lambda: any({m["type"], m.get("subtype")} & set(kinds) for m in client.messages(run_id)))
@@ -36,22 +36,23 @@ def tool_runs(_client: Client, run_id: str) -> None:
     until(lambda: "sleep 300" in commands(run_id))
 
 
-def asks(client: Client, run_id: str) -> None:
+def waits_for_approval(client: Client, run_id: str) -> None:
     until(lambda: client.run(run_id, wait=0)["pendingApprovals"])
 
 
 def has_queued(client: Client, run_id: str) -> None:
-    has_said("stream_event")(client, run_id)
+    has_message("stream_event")(client, run_id)
     for prompt in (f"Then this. {SLOW}", "And that."):
         assert client.post(f"/api/runs/{run_id}/input", {"prompt": prompt}).status == 202
 
 
 @dataclass(frozen=True)
 class State:
-    """
+    """A state of a run, and the prompt that leads to it.
+
     Args:
         reached: returns when a run of this prompt is in the state.
-        reason: what the partial result says; None where there is none.
+        reason: the `terminal_reason` of the partial result; None if there is no result.
     """
 
     prompt: str
@@ -66,15 +67,15 @@ BASH = {"allowedTools": ["Bash"]}
 PARTIAL = {"includePartialMessages": True}
 AGENT = json.dumps({"description": "sub", "prompt": SLOW, "subagent_type": "general-purpose"})
 STATES = {
-    "connecting": State("Hello.", at_once, None),
-    "no byte yet": State("[[hang]]", has_said("init"), "aborted_streaming"),
-    "streaming": State(SLOW, has_said("stream_event"), "aborted_streaming", PARTIAL),
-    "stalled in mid-stream": State("[[stall]]", has_said("stream_event"), "aborted_streaming", PARTIAL),
+    "connecting": State("Hello.", connecting, None),
+    "no byte yet": State("[[hang]]", has_message("init"), "aborted_streaming"),
+    "streaming": State(SLOW, has_message("stream_event"), "aborted_streaming", PARTIAL),
+    "stalled in mid-stream": State("[[stall]]", has_message("stream_event"), "aborted_streaming", PARTIAL),
     "a tool runs": State(SLEEPING_TOOL, tool_runs, "aborted_tools", BASH),
-    "asking": State('[[tool Bash {"command": "touch asked"}]]', asks, "aborted_tools", approvals=True),
-    "retrying the API": State("[[status 500]]", has_said("api_retry"), "aborted_streaming"),
+    "asking": State('[[tool Bash {"command": "touch asked"}]]', waits_for_approval, "aborted_tools", approvals=True),
+    "retrying the API": State("[[status 500]]", has_message("api_retry"), "aborted_streaming"),
     "an agent works in the background": State(
-        f"[[tool Task {AGENT}]] [[text Started it.]]", has_said("result"), "completed"
+        f"[[tool Task {AGENT}]] [[text Started it.]]", has_message("result"), "completed"
     ),
     "follow-ups in the queue": State(
         SLOW, has_queued, "aborted_streaming", PARTIAL, (f"Then this. {SLOW}", "And that.")
@@ -92,7 +93,7 @@ MAIN_STATES = {"streaming", "a tool runs"}
         for name, state in STATES.items()
     ],
 )
-def test_a_cancelled_run_keeps_its_partial_result_leaves_no_process_and_can_be_continued(
+def test_a_cancelled_run_keeps_its_partial_result_and_can_be_continued(
     client: Client, project: Path, state: State
 ) -> None:
     run = client.start(project, state.prompt, wait=0, options=state.options, approvals=state.approvals)
@@ -110,13 +111,13 @@ def test_a_cancelled_run_keeps_its_partial_result_leaves_no_process_and_can_be_c
     assert [prompt for prompt in prompts if prompt in state.follow_ups] == list(state.follow_ups)
     resumed = client.post("/api/runs/resume", {"sessionId": run["sessionId"], "prompt": "Go on."}, wait=60)
     if client.get(f"/api/sessions/{run['sessionId']}").json["headRunId"] is None:
-        assert state.reached is at_once, "its transcript was lost"
+        assert state.reached is connecting, "its transcript was lost"
         assert resumed.error["code"] == "SESSION_NOT_RESUMABLE"
     else:
         assert resumed.json["status"] == "completed"
 
 
-def test_a_run_that_waits_is_cancelled_without_having_begun(serve: ServeFunction, project: Path) -> None:
+def test_a_queued_run_is_cancelled_before_it_starts(serve: ServeFunction, project: Path) -> None:
     client = Client(serve(CCM_MAX_CONCURRENT_RUNS=1).url)
     first = client.start(project, SLOW, wait=0)
     waiting = [client.start(project, f"Number {n}.", wait=0) for n in range(2)]
@@ -132,36 +133,33 @@ def test_a_run_that_waits_is_cancelled_without_having_begun(serve: ServeFunction
     assert client.run(waiting[1]["id"])["status"] == "completed"
 
 
-def test_under_back_pressure_the_agent_ends_at_once_and_its_end_is_stored_when_that_can_be(
+def test_under_back_pressure_a_cancel_stops_the_agent_at_once_and_is_stored_later(
     serve: ServeFunction, project: Path, tmp_path: Path
 ) -> None:
     service = serve(CCM_MESSAGE_BUDGET_BYTES=2**16)
     client = Client(service.url)
     run = client.start(project, "[[slow 20000 0.002]]", wait=0, options=PARTIAL)
-    has_said("stream_event")(client, run["id"])
+    has_message("stream_event")(client, run["id"])
     with ThreadPoolExecutor(1) as pool:
-        locker = sqlite3.connect(tmp_path / "db.sqlite", isolation_level=None)
-        locker.execute("BEGIN IMMEDIATE")
-        # By then it has said many times what the budget has room for.
-        until(lambda: client.get("/health").status == 503)
-        answer = pool.submit(client.delete, f"/api/runs/{run['id']}")
-        until(lambda: not marked(run["id"]))
-        assert not answer.done()
-        locker.execute("ROLLBACK")
-        locker.close()
+        with locked(f"sqlite:///{tmp_path}/db.sqlite"):
+            # By then the agent has written many times the message budget.
+            until(lambda: client.get("/health").status == 503)
+            answer = pool.submit(client.delete, f"/api/runs/{run['id']}")
+            until(lambda: not marked(run["id"]))
+            assert not answer.done()
 
         assert [answer.result().status, answer.result().json["status"]] == [200, "cancelled"]
-        assert answer.result().json["result"] is None  # with nobody to read it, it was not asked for one
+        assert answer.result().json["result"] is None  # not requested, because no reader could have received it
     assert client.resume(run["sessionId"], "Go on.")["status"] == "completed"
 
 
-def test_a_run_that_is_over_and_ends_ends_as_it_would_have(client: Client, project: Path) -> None:
+def test_a_cancel_while_claude_code_exits_does_not_change_the_end(client: Client, project: Path) -> None:
     ending = project / "ending"
     hook = {"hooks": [{"type": "command", "command": f"touch '{ending}'; perl -e 'sleep 1'"}]}
     (project / ".claude").mkdir()
     (project / ".claude" / "settings.json").write_text(json.dumps({"hooks": {"SessionEnd": [hook]}}))
     run = client.start(project, "Hello.", wait=0)
-    # A run with a result is over only when Claude Code is idle, and ends its session only then.
+    # The hook runs after the result, when Claude Code is idle and ends its session.
     until(ending.exists)
 
     answer = client.delete(f"/api/runs/{run['id']}")
@@ -174,7 +172,7 @@ def test_a_run_that_is_over_and_ends_ends_as_it_would_have(client: Client, proje
 
 
 @pytest.mark.main_job
-def test_a_run_that_has_ended_is_not_cancelled(client: Client, project: Path) -> None:
+def test_an_ended_run_cannot_be_cancelled(client: Client, project: Path) -> None:
     run = client.start(project, "Hello.")
 
     answer = client.delete(f"/api/runs/{run['id']}")

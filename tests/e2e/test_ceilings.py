@@ -1,4 +1,4 @@
-"""Ceilings with the real Claude Code: it is stopped in whatever it does, and can go on afterwards."""
+"""Ceilings with the real Claude Code: they stop it in every state, and the run can be continued."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BASH: dict[str, Any] = {"options": {"allowedTools": ["Bash"]}}
     ],
     ids=["a tool runs", "streaming", "stalled", "no byte yet", "retrying"],
 )
-def test_a_run_over_its_time_is_stopped_and_can_be_continued(
+def test_a_run_over_its_time_limit_is_stopped_and_can_be_continued(
     client: Client, project: Path, prompt: str, terminal_reason: str
 ) -> None:
     run = client.start(project, prompt, timeoutMs=4_000, **BASH)
@@ -45,30 +45,30 @@ def test_a_run_over_its_time_is_stopped_and_can_be_continued(
     assert [again["status"], again["parentRunId"]] == ["completed", run["id"]]
 
 
-def test_a_run_without_any_time_is_stopped_while_it_connects(client: Client, project: Path) -> None:
+def test_a_run_with_a_minimal_time_limit_is_stopped_while_it_connects(client: Client, project: Path) -> None:
     run = client.start(project, "Hello.", timeoutMs=1)
 
     assert [run["status"], run["error"]["code"], run["messageCount"]] == ["error", "TIMEOUT", 0]
     assert marked(run["id"]) == []
 
 
-def test_the_services_ceiling_on_turns_holds_for_the_run_and_for_its_agents(
+def test_the_services_ceiling_on_turns_applies_to_the_run_and_to_its_agents(
     serve: ServeFunction, messages_api: MessagesAPI, project: Path
 ) -> None:
     client = Client(serve(CCM_MAX_TURNS=2).url)
     run = client.start(project, LIST * 5 + "[[text Done.]]", **BASH)
     assert [run["error"]["code"], run["options"]] == ["MAX_TURNS_REACHED", BASH["options"]]
 
-    # Claude Code counts the turns of an agent apart from those of the run.
+    # Claude Code counts the turns of an agent separately from those of the run.
     task = {"description": "Lists.", "prompt": "As an agent: " + LIST * 5 + "[[text Listed.]]", "subagent_type": "poet"}
     agents = {"poet": {"description": "Writes poems.", "prompt": "You are a poet.", "background": False}}
     begun = len(messages_api.requests)
     client.start(project, f"[[tool Agent {json.dumps(task)}]] [[text Done.]]", options={"agents": agents})
-    asked = [messages_api.prompts(request)[-1:] for request in messages_api.requests[begun:]]
-    assert len([prompts for prompts in asked if prompts and prompts[0].startswith("As an agent")]) == 2
+    sent = [messages_api.prompts(request)[-1:] for request in messages_api.requests[begun:]]
+    assert len([prompts for prompts in sent if prompts and prompts[0].startswith("As an agent")]) == 2
 
 
-def test_the_budget_is_the_runs_own_and_not_its_historys(client: Client, project: Path) -> None:
+def test_the_budget_does_not_count_the_cost_of_earlier_runs(client: Client, project: Path) -> None:
     first = client.start(project, "Hello.")
     budget = first["costUsd"] * 1.5
 

@@ -1,4 +1,4 @@
-"""How runs end, with the real Claude Code: by failing, by being cancelled, by the end of the service."""
+"""The ends of runs with the real Claude Code: failures, session rules, and the end of the service."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SLEEPING_TOOL = '[[tool Bash {"command": "perl -e \\"sleep 300\\""}]]'
 
 
 def commands(run_id: str) -> str:
-    """The command lines of a run's processes."""
+    """Return the command lines of a run's processes."""
     lines = []
     for pid in marked(run_id):
         try:
@@ -30,10 +30,10 @@ def commands(run_id: str) -> str:
     return "\n".join(lines)
 
 
-# ---- failing
+# ---- failures
 
 
-def test_max_turns(client: Client, project: Path) -> None:
+def test_a_run_that_reaches_max_turns_fails(client: Client, project: Path) -> None:
     run = client.start(project, '[[tool Bash {"command": "ls"}]] [[text Done.]]', options={"maxTurns": 1})
 
     assert [run["status"], run["error"]["code"]] == ["error", "MAX_TURNS_REACHED"]
@@ -41,30 +41,30 @@ def test_max_turns(client: Client, project: Path) -> None:
 
 
 @pytest.mark.parametrize(("status", "code"), [(400, "API_ERROR"), (403, "AUTHENTICATION_FAILED")])
-def test_an_error_of_the_api_is_an_error_of_the_run(client: Client, project: Path, status: int, code: str) -> None:
+def test_an_api_error_fails_the_run(client: Client, project: Path, status: int, code: str) -> None:
     run = client.start(project, f"[[status {status}]]")
 
     assert [run["status"], run["error"]["code"]] == ["error", code]
-    assert run["result"]["subtype"] == "success"  # Claude Code says so; is_error is what counts
+    assert run["result"]["subtype"] == "success"  # Claude Code reports success; only is_error counts
     assert str(status) in run["error"]["message"]
 
 
-def test_no_login_is_said_so_that_one_knows_what_to_do(serve: ServeFunction, project: Path) -> None:
+def test_the_error_of_a_missing_login_says_what_to_do(serve: ServeFunction, project: Path) -> None:
     run = Client(serve(ANTHROPIC_API_KEY="").url).start(project, "Hello.")
 
     assert [run["status"], run["error"]["code"]] == ["error", "AUTHENTICATION_FAILED"]
     assert "ANTHROPIC_API_KEY" in run["error"]["message"]
 
 
-def test_a_refused_login_is_told_at_the_second_refusal(client: Client, project: Path) -> None:
+def test_a_refused_login_fails_the_run_at_the_second_refusal(client: Client, project: Path) -> None:
     run = client.start(project, "[[status 401]]")
 
     assert [run["status"], run["error"]["code"]] == ["error", "AUTHENTICATION_FAILED"]
-    # Claude Code alone tries for three minutes.
+    # Claude Code itself retries for three minutes.
     assert len([m for m in client.messages(run["id"]) if m.get("subtype") == "api_retry"]) == 2
 
 
-def test_a_passing_error_of_the_api_is_none_of_the_run(client: Client, project: Path) -> None:
+def test_a_temporary_api_error_does_not_fail_the_run(client: Client, project: Path) -> None:
     run = client.start(project, "Try me. [[status 500 1]] [[text Now.]]")
 
     assert run["status"] == "completed"
@@ -78,7 +78,7 @@ def test_a_failed_run_can_be_continued(client: Client, project: Path) -> None:
     assert client.resume(failed["sessionId"], "Once more.")["status"] == "completed"
 
 
-def test_a_missing_cli(serve: ServeFunction, project: Path, tmp_path: Path) -> None:
+def test_a_missing_cli_fails_the_run_and_the_health_check(serve: ServeFunction, project: Path, tmp_path: Path) -> None:
     client = Client(serve(CCM_CLI_PATH=tmp_path / "nowhere").url)
     run = client.start(project, "Hello.")
 
@@ -100,7 +100,7 @@ def test_a_session_whose_directory_is_gone_cannot_be_resumed(client: Client, pro
 # ---- the rules of a session
 
 
-def test_a_busy_session_refuses_names_the_run_and_goes_on(client: Client, project: Path) -> None:
+def test_a_busy_session_refuses_a_resume_and_names_its_run(client: Client, project: Path) -> None:
     first = client.start(project, "Hello.")
     busy = client.resume(first["sessionId"], SLOW, wait=0)
 
@@ -109,13 +109,13 @@ def test_a_busy_session_refuses_names_the_run_and_goes_on(client: Client, projec
     assert busy["id"] in answer.error["message"]
     assert client.get(f"/api/sessions/{first['sessionId']}").json["status"] == "running"
 
-    # A fork does not wait: it takes the last ended run.
+    # A fork does not wait: it starts from the last ended run.
     fork = client.fork(first["sessionId"], "Aside.")
     assert [fork["status"], fork["parentRunId"]] == ["completed", first["id"]]
     client.delete(f"/api/runs/{busy['id']}")
 
 
-def test_enqueued_runs_follow_one_another(client: Client, project: Path) -> None:
+def test_enqueued_runs_execute_one_after_another(client: Client, project: Path) -> None:
     first = client.start(project, "[[slow 20 0.05]]", wait=0)
     others = [client.resume(first["sessionId"], f"Then {n}.", wait=0, ifBusy="enqueue") for n in range(2)]
 
@@ -126,7 +126,7 @@ def test_enqueued_runs_follow_one_another(client: Client, project: Path) -> None
     assert ended[0]["endedAt"] <= ended[1]["startedAt"] <= ended[1]["endedAt"] <= ended[2]["startedAt"]
 
 
-def test_interrupt_makes_way(client: Client, project: Path) -> None:
+def test_interrupt_cancels_the_busy_and_the_queued_runs(client: Client, project: Path) -> None:
     first = client.start(project, "Hello.")
     busy = client.resume(first["sessionId"], SLOW, wait=0)
     waiting = client.resume(first["sessionId"], "Patience.", wait=0, ifBusy="enqueue")
@@ -140,7 +140,7 @@ def test_interrupt_makes_way(client: Client, project: Path) -> None:
 
 
 @pytest.mark.main_job
-def test_two_resumes_at_once_one_wins(client: Client, project: Path) -> None:
+def test_of_two_concurrent_resumes_one_is_accepted(client: Client, project: Path) -> None:
     session = client.start(project, "Hello.")["sessionId"]
     barrier = threading.Barrier(2)
 
@@ -153,7 +153,7 @@ def test_two_resumes_at_once_one_wins(client: Client, project: Path) -> None:
         assert sorted(pool.map(resume, range(2))) == [200, 409]
 
 
-def test_a_full_queue_refuses(serve: ServeFunction, project: Path) -> None:
+def test_a_full_queue_refuses_a_start(serve: ServeFunction, project: Path) -> None:
     client = Client(serve(CCM_MAX_CONCURRENT_RUNS=1, CCM_MAX_QUEUED_RUNS=1).url)
     runs = [client.start(project, SLOW, wait=0) for _ in range(2)]
 
@@ -169,7 +169,7 @@ def test_a_full_queue_refuses(serve: ServeFunction, project: Path) -> None:
 # ---- the end of the service
 
 
-def test_sigterm_interrupts_and_records_every_run(serve: ServeFunction, project: Path) -> None:
+def test_sigterm_interrupts_every_run_and_records_its_end(serve: ServeFunction, project: Path) -> None:
     service = serve(CCM_MAX_CONCURRENT_RUNS=2)
     client = Client(service.url)
     running = [
@@ -191,13 +191,13 @@ def test_sigterm_interrupts_and_records_every_run(serve: ServeFunction, project:
     assert client.run(waiting["id"])["status"] == "completed"
 
 
-def test_a_signal_that_another_thread_gets_stops_the_service_too(serve: ServeFunction) -> None:
+def test_a_signal_delivered_to_another_thread_stops_the_service(serve: ServeFunction) -> None:
     service = serve()
     threads = [int(name) for name in os.listdir(f"/proc/{service.process.pid}/task")]
     other = max(threads)
     assert other != service.process.pid
 
-    os.kill(other, signal.SIGTERM)  # Linux hands it to that very thread
+    os.kill(other, signal.SIGTERM)  # Linux delivers it to that thread
 
     assert service.process.wait(timeout=60) == 0
 

@@ -1,4 +1,4 @@
-"""The service is killed (SIGKILL) at any moment, again and again, and nothing is lost that anyone has seen."""
+"""Repeated SIGKILLs at random moments: the service loses no data that a client has seen, and leaves no process."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from tests.event_source import Stream
 from tests.postgresql import new_database
 from tests.waiting import until
 
-# What the agents do: a word, much at once, and something that never ends, with a tool that would outlive everything.
+# A short run, a run of many messages, and a run that never ends, whose tool would outlive the service.
 PROMPTS = ("hello", json.dumps({"count": 2_000}), json.dumps({"hold": True, "count": 50, "tool": 300}))
 WORKERS = 3
 
 
 class Witness:
-    """Starts runs and follows them until the service dies; remembers all that it was told."""
+    """A client that starts runs, follows them until the service dies, and keeps everything it received."""
 
     def __init__(self) -> None:
         self.accepted: dict[str, dict[str, Any]] = {}
@@ -69,14 +69,14 @@ class Witness:
     ids=lambda kind: f"{kind[0]}-{kind[1]}",
 )
 def kills(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[dict[str, str], int]:
-    """The database's variables, and how often to kill."""
+    """Return the database's variables and the number of kills."""
     kind, number = request.param
     if kind == "sqlite":
         return {}, number
     return {"DATABASE_URL": new_database(request.getfixturevalue("postgresql"))}, number
 
 
-def test_kills_at_any_moment_lose_nothing_and_leave_nobody(
+def test_kills_at_random_moments_lose_no_data_and_leave_no_process(
     serve: ServeFunction, home: Path, project: Path, kills: tuple[dict[str, str], int]
 ) -> None:
     database, number = kills
@@ -88,21 +88,21 @@ def test_kills_at_any_moment_lose_nothing_and_leave_nobody(
         return service, Client(service.url)
 
     def kill(pid: int, delay: float, seen: int | None) -> None:
-        """Kill a service, in every other round only when clients have seen more messages than before."""
+        """Kill a service after a delay; with `seen`, only after clients have received more messages than that."""
         if seen is not None:
             until(lambda: sum(map(len, list(witness.seen.values()))) > seen)
         time.sleep(delay)
         os.kill(pid, signal.SIGKILL)
 
     for round_number in range(number):
-        born = timestamp()
+        started_at = timestamp()
         service, client = serve_again()
         runs = client.get("/api/runs", limit=1000).json
-        going_on = [run for run in runs if run["status"] == "running" and run["startedAt"] is not None]
-        assert [run for run in going_on if run["startedAt"] < born] == []
+        running = [run for run in runs if run["status"] == "running" and run["startedAt"] is not None]
+        assert [run for run in running if run["startedAt"] < started_at] == []
         assert not any(marked(run["id"]) for run in runs if run["error"])
-        at_work = sum(map(len, witness.seen.values())) if round_number % 2 == 0 else None
-        killer = threading.Thread(target=kill, args=(service.process.pid, chance.random() * 0.8, at_work))
+        seen_before = sum(map(len, witness.seen.values())) if round_number % 2 == 0 else None
+        killer = threading.Thread(target=kill, args=(service.process.pid, chance.random() * 0.8, seen_before))
         killer.start()
         for _ in range(4):
             witness.start(client, project, chance.choice(PROMPTS))
@@ -118,8 +118,8 @@ def test_kills_at_any_moment_lose_nothing_and_leave_nobody(
         run = client.run(run_id, wait=0)
         messages = client.messages(run_id)
         assert len(messages) == run["messageCount"]
-        told = witness.seen.get(run_id, {})
-        assert {index: messages[index] for index in told} == told
+        seen = witness.seen.get(run_id, {})
+        assert {index: messages[index] for index in seen} == seen
         if run["status"] == "completed":
             assert messages[-1] == run["result"]
         else:
@@ -127,18 +127,18 @@ def test_kills_at_any_moment_lose_nothing_and_leave_nobody(
 
 
 def _end_all(client: Client, witness: Witness) -> None:
-    """Every run comes to its end: those that waited run now, and those that never end are cancelled."""
+    """Wait for all runs to end: queued ones execute, and those that never end are cancelled."""
 
-    def going_on() -> list[dict[str, Any]]:
+    def running() -> list[dict[str, Any]]:
         runs: list[dict[str, Any]] = client.get("/api/runs", status="running", limit=1000).json
         return runs
 
-    def nothing_left() -> bool:
-        for run in going_on():
+    def all_ended() -> bool:
+        for run in running():
             if run["startedAt"] is not None and '"hold"' in run["prompt"]:
                 client.delete(f"/api/runs/{run['id']}")
-        return not going_on()
+        return not running()
 
-    until(nothing_left)
+    until(all_ended)
     assert {run["id"] for run in client.get("/api/runs", limit=1000).json} >= set(witness.accepted)
     assert not any(marked(run_id) for run_id in witness.accepted)

@@ -1,4 +1,4 @@
-"""A real nginx, set up just as the README says, in front of the service and the real Claude Code."""
+"""A real nginx, configured as in the README, in front of the service and the real Claude Code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.waiting import until
 TOKEN = "0123456789-a-token-of-the-tests"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 UPSTREAM = "http://unix:/run/cc-manager/socket:/"
-# Around the sample a server as people have it, but with bounds so low that what the sample does not raise fails.
+# A typical server around the sample, with limits so low that the tests fail unless the sample raises them.
 CONFIGURATION = """
 {user}
 daemon off;
@@ -57,7 +57,7 @@ NginxFunction = Callable[..., AbstractContextManager[Client]]
 
 @pytest.fixture
 def nginx(program: ProgramFunction, tmp_path: Path) -> NginxFunction:
-    """Runs an nginx of the test's own with given locations; its value is a client that connects to it by name."""
+    """Return a function that runs an nginx with the given locations and yields a client of it."""
     return partial(_nginx, program("nginx", "nginx"), tmp_path / "nginx")
 
 
@@ -88,7 +88,7 @@ def _nginx(path: str, folder: Path, locations: str) -> Iterator[Client]:
 
 
 def location(service: ServiceProcess, *more: str) -> str:
-    """The README's sample for a service, with more lines in it."""
+    """Return the README's sample for a service, with additional lines."""
     upstream = f"http://{service.url}:/" if service.url.startswith("unix:") else f"{service.url}/"
     sample = filled_in(samples("nginx")[0], {UPSTREAM: upstream})
     return sample.rstrip().removesuffix("}") + "".join(more) + "}\n"
@@ -96,7 +96,7 @@ def location(service: ServiceProcess, *more: str) -> str:
 
 @pytest.fixture(params=["unix", "tcp"])
 def service(request: pytest.FixtureRequest, serve: ServeFunction, tmp_path: Path) -> ServiceProcess:
-    """A service behind the proxy, on either kind of socket."""
+    """Start a service for the proxy, on either kind of socket."""
     if request.param == "tcp":
         return serve(CCM_TRUSTED_PROXY="127.0.0.1")
     return serve(CCM_TRUSTED_PROXY="unix", CCM_UNIX_SOCKET=tmp_path / "socket")
@@ -116,12 +116,12 @@ def start(client: Client, project: Path, prompt: str, wait: int = 60, **fields: 
     return run
 
 
-def test_a_run_through_nginx_is_a_run(service: ServiceProcess, proxied: Client, project: Path) -> None:
+def test_a_run_works_through_nginx(service: ServiceProcess, proxied: Client, project: Path) -> None:
     body = {"cwd": str(project), "prompt": "Hello through a proxy."}
     answer = proxied.post("/agents/api/runs/start", body, wait=60)
 
     assert [answer.status, answer.json["status"]] == [200, "completed"]
-    # Addresses lead back through the proxy.
+    # URLs in answers lead through the proxy.
     assert answer.headers["Location"] == f"/agents/api/runs/{answer.json['id']}"
     assert proxied.get(answer.headers["Location"]).json == answer.json
     start(proxied, project, "And another.")
@@ -129,7 +129,7 @@ def test_a_run_through_nginx_is_a_run(service: ServiceProcess, proxied: Client, 
     assert page.headers["Link"].startswith(f"<http://localhost:{proxied.port}/agents/api/runs?")
     assert page.next is not None
     assert proxied.get(page.next).json == [answer.json]
-    # The log has the client and not the proxy.
+    # The log shows the client's address, not the proxy's.
     until(
         lambda: [
             line for line in service.log if "POST /api/runs/start 200" in line and line.endswith(" from 127.0.0.1")
@@ -137,20 +137,20 @@ def test_a_run_through_nginx_is_a_run(service: ServiceProcess, proxied: Client, 
     )
 
 
-def test_what_claude_says_comes_through_nginx_while_it_speaks(proxied: Client, project: Path) -> None:
+def test_nginx_does_not_buffer_a_stream(proxied: Client, project: Path) -> None:
     run = start(proxied, project, "[[stall]]", wait=0, options={"includePartialMessages": True})
     address = f"/agents/api/runs/{run['id']}"
     until(lambda: b"content_block_delta" in proxied.get(f"{address}/messages").body)
-    said = proxied.get(f"{address}/messages").json
-    # Nothing more is coming, not even a comment within so short a time: what nginx kept would stay there.
+    messages = proxied.get(f"{address}/messages").json
+    # No further byte follows within the timeout, not even a comment, so buffered events would stay in nginx.
     with Stream(proxied, f"{address}/stream", timeout=14) as stream:
-        assert [event.json for event in stream.take(len(said))] == said
+        assert [event.json for event in stream.take(len(messages))] == messages
         assert proxied.get(address).json["status"] == "running"
         assert proxied.delete(address).status == 200
         assert [event.type for event in stream][-1] == "end"
 
 
-def test_a_wait_may_be_longer_than_nginx_waits_by_default(proxied: Client, project: Path) -> None:
+def test_a_wait_may_exceed_the_default_timeout_of_nginx(proxied: Client, project: Path) -> None:
     run = start(proxied, project, "[[hang]]", wait=0)
     began = time.monotonic()
     answer = proxied.get(f"/agents/api/runs/{run['id']}", wait=3)
@@ -160,7 +160,7 @@ def test_a_wait_may_be_longer_than_nginx_waits_by_default(proxied: Client, proje
     assert proxied.delete(f"/agents/api/runs/{run['id']}").status == 200
 
 
-def test_large_images_come_through(proxied: Client, project: Path) -> None:
+def test_large_images_pass_through(proxied: Client, project: Path) -> None:
     image = {"mediaType": "image/png", "data": base64.b64encode(PNG_SIGNATURE + bytes(20_000_000)).decode()}
     body = {"cwd": str(project), "prompt": "[[text What a picture.]]", "images": [image]}
     answer = proxied.post("/agents/api/runs/start", body)
@@ -170,7 +170,7 @@ def test_large_images_come_through(proxied: Client, project: Path) -> None:
     proxied.get(f"/agents/api/runs/{answer.json['id']}", wait=60)
 
 
-def test_the_guard_stands_behind_nginx_too(proxied: Client) -> None:
+def test_admission_checks_work_behind_nginx(proxied: Client) -> None:
     def status(**headers: str) -> int:
         return proxied.request(
             "GET", "/agents/", headers={name.replace("_", "-"): v for name, v in headers.items()}
@@ -182,13 +182,13 @@ def test_the_guard_stands_behind_nginx_too(proxied: Client) -> None:
     assert status(Origin="http://evil.example") == 403
     assert status(Sec_Fetch_Site="cross-site") == 403
     assert status(Host="evil.example") == 403
-    # What a client forges does not get past the proxy.
+    # The proxy replaces forged headers.
     assert status(Host="evil.example", X_Forwarded_Host=own) == 403
     page = proxied.request("GET", "/agents/nothing", headers={"X-Forwarded-Prefix": "//evil", "X-Forwarded-For": "x y"})
     assert page.status == 404
 
 
-def test_a_token_comes_through(serve: ServeFunction, nginx: NginxFunction, tmp_path: Path) -> None:
+def test_a_token_passes_through(serve: ServeFunction, nginx: NginxFunction, tmp_path: Path) -> None:
     service = serve(CCM_TRUSTED_PROXY="unix", CCM_UNIX_SOCKET=tmp_path / "socket", CCM_API_TOKEN=TOKEN)
     with nginx(location(service)) as client:
         assert client.get("/agents/api/runs").status == 401
@@ -197,7 +197,7 @@ def test_a_token_comes_through(serve: ServeFunction, nginx: NginxFunction, tmp_p
         assert client.get("/agents/health").status == 200
 
 
-def test_nginx_may_ask_for_a_password_and_add_the_token(
+def test_nginx_can_require_a_password_and_add_the_token(
     serve: ServeFunction, nginx: NginxFunction, tmp_path: Path
 ) -> None:
     service = serve(CCM_TRUSTED_PROXY="unix", CCM_UNIX_SOCKET=tmp_path / "socket", CCM_API_TOKEN=TOKEN)
@@ -212,5 +212,5 @@ def test_nginx_may_ask_for_a_password_and_add_the_token(
             return client.request("GET", "/agents/api/runs", headers=login | headers).status
 
         assert status() == 200
-        # A browser sends a password along with requests that another page makes.
+        # A browser also sends the password with requests of other sites' pages.
         assert status(Origin="http://evil.example") == 403

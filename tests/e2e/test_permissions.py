@@ -1,4 +1,4 @@
-"""What the real Claude Code does without asking: the README's words on permissions, held to what happens on disk."""
+"""The README's statements on permissions, compared with the real Claude Code's changes on disk."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from tests.readme import README
 
 DIRECTORY = "a directory"
 NOTEBOOK = '{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}'
-# The changes that a run may try, for the options that leave it less or more.
+# The changes that a run tries, for options that permit fewer or more of them.
 CHANGES = ("remove", "redirect", "write", "edit", "write outside")
 
 
 class Call(NamedTuple):
-    """A call of a tool. `{cwd}` and `{out}` in its input stand for the two directories."""
+    """A tool call. `{cwd}` and `{out}` in its input stand for the two directories."""
 
     tool: str
     input: Mapping[str, Any]
 
 
 class Permitted(NamedTuple):
-    """A call that is carried out, and one path that it changes: what is there afterwards, None for nothing."""
+    """A call that is executed, and the content afterwards of a path that it changes; None if the path is gone."""
 
     call: Call
     path: str
@@ -42,7 +42,7 @@ class Folders(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The calls of a run in order, as (was it refused, the result's text), and the disk before and after."""
+    """The calls of a run in order, as (refused, the result's text), and the disk before and after."""
 
     calls: list[tuple[bool, str]]
     before: dict[str, str]
@@ -88,7 +88,7 @@ PERMITTED = [
     Permitted(bash("ps aux"), "f11", "old\n"),
     Permitted(write("{cwd}/written"), "written", "new\n"),
     Permitted(write("{cwd}/CLAUDE.md"), "CLAUDE.md", "new\n"),
-    Permitted(read("{cwd}/f12"), "f12", "new\n"),  # read before it is edited, as Claude Code wants it
+    Permitted(read("{cwd}/f12"), "f12", "new\n"),  # Claude Code edits only files that it has read
     Permitted(edit("{cwd}/f12"), "f12", "new\n"),
 ]
 
@@ -120,7 +120,7 @@ REFUSED = [
     write("{cwd}/.claude/settings.json", "{{}}"),
     write("{cwd}/.mcp.json", "{{}}"),
     write("{cwd}/.git/hooks/pre-commit"),
-    # Outside of the cwd
+    # Outside the cwd
     bash("rm {out}/f1"),
     bash("rm -rf ../out/d1"),
     bash("rm link/f1"),
@@ -146,7 +146,7 @@ REFUSED = [
 
 
 def lay_out(folder: Path) -> Folders:
-    """A directory for a run and one beside it, both with files, and a link from the one to the other."""
+    """Create a run's directory and one beside it, both with files, and a link from the first to the second."""
     folders = Folders(folder / "cwd", folder / "out")
     for place in folders:
         for directory in ("d1", "d2"):
@@ -161,7 +161,7 @@ def lay_out(folder: Path) -> Folders:
 
 
 def disk(folder: Path) -> dict[str, str]:
-    """What is in a directory, by path; links are not followed."""
+    """Return the contents of a directory by path, without following links."""
     return {
         str(path.relative_to(folder)): DIRECTORY if path.is_dir() else f"{path.stat().st_mode:o} {path.read_text()}"
         for path in folder.rglob("*")
@@ -169,7 +169,7 @@ def disk(folder: Path) -> dict[str, str]:
 
 
 def carry_out(client: Client, folder: Path, calls: Sequence[Call], options: Mapping[str, Any] | None = None) -> Outcome:
-    """Have a run make the calls, one after another."""
+    """Run the tool calls in one run, one after another."""
     folders = lay_out(folder)
     before = disk(folder)
     script = []
@@ -193,12 +193,12 @@ def carry_out(client: Client, folder: Path, calls: Sequence[Call], options: Mapp
 
 @pytest.fixture(scope="module")
 def without_options(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """One run without options that makes all the calls of both tables."""
+    """Run all calls of both tables in one run without options."""
     return carry_out(client, tmp_path_factory.mktemp("permissions"), [*(row.call for row in PERMITTED), *REFUSED])
 
 
 @pytest.mark.parametrize("row", PERMITTED, ids=lambda row: " ".join(map(str, row.call.input.values()))[:40])
-def test_without_options_this_is_carried_out(without_options: Outcome, row: Permitted) -> None:
+def test_without_options_the_call_is_executed(without_options: Outcome, row: Permitted) -> None:
     refused, result = without_options.calls[PERMITTED.index(row)]
     after = without_options.after.get(f"cwd/{row.path}")
 
@@ -207,13 +207,13 @@ def test_without_options_this_is_carried_out(without_options: Outcome, row: Perm
 
 
 @pytest.mark.parametrize("call", REFUSED, ids=lambda call: " ".join(map(str, call.input.values()))[:40])
-def test_without_options_this_is_refused(without_options: Outcome, call: Call) -> None:
+def test_without_options_the_call_is_refused(without_options: Outcome, call: Call) -> None:
     refused, result = without_options.calls[len(PERMITTED) + REFUSED.index(call)]
 
     assert refused, result
 
 
-def test_without_options_nothing_else_is_changed(without_options: Outcome) -> None:
+def test_without_options_nothing_else_changes(without_options: Outcome) -> None:
     before, after = without_options.before, without_options.after
     changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
     expected = {f"cwd/{row.path}" for row in PERMITTED if row.path != "f11"}
@@ -221,16 +221,16 @@ def test_without_options_nothing_else_is_changed(without_options: Outcome) -> No
     assert changed - expected == {"cwd/both", "cwd/d1/inside", "cwd/d2/f3", "cwd/f2", "cwd/made", "cwd/made/in"}
 
 
-def test_the_readme_says_what_is_carried_out() -> None:
+def test_the_readme_lists_the_executed_commands() -> None:
     (sentence,) = re.findall(r"the shell commands (.*?) with paths in\s", README.read_text(encoding="utf-8"), re.DOTALL)
-    said = {command.split()[0] for command in re.findall(r"`([^`]+)`", sentence)}
-    carried_out = {row.call.input["command"].split()[0] for row in PERMITTED if row.call.tool == "Bash"}
+    listed = {command.split()[0] for command in re.findall(r"`([^`]+)`", sentence)}
+    executed = {row.call.input["command"].split()[0] for row in PERMITTED if row.call.tool == "Bash"}
 
-    assert said == carried_out & {"cp", "mkdir", "mv", "rm", "rmdir", "sed", "touch"}
+    assert listed == executed & {"cp", "mkdir", "mv", "rm", "rmdir", "sed", "touch"}
 
 
 def changes_under(client: Client, folder: Path, options: Mapping[str, Any] | None) -> list[str]:
-    """Those of CHANGES that a run with these options brings about."""
+    """Return those of CHANGES that a run with these options makes."""
     calls = [
         bash("rm f1"),
         bash("echo new > f2"),
@@ -240,7 +240,7 @@ def changes_under(client: Client, folder: Path, options: Mapping[str, Any] | Non
         write("{out}/written"),
     ]
     outcome = carry_out(client, folder, calls, options)
-    # Reading in the cwd is always possible.
+    # Reading in the cwd is always permitted.
     assert outcome.calls[3] == (False, "1\told\n2\t")
     paths = ("cwd/f1", "cwd/f2", "cwd/written", "cwd/f3", "out/written")
     before, after = outcome.before, outcome.after
@@ -259,13 +259,13 @@ def changes_under(client: Client, folder: Path, options: Mapping[str, Any] | Non
     ],
     ids=str,
 )
-def test_options_leave_a_run_less_or_more(
+def test_options_permit_fewer_or_more_changes(
     client: Client, tmp_path: Path, options: dict[str, Any], changes: list[str]
 ) -> None:
     assert changes_under(client, tmp_path, options) == changes
 
 
-def test_the_services_permission_mode_is_a_default_and_no_limit(serve: ServeFunction, tmp_path: Path) -> None:
+def test_the_services_permission_mode_is_a_default_not_a_limit(serve: ServeFunction, tmp_path: Path) -> None:
     client = Client(serve(CCM_PERMISSION_MODE="dontAsk").url)
 
     assert changes_under(client, tmp_path / "1", None) == []
@@ -277,7 +277,7 @@ def test_the_services_permission_mode_is_a_default_and_no_limit(serve: ServeFunc
     [({}, True), ({"permissionMode": "dontAsk"}, True), ({"disallowedTools": ["EnterWorktree"]}, False)],
     ids=str,
 )
-def test_a_worktree_is_made_without_asking_in_any_mode(
+def test_a_worktree_needs_no_permission_in_any_mode(
     client: Client, program: ProgramFunction, project: Path, options: dict[str, Any], made: bool
 ) -> None:
     git = [program("git", "git"), "-C", str(project), "-c", "user.name=x", "-c", "user.email=x@example.com"]

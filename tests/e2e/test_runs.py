@@ -1,4 +1,4 @@
-"""The main job with the real Claude Code: start, resume, fork; what is recorded; what the model is sent."""
+"""Start, resume and fork with the real Claude Code: the recorded messages, and the requests to the model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ccm.testing.messages_api import MessagesAPI
 from tests.client import Client
 from tests.conftest import ServeFunction
 
-# What the CLI and the SDK say to each other, and the copies of the transcript.
+# The control protocol between the CLI and the SDK, and the copies of the transcript.
 NOT_MESSAGES = ("control_request", "control_response", "control_cancel_request", "transcript_mirror")
 
 
 def _png() -> str:
-    """A picture of one red pixel, as base64."""
+    """Return an image of one red pixel as base64."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -37,21 +37,21 @@ PNG = _png()
 
 
 def request_for(api: MessagesAPI, prompt: str) -> dict[str, Any]:
-    """The first request to the model whose last turn of the user has a prompt."""
+    """Return the first request to the model whose last user turn contains the prompt."""
     for request in api.requests:
         prompts = api.prompts(request)
         if prompts and prompt in prompts[-1]:
             return request
-    raise AssertionError(f"the model was never asked {prompt!r}")
+    raise AssertionError(f"no request to the model has the prompt {prompt!r}")
 
 
 def prompts_sent(api: MessagesAPI, prompt: str) -> list[str]:
-    """The user's turns in that request, the oldest first."""
+    """Return the user turns of that request, the oldest first."""
     return api.prompts(request_for(api, prompt))
 
 
 @pytest.mark.main_job
-def test_a_start_is_answered_at_once_and_runs_to_its_end(client: Client, project: Path) -> None:
+def test_a_start_is_answered_at_once_and_the_run_completes(client: Client, project: Path) -> None:
     answer = client.post("/api/runs/start", {"cwd": str(project), "prompt": "Hello."})
 
     assert answer.status == 202
@@ -78,7 +78,7 @@ def test_a_start_with_wait_answers_with_the_ended_run(client: Client, project: P
     assert answer.json["status"] == "completed"
 
 
-def test_a_runs_messages_read_as_the_whole_conversation(client: Client, project: Path) -> None:
+def test_a_runs_messages_contain_the_whole_conversation(client: Client, project: Path) -> None:
     run = client.start(project, "How are you?")
 
     messages = client.messages(run["id"])
@@ -87,7 +87,7 @@ def test_a_runs_messages_read_as_the_whole_conversation(client: Client, project:
     assert messages[3] == run["result"]
 
 
-def test_claude_codes_own_system_prompt_is_the_default(
+def test_the_system_prompt_of_claude_code_is_the_default(
     client: Client, project: Path, messages_api: MessagesAPI
 ) -> None:
     client.start(project, "Which system prompt?")
@@ -108,7 +108,7 @@ def test_claude_codes_own_system_prompt_is_the_default(
 
 
 @pytest.mark.main_job
-def test_a_tool_call_really_lists_a_file(client: Client, project: Path) -> None:
+def test_a_tool_call_lists_a_file(client: Client, project: Path) -> None:
     run = client.start(project, '[[tool Bash {"command": "ls"}]] [[text Listed.]]')
 
     assert run["status"] == "completed"
@@ -126,7 +126,7 @@ def test_without_options_a_run_may_create_a_file(client: Client, project: Path) 
 
 
 @pytest.mark.main_job
-def test_a_denied_tool_shows_on_the_run(client: Client, project: Path) -> None:
+def test_a_run_shows_a_denied_tool(client: Client, project: Path) -> None:
     run = client.start(project, '[[tool Bash {"command": "touch denied"}]]', options={"permissionMode": "default"})
 
     assert run["status"] == "completed"
@@ -135,7 +135,7 @@ def test_a_denied_tool_shows_on_the_run(client: Client, project: Path) -> None:
 
 
 @pytest.mark.main_job
-def test_a_resume_carries_the_earlier_turns(client: Client, project: Path, messages_api: MessagesAPI) -> None:
+def test_a_resume_sends_the_earlier_turns(client: Client, project: Path, messages_api: MessagesAPI) -> None:
     first = client.start(project, "Remember the number 7.")
     second = client.resume(first["sessionId"], "Which number was it?")
     third = client.resume(second["sdkSessionId"], "And once more?")
@@ -149,7 +149,7 @@ def test_a_resume_carries_the_earlier_turns(client: Client, project: Path, messa
     assert [second["mode"], second["parentRunId"]] == ["resume", first["id"]]
     assert [third["mode"], third["parentRunId"]] == ["resume", second["id"]]
     assert len({run["sdkSessionId"] for run in (first, second, third)}) == 3
-    # Each run's own cost, although the SDK's total counts the history too.
+    # The cost of each run alone, although the SDK's total includes the history.
     assert third["costUsd"] < third["result"]["total_cost_usd"]
     session = client.get(f"/api/sessions/{first['sessionId']}").json
     assert session["runCount"] == 3
@@ -159,7 +159,7 @@ def test_a_resume_carries_the_earlier_turns(client: Client, project: Path, messa
 
 
 @pytest.mark.main_job
-def test_a_fork_from_the_head_knows_everything_and_opens_a_session(
+def test_a_fork_from_the_head_has_the_whole_history_and_a_new_session(
     client: Client, project: Path, messages_api: MessagesAPI
 ) -> None:
     first = client.start(project, "Apples.")
@@ -183,7 +183,7 @@ def test_a_fork_from_the_head_knows_everything_and_opens_a_session(
 
 
 @pytest.mark.main_job
-def test_a_fork_from_an_earlier_run_or_message_does_not_know_the_later_turns(
+def test_a_fork_from_an_earlier_run_or_message_lacks_the_later_turns(
     client: Client, project: Path, messages_api: MessagesAPI
 ) -> None:
     first = client.start(project, "Red. [[text Red it is.]]")
@@ -201,7 +201,7 @@ def test_a_fork_from_an_earlier_run_or_message_does_not_know_the_later_turns(
         assert "Green" not in json.dumps(request["messages"])
 
 
-def test_a_fork_from_a_message_in_mid_run_drops_the_rest_of_that_run(
+def test_a_fork_from_the_middle_of_a_run_drops_the_rest_of_it(
     client: Client, project: Path, messages_api: MessagesAPI
 ) -> None:
     first = client.start(project, "One. [[text First.]]")
@@ -223,7 +223,7 @@ def _blocks(message: dict[str, object]) -> list[dict[str, object]]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content  # type: ignore[return-value]
 
 
-def test_only_an_assistant_message_of_the_main_thread_can_be_forked_from(client: Client, project: Path) -> None:
+def test_a_fork_needs_an_assistant_message_of_the_main_thread(client: Client, project: Path) -> None:
     run = client.start(project, "Hello.")
     user, assistant = (client.messages(run["id"], type=kind)[0]["uuid"] for kind in ("user", "assistant"))
     result = run["result"]["uuid"]
@@ -239,7 +239,7 @@ def test_only_an_assistant_message_of_the_main_thread_can_be_forked_from(client:
     assert "no message" in fork("00000000-0000-4000-8000-000000000000")["message"]
 
 
-def test_a_fork_may_go_into_another_directory(
+def test_a_fork_may_use_another_directory(
     client: Client, project: Path, tmp_path: Path, messages_api: MessagesAPI
 ) -> None:
     elsewhere = tmp_path / "elsewhere"
@@ -256,7 +256,7 @@ def test_a_fork_may_go_into_another_directory(
 
 
 @pytest.mark.main_job
-def test_two_forks_at_once_leave_the_parents_transcript_as_it_was(client: Client, project: Path, home: Path) -> None:
+def test_concurrent_forks_do_not_change_the_parents_transcript(client: Client, project: Path, home: Path) -> None:
     first = client.start(project, "The root.")
     transcript = transcript_path(first["cwd"], first["sdkSessionId"], {"HOME": str(home)})
     before, written = transcript.read_bytes(), transcript.stat().st_mtime_ns
@@ -285,7 +285,7 @@ def test_images_reach_the_model_and_survive_a_fork(client: Client, project: Path
 
 
 @pytest.mark.main_job
-def test_structured_output_comes_in_the_result(client: Client, project: Path) -> None:
+def test_the_result_contains_structured_output(client: Client, project: Path) -> None:
     schema = {"type": "object", "properties": {"answer": {"type": "integer"}}, "required": ["answer"]}
     run = client.start(
         project,
@@ -298,7 +298,7 @@ def test_structured_output_comes_in_the_result(client: Client, project: Path) ->
 
 
 @pytest.mark.main_job
-def test_partial_messages_are_recorded_when_asked_for(client: Client, project: Path) -> None:
+def test_partial_messages_are_recorded_on_request(client: Client, project: Path) -> None:
     run = client.start(project, "[[chunks 20]]", options={"includePartialMessages": True})
 
     deltas = [
@@ -309,7 +309,7 @@ def test_partial_messages_are_recorded_when_asked_for(client: Client, project: P
     assert "".join(deltas) == "".join(f"{n} " for n in range(20))
 
 
-def test_five_thousand_partial_messages(client: Client, project: Path) -> None:
+def test_five_thousand_partial_messages_are_recorded(client: Client, project: Path) -> None:
     run = client.start(project, "[[chunks 5000]]", options={"includePartialMessages": True})
 
     messages = client.messages(run["id"])
@@ -342,7 +342,7 @@ def test_a_background_agent_belongs_to_the_run(client: Client, project: Path) ->
     assert run["costUsd"] > results[0]["total_cost_usd"]
 
 
-def test_custom_agents_are_passed_on(client: Client, project: Path) -> None:
+def test_custom_agents_reach_claude_code(client: Client, project: Path) -> None:
     agent = json.dumps({"description": "sub", "prompt": "[[text I am the poet.]]", "subagent_type": "poet"})
     run = client.start(
         project,
@@ -354,7 +354,7 @@ def test_custom_agents_are_passed_on(client: Client, project: Path) -> None:
     assert "I am the poet." in json.dumps(client.messages(run["id"]))
 
 
-def test_twenty_runs_at_once_over_four_workers(client: Client, project: Path) -> None:
+def test_four_workers_complete_twenty_concurrent_runs(client: Client, project: Path) -> None:
     with ThreadPoolExecutor(20) as pool:
         jobs = [pool.submit(client.start, project, f"Number {n}. [[text Heard {n}.]]", 300) for n in range(20)]
         runs = [job.result() for job in jobs]
@@ -368,7 +368,7 @@ def test_twenty_runs_at_once_over_four_workers(client: Client, project: Path) ->
 
 
 @pytest.mark.main_job
-def test_every_message_is_what_the_cli_wrote(serve: ServeFunction, project: Path, tmp_path: Path) -> None:
+def test_messages_are_stored_as_the_cli_wrote_them(serve: ServeFunction, project: Path, tmp_path: Path) -> None:
     written = tmp_path / "written.jsonl"
     tee = tmp_path / "claude"
     tee.write_text(
@@ -392,7 +392,7 @@ def test_every_message_is_what_the_cli_wrote(serve: ServeFunction, project: Path
     )
 
     lines = [json.loads(line) for line in written.read_text(encoding="utf-8").splitlines()]
-    # What is said for the service alone, to tell it how far the run and its prompt are, is no part of the record.
+    # Messages that only report the state of the run and of its prompt to the service are not recorded.
     states = [line for line in lines if line.get("subtype") == "session_state_changed"]
     of_prompt = [line for line in lines if line["type"] == "command_lifecycle"]
     expected = [line for line in lines if line["type"] not in NOT_MESSAGES and line not in states + of_prompt]

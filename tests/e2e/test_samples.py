@@ -1,4 +1,4 @@
-"""The README's other samples for operators: Caddy's and systemd's own programs take them, and they do what they say."""
+"""The README's samples for Caddy and systemd: the programs accept them, and they work."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def unit() -> str:
 
 @pytest.fixture
 def caddy(program: ProgramFunction, tmp_path: Path) -> tuple[list[str], dict[str, str]]:
-    """How Caddy is called, with a home of its own: it writes there."""
+    """Return Caddy's command and environment, with a HOME of its own because Caddy writes there."""
     (tmp_path / "caddy").mkdir()
     return [program("caddy", "caddy")], {"PATH": os.environ["PATH"], "HOME": str(tmp_path / "caddy")}
 
 
-def test_caddy_takes_its_sample(caddy: tuple[list[str], dict[str, str]], tmp_path: Path) -> None:
+def test_caddy_accepts_its_sample(caddy: tuple[list[str], dict[str, str]], tmp_path: Path) -> None:
     words, environ = caddy
     path = tmp_path / "Caddyfile"
     path.write_text(samples("caddyfile")[0])
@@ -51,10 +51,10 @@ def test_caddy_takes_its_sample(caddy: tuple[list[str], dict[str, str]], tmp_pat
     )  # fmt: skip
 
     assert checked.returncode == 0, checked.stderr
-    assert '"level":"warn"' not in checked.stderr, "it is not as Caddy itself would write it"
+    assert '"level":"warn"' not in checked.stderr, "the sample is not in Caddy's own format"
 
 
-def test_addresses_are_right_behind_caddy(
+def test_urls_are_correct_behind_caddy(
     caddy: tuple[list[str], dict[str, str]], serve: ServeFunction, tmp_path: Path, project: Path
 ) -> None:
     own = tmp_path / "socket"
@@ -87,7 +87,7 @@ def test_addresses_are_right_behind_caddy(
 # ---- systemd
 
 
-def test_systemd_takes_the_unit(unit: str, program: ProgramFunction, tmp_path: Path) -> None:
+def test_systemd_accepts_the_unit(unit: str, program: ProgramFunction, tmp_path: Path) -> None:
     path = tmp_path / "cc-manager.service"
     path.write_text(filled_in(unit, {"/opt/cc-manager/.venv/bin/python": sys.executable}))
     checked = subprocess.run(
@@ -95,11 +95,11 @@ def test_systemd_takes_the_unit(unit: str, program: ProgramFunction, tmp_path: P
         capture_output=True, text=True, check=False,
     )  # fmt: skip
 
-    # It ends well also where it ignores what it does not understand, and only says so.
+    # systemd-analyze also exits with 0 when it ignores unknown lines, and only prints a warning.
     assert [checked.returncode, checked.stdout, checked.stderr] == [0, "", ""]
 
 
-def test_the_units_settings_are_settings(unit: str) -> None:
+def test_the_units_variables_are_valid_settings(unit: str) -> None:
     pairs = [pair for line in re.findall(r"^Environment=(.*)$", unit, re.MULTILINE) for pair in line.split()]
     environ = dict(pair.split("=", 1) for pair in pairs)
     settings = Settings.from_env(environ)
@@ -112,16 +112,16 @@ def test_the_units_settings_are_settings(unit: str) -> None:
 def test_systemd_waits_longer_than_the_service_takes_to_stop(unit: str) -> None:
     match = re.search(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)
     assert match is not None
-    # The runs, a writer that is given up, the requests in flight, their threads.
+    # The runs, a writer that does not stop, the requests in flight, their threads.
     longest = core_service.STOP_TIMEOUT + writer.MAX_DELAY + 5 + server.DRAIN_TIMEOUT + 1
     assert int(match[1]) > longest + 10
-    assert connections.IDLE_TIMEOUT > 60  # nginx keeps an idle connection so long
+    assert connections.IDLE_TIMEOUT > 60  # the time that nginx keeps an idle connection
 
 
-def test_without_new_privileges_agents_run_and_end_with_the_service(
+def test_without_new_privileges_agents_run_and_exit_with_the_service(
     serve: ServeFunction, program: ProgramFunction, project: Path
 ) -> None:
-    # As NoNewPrivileges of the unit does it.
+    # The same as the unit's NoNewPrivileges.
     service = serve(program("setpriv", "util-linux"), "--no-new-privs")
     client = Client(service.url)
     done = client.start(project, '[[tool Bash {"command": "ls"}]] [[text Listed.]]')

@@ -1,4 +1,4 @@
-"""Streams of the real Claude Code, while it speaks."""
+"""Streams of the real Claude Code while it generates text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.event_source import Event, Stream
 PARTIAL = {"includePartialMessages": True}
 
 
-def test_a_stream_that_breaks_fifty_times_while_claude_speaks_is_whole(client: Client, project: Path) -> None:
+def test_a_stream_that_reconnects_fifty_times_is_complete(client: Client, project: Path) -> None:
     run = client.start(project, "[[slow 150 0.02]]", wait=0, options=PARTIAL)
     chance = random.Random(5)
     events: list[Event] = []
@@ -23,7 +23,7 @@ def test_a_stream_that_breaks_fifty_times_while_claude_speaks_is_whole(client: C
             for _ in range(chance.randrange(1, 4)):
                 events += stream.parser.feed(stream.receive(chance.randrange(1, 2_000)))
             last = stream.parser.last_event_id or last
-    assert client.run(run["id"], wait=0)["status"] == "running", "it was cut after the end only"
+    assert client.run(run["id"], wait=0)["status"] == "running", "the run ended before the last reconnection"
     with Stream(client, f"/api/runs/{run['id']}/stream", last) as stream:
         events += list(stream)
 
@@ -34,14 +34,14 @@ def test_a_stream_that_breaks_fifty_times_while_claude_speaks_is_whole(client: C
 
 
 @pytest.mark.main_job
-def test_what_claude_says_is_streamed_while_it_speaks(client: Client, project: Path) -> None:
+def test_text_is_streamed_while_it_is_generated(client: Client, project: Path) -> None:
     run = client.start(project, "[[slow 100 0.05]]", wait=0, options=PARTIAL)
     with Stream(client, f"/api/runs/{run['id']}/stream") as stream:
         pieces = (event.json["event"] for event in stream if event.json["type"] == "stream_event")
         deltas = (piece["delta"]["text"] for piece in pieces if piece["type"] == "content_block_delta")
-        said = "".join(next(deltas) for _ in range(3))
+        text = "".join(next(deltas) for _ in range(3))
         assert client.run(run["id"], wait=0)["status"] == "running"
         assert client.delete(f"/api/runs/{run['id']}").status == 200
         *_, end = stream
-    assert said == "piece 0 piece 1 piece 2 "
+    assert text == "piece 0 piece 1 piece 2 "
     assert [end.type, end.json["status"]] == ["end", "cancelled"]

@@ -1,4 +1,4 @@
-"""A service whose directory for temporary files is full, with its database on another disk. Agents can fill it."""
+"""A full directory for temporary files, which agents can cause, with the database on another disk."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tests.disks import SmallDisk
 from tests.postgresql import new_database
 from tests.waiting import until
 
-# waitress keeps larger bodies in a file (bytes).
+# The size above which waitress keeps a body in a file (bytes).
 IN_MEMORY = 2**19
-# Whose errors these tests look for. Those about the run's own directory are its executor's.
+# The loggers that must not log errors. Others may, because the run's own directory cannot be written.
 LOGGERS = ("ccm.core.storage.writer", "waitress")
 
 
@@ -36,11 +36,11 @@ def service(
 
 
 def body(project: Path, size: int) -> dict[str, Any]:
-    """One of so many bytes that is refused for what it says, once it is read."""
+    """Return a body with an unknown field of `size` bytes, which is refused after it is read."""
     return {"cwd": str(project), "prompt": "Hello.", "unknown": "x" * size}
 
 
-def test_a_full_directory_for_temporary_files_stops_nothing(
+def test_the_service_works_with_a_full_directory_for_temporary_files(
     service: ServiceProcess, small_disk: SmallDisk, project: Path
 ) -> None:
     client = Client(service.url)
@@ -61,7 +61,7 @@ def test_a_full_directory_for_temporary_files_stops_nothing(
     assert client.get("/health").status == 200
 
 
-def test_a_directory_that_was_full_before_the_first_start_stops_no_start(
+def test_starts_are_accepted_if_the_directory_was_full_before_the_first_one(
     service: ServiceProcess, small_disk: SmallDisk, project: Path
 ) -> None:
     client = Client(service.url)
@@ -73,18 +73,18 @@ def test_a_directory_that_was_full_before_the_first_start_stops_no_start(
 
 
 @pytest.mark.parametrize("service", ["sqlite"], indirect=True)
-@pytest.mark.parametrize("room", [0, 2**16, 2**20])
+@pytest.mark.parametrize("space", [0, 2**16, 2**20])
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_for_which_there_is_no_room_is_refused_in_json(
-    service: ServiceProcess, small_disk: SmallDisk, project: Path, room: int, chunked: bool
+def test_a_body_too_large_for_the_disk_is_refused_in_json(
+    service: ServiceProcess, small_disk: SmallDisk, project: Path, space: int, chunked: bool
 ) -> None:
     client = Client(service.url)
-    # The first one settles which directory is used: Python would choose another one that has room.
+    # The first body fixes the directory; later Python would choose another one with space.
     assert client.post("/api/runs/start", body(project, 2 * IN_MEMORY)).status == 400
-    # The server deletes the body's file after it has answered.
+    # The server deletes the body's file after its answer.
     until(lambda: small_disk.used() == 0)
     small_disk.fill()
-    os.truncate(small_disk.path / "filler", (small_disk.path / "filler").stat().st_size - room)
+    os.truncate(small_disk.path / "filler", (small_disk.path / "filler").stat().st_size - space)
     sent = json.dumps(body(project, 8 * IN_MEMORY)).encode()
 
     connection = client.connection()

@@ -1,4 +1,4 @@
-"""Sessions outlive the host's own copy of their transcripts, with the real Claude Code."""
+"""Sessions of the real Claude Code survive the loss of their transcripts on the host."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LOCAL_ONLY = ("api-request", "cost-state")
 
 
 def local(home: Path, run: dict[str, Any]) -> Path:
-    """Claude Code's own transcript of a run."""
+    """Return the path of Claude Code's transcript of a run."""
     return transcript_path(run["cwd"], run["sdkSessionId"], {"HOME": str(home)})
 
 
@@ -46,7 +46,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def host(tmp_path: Path, serve: ServeFunction) -> Callable[[str], tuple[Client, Path]]:
-    """Starts a service as on a host of the given name: a HOME of its own, and the one database."""
+    """Return a function that starts a service as on another host: with a HOME per name and one shared database."""
 
     def start(name: str, **settings: object) -> tuple[Client, Path]:
         home = tmp_path / name
@@ -76,7 +76,7 @@ def test_a_runs_transcript_is_stored_whole(host: Host, project: Path) -> None:
 
 
 @pytest.mark.main_job
-def test_a_session_goes_on_after_its_transcripts_were_deleted(
+def test_a_session_can_be_continued_after_its_transcripts_were_deleted(
     host: Host, project: Path, messages_api: MessagesAPI
 ) -> None:
     client, home = host("here")
@@ -93,7 +93,7 @@ def test_a_session_goes_on_after_its_transcripts_were_deleted(
     assert local(home, second).is_file()
 
 
-def test_a_session_goes_on_on_another_host(
+def test_a_session_can_be_continued_on_another_host(
     serve: ServeFunction, project: Path, tmp_path: Path, messages_api: MessagesAPI, database_url: str
 ) -> None:
     own = {"DATABASE_URL": database_url} if database_url.startswith("postgresql") else {}
@@ -117,7 +117,7 @@ def test_a_session_goes_on_on_another_host(
     assert [local(homes[1], run).is_file() for run in (third, fork)] == [True, True]
 
 
-def test_a_fork_takes_a_deleted_transcript_into_another_directory(
+def test_a_fork_restores_a_deleted_transcript_in_another_directory(
     host: Host, project: Path, tmp_path: Path, messages_api: MessagesAPI
 ) -> None:
     client, home = host("here")
@@ -135,7 +135,7 @@ def test_a_fork_takes_a_deleted_transcript_into_another_directory(
     assert prompts_sent(messages_api, "In the second directory.")[0] == "In the first directory."
 
 
-def test_subagents_are_mirrored_and_written_back(host: Host, project: Path) -> None:
+def test_transcripts_of_subagents_are_mirrored_and_restored(host: Host, project: Path) -> None:
     client, home = host("here")
     run = client.start(project, f"{SUBAGENT} [[text It said hello.]]", options={"allowedTools": ["Agent"]})
     assert [run["status"], run["transcriptStored"]] == ["completed", True]
@@ -164,7 +164,7 @@ def test_a_cancelled_run_can_be_continued_after_its_transcript_was_deleted(host:
     assert client.resume(run["sessionId"], "Go on.")["status"] == "completed"
 
 
-def test_the_transcript_of_a_run_whose_service_was_killed_is_taken_over(
+def test_the_next_service_stores_the_transcript_of_a_killed_services_run(
     serve: ServeFunction, project: Path, tmp_path: Path
 ) -> None:
     home = tmp_path / "here"
@@ -185,7 +185,7 @@ def test_the_transcript_of_a_run_whose_service_was_killed_is_taken_over(
     assert client.resume(run["sessionId"], "Go on.")["status"] == "completed"
 
 
-def test_a_run_that_was_cut_off_goes_on_on_another_host(
+def test_an_interrupted_run_can_be_continued_on_another_host(
     serve: ServeFunction, project: Path, tmp_path: Path, messages_api: MessagesAPI
 ) -> None:
     homes = [tmp_path / "here", tmp_path / "there"]
@@ -206,7 +206,7 @@ def test_a_run_that_was_cut_off_goes_on_on_another_host(
 
 
 def stored_lines(folder: Path, run: dict[str, Any]) -> list[str]:
-    """The texts of the stored transcript of a run."""
+    """Return the lines of a run's stored transcript."""
     with sqlite3.connect(folder / "db.sqlite") as database:
         rows = database.execute(
             'SELECT x.text FROM ccr_transcripts t JOIN ccr_transcript_entries e ON e."transcriptId" = t.id '
@@ -217,7 +217,7 @@ def stored_lines(folder: Path, run: dict[str, Any]) -> list[str]:
     return [text for (text,) in rows]
 
 
-def test_a_transcript_that_was_deleted_while_it_was_written_is_continued_whole(
+def test_a_run_whose_transcript_was_deleted_meanwhile_is_continued_with_all_of_it(
     host: Host, project: Path, tmp_path: Path, messages_api: MessagesAPI
 ) -> None:
     client, home = host("here")
@@ -235,7 +235,9 @@ def test_a_transcript_that_was_deleted_while_it_was_written_is_continued_whole(
 
 
 @pytest.mark.parametrize("name", ["caf\u00e9", "cafe\u0301", "\U0001f600 smile", "x" * 180, "a.b_c d"])
-def test_directories_of_any_name(host: Host, tmp_path: Path, messages_api: MessagesAPI, name: str) -> None:
+def test_transcripts_are_restored_for_any_directory_name(
+    host: Host, tmp_path: Path, messages_api: MessagesAPI, name: str
+) -> None:
     client, home = host("here")
     folder = tmp_path / name / name[:80]
     folder.mkdir(parents=True)
@@ -247,7 +249,7 @@ def test_directories_of_any_name(host: Host, tmp_path: Path, messages_api: Messa
     assert len(list(home.glob(f".claude/projects/*/{first['sdkSessionId']}.jsonl"))) == 1
 
 
-def test_a_session_whose_transcript_is_nowhere_cannot_be_continued(host: Host, project: Path, tmp_path: Path) -> None:
+def test_a_session_without_any_transcript_cannot_be_continued(host: Host, project: Path, tmp_path: Path) -> None:
     client, home = host("here")
     run = client.start(project, "Hello.")
     local(home, run).unlink()
@@ -261,7 +263,7 @@ def test_a_session_whose_transcript_is_nowhere_cannot_be_continued(host: Host, p
         assert run["id"] in answer.error["message"]
 
 
-def test_what_a_resumed_session_adds_is_small(host: Host, project: Path, tmp_path: Path) -> None:
+def test_a_resume_stores_little_of_the_copied_transcript(host: Host, project: Path, tmp_path: Path) -> None:
     client, home = host("here")
     run = client.start(project, "[[text one]]")
 
@@ -276,14 +278,14 @@ def test_what_a_resumed_session_adds_is_small(host: Host, project: Path, tmp_pat
         run = client.resume(run["sessionId"], f"[[text {number}]]")
 
     copied = sum(len(json.dumps(line)) for line in lines(local(home, run)))
-    assert copied > 20_000  # what each of the four has in its file
+    assert copied > 20_000  # in the file of each of the four runs
     assert (stored() - first) / 4 < copied / 2
 
 
 # ---- faults
 
 
-def test_a_mirror_error_fails_no_run_and_is_told(
+def test_a_mirror_error_is_logged_and_fails_no_run(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""Puts the probes in place, and then walks: nothing of the service may be imported before."""
+"""Installs the probes before any module of the service is imported, then runs the walk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls at which a fault may do what is otherwise a violation, each with the reason why nothing else is possible."""
+"""Calls at which a fault may violate an invariant, each with the reason why that is unavoidable."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from tests.faults.probes import Site
 
 @dataclass(frozen=True)
 class Exemption:
-    """
+    """A permission for faults at some calls to violate some invariants.
+
     Args:
-        module: where the call stands; with its submodules.
-        text: what is called, as it reads in the source; empty for every call of the module.
-        modes: `once`, `for_ever`.
-        invariants: those that need not hold.
+        module: the module of the call; includes its submodules.
+        text: the callee as written in the source; empty for every call of the module.
+        modes: `once`, `always`.
+        invariants: the invariants that need not hold.
     """
 
     module: str
@@ -32,44 +33,50 @@ class Exemption:
         )
 
 
-# What stores. A start to which it says no refuses, as it does where the database takes no writes.
+# The modules that store. If they fail during a start, it is refused, as it is if the database is not writable.
 STORAGE = tuple(
     f"ccm.core.storage.{name}" for name in ("writer", "write_task", "write_queue", "batch", "message_budget")
 )
 UNSTORABLE = (
-    "Nothing can be stored any more, as where a database takes nothing for ever. What goes on is reported by the next "
-    "start, and until then by /health."
+    "Nothing can be stored any more, as if the database were never writable again. The next start reports the runs in "
+    "progress; until then /health reports the fault."
 )
 
 EXEMPTIONS: tuple[Exemption, ...] = (
-    *(Exemption(module, "", ("for_ever",), ("I1", "I2", "I4", "I7"), UNSTORABLE) for module in STORAGE),
+    *(Exemption(module, "", ("always",), ("I1", "I2", "I4", "I7"), UNSTORABLE) for module in STORAGE),
     *(
-        Exemption(module, "self._writer.submit", ("for_ever",), ("I1", "I2", "I4", "I7"), UNSTORABLE)
+        Exemption(module, "self._writer.submit", ("always",), ("I1", "I2", "I4", "I7"), UNSTORABLE)
         for module in ("ccm.core.runs.runner", "ccm.core.runs.end_store")
     ),
     Exemption(
         "ccm.core.worker_pool",
         "self._jobs.get",
-        ("for_ever",),
+        ("always",),
         ("I1", "I2", "I4", "I7"),
         "No thread of the pool can take a run.",
     ),
     Exemption(
         "ccm.core.runs.transitions",
         "runs.queue",
-        ("for_ever",),
+        ("always",),
         ("I1",),
-        "The queue cannot be read: what waits in it goes on waiting, as where the database cannot be read.",
+        "The queue cannot be read: its runs stay queued, as if the database were not readable.",
     ),
     Exemption(
         "ccm.core.service",
         "",
-        ("for_ever",),
+        ("always",),
         ("I1", "I4", "I7"),
-        "A step of the shutdown itself always fails: the service ends with 1, and the next start reports the runs.",
+        "A step of the shutdown itself always fails: the service exits with 1, and the next start reports the runs.",
     ),
     *(
-        Exemption(module, text, ("for_ever",), ("I1", "I4"), "The same: it is where the runs are stopped.")
+        Exemption(
+            module,
+            text,
+            ("always",),
+            ("I1", "I4"),
+            "Part of stopping the runs, as above.",
+        )
         for module, text in (
             ("ccm.core.runs.runner", "time.monotonic"),
             ("ccm.core.runs.runner", "self._all_ended.wait"),
@@ -80,9 +87,9 @@ EXEMPTIONS: tuple[Exemption, ...] = (
     Exemption(
         "ccm.core.claude.sdk",
         "self.ended.set",
-        ("once", "for_ever"),
+        ("once", "always"),
         ("I6",),
-        "A task of the SDK's own calls it, and nobody asks that task how it ended.",
+        "A task of the SDK calls it, and the SDK never retrieves that task's exception.",
     ),
 )
 
@@ -92,9 +99,9 @@ def is_exempt(site: Site, mode: str, invariant: str) -> bool:
 
 
 def may_refuse_to_start(site: Site, trace: str) -> bool:
-    """Whether a start may raise what was injected: not where it was at a single run that the last service has left.
+    """Return whether a start may raise the injected fault: not if it is raised while one interrupted run is recovered.
 
     Args:
-        trace: the functions that it went through.
+        trace: the names of the functions on the stack.
     """
     return site.module in STORAGE or "_recover" not in trace

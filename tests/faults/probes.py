@@ -1,8 +1,8 @@
-"""Probes at every call that a run's code makes beyond its own module, and the fault that one of them raises.
+"""Probes at the calls that run code makes into other modules, each of which can raise an injected fault.
 
-`Probes.install` puts an import hook in front of the modules of `ccm.core`: it compiles each with every call in a
-function's body rewritten from `f(x)` to `__probe__(N, f)(x)`. So a boundary that is added to the code later is found
-without being named anywhere. To be installed before `ccm.core` is imported, in a process of its own.
+`Probes.install` adds an import hook for the modules of `ccm.core`, which rewrites every call in a function's body from
+`f(x)` to `__probe__(N, f)(x)`. So the probes cover boundaries that are added later without a list of them. Install them
+before `ccm.core` is imported, in a separate process.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from typing import Any
 from pydantic import BaseModel
 
 PACKAGE = "ccm.core"
-# Not on a run's way: the archive, and what sends webhooks. What stores them is.
+# Not part of a run: the archive, and sending webhooks. Storing webhooks is.
 EXCLUDED = ("ccm.core.archive", "ccm.core.webhooks")
 INCLUDED = ("ccm.core.webhooks.outbox",)
 
-# Threads that share code with runs, and are not on their way: what sends webhooks.
+# The beginning of the names of threads that share code with runs but are not part of one: they send webhooks.
 OTHER_THREADS = "webhook"
-# Modules whose functions compute and do nothing else, or log.
+# Modules whose functions only compute, or log.
 PURE_MODULES = frozenset(
     (
         *("builtins", "logging", "typing", "types", "dataclasses", "enum", "copy", "math", "string", "unicodedata"),
@@ -39,19 +39,19 @@ PURE_MODULES = frozenset(
         *("operator", "_operator", "struct", "_struct", "contextlib", "_contextvars", "datetime", "_datetime"),
     )
 )
-# Functions of other modules that do the same.
+# Functions of other modules that only compute.
 PURE_NAMES = frozenset(("posixpath.join", "posixpath.basename", "posixpath.dirname", "posixpath.splitext"))
 # Methods of events, futures and threads that read a flag.
 FLAGS = frozenset(("is_set", "done", "is_alive", "is_closed", "cancelled", "locked"))
 
 
 class Injected(Exception):
-    """The fault. A class that no code can know, so that only what handles every exception handles it."""
+    """The injected fault. No code knows this class, so only handlers of all exceptions catch it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A call in the code: where it stands, and the text of what is called."""
+    """A call in the code: its location, and its callee as written."""
 
     module: str
     line: int
@@ -67,32 +67,33 @@ class Site:
 
 
 class Probes:
-    """What the rewritten calls go through. By default they only go through.
+    """The probe behind every rewritten call; by default it returns the callee.
 
-    While it records, it notes the boundaries that are reached. Armed with one of them, it raises there instead of
-    calling: the first time only, or each time.
+    While recording, it collects the boundaries that are reached. Armed with one of them, it raises there instead, the
+    first time only or each time.
     """
 
     def __init__(self) -> None:
         self.sites: list[Site] = []
-        # The boundaries that were reached while recording: the key of each with the callee's qualified name.
+        # The boundaries reached while recording: for each key the callee's qualified name.
         self.reached: dict[str, str] = {}
-        # How often the fault was raised, and where first.
+        # How often the fault was raised, and in which thread first.
         self.fired = 0
         self.fired_in = ""
         self._recording = False
-        self._left_out: str | None = None
+        self._excluded: str | None = None
         self._armed: str | None = None
         self._armed_callee: str | None = None
-        self._for_ever = False
+        self._always = False
         self._last_call = time.monotonic()
         self._lock = threading.Lock()
         self._own = threading.local()
 
     def install(self) -> None:
-        """
+        """Add the import hook.
+
         Raises:
-            RuntimeError: it is too late.
+            RuntimeError: `ccm.core` is already imported.
         """
         if PACKAGE in sys.modules:
             raise RuntimeError(f"{PACKAGE} is imported already")
@@ -106,13 +107,13 @@ class Probes:
         site = self.sites[number]
         if self._recording:
             self._last_call = time.monotonic()
-            if self._left_out and threading.current_thread().name.startswith(self._left_out):
+            if self._excluded and threading.current_thread().name.startswith(self._excluded):
                 return callee
             if site.key not in self.reached and (name := boundary(callee, site.module)):
                 self.reached[site.key] = name
         if self._is_armed(site, callee):
             with self._lock:
-                if self.fired and not self._for_ever:
+                if self.fired and not self._always:
                     return callee
                 self.fired += 1
                 self.fired_in = self.fired_in or threading.current_thread().name
@@ -126,7 +127,7 @@ class Probes:
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """What this thread calls within is the test's own business: neither noted nor made to fail."""
+        """Neither record nor fail the calls of this thread in the block: they are the test's own."""
         before = getattr(self._own, "hidden", False)
         self._own.hidden = True
         try:
@@ -134,39 +135,40 @@ class Probes:
         finally:
             self._own.hidden = before
 
-    def record(self, left_out: str | None = None) -> None:
-        """
+    def record(self, excluded: str | None = None) -> None:
+        """Start recording.
+
         Args:
-            left_out: the beginning of the names of threads that are not looked at.
+            excluded: the beginning of the names of threads to ignore.
         """
-        self._recording, self._left_out = True, left_out
+        self._recording, self._excluded = True, excluded
 
-    def arm(self, key: str, *, for_ever: bool) -> None:
-        self._armed, self._for_ever = key, for_ever
+    def arm(self, key: str, *, always: bool) -> None:
+        self._armed, self._always = key, always
 
-    def arm_callee(self, name: str, *, for_ever: bool) -> None:
+    def arm_callee(self, name: str, *, always: bool) -> None:
         """Arm every call of one callee.
 
         Args:
-            name: the end of its qualified name.
+            name: the end of the callee's qualified name.
         """
-        self._armed_callee, self._for_ever = name, for_ever
+        self._armed_callee, self._always = name, always
 
     def disarm(self) -> None:
         self._armed, self._recording = None, False
 
     def is_quiet(self, seconds: float) -> bool:
-        """Whether no probe was passed for some time, while recording."""
+        """Return whether no probe was reached for `seconds` while recording."""
         return time.monotonic() - self._last_call > seconds
 
 
 def boundary(callee: Any, module: str) -> str | None:
-    """The qualified name of what is called, if it belongs to another module and does something; else None."""
+    """Return the callee's qualified name if it belongs to another module and has an effect, else None."""
     while isinstance(callee, functools.partial):
         callee = callee.func
     home, name = _origin(callee)
     if home == module:
-        return None  # its own calls are looked at
+        return None  # the calls within it have probes
     if isinstance(callee, type) and (
         issubclass(callee, BaseException | tuple | enum.Enum | PurePath | BaseModel) or dataclasses.is_dataclass(callee)
     ):
@@ -180,7 +182,7 @@ def boundary(callee: Any, module: str) -> str | None:
 
 
 def _origin(callee: Any) -> tuple[str, str]:
-    """The module and the qualified name of what is called."""
+    """Return the callee's module and qualified name."""
     if isinstance(callee, types.MethodType):
         callee = callee.__func__
     if isinstance(callee, type | types.FunctionType):
@@ -194,7 +196,7 @@ def _origin(callee: Any) -> tuple[str, str]:
 
 
 class _Rewriter(ast.NodeTransformer):
-    """Rewrites the calls in the bodies of functions, and leaves decorators, annotations and default values alone."""
+    """Rewrites the calls in function bodies, but not in decorators, annotations and default values."""
 
     def __init__(self, module: str, sites: list[Site]) -> None:
         self._module = module
@@ -219,7 +221,7 @@ class _Rewriter(ast.NodeTransformer):
         return node
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        # Where the callee ends: two calls of a chain begin at the same place.
+        # The callee's end identifies the call, because the calls of a chain begin at the same position.
         line, column = node.func.end_lineno or node.lineno, node.func.end_col_offset or 0
         text = ast.unparse(node.func)
         self.generic_visit(node)
@@ -238,7 +240,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
         self._probes = probes
 
     def get_code(self, fullname: str) -> types.CodeType:
-        # Not the cached one, and not to be cached.
+        # Bypasses the bytecode cache in both directions.
         tree = ast.parse(Path(self.path).read_text(encoding="utf-8"), self.path)
         tree = _Rewriter(fullname, self._probes.sites).visit(tree)
         return compile(tree, self.path, "exec", dont_inherit=True)

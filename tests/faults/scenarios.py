@@ -1,4 +1,4 @@
-"""The ways of a run that are walked. Each has what is prepared without a fault, and the part that meets one."""
+"""The scenarios that are walked: each prepares a stage without a fault, then runs a trigger that meets one."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ ASK = json.dumps({"ask": [{"tool_name": "Bash", "input": {"command": "rm -r /"}}
 
 @dataclass(frozen=True)
 class Scenario:
-    """
+    """A part of a run's life that meets a fault.
+
     Args:
-        phase: which part of a run's life meets the fault. A call that is reached in two phases is walked in both, for
-            the first time that it is reached is another one; within a phase it is walked in the first scenario only.
-        template: what the service finds.
-        stops: whether the trigger ends the service itself.
-        starts: whether the trigger starts it.
+        phase: the part of a run's life. A call is walked once in each phase, in the first of its scenarios that reaches
+            the call.
+        template: the database that the service starts with.
+        stops: whether the trigger stops the service.
+        starts: whether the trigger starts the service.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Scenario:
 
 
 def _fresh(stage: Stage) -> None:
-    # Nobody listens on that port: the webhooks of its events are stored, and come to nothing.
+    # No program listens on that port: the webhooks are stored, and their delivery fails.
     stage.start_run(json.dumps({"count": 3}), webhookUrl="http://127.0.0.1:9/")
 
 
@@ -45,17 +46,17 @@ def _resume(stage: Stage) -> None:
     with stage.probes.hidden():
         head = stage.runs()[0]
         session = stage.service.queries.session(head.session_id)
-    request = RunRequest(mode=RunMode.RESUME, prompt="and on")
+    request = RunRequest(mode=RunMode.RESUME, prompt="continue")
     accepted = stage.ask(lambda: stage.service.runs.resume(request, session, head), "resume")
     if accepted is not None:
         stage.watch(accepted.run)
 
 
-def _leave_a_stump(stage: Stage) -> None:
+def _truncate_transcripts(stage: Stage) -> None:
     for whole in (stage.base / "ended" / "home").rglob("*.jsonl"):
-        stump = stage.home / whole.relative_to(stage.base / "ended" / "home")
-        stump.parent.mkdir(parents=True)
-        stump.write_bytes(whole.read_bytes().splitlines(keepends=True)[0])
+        truncated = stage.home / whole.relative_to(stage.base / "ended" / "home")
+        truncated.parent.mkdir(parents=True)
+        truncated.write_bytes(whole.read_bytes().splitlines(keepends=True)[0])
 
 
 def _fork(stage: Stage) -> None:
@@ -68,21 +69,21 @@ def _fork(stage: Stage) -> None:
         stage.watch(accepted.run)
 
 
-def _hold(stage: Stage) -> None:
+def _start_held_run(stage: Stage) -> None:
     run = stage.start_run(HOLD)
     assert run is not None
     assert stage.has_message(run.id)
 
 
 def _cancel(stage: Stage) -> None:
-    for run in _holding(stage):
+    for run in _started_runs(stage):
         done = stage.ask(partial(stage.service.runs.cancel, run.id), "cancel", 3)
         if done is None and not stage.until(partial(stage.has_ended, run.id), 1.0):
-            # A client that is refused each time has its run go on, and rightly so.
-            stage.gave_up = True
+            # If every cancel is refused, the run rightly continues.
+            stage.cancel_refused = True
 
 
-def _holding(stage: Stage) -> list[Run]:
+def _started_runs(stage: Stage) -> list[Run]:
     return [run for run in stage.runs() if not run.ended and run.started_at is not None]
 
 
@@ -107,12 +108,12 @@ def _pending(stage: Stage) -> list[Approval]:
     return stage.service.queries.approvals({"status": "pending"}, limit=10, after=None)
 
 
-def _be_asked(stage: Stage) -> None:
+def _start_asking_run(stage: Stage) -> None:
     stage.start_run(ASK, approvals=True)
     assert stage.until(lambda: _pending(stage))
 
 
-def _work_a_little(stage: Stage) -> None:
+def _start_short_run(stage: Stage) -> None:
     run = stage.start_run(json.dumps({"count": 1, "seconds": 0.4}))
     assert run is not None
     assert stage.has_message(run.id)
@@ -124,7 +125,7 @@ def _follow_up(stage: Stage) -> None:
 
 
 def _queue(stage: Stage) -> None:
-    _hold(stage)
+    _start_held_run(stage)
     for _ in range(2):
         stage.start_run("hello")
 
@@ -144,14 +145,14 @@ def _recover(stage: Stage) -> None:
 SCENARIOS = (
     Scenario("fresh", "begin", _fresh),
     Scenario("resume", "begin", _resume, template="ended"),
-    Scenario("fork", "begin", _fork, _leave_a_stump, template="ended"),
+    Scenario("fork", "begin", _fork, _truncate_transcripts, template="ended"),
     Scenario("cancel", "end", _cancel, _queue),
     Scenario("crash", "begin", _crash),
     Scenario("answer", "begin", _answer, workers=2),
-    Scenario("cancel-asking", "end", _cancel, _be_asked, workers=2),
-    Scenario("follow-up", "begin", _follow_up, _work_a_little),
+    Scenario("cancel-asking", "end", _cancel, _start_asking_run, workers=2),
+    Scenario("follow-up", "begin", _follow_up, _start_short_run),
     Scenario("time-limit", "begin", _time_out),
-    Scenario("shutdown", "stop", _stop, _hold, stops=True),
+    Scenario("shutdown", "stop", _stop, _start_held_run, stops=True),
     Scenario("recovery", "start", _recover, template="killed", starts=True),
 )
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}

@@ -1,4 +1,4 @@
-"""Serves as `python app.py` does, with one callee that raises: `served.py NAME MODE`; what follows is ignored."""
+"""`python app.py` with one callee that raises: `served.py NAME MODE`; further arguments are ignored."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def serve() -> int:
     probes.install()
     import app
 
-    probes.arm_callee(name, for_ever=mode == "for_ever")
+    probes.arm_callee(name, always=mode == "always")
     return app.main()
 
 

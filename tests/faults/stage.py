@@ -1,6 +1,6 @@
-"""A service in this process, with the stand-in CLI, on which a scenario is played; and the eyes of the test on it.
+"""The stage of a scenario: a service in this process with the stand-in CLI, and the checks of its invariants.
 
-What the test only looks at goes past the probes. All that the test knows of the service's insides stands here.
+The checks bypass the probes. All knowledge of the service's internals is in this module.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ T = TypeVar("T")
 
 # The name of the thread that writes to the database.
 WRITER_THREAD = "writer"
-# What the names of the threads begin with in which runs are made.
+# The beginning of the names of the threads that execute runs.
 RUN_THREADS = "run"
-# Bounds of the service that are shortened, wherever in `ccm.core` they stand, so that what waits for one is quick.
+# Shorter timeouts for the service (seconds), wherever in `ccm.core` they are defined, so that faults are over sooner.
 SHORTER = {
     "INTERRUPT_TIMEOUT": 1.0,
     "CLOSE_TIMEOUT": 1.0,
@@ -46,10 +46,11 @@ SHORTER = {
 POLL_INTERVAL = 0.004
 
 
-def shorten(bound: float) -> None:
-    """
+def shorten_timeouts(bound: float) -> None:
+    """Shorten the service's timeouts.
+
     Args:
-        bound: what counts as never; the service's own time to stop is to be shorter.
+        bound: the seconds after which the test considers a call hung; the service's time to stop must be shorter.
     """
     shorter = SHORTER | dict.fromkeys(("STOP_TIMEOUT",), bound * 0.6)
     for name, module in list(sys.modules.items()):
@@ -60,7 +61,7 @@ def shorten(bound: float) -> None:
 
 
 class Call(Generic[T]):
-    """A call in a thread of its own, so that one which hangs is noticed."""
+    """A call in a thread of its own, so that the test notices if it hangs."""
 
     def __init__(self, function: Callable[[], T], name: str) -> None:
         self.value: T | None = None
@@ -83,38 +84,39 @@ class Call(Generic[T]):
 
 
 def _short_trace(error: BaseException) -> str:
-    """The last frames of the project's own, one line."""
+    """Return the last frames of the project's code on one line."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f"{os.sep}ccm{os.sep}" in f.filename]
     where = " > ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames[-4:])
     return f"{type(error).__name__}: {error} ({where})"
 
 
 class Stage:
-    """
+    """A service on which a scenario runs, with its clients and the violations found.
+
     Args:
-        base: what all stages share: the project directory, the program, the templates.
-        folder: this one's own, which is there and empty.
-        bound: how long anything may take before it counts as never (seconds).
+        base: the directory that all stages share, with the project, the program and the templates.
+        folder: an empty directory for this stage.
+        bound: the time after which a call counts as hung (seconds).
     """
 
     def __init__(self, base: Path, folder: Path, probes: Probes, bound: float) -> None:
         self.base, self.folder, self.probes, self.bound = base, folder, probes, bound
-        # How long the ends of runs are waited for (seconds).
-        self.patience = bound
+        # How long to wait for the ends of runs (seconds).
+        self.end_timeout = bound
         self.home = folder / "home"
         self.database = folder / "db.sqlite"
         self.workers = 1
         self.service: Service
         self.violations: list[tuple[str, str]] = []
-        # Requests that were refused, with what was raised.
+        # The refused requests, with their exceptions.
         self.refused: list[str] = []
-        # Whether a fault that stays keeps a client from what would end the runs.
-        self.gave_up = False
-        # What a start raised that met the fault.
+        # Whether a lasting fault prevents the clients from ending the runs.
+        self.cancel_refused = False
+        # The exception of a start that met the fault.
         self.start_refused: str | None = None
         self._waiters: dict[str, Call[Run | None]] = {}
         self._clients: list[Call[Run | None]] = []
-        self._have_left = False
+        self._clients_left = False
         self.home.mkdir(exist_ok=True)
 
     @property
@@ -122,16 +124,16 @@ class Stage:
         return os.path.realpath(self.base / "project")
 
     def use(self, template: str) -> None:
-        """Begin with a copy of what a service has left."""
+        """Start from a copy of the database that a service left."""
         content = (self.base / template / "db.sqlite").read_bytes()
         self.database.write_bytes(content)
         for run_id in self.stored_runs():
-            # Ids of its own, or the processes of another stage would carry the same mark. Their order stays.
+            # New ids, or the processes of another stage would carry the same mark. Keep the order of the ids.
             content = content.replace(run_id.encode(), (run_id[:-12] + uuid.uuid4().hex[-12:]).encode())
         self.database.write_bytes(content)
 
     def open(self) -> Service:
-        """A service on the stage's database that is not started."""
+        """Create a service on the stage's database without starting it."""
         settings = Settings(
             database_path=self.database,
             cli_path=self.base / "claude",
@@ -144,14 +146,14 @@ class Stage:
         self.open().start()
         return self.service
 
-    # ---- what clients do
+    # ---- clients
 
     def ask(self, request: Callable[[], T], what: str, tries: int = 1) -> T | None:
-        """A client's request; None if it is refused each time. What was injected once does not refuse it twice."""
+        """Send a client's request; return None if each try is refused. A fault raised once refuses only one try."""
         for _ in range(tries):
             call = Call(request, f"client: {what}")
             if not call.ends(self.bound):
-                self.violate("I1", f"the request hangs: {what}\n{stacks()}")
+                self.add_violation("I1", f"the request hangs: {what}\n{stacks()}")
                 return None
             if call.error is None:
                 return call.value
@@ -166,13 +168,13 @@ class Stage:
         return None if accepted is None else self.watch(accepted.run)
 
     def watch(self, run: Run) -> Run:
-        """Have a client wait for a run's end."""
+        """Start a client that waits for a run's end."""
 
         def wait() -> Run | None:
             with self.probes.hidden():
-                return self.service.notifier.wait(run.id, 600, lambda: self._ended(run.id), lambda: self._have_left)
+                return self.service.notifier.wait(run.id, 600, lambda: self._ended(run.id), lambda: self._clients_left)
 
-        self._waiters[run.id] = Call(wait, "waits for a run")
+        self._waiters[run.id] = Call(wait, "client: waits for a run")
         self._clients.append(self._waiters[run.id])
         return run
 
@@ -180,9 +182,9 @@ class Stage:
         run = self.service.queries.run(run_id)
         return run if run.ended else None
 
-    # ---- what the test sees
+    # ---- checks
 
-    def violate(self, invariant: str, what: str) -> None:
+    def add_violation(self, invariant: str, what: str) -> None:
         self.violations.append((invariant, what))
 
     def until(self, condition: Callable[[], object], seconds: float | None = None) -> bool:
@@ -209,16 +211,16 @@ class Stage:
         return self.until(lambda: self.service.queries.next_batch(run_id, -1) is not None)
 
     def check_ended(self) -> None:
-        """I1: each run that is stored ends; I7: whoever waits for it is told."""
+        """Check I1: each stored run ends; and I7: its waiting clients are notified."""
 
         def have_ended() -> bool:
             for waiter in self._waiters.values():
-                waiter.ends(0.02)  # woken, it returns at once, and nothing need be asked again and again
+                waiter.ends(0.02)  # returns as soon as the run's end wakes it, which saves polling the database
             return all(run.ended for run in self.service.queries.runs({}, limit=100, after=None))
 
-        if not self.until(have_ended, self.patience):
+        if not self.until(have_ended, self.end_timeout):
             left = [f"{run.mode} run, started {run.started_at}" for run in self.runs() if not run.ended]
-            self.violate("I1", f"still running after {self.patience:.0f} s: {'; '.join(left)}")
+            self.add_violation("I1", f"still running after {self.end_timeout:.0f} s: {'; '.join(left)}")
         ended = {run.id for run in self.runs() if run.ended}
         for run_id, waiter in list(self._waiters.items()):
             if run_id in ended:
@@ -227,25 +229,25 @@ class Stage:
 
     def _check_waiter(self, waiter: Call[Run | None]) -> None:
         if not waiter.ends(min(5.0, self.bound)):
-            self.violate("I7", "the end is stored, and whoever waits for it is not woken")
+            self.add_violation("I7", "the end is stored, but a waiting client is not woken")
         elif waiter.error is not None:
-            self.violate("I7", f"the wait failed: {waiter.trace}")
+            self.add_violation("I7", f"the wait failed: {waiter.trace}")
         elif waiter.value is None:
-            self.violate("I7", "the wait returned without the ended run")
+            self.add_violation("I7", "the wait returned without the ended run")
 
     def recover(self) -> None:
-        """The start of a service that finds what a killed one has left."""
+        """Start a service on the database of a killed one."""
         call = Call(self.service.start, "start()")
         if not call.ends(self.bound):
-            self.violate("I1", f"start() hangs\n{stacks()}")
+            self.add_violation("I1", f"start() hangs\n{stacks()}")
         elif call.error is not None:
             self.start_refused = call.trace
 
     def check_service_works(self) -> None:
-        """I2: with the fault gone, each worker takes a run, and it completes."""
+        """Check I2: after the fault each worker takes a run, which completes."""
         holding = [self.start_run('{"hold": true, "count": 1}') for _ in range(self.workers - 1)]
         if any(run is None or not self.has_message(run.id) for run in holding):
-            self.violate("I2", f"a run that should hold did not start: {self.refused[-1:]}")
+            self.add_violation("I2", f"a held run did not start: {self.refused[-1:]}")
         self._check_completes("I2")
         for run in holding:
             if run is not None:
@@ -256,23 +258,23 @@ class Stage:
     def _check_completes(self, invariant: str) -> None:
         run = self.start_run("hello")
         if run is None:
-            self.violate(invariant, f"a new run is refused: {self.refused[-1]}")
+            self.add_violation(invariant, f"a new run is refused: {self.refused[-1]}")
         elif not (self._waiters[run.id].ends(self.bound) or self.until(lambda: self._ended(run.id), 1.0)):
-            self.violate(invariant, f"a new run does not end: started {self.run(run.id).started_at}")
+            self.add_violation(invariant, f"a new run does not end: started {self.run(run.id).started_at}")
         elif (ended := self.run(run.id)).status != "completed":
-            self.violate(invariant, f"a new run is {ended.status}: {ended.error_code}: {ended.error_message}")
+            self.add_violation(invariant, f"a new run is {ended.status}: {ended.error_code}: {ended.error_message}")
         else:
             self._check_waiter(self._waiters.pop(run.id))
 
     def check_writer_lives(self) -> None:
         if not any(thread.name == WRITER_THREAD and thread.is_alive() for thread in threading.enumerate()):
-            self.violate("I6", "the writer's thread has ended")
+            self.add_violation("I6", "the writer's thread has ended")
 
     def check_no_process_left(self) -> None:
-        """I3. Those of a run that goes on because nobody could end it yet do not count."""
+        """Check I3: no process of an ended run is left. A run that could not be ended yet keeps its processes."""
         ended = [run.id for run in self.runs() if run.ended]
         if not self.until(lambda: not any(marked(run_id) for run_id in ended), min(5.0, self.bound)):
-            self.violate("I3", f"processes left: {self.commands(ended)}")
+            self.add_violation("I3", f"processes left: {self.commands(ended)}")
 
     def commands(self, run_ids: list[str]) -> list[str]:
         found = []
@@ -283,18 +285,18 @@ class Stage:
         return found
 
     def stop(self) -> None:
-        """I4: the service ends its runs and itself in time, and well: that is exit code 0."""
+        """Check I4: the service stops its runs and itself in time and without an error, as for exit code 0."""
         self._bounded("I4", "end_runs()", self.service.end_runs, expect=True)
-        # As the server does: what is being read is read to its end before the database is closed.
+        # As in the server, pending reads finish before the database is closed.
         for waiter in self._waiters.values():
             if not waiter.ends(min(5.0, self.bound)):
-                self.violate("I7", "the service has stopped, and whoever waits is not woken")
+                self.add_violation("I7", "the service has stopped, but a waiting client is not woken")
         self._waiters.clear()
         self.close()
 
     def close(self) -> None:
-        # Also those that nobody has woken: SQLite crashes where it is closed while somebody reads.
-        self._have_left = True
+        # Wait also for clients that were not woken, because SQLite crashes if it is closed during a read.
+        self._clients_left = True
         for client in self._clients:
             client.ends(2.0)
         self._bounded("I4", "close()", self.service.close)
@@ -302,17 +304,17 @@ class Stage:
     def _bounded(self, invariant: str, what: str, function: Callable[[], object], expect: object = None) -> bool:
         call = Call(function, what)
         if not call.ends(self.bound):
-            self.violate(invariant, f"{what} hangs\n{stacks()}")
+            self.add_violation(invariant, f"{what} hangs\n{stacks()}")
         elif call.error is not None:
-            self.violate(invariant, f"{what} raised {call.trace}")
+            self.add_violation(invariant, f"{what} raised {call.trace}")
         elif call.value != expect:
-            self.violate(invariant, f"{what} returned {call.value!r}")
+            self.add_violation(invariant, f"{what} returned {call.value!r}")
         else:
             return True
         return False
 
     def stored_runs(self) -> dict[str, tuple[str, bool]]:
-        """Of each run in the file its status, and whether it was started."""
+        """Return for each run in the file its status and whether it was started."""
         connection = sqlite3.connect(self.database)
         try:
             rows = connection.execute("SELECT id, status, startedAt FROM ccr_runs").fetchall()
@@ -321,20 +323,20 @@ class Stage:
         return {run_id: (status, started is not None) for run_id, status, started in rows}
 
     def check_stored_ends(self) -> None:
-        """I1, as the next service will find it; I3, for the runs that the shutdown had to end."""
+        """Check I1 in the database that the shutdown leaves, and I3 for the runs that the shutdown had to end."""
         runs = self.stored_runs()
         left = [run_id for run_id, (status, started) in runs.items() if status == "running" and started]
         if self.start_refused is not None:
-            left = []  # of the service before, and still to be found by the next one
+            left = []  # the previous service's runs, which the next start still has to recover
         if left:
-            self.violate("I1", f"{len(left)} started runs are left running by the shutdown")
+            self.add_violation("I1", f"the shutdown left {len(left)} started runs running")
         with self.probes.hidden():
             if any(marked(run_id) for run_id in runs):
-                self.violate("I3", f"processes left by the shutdown: {self.commands(list(runs))}")
-        self.kill_left()
+                self.add_violation("I3", f"processes left by the shutdown: {self.commands(list(runs))}")
+        self.kill_remaining()
 
-    def kill_left(self) -> None:
-        """What is left is ended, so that it disturbs nothing else."""
+    def kill_remaining(self) -> None:
+        """Kill remaining processes so that they do not disturb other stages."""
         with self.probes.hidden():
             for run_id in self.stored_runs():
                 for pid in marked(run_id):
@@ -342,9 +344,9 @@ class Stage:
                         os.kill(pid, signal.SIGKILL)
 
     def check_next_service(self, *, completes: bool = True) -> None:
-        """I5: the next service finds nothing that runs, and does its job."""
+        """Check I5: the next service ends all runs, and a new run completes."""
         if self.violations:
-            # This one may hold the database still; in life it would have ended with its process.
+            # This service may still hold the database, which in production it would have released with its process.
             connection, self.database = sqlite3.connect(self.database), self.folder / "next.sqlite"
             copy = sqlite3.connect(self.database)
             connection.backup(copy)
@@ -353,20 +355,20 @@ class Stage:
         try:
             self.start()
         except Exception as error:
-            self.violate("I5", f"the next service does not start: {_short_trace(error)}")
+            self.add_violation("I5", f"the next service does not start: {_short_trace(error)}")
             return
         if not self.until(lambda: all(run.ended for run in self.service.queries.runs({}, limit=100, after=None))):
-            self.violate("I5", "a run is running after the start of the next service")
+            self.add_violation("I5", "a run is running after the start of the next service")
         elif completes:
-            self._have_left = False
+            self._clients_left = False
             self._check_completes("I5")
         self._bounded("I5", "end_runs() of the next service", self.service.end_runs, expect=True)
         self._bounded("I5", "close() of the next service", self.service.close)
-        self.kill_left()
+        self.kill_remaining()
 
 
 def stacks() -> str:
-    """What each thread of this process is at."""
+    """Return the current stack of each thread of this process."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     lines = []
     for ident, frame in sys._current_frames().items():

@@ -1,6 +1,6 @@
-"""Every run ends, whatever is raised by anything: each call that a run's way makes beyond its module raises in turn.
+"""Every run ends whichever call fails: each call of run code into another module raises in turn.
 
-`python -m tests.faults report` shows the same with what the service logged, for one call or all of them.
+`python -m tests.faults report` shows the same results with the service's log, for one call or all of them.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from tests.faults.exempt import EXEMPTIONS, STORAGE
 
 ROOT = Path(__file__).parents[2]
 SERVED = Path(__file__).with_name("served.py")
-MODES = ("once", "for_ever")
+MODES = ("once", "always")
 SCENARIOS = (
     *("fresh", "resume", "fork", "cancel", "crash", "answer", "cancel-asking", "follow-up", "time-limit"),
     *("shutdown", "recovery"),
 )
-# Some that must be among what is traced, or the trace has lost its way.
+# Boundaries that the trace must contain; without them the trace is broken.
 KNOWN = (
     *("tempfile.mkdtemp", "subprocess.Popen", "threading.Thread.start", "posix.scandir", "time.monotonic"),
     *("shutil.rmtree", "asyncio.runners.run", "pathlib.Path.is_dir", "uuid.uuid4", "json.loads"),
@@ -43,8 +43,8 @@ EXIT_DELAY = 60
 
 
 def run_walker(*arguments: object) -> Any:
-    """What the walker prints. In a process of its own: the probes must be there before the service is imported."""
-    # From nothing: the SDK passes on all that is in a service's environment.
+    """Return the walker's output. It runs in a process because the probes must precede the import of the service."""
+    # A minimal environment, because the SDK passes all of a service's variables on to the agents.
     environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.faults", *map(str, arguments)],
@@ -65,7 +65,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def traced(base: Path) -> dict[str, dict[str, str]]:
-    """What each scenario crosses that none before it did: by the key of the call, the name of what is called."""
+    """Return for each scenario the boundaries that it is the first to cross: the key of each call and its callee."""
     found: dict[str, dict[str, str]] = run_walker("trace", base)
     return found
 
@@ -74,39 +74,39 @@ def test_the_trace_finds_well_known_boundaries(traced: dict[str, dict[str, str]]
     assert set(traced) == set(SCENARIOS)
     names = {name for found in traced.values() for name in found.values()}
     assert [known for known in KNOWN if not any(f".{name}".endswith(f".{known}") for name in names)] == []
-    assert all(traced.values()), "a scenario crosses nothing of its own"
+    assert all(traced.values()), "a scenario crosses no new boundary"
 
 
 @pytest.mark.many_rounds
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_every_run_ends_whatever_is_raised(
+def test_every_run_ends_after_any_fault(
     base: Path, traced: dict[str, dict[str, str]], scenario: str, mode: str
 ) -> None:
-    told = run_walker("walk", base, scenario, mode)
-    findings = [f"{f['site']} in {f['thread']}: {f['invariant']}: {f['what']}" for f in told["findings"]]
+    results = run_walker("walk", base, scenario, mode)
+    findings = [f"{f['site']} in {f['thread']}: {f['invariant']}: {f['what']}" for f in results["findings"]]
     assert findings == [], f"{len(findings)} findings:\n" + "\n".join(findings)
-    # Where threads race, a call may not be made each time: on a busy machine up to a fifth are not.
-    assert told["fired"] >= 0.7 * len(traced[scenario]) - 1
+    # Races between threads decide whether some calls happen: on a busy machine up to a fifth do not.
+    assert results["fired"] >= 0.7 * len(traced[scenario]) - 1
 
 
-def test_exemptions_say_why() -> None:
+def test_exemptions_have_reasons() -> None:
     for exemption in EXEMPTIONS:
         whole = exemption.module in (*STORAGE, "ccm.core.service")
-        assert exemption.text or (whole and exemption.modes == ("for_ever",))
+        assert exemption.text or (whole and exemption.modes == ("always",))
         assert exemption.reason
 
 
 @pytest.mark.parametrize(
     "fault",
     [
-        ("shutil.rmtree", "for_ever"),
+        ("shutil.rmtree", "always"),
         ("Reaper.release", "once"),
-        ("ClaudeSDKClient.disconnect", "for_ever"),
+        ("ClaudeSDKClient.disconnect", "always"),
         ("subprocess.Popen.wait", "once"),
     ],
 )
-def test_a_service_ends_well_whatever_is_raised(
+def test_a_service_exits_cleanly_after_a_fault(
     environ: dict[str, str], home: Path, project: Path, tmp_path: Path, fault: tuple[str, str]
 ) -> None:
     own = {"DATABASE_PATH": str(tmp_path / "db.sqlite"), "CCM_CLI_PATH": str(stand_in_cli(home))}

@@ -1,11 +1,11 @@
-"""Walks the boundaries that a run's way crosses, and has each of them raise: once, and for ever.
+"""Walks the boundaries that a run crosses and makes each of them raise: once, and always.
 
-    python -m tests.faults trace BASE                 finds out which boundaries there are, for `walk`
-    python -m tests.faults walk BASE SCENARIO MODE    has each raise that is walked in this scenario
-    python -m tests.faults report [TEXT]              all of it, or only the calls whose line contains TEXT
+python -m tests.faults trace BASE                 find the boundaries, for `walk`
+python -m tests.faults walk BASE SCENARIO MODE    make each boundary of this scenario raise
+python -m tests.faults report [TEXT]              do both for all calls, or only those whose line contains TEXT
 
-Each fault meets a process of its own, forked from one that has imported everything and started nothing: what one
-fault leaves behind (threads, locks) disturbs no other, and one that hangs is ended with its stacks told.
+Each fault is injected into a separate process, forked from one that has imported everything and started nothing. So the
+threads and locks that one fault leaves disturb no other, and a process that hangs is killed with its stacks reported.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from tests.conftest import stand_in_cli
 from tests.faults.exempt import is_exempt, may_refuse_to_start
 from tests.faults.probes import Probes, Site
 from tests.faults.scenarios import BY_NAME, HOLD, SCENARIOS, Scenario
-from tests.faults.stage import RUN_THREADS, Stage, shorten
+from tests.faults.stage import RUN_THREADS, Stage, shorten_timeouts
 
-ONCE, FOR_EVER = "once", "for_ever"
-MODES = (ONCE, FOR_EVER)
-# How long a single thing may take that the invariants demand, and a whole injection (seconds).
-BOUND = 20.0
-# The same where a call is exempt from having to end well.
-EXEMPT_SECONDS = 2.0
-INJECTION_BOUND = 120.0
-# No probe is passed for so long once all that follows a run's end is done (seconds).
-QUIET_SECONDS = 0.06
+ONCE, ALWAYS = "once", "always"
+MODES = (ONCE, ALWAYS)
+# The time for each condition that the invariants demand, the same if the call is exempt, and the time for a whole
+# injection (seconds).
+CHECK_TIMEOUT = 20.0
+EXEMPT_TIMEOUT = 2.0
+INJECTION_TIMEOUT = 120.0
+# After this time without a call, the work after a run's end is done (seconds).
+QUIET_INTERVAL = 0.06
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Faults(logging.Handler):
 
     def _unraisable(self, unraisable: Any) -> None:
         if "BaseSubprocessTransport.__del__" in repr(unraisable.object):
-            # asyncio's own: of a process whose end was not seen before its loop was closed. Its pipes are closed all
-            # the same, each when it is freed.
+            # asyncio raises it for a process whose end it did not see before its loop was closed. The pipes are closed
+            # nevertheless, when they are freed.
             return
         self.unhandled.append(f"unraisable: {unraisable.exc_value!r} in {unraisable.object!r}")
 
@@ -86,16 +86,16 @@ class Faults(logging.Handler):
         error = record.exc_info[1] if record.exc_info else None
         line = f"{record.levelname} {record.name}: {record.getMessage()}" + (f" [{error!r}]" if error else "")
         self.lines.append(line[:400])
-        # A task or a future whose exception nobody has asked for, or a callback that failed.
+        # A task or future whose exception was never retrieved, or a failed callback.
         if record.name == "asyncio" and record.levelno >= logging.ERROR:
             self.unhandled.append(line[:400])
 
 
-# ---- what is played in a process of its own
+# ---- functions that run in a forked process
 
 
 def _set_up(stage: Stage, scenario: Scenario) -> None:
-    """All that comes before the part that meets a fault."""
+    """Run the part of a scenario before the fault."""
     stage.workers = scenario.workers
     stage.use(scenario.template)
     if scenario.starts:
@@ -106,19 +106,19 @@ def _set_up(stage: Stage, scenario: Scenario) -> None:
 
 
 def trace(stage: Stage, scenario: Scenario) -> dict[str, str]:
-    """The boundaries that a scenario crosses, by their keys.
+    """Return the boundaries that a scenario crosses: for each key the callee's name.
 
     Raises:
-        AssertionError: something is wrong with it without any fault.
+        AssertionError: the scenario violates an invariant without a fault.
     """
     faults = Faults()
     _set_up(stage, scenario)
-    # The run that waited when a service starts is then made as any other.
-    stage.probes.record(left_out=RUN_THREADS if scenario.starts else None)
+    # Exclude the threads of runs: a run queued before the start executes like any other.
+    stage.probes.record(excluded=RUN_THREADS if scenario.starts else None)
     scenario.trigger(stage)
     if not scenario.stops:
         stage.check_ended()
-        stage.until(lambda: stage.probes.is_quiet(QUIET_SECONDS))
+        stage.until(lambda: stage.probes.is_quiet(QUIET_INTERVAL))
     stage.probes.disarm()
     if not scenario.stops:
         stage.check_no_process_left()
@@ -128,38 +128,38 @@ def trace(stage: Stage, scenario: Scenario) -> dict[str, str]:
     stage.check_next_service()
     gc.collect()
     wrong = stage.violations + [("refused", text) for text in stage.refused] + [("I6", t) for t in faults.unhandled]
-    assert not wrong, f"{scenario.name} without any fault: {wrong}\n{faults.lines}"
+    assert not wrong, f"{scenario.name} without a fault: {wrong}\n{faults.lines}"
     return stage.probes.reached
 
 
 def inject(stage: Stage, scenario: Scenario, site: Site, mode: str) -> dict[str, Any]:
-    """Play a scenario with one fault, and say what was wrong: `fired`, `thread`, `violations`, `log`."""
+    """Run a scenario with one fault; return `fired`, `thread`, `violations` and `log`."""
     faults = Faults()
     if is_exempt(site, mode, "I1"):
-        stage.patience = EXEMPT_SECONDS  # nothing is expected to happen
+        stage.end_timeout = EXEMPT_TIMEOUT  # the runs need not end
     if is_exempt(site, mode, "I4"):
-        shorten(EXEMPT_SECONDS)
+        shorten_timeouts(EXEMPT_TIMEOUT)
     _set_up(stage, scenario)
-    stage.probes.arm(site.key, for_ever=mode == FOR_EVER)
+    stage.probes.arm(site.key, always=mode == ALWAYS)
     scenario.trigger(stage)
     if stage.start_refused is not None:
         if not may_refuse_to_start(site, stage.start_refused):
-            stage.violate("I1", f"the service does not start: {stage.start_refused}")
+            stage.add_violation("I1", f"the service does not start: {stage.start_refused}")
         stage.probes.disarm()
         stage.close()
     elif not scenario.stops:
-        _look_at_the_ends(stage, mode)
+        _check_after_fault(stage, mode)
         stage.check_no_process_left()
         stage.check_writer_lives()
         stage.stop()
     stage.probes.disarm()
     stage.check_stored_ends()
     if stage.probes.fired:
-        # The service itself has shown that it can still complete a run, where it was there to be asked.
-        stage.check_next_service(completes=mode == FOR_EVER or scenario.stops or scenario.starts)
+        # check_service_works() has already completed a run in the other cases.
+        stage.check_next_service(completes=mode == ALWAYS or scenario.stops or scenario.starts)
     gc.collect()
     for unhandled in faults.unhandled:
-        stage.violate("I6", f"nobody handled: {unhandled}")
+        stage.add_violation("I6", f"unhandled: {unhandled}")
     violations = [found for found in stage.violations if not is_exempt(site, mode, found[0])]
     return {
         "fired": stage.probes.fired,
@@ -169,18 +169,18 @@ def inject(stage: Stage, scenario: Scenario, site: Site, mode: str) -> dict[str,
     }
 
 
-def _look_at_the_ends(stage: Stage, mode: str) -> None:
-    if not stage.gave_up:
+def _check_after_fault(stage: Stage, mode: str) -> None:
+    if not stage.cancel_refused:
         stage.check_ended()
     elif mode == ONCE:
-        stage.violate("I1", f"the fault was raised once, and the run cannot be ended any more: {stage.refused[-1]}")
+        stage.add_violation("I1", f"after a single fault the run cannot be ended: {stage.refused[-1]}")
     if mode == ONCE:
-        # What follows an end that is stored may be still to come.
-        stage.until(lambda: stage.probes.fired, QUIET_SECONDS * 3)
+        # The work after a stored end may not have reached the fault yet.
+        stage.until(lambda: stage.probes.fired, QUIET_INTERVAL * 3)
         stage.probes.disarm()
         if not stage.violations:
             stage.check_service_works()
-    elif not stage.gave_up and not stage.violations:
+    elif not stage.cancel_refused and not stage.violations:
         stage.start_run("hello")
         stage.check_ended()
 
@@ -191,7 +191,7 @@ def make_templates(base: Path, probes: Probes) -> None:
     stand_in_cli(base)
     for name in ("empty", "ended", "killed"):
         (base / name).mkdir()
-        stage = Stage(base, base / name, probes, BOUND)
+        stage = Stage(base, base / name, probes, CHECK_TIMEOUT)
         stage.start()
         if name == "ended":
             stage.start_run(json.dumps({"count": 2}))
@@ -228,11 +228,11 @@ class _Child:
 
 
 class Processes:
-    """Has functions called in processes that are forked from this one, some at a time.
+    """Calls functions in forked processes, several at a time.
 
     Args:
-        base: where each gets a directory of its own.
-        jobs: how many at once.
+        base: the parent of each process's directory.
+        jobs: the number of processes at a time.
     """
 
     def __init__(self, base: Path, jobs: int) -> None:
@@ -240,7 +240,7 @@ class Processes:
         self._jobs = jobs
 
     def each(self, work: dict[str, Callable[[Path], Any]]) -> Iterator[tuple[str, Any, str]]:
-        """The name of each with what it returned; or None, and how it ended."""
+        """Yield for each function its name, its result and "", or its name, None and how its process ended."""
         waiting = list(work.items())
         running: dict[str, _Child] = {}
         gc.collect()
@@ -258,7 +258,7 @@ class Processes:
                         del running[name]
                         yield (name, *self._result(child))
                 elif time.monotonic() > child.deadline:
-                    os.kill(child.pid, signal.SIGABRT)  # it tells its stacks then
+                    os.kill(child.pid, signal.SIGABRT)  # faulthandler writes its stacks
                     child.deadline += 10
 
     def _fork(self, function: Callable[[Path], Any]) -> _Child:
@@ -267,19 +267,19 @@ class Processes:
         receiving, sending = os.pipe()
         pid = os.fork()
         if pid == 0:
-            self._live(function, folder, stacks, sending)
+            self._run_child(function, folder, stacks, sending)
         os.close(sending)
-        return _Child(pid, receiving, stacks, time.monotonic() + INJECTION_BOUND)
+        return _Child(pid, receiving, stacks, time.monotonic() + INJECTION_TIMEOUT)
 
     @staticmethod
-    def _live(function: Callable[[Path], Any], folder: Path, stacks: Path, sending: int) -> None:
-        """The forked process, to its end."""
+    def _run_child(function: Callable[[Path], Any], folder: Path, stacks: Path, sending: int) -> None:
+        """Run the function in the forked process and exit."""
         code = 1
         try:
             faulthandler.enable(stacks.open("w"), all_threads=True)
-            told = json.dumps(function(folder)).encode()
+            output = json.dumps(function(folder)).encode()
             with open(sending, "wb") as pipe:
-                pipe.write(told)
+                pipe.write(output)
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -308,11 +308,11 @@ class Walk:
         self._sites = {site.key: site for site in probes.sites}
 
     def trace(self) -> dict[str, Any]:
-        """Make the templates, and find out what each scenario crosses: by its name, the keys and callees."""
+        """Make the templates; return for each scenario the keys and callees that are new in its phase."""
         for _, done, how in self._processes.each({"templates": self._make_templates}):
             assert done is not None, how
             for module in done:
-                # What is imported late would be imported anew in each process.
+                # Import it here once, or each process would import it again.
                 if module not in sys.modules and not module.startswith("__"):
                     # An extension may register a module that cannot be imported by its name (`_openssl`).
                     with suppress(ImportError):
@@ -320,15 +320,15 @@ class Walk:
         work = {scenario.name: self._tracing(scenario) for scenario in SCENARIOS}
         reached: dict[str, dict[str, str]] = {}
         for name, found, how in self._processes.each(work):
-            assert found is not None, f"{name} without any fault: {how}"
+            assert found is not None, f"{name} without a fault: {how}"
             reached[name] = found
-        told: dict[str, Any] = {}
+        first_reached: dict[str, Any] = {}
         walked: set[tuple[str, str]] = set()
         for scenario in SCENARIOS:
             new = {k: v for k, v in reached[scenario.name].items() if (scenario.phase, k) not in walked}
             walked |= {(scenario.phase, key) for key in new}
-            told[scenario.name] = new
-        return told
+            first_reached[scenario.name] = new
+        return first_reached
 
     def _make_templates(self, _folder: Path) -> list[str]:
         make_templates(self._base, self._probes)
@@ -338,21 +338,21 @@ class Walk:
         return lambda folder: trace(Stage(self._base, folder, self._probes, self._bound), scenario)
 
     def walk(self, scenario: Scenario, mode: str, keys: list[str]) -> tuple[int, list[Finding]]:
-        """Have each call raise. Gives how many did, and what was wrong."""
+        """Make each call raise; return how many did, and the findings."""
         work = {key: self._injecting(scenario, self._sites[key], mode) for key in keys}
         findings = []
         fired = 0
-        for key, told, how in self._processes.each(work):
+        for key, result, how in self._processes.each(work):
             site = str(self._sites[key])
-            if told is None:
+            if result is None:
                 findings.append(Finding(scenario.name, mode, site, "hangs", how))
             else:
-                fired += bool(told["fired"])
+                fired += bool(result["fired"])
                 findings += [
-                    Finding(scenario.name, mode, site, invariant, what, told["thread"], tuple(told["log"]))
-                    for invariant, what in told["violations"]
+                    Finding(scenario.name, mode, site, invariant, what, result["thread"], tuple(result["log"]))
+                    for invariant, what in result["violations"]
                 ]
-            self._log(f"{scenario.name} {mode} {site}: {'fired' if told and told['fired'] else 'not reached'}")
+            self._log(f"{scenario.name} {mode} {site}: {'fired' if result and result['fired'] else 'not reached'}")
         return fired, findings
 
     def _injecting(self, scenario: Scenario, site: Site, mode: str) -> Callable[[Path], dict[str, Any]]:
@@ -360,21 +360,22 @@ class Walk:
 
 
 def main(probes: Probes) -> None:
-    """
+    """Run a command of the command line.
+
     Args:
-        probes: installed before anything of the service was imported.
+        probes: probes that were installed before any module of the service was imported.
     """
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("command", choices=("trace", "walk", "report"))
     arguments.add_argument("rest", nargs="*")
     arguments.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    arguments.add_argument("--bound", type=float, default=BOUND)
+    arguments.add_argument("--bound", type=float, default=CHECK_TIMEOUT)
     arguments.add_argument("--scenario", action="append", default=[])
     arguments.add_argument("--mode", action="append", default=[])
     arguments.add_argument("--verbose", action="store_true")
     given = arguments.parse_args()
-    importlib.import_module("ccm.core.claude.execution")  # the first run would import it, and its calls are walked too
-    shorten(given.bound)
+    importlib.import_module("ccm.core.claude.execution")  # otherwise the first run would import it under the fault
+    shorten_timeouts(given.bound)
     log = (lambda line: print(line, file=sys.stderr, flush=True)) if given.verbose else (lambda _line: None)
     with tempfile.TemporaryDirectory() as temporary:
         base = Path(temporary if given.command == "report" else given.rest[0])
@@ -382,23 +383,23 @@ def main(probes: Probes) -> None:
         sites = base / "sites.json"
         if given.command != "walk":
             sites.write_text(json.dumps(walk.trace()))
-        told = json.loads(sites.read_text())
+        traced = json.loads(sites.read_text())
         if given.command == "trace":
-            print(json.dumps(told))
+            print(json.dumps(traced))
         elif given.command == "walk":
             scenario, mode = given.rest[1:]
-            fired, findings = walk.walk(BY_NAME[scenario], mode, list(told[scenario]))
+            fired, findings = walk.walk(BY_NAME[scenario], mode, list(traced[scenario]))
             print(json.dumps({"fired": fired, "findings": [dataclasses.asdict(found) for found in findings]}))
         else:
-            _report(walk, probes, told, given)
+            _report(walk, probes, traced, given)
 
 
-def _report(walk: Walk, probes: Probes, told: dict[str, dict[str, str]], given: argparse.Namespace) -> None:
+def _report(walk: Walk, probes: Probes, traced: dict[str, dict[str, str]], given: argparse.Namespace) -> None:
     text = given.rest[0] if given.rest else ""
     sites = {site.key: str(site) for site in probes.sites}
     begun = time.monotonic()
     for scenario in given.scenario or BY_NAME:
-        keys = [key for key in told[scenario] if text in sites[key]]
+        keys = [key for key in traced[scenario] if text in sites[key]]
         for mode in given.mode or MODES:
             since = time.monotonic()
             fired, findings = walk.walk(BY_NAME[scenario], mode, keys)

@@ -1,4 +1,4 @@
-"""Limits on clients: time, size of headers, connections, descriptors. Real services under real limits."""
+"""Limits on clients, with real services: time, size of headers, connections, descriptors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.api.conftest import connect, held, read_all, script
 from tests.client import Client
 from tests.conftest import ServeFunction, stand_in_cli
 from tests.event_source import Stream
-from tests.test_app import call
+from tests.flask_commands import call
 from tests.waiting import until
 
 # Starts app.py with short timeouts for slow clients.
@@ -53,7 +53,7 @@ def limited(*words: str) -> tuple[str, ...]:
     [b"GET / HTTP/1.1\r\nX-Slow: ", b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000\r\n\r\n"],
     ids=["headers", "body"],
 )
-def test_a_client_that_sends_a_byte_now_and_then_is_disconnected(impatient: Client, head: bytes) -> None:
+def test_a_client_that_sends_single_bytes_slowly_is_disconnected(impatient: Client, head: bytes) -> None:
     with connect(impatient, head) as connection:
         connection.settimeout(0.1)
         deadline = time.monotonic() + 60
@@ -92,7 +92,7 @@ def test_a_client_that_reads_no_answer_frees_its_slot(impatient: Client, project
         until(lambda: impatient.get(f"/api/runs/{run['id']}/stream").status == 200)
 
 
-def test_a_client_that_waits_for_a_run_or_a_stream_is_not_slow(impatient: Client, project: Path) -> None:
+def test_a_client_that_waits_for_a_run_or_a_stream_stays_connected(impatient: Client, project: Path) -> None:
     run = held(impatient, project)
     began = time.monotonic()
     assert impatient.run(run["id"], wait=3)["status"] == "running"
@@ -100,7 +100,7 @@ def test_a_client_that_waits_for_a_run_or_a_stream_is_not_slow(impatient: Client
     with Stream(impatient, f"/api/runs/{run['id']}/stream") as stream:
         assert stream.take(1)[0].id == "0"
         impatient.run(run["id"], wait=0)
-        time.sleep(3)  # longer than a slow client may take
+        time.sleep(3)  # longer than the limit for slow clients
         impatient.delete(f"/api/runs/{run['id']}")
         assert [event.type for event in stream][-1] == "end"
 
@@ -121,7 +121,7 @@ def cpu_seconds(pid: int) -> float:
 
 @contextmanager
 def at_rest(service: ServiceProcess, seconds: float = 3) -> Iterator[None]:
-    """Check that a service neither spins nor floods its log in the seconds after the block."""
+    """Check after the block that the service neither spins nor floods its log."""
     yield
     lines = len(service.log)
     before = cpu_seconds(service.process.pid)
@@ -157,7 +157,7 @@ def test_a_service_does_not_start_under_too_low_a_limit(environ: dict[str, str],
     assert "raise the limit to at least 294" in result.stderr
 
 
-def test_the_limit_is_raised_for_the_service_and_not_for_its_agents(
+def test_the_limit_is_raised_for_the_service_but_not_for_its_agents(
     serve: ServeFunction, home: Path, project: Path, tmp_path: Path
 ) -> None:
     agent = tmp_path / "agent"
@@ -186,10 +186,10 @@ def test_a_start_without_descriptors_is_refused_and_not_stored(serve: ServeFunct
 def test_without_a_descriptor_for_a_connection_the_service_does_not_spin(serve: ServeFunction) -> None:
     service = serve()
     client = Client(service.url)
-    assert client.get("/health").status == 200  # by now the service has opened all files of its own
+    assert client.get("/health").status == 200  # the service has now opened all its own files
     with short_of_descriptors(service, left=0), ExitStack() as stack:
         with at_rest(service):
-            for _ in range(20):  # some get a descriptor that was free below the limit
+            for _ in range(20):  # some get a free descriptor below the limit
                 stack.enter_context(connect(client))
         until(lambda: [line for line in service.log if "cannot accept new connections" in line])
     assert client.get("/health").status == 200
@@ -210,7 +210,7 @@ def ask(connection: http.client.HTTPConnection, method: str, path: str, body: ob
 
 @contextmanager
 def short_of_descriptors(service: ServiceProcess, left: int) -> Iterator[None]:
-    """Limit a running service to so many more open files, in addition to the descriptors that are free by now."""
+    """Limit a running service to `left` descriptors above its highest one; free lower ones stay usable."""
     until(lambda: [line for line in service.log if "SDK is imported" in line])  # the import opens files
     pid = service.process.pid
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)

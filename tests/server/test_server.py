@@ -1,4 +1,4 @@
-"""The listener's thread: clients can connect despite failures in it, or the service stops and logs why."""
+"""The listener's thread: after a failure in it clients can still connect, or the service logs the cause and stops."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Listening:
             connection.close()
 
     def close(self) -> None:
-        """Close all sockets, within the loop if it runs: it ends with its last socket."""
+        """Close all sockets, within the loop if it runs, because it ends with its last socket."""
         if self.thread.is_alive():
             self.server.trigger.pull_trigger(lambda: wasyncore.close_all(self.server._map))
             self.thread.join(30)
@@ -102,7 +102,7 @@ def test_a_failing_new_connection_does_not_close_the_listening_socket(
     class Failing(Channel):
         def __init__(self, _server: Any, connection: socket.socket, *_args: Any, **_named: Any) -> None:
             listening.server.channel_class = Channel
-            connection.close()  # caplog keeps the traceback, and so the connection alive
+            connection.close()  # caplog keeps the traceback and with it the connection
             raise MemoryError
 
     listening.server.channel_class = Failing

@@ -14,7 +14,7 @@ import pytest
 from tests.client import Client
 from tests.conftest import ServeFunction
 from tests.event_source import events_of
-from tests.test_app import call
+from tests.flask_commands import call
 from tests.waiting import until
 
 
@@ -62,7 +62,7 @@ def test_the_sockets_mode_controls_access_and_the_log_says_so(
     assert [line for line in service.log if warning in line and f"(mode {bits:04o})" in line]
 
 
-def test_it_is_removed_at_a_clean_stop(serve: ServeFunction, path: Path) -> None:
+def test_a_clean_stop_removes_the_socket(serve: ServeFunction, path: Path) -> None:
     service = serve(CCM_UNIX_SOCKET=path)
     service.process.terminate()
 
@@ -70,7 +70,7 @@ def test_it_is_removed_at_a_clean_stop(serve: ServeFunction, path: Path) -> None
     assert not path.exists()
 
 
-def test_it_is_removed_when_the_start_is_refused(environ: dict[str, str], path: Path) -> None:
+def test_a_refused_start_removes_the_socket(environ: dict[str, str], path: Path) -> None:
     result = call([sys.executable, "app.py"], environ, CCM_UNIX_SOCKET=path, DATABASE_PATH="/nowhere/db.sqlite")
 
     assert result.returncode == 3
@@ -86,7 +86,7 @@ def test_the_socket_of_a_killed_service_is_replaced(serve: ServeFunction, path: 
     assert Client(serve(CCM_UNIX_SOCKET=path).url).get("/health").status == 200
 
 
-def test_a_second_instance_cannot_take_it(
+def test_a_second_instance_cannot_take_the_socket(
     serve: ServeFunction, environ: dict[str, str], path: Path, tmp_path: Path
 ) -> None:
     client = Client(serve(CCM_UNIX_SOCKET=path).url)
@@ -109,7 +109,9 @@ def test_another_programs_socket_is_left_untouched(environ: dict[str, str], path
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "directory"])
-def test_a_path_that_is_no_socket_is_refused_untouched(environ: dict[str, str], path: Path, kind: str) -> None:
+def test_a_path_that_is_not_a_socket_is_refused_and_left_untouched(
+    environ: dict[str, str], path: Path, kind: str
+) -> None:
     precious = path.with_name("precious.txt")
     precious.write_text("Dear diary.")
     if kind == "directory":

@@ -1,4 +1,4 @@
-"""The settings: defaults, invalid values, and the README's table."""
+"""Settings: defaults, invalid values, and the README's table."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_duration_is_in_seconds_or_has_a_unit(text: str, seconds: int) -> None
     assert Settings.from_env({"CCM_RUN_TIMEOUT": text}).run_timeout == seconds
 
 
-def test_two_names_of_one_file_are_one_database(tmp_path: Path) -> None:
+def test_two_names_of_one_file_give_one_database(tmp_path: Path) -> None:
     (tmp_path / "link.sqlite").symlink_to(tmp_path / "real.sqlite")
     names = [Settings.from_env({"DATABASE_PATH": f"{tmp_path}/{name}.sqlite"}).url for name in ("link", "real")]
     assert names[0] == names[1]
@@ -178,7 +178,7 @@ def test_an_unknown_variable_gets_a_suggestion() -> None:
     assert unknown_variables(environ) == ["CCM_ALOWED_ROOTS is not a setting; did you mean CCM_ALLOWED_ROOTS?"]
 
 
-def test_the_readme_has_every_setting_with_its_default() -> None:
+def test_the_readme_lists_every_setting_with_its_default() -> None:
     text = README.read_text(encoding="utf-8")
     for entry in variables():
         default = entry["default"] if entry["default"].startswith("(") else f"`{entry['default']}`"

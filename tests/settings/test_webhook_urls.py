@@ -1,4 +1,4 @@
-"""The hosts that an operator's list allows webhooks to be sent to."""
+"""The operator's list of hosts that may receive webhooks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the stand-in for the Messages API reads what Claude Code sends: which prompt is the turn's, and how far it is."""
+"""How the stand-in for the Messages API finds the turn's prompt, and its progress, in Claude Code's requests."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ ANSWER = {"role": "assistant", "content": [text("After the tool.")]}
     ],
     ids=["no message", "beside the result", "two beside the result", "system, before 2.1.332", "system, in blocks"],
 )
-def test_a_message_in_mid_turn_continues_the_turn(after_the_tool: list[dict[str, Any]]) -> None:
+def test_a_message_during_a_turn_continues_the_turn(after_the_tool: list[dict[str, Any]]) -> None:
     messages = [user(text("<system-reminder>x</system-reminder>"), text(PROMPT)), CALL, *after_the_tool]
 
     assert current_turn(messages) == (PROMPT, 1)
 
 
-def test_a_message_after_the_turn_is_a_prompt() -> None:
+def test_a_message_after_a_turn_is_a_prompt() -> None:
     messages = [user(text(PROMPT)), CALL, user(RESULT, text(NOTE)), ANSWER, user(text("And now?"))]
 
     assert current_turn(messages) == ("And now?", 0)

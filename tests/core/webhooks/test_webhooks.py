@@ -126,7 +126,7 @@ def receiver() -> Iterator[Receiver]:
 
 
 def arrived(receiver: Receiver) -> list[tuple[str, str]]:
-    return [received.told for received in receiver.received]
+    return [received.run_and_type for received in receiver.received]
 
 
 def in_turn(*replies: Reply) -> Callable[[Received], Reply]:
@@ -203,10 +203,10 @@ def test_the_addresses_of_run_and_service_get_the_same_id_and_separate_orders(
     harness.settled(run_id, *["delivered"] * 4)
     harness.settled(silent, "delivered")
     of_run, of_service = receiver.wait_for(2, "/run"), receiver.wait_for(3, "/service")
-    assert [r.told for r in of_run] == [(run_id, STARTED), (run_id, COMPLETED)]
-    assert [r.told[1] for r in of_service if r.told[0] == run_id] == [STARTED, COMPLETED]
-    ids = {(r.told[1], r.headers["webhook-id"]) for r in of_run}
-    assert ids == {(r.told[1], r.headers["webhook-id"]) for r in of_service if r.told[0] == run_id}
+    assert [r.run_and_type for r in of_run] == [(run_id, STARTED), (run_id, COMPLETED)]
+    assert [r.run_and_type[1] for r in of_service if r.run_and_type[0] == run_id] == [STARTED, COMPLETED]
+    ids = {(r.run_and_type[1], r.headers["webhook-id"]) for r in of_run}
+    assert ids == {(r.run_and_type[1], r.headers["webhook-id"]) for r in of_service if r.run_and_type[0] == run_id}
     harness.close()
 
 
@@ -250,7 +250,7 @@ def test_a_delivery_that_was_attempted_since_it_was_read_is_not_sent_early(
 
 
 def test_after_the_last_attempt_a_delivery_fails_and_the_next_one_is_sent(harness: Harness, receiver: Receiver) -> None:
-    receiver.reply = lambda received: Reply(500 if received.told[1] == STARTED else 200)
+    receiver.reply = lambda received: Reply(500 if received.run_and_type[1] == STARTED else 200)
     harness.start(schedule=IMMEDIATE_RETRIES)
     run_id = harness.run(receiver.url, STARTED, COMPLETED)
 

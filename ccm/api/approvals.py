@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from flask import Blueprint, Response, g
 
 from ccm.api.http.bodies import ApprovalBody
@@ -20,12 +22,7 @@ blueprint = Blueprint("approvals", __name__, url_prefix="/api")
 @route(blueprint, "GET", "/runs/<run_id>/approvals", query=PageQuery, returns=list[Approval])
 def of_run(run_id: str, query: PageQuery) -> Response:
     """List the approvals of a run, oldest first."""
-    queries = service().queries
-    return page(
-        query,
-        lambda limit, after: queries.run_approvals(run_id, limit=limit, after=after),
-        lambda approval: approval.seq,
-    )
+    return page(query, partial(service().queries.run_approvals, run_id), lambda approval: approval.seq)
 
 
 @route(blueprint, "GET", "/approvals", query=ApprovalsQuery, returns=list[Approval])
@@ -39,10 +36,8 @@ def approvals(query: ApprovalsQuery) -> Response:
         filters["sessionId"] = queries.session(filters["sessionId"]).id
 
     def read(limit: int, after: int | None) -> list[Approval]:
-        approvals = wait_until(
-            APPROVALS, query.wait, lambda: queries.approvals(filters, limit=limit, after=after) or None
-        )
-        return approvals or []
+        look = partial(queries.approvals, filters, limit=limit, after=after)
+        return wait_until(APPROVALS, query.wait, lambda: look() or None) or []
 
     # A waiting client needs a cursor past what it has seen, or the same pending approvals return at once.
     return page(query, read, lambda approval: approval.seq, grows=query.wait > 0)

@@ -1,10 +1,11 @@
-"""`/api/runs`: start, resume, fork, cancel and further input; runs, and their messages as a list and live."""
+"""`/api/runs`: start, resume, fork, cancel and further input; runs, their webhooks, their messages listed and live."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from flask import Blueprint, Response, g, request, url_for
 from werkzeug.exceptions import MethodNotAllowed
@@ -14,7 +15,7 @@ from ccm.api.http.cursor import END, HEADER, Cursor, after, last_event
 from ccm.api.http.extensions import service
 from ccm.api.http.message_lists import Extent, message_list
 from ccm.api.http.pagination import page
-from ccm.api.http.query import MessagesQuery, RunsQuery, StreamQuery, WaitQuery
+from ccm.api.http.query import MessagesQuery, PageQuery, RunsQuery, StreamQuery, WaitQuery
 from ccm.api.http.request_limiter import wait_until
 from ccm.api.http.responses import json_response
 from ccm.api.http.route import EVENT_STREAM, Messages, route
@@ -24,15 +25,14 @@ from ccm.core.policy.options import check_policy, check_webhook
 from ccm.core.runs.input import TakenIn
 from ccm.core.runs.request import Accepted, RunRequest
 from ccm.errors import RunAlreadyEnded, StillEnding, Unavailable
-from ccm.models import Run, RunMode, RunStatus
+from ccm.models import Delivery, Run, RunMode, RunStatus
+from ccm.models.fields import RESERVED_RUN_IDS
 
 blueprint = Blueprint("runs", __name__, url_prefix="/api/runs")
 
 # How long DELETE waits for a run to end (seconds): the timeouts of interrupt, terminate and kill
 # (core/claude/termination.py), and the time to store the end.
 CANCEL_TIMEOUT = 30.0
-# Paths of actions, which match the path of a run.
-ACTIONS = ("start", "resume", "fork")
 
 
 @blueprint.before_request
@@ -42,7 +42,7 @@ def _refuse_actions_as_run_ids() -> None:
     Raises:
         MethodNotAllowed: the path is that of an action.
     """
-    if request.endpoint in ("runs.run", "runs.cancel") and (request.view_args or {}).get("run_id") in ACTIONS:
+    if request.endpoint in ("runs.run", "runs.cancel") and (request.view_args or {}).get("run_id") in RESERVED_RUN_IDS:
         raise MethodNotAllowed(["POST"])
 
 
@@ -51,9 +51,7 @@ def start(query: WaitQuery, body: StartBody) -> Response:
     """Start a fresh run in a new session."""
 
     def accept(run_request: RunRequest) -> Accepted:
-        cwd = workdir.resolve(body.cwd, service().settings.allowed_roots)
-        opened = replace(run_request, described=body.described())
-        return service().runs.start(opened, cwd)
+        return service().runs.start(run_request, workdir.resolve(body.cwd, service().settings.allowed_roots))
 
     return _begin(RunMode.FRESH, query, body, accept)
 
@@ -84,8 +82,7 @@ def fork(query: WaitQuery, body: ForkBody) -> Response:
         cwd = None if body.cwd is None else workdir.resolve(body.cwd, roots)
         if cwd is None:
             workdir.check_roots(session.cwd, roots)
-        opened = replace(run_request, described=body.described())
-        return service().runs.fork(opened, session, point, cwd)
+        return service().runs.fork(run_request, session, point, cwd)
 
     return _begin(RunMode.FORK, query, body, accept)
 
@@ -99,7 +96,7 @@ def runs(query: RunsQuery) -> Response:
         filters["sessionId"] = queries.session(filters["sessionId"]).id
     if "cwd" in filters:
         filters["cwd"] = workdir.canonical(filters["cwd"])
-    return page(query, lambda limit, after: queries.runs(filters, limit=limit, after=after), lambda run: run.seq)
+    return page(query, partial(queries.runs, filters), lambda run: run.seq)
 
 
 @route(blueprint, "GET", "/<run_id>", query=WaitQuery, returns=Run)
@@ -155,6 +152,12 @@ def put_input(run_id: str, body: InputBody) -> Response:
     return json_response(service().input.put(run_id, body.prompt, body.pictures()).to_json(), 202)
 
 
+@route(blueprint, "GET", "/<run_id>/deliveries", query=PageQuery, returns=list[Delivery])
+def deliveries(run_id: str, query: PageQuery) -> Response:
+    """List the webhooks of a run, each with its attempts, oldest first."""
+    return page(query, partial(service().queries.deliveries, run_id), lambda delivery: delivery.id)
+
+
 def _begin(mode: RunMode, query: WaitQuery, body: RunBody, accept: Callable[[RunRequest], Accepted]) -> Response:
     """Validate a request for a run, and answer with the new run, or with the earlier run of the same key.
 
@@ -178,7 +181,8 @@ def _begin(mode: RunMode, query: WaitQuery, body: RunBody, accept: Callable[[Run
         prompt=body.prompt,
         images=body.pictures(),
         options=options,
-        stored=body.stored(),
+        stored=body.run_fields(),
+        described=body.session_fields(),
         created_by=g.client,
         idempotency_key=key,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 
 from flask import Blueprint, Response
 
@@ -28,12 +29,7 @@ def sessions(query: SessionsQuery) -> Response:
     filters = query.given("cwd", "q")
     if "cwd" in filters:
         filters["cwd"] = workdir.canonical(filters["cwd"])
-    queries = service().queries
-    return page(
-        query,
-        lambda limit, after: queries.sessions(filters, limit=limit, after=after),
-        lambda session: session.last_run_seq,
-    )
+    return page(query, partial(service().queries.sessions, filters), lambda session: session.last_run_seq)
 
 
 @route(blueprint, "GET", "/<session_id>", returns=Session)
@@ -78,23 +74,13 @@ def stream(session_id: str, query: StreamQuery) -> Response:
 @route(blueprint, "GET", "/<session_id>/runs", query=PageQuery, returns=list[Run])
 def runs(session_id: str, query: PageQuery) -> Response:
     """List the runs of a session, oldest first."""
-    queries = service().queries
-    return page(
-        query,
-        lambda limit, after: queries.session_runs(session_id, limit=limit, after=after),
-        lambda run: run.seq,
-    )
+    return page(query, partial(service().queries.session_runs, session_id), lambda run: run.seq)
 
 
 @route(blueprint, "GET", "/<session_id>/forks", query=PageQuery, returns=list[Session])
 def forks(session_id: str, query: PageQuery) -> Response:
     """List the sessions that were forked from a session, latest activity first."""
-    queries = service().queries
-    return page(
-        query,
-        lambda limit, after: queries.forks(session_id, limit=limit, after=after),
-        lambda session: session.last_run_seq,
-    )
+    return page(query, partial(service().queries.forks, session_id), lambda session: session.last_run_seq)
 
 
 def _start(session: Session, cursor: Cursor) -> tuple[int | None, int]:

@@ -17,7 +17,7 @@ import pydantic
 import pytest
 from claude_agent_sdk import AgentDefinition, ClaudeAgentOptions, ClaudeSDKClient, CLIConnectionError
 
-from ccm.api.http.options import ARGUMENTS_OF_OPTIONS, OWNED_ARGUMENTS, SERVICE_OWNED, Agent, Options
+from ccm.api.http.options_body import ARGUMENTS_OF_OPTIONS, OWNED_ARGUMENTS, SERVICE_OWNED, Agent, Options
 from ccm.core.claude.options import RENAMED, sdk_arguments
 
 # Options that are translated, and the SDK's options that carry them. (The SDK's own `sandbox` would put the settings

@@ -16,7 +16,7 @@ from flask import Request
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import ErrorDetails, from_json
 
-from ccm.api.http.options import SERVICE_OWNED, Options, Strict
+from ccm.api.http.options_body import SERVICE_OWNED, Options, Strict
 from ccm.core.runs.request import IfBusy
 from ccm.errors import TooLarge, UnsupportedMediaType, ValidationError
 from ccm.models import Answer, Decision, IdempotencyKey, Image, Run
@@ -117,12 +117,12 @@ class RunBody(InputBody):
     approvals: Approvals = False
     approvalTimeoutMs: ApprovalTimeoutMs = None
 
-    def stored(self) -> dict[str, Any]:
+    def run_fields(self) -> dict[str, Any]:
         """Return the fields that are stored with the run under the same names."""
         return self.model_dump(include=set(RunBody.model_fields) & set(Run.shape.shown), exclude={"options"})
 
-    def described(self) -> dict[str, Any]:
-        """Return the given fields that are stored with the session under the same names."""
+    def session_fields(self) -> dict[str, Any]:
+        """Return the given fields that are stored with a new session under the same names. A resume has none."""
         return self.model_dump(include=set(SessionBody.model_fields), exclude_unset=True)
 
     @field_validator("approvalTimeoutMs")

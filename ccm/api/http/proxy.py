@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from ccm.api.http.auth import HOST
+from ccm.api.http.admission import HOST
 from ccm.errors import ValidationError
 from ccm.settings.parsers import UNIX_PEER, URL_PREFIX
 

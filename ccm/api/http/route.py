@@ -15,7 +15,7 @@ from pydantic.alias_generators import to_camel
 
 from ccm.api.http.bodies import read_body, refuse_idempotency_key
 from ccm.api.http.extensions import service
-from ccm.api.http.options import Strict
+from ccm.api.http.options_body import Strict
 from ccm.api.http.query import Query
 from ccm.errors import ValidationError
 

@@ -18,7 +18,7 @@ from ccm.api.http.pagination import page
 from ccm.api.http.query import MessagesQuery, PageQuery, RunsQuery, StreamQuery, WaitQuery
 from ccm.api.http.request_limiter import wait_until
 from ccm.api.http.responses import json_response
-from ccm.api.http.route import EVENT_STREAM, Messages, route
+from ccm.api.http.route import EVENT_STREAM, Messages, Route
 from ccm.api.http.sse import event_stream, no_more_events
 from ccm.core.policy import workdir
 from ccm.core.policy.options import check_policy, check_webhook
@@ -46,7 +46,7 @@ def _refuse_actions_as_run_ids() -> None:
         raise MethodNotAllowed(["POST"])
 
 
-@route(blueprint, "POST", "/start", query=WaitQuery, body=StartBody, returns=Run, status=(200, 202), takes_key=True)
+@Route(blueprint, "POST", "/start", query=WaitQuery, body=StartBody, returns=Run, status=(200, 202), takes_key=True)
 def start(query: WaitQuery, body: StartBody) -> Response:
     """Start a fresh run in a new session."""
 
@@ -56,7 +56,7 @@ def start(query: WaitQuery, body: StartBody) -> Response:
     return _begin(RunMode.FRESH, query, body, accept)
 
 
-@route(blueprint, "POST", "/resume", query=WaitQuery, body=ResumeBody, returns=Run, status=(200, 202), takes_key=True)
+@Route(blueprint, "POST", "/resume", query=WaitQuery, body=ResumeBody, returns=Run, status=(200, 202), takes_key=True)
 def resume(query: WaitQuery, body: ResumeBody) -> Response:
     """Continue a session with another run."""
 
@@ -70,7 +70,7 @@ def resume(query: WaitQuery, body: ResumeBody) -> Response:
     return _begin(RunMode.RESUME, query, body, accept)
 
 
-@route(blueprint, "POST", "/fork", query=WaitQuery, body=ForkBody, returns=Run, status=(200, 202), takes_key=True)
+@Route(blueprint, "POST", "/fork", query=WaitQuery, body=ForkBody, returns=Run, status=(200, 202), takes_key=True)
 def fork(query: WaitQuery, body: ForkBody) -> Response:
     """Branch off a session into a new one."""
 
@@ -87,7 +87,7 @@ def fork(query: WaitQuery, body: ForkBody) -> Response:
     return _begin(RunMode.FORK, query, body, accept)
 
 
-@route(blueprint, "GET", "", query=RunsQuery, returns=list[Run])
+@Route(blueprint, "GET", "", query=RunsQuery, returns=list[Run])
 def runs(query: RunsQuery) -> Response:
     """List the runs, newest first. Filters: status, sessionId, cwd, mode."""
     filters = query.given("status", "sessionId", "cwd", "mode")
@@ -99,13 +99,13 @@ def runs(query: RunsQuery) -> Response:
     return page(query, partial(queries.runs, filters), lambda run: run.seq)
 
 
-@route(blueprint, "GET", "/<run_id>", query=WaitQuery, returns=Run)
+@Route(blueprint, "GET", "/<run_id>", query=WaitQuery, returns=Run)
 def run(run_id: str, query: WaitQuery) -> Response:
     """Return a run. With wait: once it has ended."""
     return json_response(_wait_for_end(service().queries.run(run_id), query.wait).to_json())
 
 
-@route(blueprint, "DELETE", "/<run_id>", returns=Run)
+@Route(blueprint, "DELETE", "/<run_id>", returns=Run)
 def cancel(run_id: str) -> Response:
     """Cancel a run."""
     run = service().runs.cancel(run_id)
@@ -118,7 +118,7 @@ def cancel(run_id: str) -> Response:
     return json_response(run.to_json())
 
 
-@route(blueprint, "GET", "/<run_id>/messages", query=MessagesQuery, returns=Messages)
+@Route(blueprint, "GET", "/<run_id>/messages", query=MessagesQuery, returns=Messages)
 def messages(run_id: str, query: MessagesQuery) -> Response:
     """List the SDK messages of a run, in order and unchanged."""
     cursor = after(query.after)
@@ -133,7 +133,7 @@ def messages(run_id: str, query: MessagesQuery) -> Response:
     return message_list(query, run_id, measure)
 
 
-@route(blueprint, "GET", "/<run_id>/stream", query=StreamQuery, returns=EVENT_STREAM, status=(200, 204))
+@Route(blueprint, "GET", "/<run_id>/stream", query=StreamQuery, returns=EVENT_STREAM, status=(200, 204))
 def stream(run_id: str, query: StreamQuery) -> Response:
     """Stream the same messages as Server-Sent Events: the stored ones, then live, then the ended run."""
     run = service().queries.run(run_id)
@@ -146,13 +146,13 @@ def stream(run_id: str, query: StreamQuery) -> Response:
     return event_stream(lambda subscription: subscription.run(run.id, index), lambda _: "")
 
 
-@route(blueprint, "POST", "/<run_id>/input", body=InputBody, returns=TakenIn, status=(202,))
+@Route(blueprint, "POST", "/<run_id>/input", body=InputBody, returns=TakenIn, status=(202,))
 def put_input(run_id: str, body: InputBody) -> Response:
     """Send a user's message to a running run."""
     return json_response(service().input.put(run_id, body.prompt, body.pictures()).to_json(), 202)
 
 
-@route(blueprint, "GET", "/<run_id>/deliveries", query=PageQuery, returns=list[Delivery])
+@Route(blueprint, "GET", "/<run_id>/deliveries", query=PageQuery, returns=list[Delivery])
 def deliveries(run_id: str, query: PageQuery) -> Response:
     """List the webhooks of a run, each with its attempts, oldest first."""
     return page(query, partial(service().queries.deliveries, run_id), lambda delivery: delivery.id)

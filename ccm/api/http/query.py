@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-import binascii
+import contextlib
 import re
 from collections.abc import Callable
 from enum import StrEnum
@@ -38,12 +38,10 @@ def cursor_of(position: int) -> str:
 
 
 def _decode_cursor(cursor: str) -> int:
-    try:
+    with contextlib.suppress(ValueError):
         position = base64.urlsafe_b64decode(cursor.encode("ascii")).decode("ascii")
         if POSITION.fullmatch(position):
             return int(position)
-    except (binascii.Error, UnicodeError, ValueError):
-        pass
     raise ValueError("is not one that this service gave; take it from a Link header")
 
 
@@ -105,7 +103,6 @@ Types = Annotated[
     Field(description="The types of message to keep, separated by commas."),
 ]
 Text = Annotated[str, AfterValidator(no_nul)]
-RunStatusFilter = Annotated[RunStatus, BeforeValidator(_one_of(RunStatus))]
 
 
 class Query(BaseModel):
@@ -143,11 +140,8 @@ class Query(BaseModel):
 class Paged(Protocol):
     """The parameters of a request for a page."""
 
-    @property
-    def limit(self) -> int: ...
-
-    @property
-    def cursor(self) -> int | None: ...
+    limit: int
+    cursor: int | None
 
 
 class PageQuery(Query):
@@ -164,7 +158,9 @@ class StreamQuery(Query):
 
 
 class RunsQuery(Query):
-    status: RunStatusFilter | None = Field(default=None, description="Runs of this status.")
+    status: Annotated[RunStatus, BeforeValidator(_one_of(RunStatus))] | None = Field(
+        default=None, description="Runs of this status."
+    )
     sessionId: Text | None = Field(default=None, description="Runs of this session.")
     cwd: Text | None = Field(default=None, description="Runs in this directory.")
     mode: Annotated[RunMode, BeforeValidator(_one_of(RunMode))] | None = Field(

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return a JSON response in ASCII, because a lone surrogate in a message cannot be encoded as UTF-8."""
-    return Response(json.dumps(body) + "\n", status, dict(headers or {}), mimetype="application/json")
+    return Response(json.dumps(body) + "\n", status, headers, mimetype="application/json")
 
 
 def register_error_handlers(app: Flask) -> None:

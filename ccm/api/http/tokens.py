@@ -35,7 +35,7 @@ class Tokens:
         self._failure: int | None = None
         self._single = {} if settings.api_token is None else {SINGLE: settings.api_token}
         self._digests = {_digest(token): name for name, token in self._single.items()}
-        self.required = bool(self._single) or self._file is not None
+        self.required = settings.has_tokens
 
     def client(self, token: str) -> str | None:
         """Return the name of a token's client, None if the token is not accepted."""
@@ -61,10 +61,9 @@ class Tokens:
             except BadSetting as error:
                 # A typo of the operator must not lock out all clients.
                 log.warning("the tokens stay as they were: %s", error, extra={"event": "token_file_invalid"})
-                self._file_state, self._failure = state, None
-                return
+            else:
+                self._use(tokens)
             self._file_state, self._failure = state, None
-            self._use(tokens)
 
     def _reject_all(self, file: Path, error: OSError) -> None:
         """Accept no token while the file cannot be read.

@@ -11,7 +11,7 @@ from flask import Blueprint, Response, g, request, url_for
 from werkzeug.exceptions import MethodNotAllowed
 
 from ccm.api.http.bodies import ForkBody, InputBody, ResumeBody, RunBody, StartBody, idempotency_key
-from ccm.api.http.cursor import END, HEADER, Cursor, after, last_event
+from ccm.api.http.cursor import END, HEADER, Cursor, last_event
 from ccm.api.http.extensions import service
 from ccm.api.http.message_lists import Extent, message_list
 from ccm.api.http.pagination import page
@@ -121,7 +121,7 @@ def cancel(run_id: str) -> Response:
 @Route(blueprint, "GET", "/<run_id>/messages", query=MessagesQuery, returns=Messages)
 def messages(run_id: str, query: MessagesQuery) -> Response:
     """List the SDK messages of a run, in order and unchanged."""
-    cursor = after(query.after)
+    cursor = Cursor("after", query.after)
     index = cursor.index()
     queries = service().queries
 

@@ -8,7 +8,7 @@ from functools import partial
 from flask import Blueprint, Response
 
 from ccm.api.http.bodies import SessionBody
-from ccm.api.http.cursor import Cursor, after, last_event
+from ccm.api.http.cursor import Cursor, last_event
 from ccm.api.http.extensions import service
 from ccm.api.http.message_lists import Extent, message_list
 from ccm.api.http.pagination import page
@@ -48,7 +48,7 @@ def describe(session_id: str, body: SessionBody) -> Response:
 @Route(blueprint, "GET", "/<session_id>/messages", query=SessionMessagesQuery, returns=Messages)
 def messages(session_id: str, query: SessionMessagesQuery) -> Response:
     """List the SDK messages of a session's runs, in order. history=full prepends those that the session continued."""
-    position = after(query.after).in_session()
+    position = Cursor("after", query.after).in_session()
     queries = service().queries
     session = queries.session(session_id)
 

@@ -60,7 +60,6 @@ def plain_json(value: Any) -> Any:
 Id = Annotated[str, Field(pattern=rf"^{RUN_ID.pattern}$"), Mark.ID]
 Timestamp = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 Count = Annotated[int, Field(ge=0), Mark.COUNT]
-JsonObject = dict[str, Any]
 
 PROMPT = "The user's message to Claude Code."
 Prompt = Annotated[str, Field(max_length=PROMPT_CHARACTERS, description=PROMPT), AfterValidator(not_blank)]

@@ -37,10 +37,10 @@ def web_address(url: str) -> str:
         )
     try:
         parts = urlsplit(url)  # validates IPv6 addresses
-        usable = bool(parts.hostname) and parts.port != 0
+        host, port = parts.hostname or "", parts.port
     except ValueError:
-        usable = False
-    if not usable or ".." in (parts.hostname or "") or len(parts.hostname or "") > HOST_CHARACTERS:
+        host, port = "", None
+    if not host or port == 0 or ".." in host or len(host) > HOST_CHARACTERS:
         raise ValueError("must have a valid host, and a port from 1 to 65535 if it names one")
     return url
 

@@ -18,22 +18,7 @@ from pydantic_core import ErrorDetails, from_json
 from ccm.api.http.options_body import SERVICE_OWNED, Options, Strict
 from ccm.core.runs.request import IfBusy
 from ccm.errors import TooLarge, UnsupportedMediaType, ValidationError
-from ccm.models import Answer, Decision, IdempotencyKey, Image, Run
-from ccm.models.fields import (
-    RUN_ID,
-    Approvals,
-    ApprovalTimeoutMs,
-    DenialMessage,
-    Interrupt,
-    Metadata,
-    Prompt,
-    Remember,
-    TimeoutMs,
-    Title,
-    UpdatedInput,
-    WebhookUrl,
-    no_nul,
-)
+from ccm.models import Answer, Decision, IdempotencyKey, Image, Run, fields
 
 MAX_IMAGES = 20
 IMAGE_CHARACTERS = 27_000_000
@@ -62,12 +47,12 @@ def _uuid(text: str) -> str:
 
 
 def _run_id(text: str) -> str:
-    if not RUN_ID.fullmatch(text):
+    if not fields.RUN_ID.fullmatch(text):
         raise ValueError("must be the id of a run, such as 160f5bda-edc4-4a77-aa69-dad3a26497bb")
     return text
 
 
-Path = Annotated[str, Field(min_length=1, max_length=PATH_CHARACTERS), AfterValidator(no_nul)]
+Path = Annotated[str, Field(min_length=1, max_length=PATH_CHARACTERS), AfterValidator(fields.no_nul)]
 # A UUID in its usual form. Claude Code would also accept a session's title, and so another session.
 Id = Annotated[str, AfterValidator(_uuid)]
 RunId = Annotated[str, AfterValidator(_run_id)]
@@ -91,7 +76,7 @@ class ImageBody(Strict):
 class InputBody(Strict):
     """A user's message."""
 
-    prompt: Prompt
+    prompt: fields.Prompt
     images: Annotated[list[ImageBody], Field(max_length=MAX_IMAGES)] = Field(default_factory=list)
 
     def pictures(self) -> tuple[Image, ...]:
@@ -101,18 +86,18 @@ class InputBody(Strict):
 class SessionBody(Strict):
     """A client's description of a session."""
 
-    title: Title = None
-    metadata: Metadata | None = None
+    title: fields.Title = None
+    metadata: fields.Metadata | None = None
 
 
 class RunBody(InputBody):
     """The common fields of the bodies that start a run."""
 
     options: Options = Options()
-    timeoutMs: TimeoutMs = None
-    webhookUrl: WebhookUrl = None
-    approvals: Approvals = False
-    approvalTimeoutMs: ApprovalTimeoutMs = None
+    timeoutMs: fields.TimeoutMs = None
+    webhookUrl: fields.WebhookUrl = None
+    approvals: fields.Approvals = False
+    approvalTimeoutMs: fields.ApprovalTimeoutMs = None
 
     def run_fields(self) -> dict[str, Any]:
         """Return the fields that are stored with the run under the same names."""
@@ -132,8 +117,8 @@ class RunBody(InputBody):
 
 class StartBody(RunBody):
     cwd: Path
-    title: Title = None
-    metadata: Metadata | None = None
+    title: fields.Title = None
+    metadata: fields.Metadata | None = None
 
 
 class ResumeBody(RunBody):
@@ -146,18 +131,18 @@ class ForkBody(RunBody):
     atRunId: RunId | None = None
     atMessage: Id | None = None
     cwd: Path | None = None
-    title: Title = None
-    metadata: Metadata | None = None
+    title: fields.Title = None
+    metadata: fields.Metadata | None = None
 
 
 class ApprovalBody(Strict):
     """The answer to an approval."""
 
     decision: Decision
-    updatedInput: UpdatedInput = None
-    remember: Remember = False
-    message: DenialMessage = None
-    interrupt: Interrupt = False
+    updatedInput: fields.UpdatedInput = None
+    remember: fields.Remember = False
+    message: fields.DenialMessage = None
+    interrupt: fields.Interrupt = False
 
     @field_validator("updatedInput", "remember", "message", "interrupt")
     @classmethod

@@ -133,8 +133,7 @@ class Query(BaseModel):
 
     def given(self, *names: str) -> dict[str, str]:
         """Return those of the named parameters that have a value."""
-        values = {name: getattr(self, name) for name in names}
-        return {name: value for name, value in values.items() if value is not None}
+        return self.model_dump(include=set(names), exclude_none=True)
 
 
 class Paged(Protocol):

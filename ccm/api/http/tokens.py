@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import hmac
 import logging
 import os
 import threading
@@ -20,7 +19,7 @@ SINGLE = "api"
 
 
 class Tokens:
-    """The accepted tokens, kept as digests, so that the time of a comparison does not depend on the token sent.
+    """The accepted tokens, kept as digests, so that the time of a look-up reveals nothing about a token.
 
     Args:
         settings: has the single token, or the file of tokens, which is read again when it changes.
@@ -41,12 +40,7 @@ class Tokens:
         """Return the name of a token's client, None if the token is not accepted."""
         if self._file is not None:
             self._refresh(self._file)
-        digest_of_token = _digest(token)
-        name = None
-        for digest, client in self._digests.items():
-            if hmac.compare_digest(digest, digest_of_token):
-                name = client
-        return name
+        return self._digests.get(_digest(token))
 
     def _refresh(self, file: Path) -> None:
         with self._lock:
@@ -74,12 +68,8 @@ class Tokens:
         if self._failure == error.errno:
             return  # logged once: a line per request would flood the log
         self._failure = error.errno
-        log.warning(
-            "no token is accepted, because CCM_API_TOKEN_FILE %s cannot be read: %s",
-            file,
-            error.strerror,
-            extra={"event": "token_file_unreadable"},
-        )
+        sentence = "no token is accepted, because CCM_API_TOKEN_FILE %s cannot be read: %s"
+        log.warning(sentence, file, error.strerror, extra={"event": "token_file_unreadable"})
         self._use({})
 
     def _use(self, tokens: dict[str, str]) -> None:

@@ -88,7 +88,7 @@ Limit = Annotated[
     BeforeValidator(_limit),
     Field(description="The maximum number of items."),
 ]
-Cursor = Annotated[
+PageCursor = Annotated[
     Annotated[int, BeforeValidator(_decode_cursor), WithJsonSchema({"type": "string"})] | None,
     Field(description="Where the page begins, from the `Link` header of the page before."),
 ]
@@ -145,7 +145,7 @@ class Paged(Protocol):
 
 class PageQuery(Query):
     limit: Limit = DEFAULT_LIMIT
-    cursor: Cursor = None
+    cursor: PageCursor = None
 
 
 class WaitQuery(Query):
@@ -166,7 +166,7 @@ class RunsQuery(Query):
         default=None, description="Runs of this mode."
     )
     limit: Limit = DEFAULT_LIMIT
-    cursor: Cursor = None
+    cursor: PageCursor = None
 
 
 class SessionsQuery(Query):
@@ -175,7 +175,7 @@ class SessionsQuery(Query):
         default=None, description="Sessions with this text in their title or in a prompt of their runs."
     )
     limit: Limit = DEFAULT_LIMIT
-    cursor: Cursor = None
+    cursor: PageCursor = None
 
 
 class ApprovalsQuery(Query):
@@ -185,7 +185,7 @@ class ApprovalsQuery(Query):
     runId: Text | None = Field(default=None, description="Approvals of this run.")
     sessionId: Text | None = Field(default=None, description="Approvals of this session.")
     limit: Limit = DEFAULT_LIMIT
-    cursor: Cursor = None
+    cursor: PageCursor = None
     wait: Wait = 0.0
 
 

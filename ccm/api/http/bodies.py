@@ -189,9 +189,7 @@ def read_body(request: Request, model: type[Body], limit: int) -> Body:
     try:
         return model.model_validate_json(data)
     except pydantic.ValidationError as error:
-        raise _validation_error(
-            error.errors(include_url=False, include_context=False, include_input=False), data, model
-        ) from None
+        raise _validation_error(error, data, model) from None
 
 
 def _has_too_many_parts(data: bytes) -> bool:
@@ -232,13 +230,11 @@ def refuse_idempotency_key(request: Request) -> None:
 
 
 # pydantic's error types for values of the wrong type.
-WRONG_TYPES = frozenset(
-    {"string_type", "list_type", "dict_type", "model_type", "model_attributes_type", "literal_error", "enum"}
-)
+WRONG_TYPES = ("string_type", "list_type", "dict_type", "model_type", "model_attributes_type", "literal_error", "enum")
 
 
-def _validation_error(errors: list[ErrorDetails], data: bytes, model: type[Strict]) -> ValidationError:
-    error = _closest(errors)
+def _validation_error(errors: pydantic.ValidationError, data: bytes, model: type[Strict]) -> ValidationError:
+    error = _closest(errors.errors(include_url=False, include_context=False, include_input=False))
     if error["type"] == "json_invalid":
         return ValidationError(f"The body is no valid JSON: {error['msg'].removeprefix('Invalid JSON: ')}.")
     path = _path(error, from_json(data))

@@ -45,24 +45,22 @@ SERVICE_OWNED = {
     "user": "agents run as the service's user",
 }
 # Arguments of the CLI that the service sets, or that would override one of them.
-OWNED_ARGUMENTS = frozenset(
-    {
-        "continue",
-        "fork-session",
-        "from-pr",
-        "input-format",
-        "no-session-persistence",
-        "output-format",
-        "permission-prompt-tool",
-        "print",
-        "replay-user-messages",
-        "resume",
-        "resume-drops-turn",
-        "resume-session-at",
-        "session-id",
-        "session-mirror",
-        "verbose",
-    }
+OWNED_ARGUMENTS = (
+    "continue",
+    "fork-session",
+    "from-pr",
+    "input-format",
+    "no-session-persistence",
+    "output-format",
+    "permission-prompt-tool",
+    "print",
+    "replay-user-messages",
+    "resume",
+    "resume-drops-turn",
+    "resume-session-at",
+    "session-id",
+    "session-mirror",
+    "verbose",
 )
 # Arguments of the CLI that would bypass the ceiling on an option, because the last argument wins.
 ARGUMENTS_OF_OPTIONS = {
@@ -70,14 +68,12 @@ ARGUMENTS_OF_OPTIONS = {
     "max-turns": "maxTurns",
     "setting-sources": "settingSources",
 }
-OWNED_VARIABLES = frozenset(
-    {
-        "CLAUDECODE",
-        "CLAUDE_AGENT_SDK_VERSION",
-        "CLAUDE_CODE_EMIT_SESSION_STATE_EVENTS",
-        "CLAUDE_CODE_SDK_READS_SESSION_STATE",
-        "CLAUDE_CODE_TMPDIR",
-    }
+OWNED_VARIABLES = (
+    "CLAUDECODE",
+    "CLAUDE_AGENT_SDK_VERSION",
+    "CLAUDE_CODE_EMIT_SESSION_STATE_EVENTS",
+    "CLAUDE_CODE_SDK_READS_SESSION_STATE",
+    "CLAUDE_CODE_TMPDIR",
 )
 
 

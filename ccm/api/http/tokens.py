@@ -50,7 +50,14 @@ class Tokens:
                     return
                 tokens = read_tokens(file)
             except OSError as error:
-                self._reject_all(file, error)
+                # No token is accepted. Each request tries again, because the reason may pass without a change of the
+                # file, such as too many open files.
+                self._file_state = None
+                if self._failure != error.errno:  # logged once: a line per request would flood the log
+                    self._failure = error.errno
+                    sentence = "no token is accepted, because CCM_API_TOKEN_FILE %s cannot be read: %s"
+                    log.warning(sentence, file, error.strerror, extra={"event": "token_file_unreadable"})
+                    self._use({})
                 return
             except BadSetting as error:
                 # A typo of the operator must not lock out all clients.
@@ -58,19 +65,6 @@ class Tokens:
             else:
                 self._use(tokens)
             self._file_state, self._failure = state, None
-
-    def _reject_all(self, file: Path, error: OSError) -> None:
-        """Accept no token while the file cannot be read.
-
-        Each request tries again, because the reason may pass without a change of the file, such as too many open files.
-        """
-        self._file_state = None
-        if self._failure == error.errno:
-            return  # logged once: a line per request would flood the log
-        self._failure = error.errno
-        sentence = "no token is accepted, because CCM_API_TOKEN_FILE %s cannot be read: %s"
-        log.warning(sentence, file, error.strerror, extra={"event": "token_file_unreadable"})
-        self._use({})
 
     def _use(self, tokens: dict[str, str]) -> None:
         self._digests = {_digest(token): name for name, token in self._single.items() | tokens.items()}

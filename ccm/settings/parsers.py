@@ -61,7 +61,7 @@ def money(value: str) -> float:
 
 
 def seconds_in(value: str, units: Sequence[str]) -> int | None:
-    """A whole number with one of these of UNITS, in seconds. None if it is no such duration."""
+    """Return the seconds of a whole number with one of these UNITS. None if the text is no such duration."""
     match = re.fullmatch(r"([0-9]{1,9})([a-z]?)", value)
     return int(match[1]) * UNITS[match[2]] if match is not None and match[2] in units else None
 

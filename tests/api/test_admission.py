@@ -1,7 +1,7 @@
-"""Admission checks: every path is behind the guard, and each of its checks refuses the requests that it is made for.
+"""Admission checks: every path is behind them, and each refuses the requests that it is made for.
 
 The requests are made in process. Those that waitress reads in its own way are sent to a served service, and so is the
-sequence that shows that the guard is in front of it.
+sequence that shows that they are in front of it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""File descriptors: the limit, what needs them, and a check that enough are left for a run."""
+"""File descriptors: their limit, their uses, and a check that enough are left for a run."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ import sys
 import time
 import warnings
 
-LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
 # Werkzeug colours its log lines under `flask run`.
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -34,7 +33,7 @@ def configure(level: str) -> None:
     """Log records of `level` and above to stderr. For entry points only, because it replaces the process's handlers."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLineFormatter())
-    logging.basicConfig(level=LEVELS[level], handlers=[handler], force=True)
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("claude_agent_sdk").setLevel(logging.CRITICAL)  # the runs' own errors report them
     # The SDK warns that an option makes some permission questions unnecessary, which is why it was set.
     warnings.filterwarnings("ignore", "can_use_tool will not be invoked")

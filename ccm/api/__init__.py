@@ -8,18 +8,19 @@ from __future__ import annotations
 import logging
 import re
 import uuid
+from functools import partial
+from threading import Semaphore
 
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import NotFound
 from werkzeug.routing import RequestRedirect
 
-from ccm.api import approvals, deliveries, events, health, runs, sessions
-from ccm.api.http.auth import Guard
-from ccm.api.http.auth_tokens import Tokens
-from ccm.api.http.extensions import attach, guard, service
+from ccm.api import approvals, events, health, runs, sessions
+from ccm.api.http.admission import Admission
+from ccm.api.http.extensions import HELD_SLOTS, SERVICE, service
 from ccm.api.http.proxy import Forwarded, check_forwarded
-from ccm.api.http.request_limiter import RequestLimiter
 from ccm.api.http.responses import register_error_handlers
+from ccm.api.http.tokens import Tokens
 from ccm.core.service import Service
 
 log = logging.getLogger(__name__)
@@ -31,22 +32,22 @@ REQUEST_ID = re.compile(r"[\w.:-]{1,100}", re.ASCII)
 def register(app: Flask, the_service: Service) -> None:
     """Add the API to an app. Open nothing, and start no thread."""
     settings = the_service.settings
-    attach(app, the_service, Guard(settings.allowed_hosts, Tokens(settings)), RequestLimiter(settings.max_held))
+    app.extensions |= {SERVICE: the_service, HELD_SLOTS: Semaphore(settings.max_held)}
     app.wsgi_app = Forwarded(  # type: ignore[method-assign]
         app.wsgi_app, settings.trusted_proxy, settings.url_prefix
     )
-    app.before_request(_begin)
+    app.before_request(partial(_begin, Admission(settings.allowed_hosts, Tokens(settings))))
     app.after_request(_finish)
     register_error_handlers(app)
-    for module in (health, runs, sessions, approvals, events, deliveries):
+    for module in (health, runs, sessions, approvals, events):
         app.register_blueprint(module.blueprint)
 
 
-def _begin() -> None:
+def _begin(admission: Admission) -> None:
     given = request.headers.get("X-Request-Id", "")
     g.request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
     check_forwarded(request.environ)
-    g.client = guard().admit(request)
+    g.client = admission.check(request)
     if isinstance(request.routing_exception, RequestRedirect):
         raise NotFound  # an empty path; this API answers with no redirects
     # Under `flask run` the first request starts the service; under `python app.py` it has been started.

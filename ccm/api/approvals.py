@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from flask import Blueprint, Response, g
 
 from ccm.api.http.bodies import ApprovalBody
@@ -10,25 +12,20 @@ from ccm.api.http.pagination import page
 from ccm.api.http.query import ApprovalsQuery, PageQuery
 from ccm.api.http.request_limiter import wait_until
 from ccm.api.http.responses import json_response
-from ccm.api.http.route import route
+from ccm.api.http.route import Route
 from ccm.core.storage.notifier import APPROVALS
 from ccm.models import Approval
 
 blueprint = Blueprint("approvals", __name__, url_prefix="/api")
 
 
-@route(blueprint, "GET", "/runs/<run_id>/approvals", query=PageQuery, returns=list[Approval])
+@Route(blueprint, "GET", "/runs/<run_id>/approvals", query=PageQuery, returns=list[Approval])
 def of_run(run_id: str, query: PageQuery) -> Response:
     """List the approvals of a run, oldest first."""
-    queries = service().queries
-    return page(
-        query,
-        lambda limit, after: queries.run_approvals(run_id, limit=limit, after=after),
-        lambda approval: approval.seq,
-    )
+    return page(query, partial(service().queries.run_approvals, run_id), lambda approval: approval.seq)
 
 
-@route(blueprint, "GET", "/approvals", query=ApprovalsQuery, returns=list[Approval])
+@Route(blueprint, "GET", "/approvals", query=ApprovalsQuery, returns=list[Approval])
 def approvals(query: ApprovalsQuery) -> Response:
     """List the approvals of all runs, oldest first. Filters: status, runId, sessionId. With wait: once there is one."""
     filters = query.given("status", "runId", "sessionId")
@@ -39,22 +36,20 @@ def approvals(query: ApprovalsQuery) -> Response:
         filters["sessionId"] = queries.session(filters["sessionId"]).id
 
     def read(limit: int, after: int | None) -> list[Approval]:
-        approvals = wait_until(
-            APPROVALS, query.wait, lambda: queries.approvals(filters, limit=limit, after=after) or None
-        )
-        return approvals or []
+        look = partial(queries.approvals, filters, limit=limit, after=after)
+        return wait_until(APPROVALS, query.wait, lambda: look() or None) or []
 
     # A waiting client needs a cursor past what it has seen, or the same pending approvals return at once.
     return page(query, read, lambda approval: approval.seq, grows=query.wait > 0)
 
 
-@route(blueprint, "GET", "/approvals/<approval_id>", returns=Approval)
+@Route(blueprint, "GET", "/approvals/<approval_id>", returns=Approval)
 def approval(approval_id: str) -> Response:
     """Return an approval."""
     return json_response(service().queries.approval(approval_id).to_json())
 
 
-@route(blueprint, "POST", "/approvals/<approval_id>", body=ApprovalBody, returns=Approval)
+@Route(blueprint, "POST", "/approvals/<approval_id>", body=ApprovalBody, returns=Approval)
 def decide(approval_id: str, body: ApprovalBody) -> Response:
     """Answer an approval. The first answer counts."""
     return json_response(service().approvals.answer(approval_id, body.answer(), g.client).to_json())

@@ -9,7 +9,7 @@ from flask import Blueprint, Response
 from ccm.api.http.cursor import Cursor, last_event
 from ccm.api.http.extensions import service
 from ccm.api.http.query import StreamQuery
-from ccm.api.http.route import EVENT_STREAM, route
+from ccm.api.http.route import EVENT_STREAM, Route
 from ccm.api.http.sse import feed
 
 blueprint = Blueprint("events", __name__)
@@ -19,7 +19,7 @@ NOW = "now"
 ID = re.compile(r"\d{1,16}", re.ASCII)
 
 
-@route(blueprint, "GET", "/api/events", query=StreamQuery, returns=EVENT_STREAM)
+@Route(blueprint, "GET", "/api/events", query=StreamQuery, returns=EVENT_STREAM)
 def events(query: StreamQuery) -> Response:
     """Stream the events of all runs and approvals as Server-Sent Events: the stored ones, then live."""
     return feed(_last_read(last_event(query.after)))

@@ -10,7 +10,7 @@ from flask import Blueprint, Response, current_app
 from ccm import __version__
 from ccm.api.http.extensions import service
 from ccm.api.http.responses import json_response
-from ccm.api.http.route import route
+from ccm.api.http.route import Route
 
 blueprint = Blueprint("health", __name__)
 
@@ -27,7 +27,7 @@ def health() -> Response:
     return json_response({"status": "unavailable", "error": error} | problems, 503, {"Retry-After": "5"})
 
 
-@route(blueprint, "GET", "/", returns=dict[str, Any])
+@Route(blueprint, "GET", "/", returns=dict[str, Any])
 def index() -> Response:
     """Return the name, the version and the endpoints."""
     endpoints: list[dict[str, str]] = []

@@ -1,38 +1,38 @@
-"""`/api/runs`: start, resume, fork, cancel and further input; runs, and their messages as a list and live."""
+"""`/api/runs`: start, resume, fork, cancel and further input; runs, their webhooks, their messages listed and live."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from flask import Blueprint, Response, g, request, url_for
 from werkzeug.exceptions import MethodNotAllowed
 
 from ccm.api.http.bodies import ForkBody, InputBody, ResumeBody, RunBody, StartBody, idempotency_key
-from ccm.api.http.cursor import END, HEADER, Cursor, after, last_event
+from ccm.api.http.cursor import END, HEADER, Cursor, last_event
 from ccm.api.http.extensions import service
 from ccm.api.http.message_lists import Extent, message_list
 from ccm.api.http.pagination import page
-from ccm.api.http.query import MessagesQuery, RunsQuery, StreamQuery, WaitQuery
+from ccm.api.http.query import MessagesQuery, PageQuery, RunsQuery, StreamQuery, WaitQuery
 from ccm.api.http.request_limiter import wait_until
 from ccm.api.http.responses import json_response
-from ccm.api.http.route import EVENT_STREAM, Messages, route
+from ccm.api.http.route import EVENT_STREAM, Messages, Route
 from ccm.api.http.sse import event_stream, no_more_events
 from ccm.core.policy import workdir
 from ccm.core.policy.options import check_policy, check_webhook
 from ccm.core.runs.input import TakenIn
 from ccm.core.runs.request import Accepted, RunRequest
 from ccm.errors import RunAlreadyEnded, StillEnding, Unavailable
-from ccm.models import Run, RunMode, RunStatus
+from ccm.models import Delivery, Run, RunMode, RunStatus
+from ccm.models.fields import RESERVED_RUN_IDS
 
 blueprint = Blueprint("runs", __name__, url_prefix="/api/runs")
 
 # How long DELETE waits for a run to end (seconds): the timeouts of interrupt, terminate and kill
 # (core/claude/termination.py), and the time to store the end.
 CANCEL_TIMEOUT = 30.0
-# Paths of actions, which match the path of a run.
-ACTIONS = ("start", "resume", "fork")
 
 
 @blueprint.before_request
@@ -42,23 +42,21 @@ def _refuse_actions_as_run_ids() -> None:
     Raises:
         MethodNotAllowed: the path is that of an action.
     """
-    if request.endpoint in ("runs.run", "runs.cancel") and (request.view_args or {}).get("run_id") in ACTIONS:
+    if request.endpoint in ("runs.run", "runs.cancel") and (request.view_args or {}).get("run_id") in RESERVED_RUN_IDS:
         raise MethodNotAllowed(["POST"])
 
 
-@route(blueprint, "POST", "/start", query=WaitQuery, body=StartBody, returns=Run, status=(200, 202), takes_key=True)
+@Route(blueprint, "POST", "/start", query=WaitQuery, body=StartBody, returns=Run, status=(200, 202), takes_key=True)
 def start(query: WaitQuery, body: StartBody) -> Response:
     """Start a fresh run in a new session."""
 
     def accept(run_request: RunRequest) -> Accepted:
-        cwd = workdir.resolve(body.cwd, service().settings.allowed_roots)
-        opened = replace(run_request, described=body.described())
-        return service().runs.start(opened, cwd)
+        return service().runs.start(run_request, workdir.resolve(body.cwd, service().settings.allowed_roots))
 
     return _begin(RunMode.FRESH, query, body, accept)
 
 
-@route(blueprint, "POST", "/resume", query=WaitQuery, body=ResumeBody, returns=Run, status=(200, 202), takes_key=True)
+@Route(blueprint, "POST", "/resume", query=WaitQuery, body=ResumeBody, returns=Run, status=(200, 202), takes_key=True)
 def resume(query: WaitQuery, body: ResumeBody) -> Response:
     """Continue a session with another run."""
 
@@ -72,7 +70,7 @@ def resume(query: WaitQuery, body: ResumeBody) -> Response:
     return _begin(RunMode.RESUME, query, body, accept)
 
 
-@route(blueprint, "POST", "/fork", query=WaitQuery, body=ForkBody, returns=Run, status=(200, 202), takes_key=True)
+@Route(blueprint, "POST", "/fork", query=WaitQuery, body=ForkBody, returns=Run, status=(200, 202), takes_key=True)
 def fork(query: WaitQuery, body: ForkBody) -> Response:
     """Branch off a session into a new one."""
 
@@ -84,13 +82,12 @@ def fork(query: WaitQuery, body: ForkBody) -> Response:
         cwd = None if body.cwd is None else workdir.resolve(body.cwd, roots)
         if cwd is None:
             workdir.check_roots(session.cwd, roots)
-        opened = replace(run_request, described=body.described())
-        return service().runs.fork(opened, session, point, cwd)
+        return service().runs.fork(run_request, session, point, cwd)
 
     return _begin(RunMode.FORK, query, body, accept)
 
 
-@route(blueprint, "GET", "", query=RunsQuery, returns=list[Run])
+@Route(blueprint, "GET", "", query=RunsQuery, returns=list[Run])
 def runs(query: RunsQuery) -> Response:
     """List the runs, newest first. Filters: status, sessionId, cwd, mode."""
     filters = query.given("status", "sessionId", "cwd", "mode")
@@ -99,16 +96,16 @@ def runs(query: RunsQuery) -> Response:
         filters["sessionId"] = queries.session(filters["sessionId"]).id
     if "cwd" in filters:
         filters["cwd"] = workdir.canonical(filters["cwd"])
-    return page(query, lambda limit, after: queries.runs(filters, limit=limit, after=after), lambda run: run.seq)
+    return page(query, partial(queries.runs, filters), lambda run: run.seq)
 
 
-@route(blueprint, "GET", "/<run_id>", query=WaitQuery, returns=Run)
+@Route(blueprint, "GET", "/<run_id>", query=WaitQuery, returns=Run)
 def run(run_id: str, query: WaitQuery) -> Response:
     """Return a run. With wait: once it has ended."""
     return json_response(_wait_for_end(service().queries.run(run_id), query.wait).to_json())
 
 
-@route(blueprint, "DELETE", "/<run_id>", returns=Run)
+@Route(blueprint, "DELETE", "/<run_id>", returns=Run)
 def cancel(run_id: str) -> Response:
     """Cancel a run."""
     run = service().runs.cancel(run_id)
@@ -121,10 +118,10 @@ def cancel(run_id: str) -> Response:
     return json_response(run.to_json())
 
 
-@route(blueprint, "GET", "/<run_id>/messages", query=MessagesQuery, returns=Messages)
+@Route(blueprint, "GET", "/<run_id>/messages", query=MessagesQuery, returns=Messages)
 def messages(run_id: str, query: MessagesQuery) -> Response:
     """List the SDK messages of a run, in order and unchanged."""
-    cursor = after(query.after)
+    cursor = Cursor("after", query.after)
     index = cursor.index()
     queries = service().queries
 
@@ -136,7 +133,7 @@ def messages(run_id: str, query: MessagesQuery) -> Response:
     return message_list(query, run_id, measure)
 
 
-@route(blueprint, "GET", "/<run_id>/stream", query=StreamQuery, returns=EVENT_STREAM, status=(200, 204))
+@Route(blueprint, "GET", "/<run_id>/stream", query=StreamQuery, returns=EVENT_STREAM, status=(200, 204))
 def stream(run_id: str, query: StreamQuery) -> Response:
     """Stream the same messages as Server-Sent Events: the stored ones, then live, then the ended run."""
     run = service().queries.run(run_id)
@@ -149,10 +146,16 @@ def stream(run_id: str, query: StreamQuery) -> Response:
     return event_stream(lambda subscription: subscription.run(run.id, index), lambda _: "")
 
 
-@route(blueprint, "POST", "/<run_id>/input", body=InputBody, returns=TakenIn, status=(202,))
+@Route(blueprint, "POST", "/<run_id>/input", body=InputBody, returns=TakenIn, status=(202,))
 def put_input(run_id: str, body: InputBody) -> Response:
     """Send a user's message to a running run."""
     return json_response(service().input.put(run_id, body.prompt, body.pictures()).to_json(), 202)
+
+
+@Route(blueprint, "GET", "/<run_id>/deliveries", query=PageQuery, returns=list[Delivery])
+def deliveries(run_id: str, query: PageQuery) -> Response:
+    """List the webhooks of a run, each with its attempts, oldest first."""
+    return page(query, partial(service().queries.deliveries, run_id), lambda delivery: delivery.id)
 
 
 def _begin(mode: RunMode, query: WaitQuery, body: RunBody, accept: Callable[[RunRequest], Accepted]) -> Response:
@@ -178,7 +181,8 @@ def _begin(mode: RunMode, query: WaitQuery, body: RunBody, accept: Callable[[Run
         prompt=body.prompt,
         images=body.pictures(),
         options=options,
-        stored=body.stored(),
+        stored=body.run_fields(),
+        described=body.session_fields(),
         created_by=g.client,
         idempotency_key=key,
     )

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 
 from flask import Blueprint, Response
 
 from ccm.api.http.bodies import SessionBody
-from ccm.api.http.cursor import Cursor, after, last_event
+from ccm.api.http.cursor import Cursor, last_event
 from ccm.api.http.extensions import service
 from ccm.api.http.message_lists import Extent, message_list
 from ccm.api.http.pagination import page
 from ccm.api.http.query import PageQuery, SessionMessagesQuery, SessionsQuery, StreamQuery
 from ccm.api.http.responses import json_response
-from ccm.api.http.route import EVENT_STREAM, Messages, route
+from ccm.api.http.route import EVENT_STREAM, Messages, Route
 from ccm.api.http.sse import event_stream
 from ccm.core.policy import workdir
 from ccm.errors import NotFound
@@ -22,37 +23,32 @@ from ccm.models import Run, Session, SessionStatus
 blueprint = Blueprint("sessions", __name__, url_prefix="/api/sessions")
 
 
-@route(blueprint, "GET", "", query=SessionsQuery, returns=list[Session])
+@Route(blueprint, "GET", "", query=SessionsQuery, returns=list[Session])
 def sessions(query: SessionsQuery) -> Response:
     """List the sessions, latest activity first. Filters: cwd, q (text in titles and prompts)."""
     filters = query.given("cwd", "q")
     if "cwd" in filters:
         filters["cwd"] = workdir.canonical(filters["cwd"])
-    queries = service().queries
-    return page(
-        query,
-        lambda limit, after: queries.sessions(filters, limit=limit, after=after),
-        lambda session: session.last_run_seq,
-    )
+    return page(query, partial(service().queries.sessions, filters), lambda session: session.last_run_seq)
 
 
-@route(blueprint, "GET", "/<session_id>", returns=Session)
+@Route(blueprint, "GET", "/<session_id>", returns=Session)
 def session(session_id: str) -> Response:
     """Return a session."""
     return json_response(service().queries.session(session_id).to_json())
 
 
-@route(blueprint, "PATCH", "/<session_id>", body=SessionBody, returns=Session)
+@Route(blueprint, "PATCH", "/<session_id>", body=SessionBody, returns=Session)
 def describe(session_id: str, body: SessionBody) -> Response:
     """Change a session's title and metadata."""
     given = body.model_dump(exclude_unset=True)
     return json_response(service().runs.describe_session(session_id, given).to_json())
 
 
-@route(blueprint, "GET", "/<session_id>/messages", query=SessionMessagesQuery, returns=Messages)
+@Route(blueprint, "GET", "/<session_id>/messages", query=SessionMessagesQuery, returns=Messages)
 def messages(session_id: str, query: SessionMessagesQuery) -> Response:
     """List the SDK messages of a session's runs, in order. history=full prepends those that the session continued."""
-    position = after(query.after).in_session()
+    position = Cursor("after", query.after).in_session()
     queries = service().queries
     session = queries.session(session_id)
 
@@ -67,7 +63,7 @@ def messages(session_id: str, query: SessionMessagesQuery) -> Response:
     return message_list(query, session.id, measure)
 
 
-@route(blueprint, "GET", "/<session_id>/stream", query=StreamQuery, returns=EVENT_STREAM)
+@Route(blueprint, "GET", "/<session_id>/stream", query=StreamQuery, returns=EVENT_STREAM)
 def stream(session_id: str, query: StreamQuery) -> Response:
     """Stream the same messages as Server-Sent Events, run after run, including later runs."""
     session = service().queries.session(session_id)
@@ -75,26 +71,16 @@ def stream(session_id: str, query: StreamQuery) -> Response:
     return event_stream(lambda subscription: subscription.session(session.id, seq, index), lambda run_id: f"{run_id}:")
 
 
-@route(blueprint, "GET", "/<session_id>/runs", query=PageQuery, returns=list[Run])
+@Route(blueprint, "GET", "/<session_id>/runs", query=PageQuery, returns=list[Run])
 def runs(session_id: str, query: PageQuery) -> Response:
     """List the runs of a session, oldest first."""
-    queries = service().queries
-    return page(
-        query,
-        lambda limit, after: queries.session_runs(session_id, limit=limit, after=after),
-        lambda run: run.seq,
-    )
+    return page(query, partial(service().queries.session_runs, session_id), lambda run: run.seq)
 
 
-@route(blueprint, "GET", "/<session_id>/forks", query=PageQuery, returns=list[Session])
+@Route(blueprint, "GET", "/<session_id>/forks", query=PageQuery, returns=list[Session])
 def forks(session_id: str, query: PageQuery) -> Response:
     """List the sessions that were forked from a session, latest activity first."""
-    queries = service().queries
-    return page(
-        query,
-        lambda limit, after: queries.forks(session_id, limit=limit, after=after),
-        lambda session: session.last_run_seq,
-    )
+    return page(query, partial(service().queries.forks, session_id), lambda session: session.last_run_seq)
 
 
 def _start(session: Session, cursor: Cursor) -> tuple[int | None, int]:

@@ -4,6 +4,10 @@
 models and request bodies share. tests/models/test_adding_a_field.py shows what a new field takes.
 """
 
+# Others import the resources from here.
+# mypy: implicit-reexport
+# ruff: noqa: F401
+
 from __future__ import annotations
 
 from ccm.models.approval import Answer, Approval, ApprovalStatus, Decision, Question, Resolution
@@ -12,27 +16,3 @@ from ccm.models.event import RUN_ENDED, Event, EventType
 from ccm.models.message import Message
 from ccm.models.run import IdempotencyKey, Image, Run, RunMode, RunStatus
 from ccm.models.session import Session, SessionStatus
-
-__all__ = [
-    "RUN_ENDED",
-    "Answer",
-    "Approval",
-    "ApprovalStatus",
-    "Attempt",
-    "Decision",
-    "Delivery",
-    "DeliveryStatus",
-    "DeliveryTarget",
-    "Event",
-    "EventType",
-    "IdempotencyKey",
-    "Image",
-    "Message",
-    "Question",
-    "Resolution",
-    "Run",
-    "RunMode",
-    "RunStatus",
-    "Session",
-    "SessionStatus",
-]

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from ccm.models.fields import UPDATED_INPUT, DenialMessage, Id, Interrupt, JsonObject, Remember, Timestamp
-from ccm.models.json_field import JsonText
+from ccm.models.fields import UPDATED_INPUT, DenialMessage, Id, Interrupt, Remember, Timestamp
+from ccm.models.json_field import JsonObject, JsonText
 from ccm.models.shape import Archive
 from ccm.models.stored import StoredModel, derived
 

@@ -13,6 +13,8 @@ from ccm.settings.webhook_urls import web_address
 
 # Our runs have UUIDs. An imported run keeps the id from its original service.
 RUN_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
+# Not ids of runs, because these paths below /api/runs are actions.
+RESERVED_RUN_IDS = ("start", "resume", "fork")
 # Sums of dollars are rounded to this many digits: a millionth of a cent.
 MONEY_DIGITS = 8
 PROMPT_CHARACTERS = 1_000_000
@@ -58,7 +60,6 @@ def plain_json(value: Any) -> Any:
 Id = Annotated[str, Field(pattern=rf"^{RUN_ID.pattern}$"), Mark.ID]
 Timestamp = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 Count = Annotated[int, Field(ge=0), Mark.COUNT]
-JsonObject = dict[str, Any]
 
 PROMPT = "The user's message to Claude Code."
 Prompt = Annotated[str, Field(max_length=PROMPT_CHARACTERS, description=PROMPT), AfterValidator(not_blank)]

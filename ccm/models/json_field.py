@@ -11,6 +11,7 @@ from pydantic_core import CoreSchema, core_schema
 
 T = TypeVar("T")
 
+JsonObject = dict[str, Any]
 _UNREAD = object()
 
 

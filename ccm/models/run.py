@@ -9,18 +9,8 @@ from typing import Annotated, Any
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from ccm.models.fields import (
-    PROMPT,
-    Approvals,
-    ApprovalTimeoutMs,
-    Count,
-    Id,
-    JsonObject,
-    TimeoutMs,
-    Timestamp,
-    WebhookUrl,
-)
-from ccm.models.json_field import JsonText
+from ccm.models.fields import PROMPT, Approvals, ApprovalTimeoutMs, Count, Id, TimeoutMs, Timestamp, WebhookUrl
+from ccm.models.json_field import JsonObject, JsonText
 from ccm.models.shape import Archive
 from ccm.models.stored import StoredModel, derived
 

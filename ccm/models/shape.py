@@ -124,31 +124,17 @@ class Shape:
 
 def _fields(model: type[BaseModel]) -> list[StoredField]:
     """Return the fields of a model in the order of the API, each derived field after the one that it follows."""
-    followers: dict[str, list[StoredField]] = {}
-    for name, derivation in model.model_computed_fields.items():
-        after, archive = derivation.wrapped_property.fget.place  # type: ignore[union-attr]
-        shown = StoredField(name, None, to_camel(name), ANY, archive, None)
-        followers.setdefault(after, []).append(shown)
-    ordered: list[StoredField] = []
-
-    def add(field: StoredField) -> None:
-        ordered.append(field)
-        for follower in followers.pop(field.name, ()):
-            add(follower)
-
+    fields: list[StoredField] = []
     for name, info in model.model_fields.items():
         kind = Kind.of(info.annotation, info.metadata)
         marked = [note for note in kind.notes if isinstance(note, Archive)]
-        add(
-            StoredField(
-                name,
-                to_camel(name) + ("Json" if kind.is_json else ""),
-                None if info.exclude else info.serialization_alias,
-                kind,
-                marked[0] if marked else Archive.LEFT_OUT if info.exclude else Archive.BOTH,
-                None if info.is_required() else info.default,
-            )
-        )
-    if followers:
-        raise TypeError(f"{model.__name__} has no field {', '.join(followers)} for others to follow.")
-    return ordered
+        column = to_camel(name) + ("Json" if kind.is_json else "")
+        shown = None if info.exclude else info.serialization_alias
+        archive = marked[0] if marked else Archive.LEFT_OUT if info.exclude else Archive.BOTH
+        default = None if info.is_required() else info.default
+        fields.append(StoredField(name, column, shown, kind, archive, default))
+    for name, derivation in model.model_computed_fields.items():
+        after, archive = derivation.wrapped_property.fget.place  # type: ignore[union-attr]
+        place = [field.name for field in fields].index(after) + 1
+        fields.insert(place, StoredField(name, None, to_camel(name), ANY, archive, None))
+    return fields

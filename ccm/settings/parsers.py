@@ -8,7 +8,6 @@ except for secrets; their parsers never quote it.
 from __future__ import annotations
 
 import base64
-import binascii
 import ipaddress
 import math
 import os
@@ -18,9 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ccm.settings.token_file import TOKEN
-from ccm.settings.webhook_urls import host_pattern
 
-LOG_LEVELS = ("debug", "info", "warn", "error")
 HOST_NAME = re.compile(r"[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_-])?|\[[0-9a-f:.]+\]", re.ASCII)
 # The units of a duration, in seconds.
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
@@ -64,7 +61,7 @@ def money(value: str) -> float:
 
 
 def seconds_in(value: str, units: Sequence[str]) -> int | None:
-    """A whole number with one of these of UNITS, in seconds. None if it is no such duration."""
+    """Return the seconds of a whole number with one of these UNITS. None if the text is no such duration."""
     match = re.fullmatch(r"([0-9]{1,9})([a-z]?)", value)
     return int(match[1]) * UNITS[match[2]] if match is not None and match[2] in units else None
 
@@ -91,8 +88,8 @@ def one_of(*allowed: str) -> Callable[[str], str]:
 
 
 def log_level(value: str) -> str:
-    """Parse one of LOG_LEVELS in any case to lower case."""
-    return one_of(*LOG_LEVELS)(value.lower())
+    """Parse a level in any case to lower case."""
+    return one_of("debug", "info", "warn", "error")(value.lower())
 
 
 def some_of(*allowed: str, wildcard: bool = False) -> Callable[[str], tuple[str, ...]]:
@@ -170,11 +167,6 @@ def file_mode(value: str) -> int:
     return int(value, 8)
 
 
-def host_patterns(value: str) -> tuple[str, ...]:
-    """Parse patterns of hosts (webhook_urls.py), separated by commas."""
-    return tuple(host_pattern(part) for part in value.split(","))
-
-
 def signing_secrets(value: str) -> tuple[bytes, ...]:
     """Parse secrets for webhooks, separated by spaces, to their keys."""
     lowest, highest = SECRET_BYTES
@@ -182,7 +174,7 @@ def signing_secrets(value: str) -> tuple[bytes, ...]:
     for secret in value.split():
         try:
             key = base64.b64decode(secret.removeprefix(SECRET_PREFIX), validate=True)
-        except (binascii.Error, ValueError):
+        except ValueError:
             key = b""
         if not secret.startswith(SECRET_PREFIX) or not lowest <= len(key) <= highest:
             raise ValueError(

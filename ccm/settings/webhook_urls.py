@@ -37,10 +37,10 @@ def web_address(url: str) -> str:
         )
     try:
         parts = urlsplit(url)  # validates IPv6 addresses
-        usable = bool(parts.hostname) and parts.port != 0
+        host, port = parts.hostname or "", parts.port
     except ValueError:
-        usable = False
-    if not usable or ".." in (parts.hostname or "") or len(parts.hostname or "") > HOST_CHARACTERS:
+        host, port = "", None
+    if not host or port == 0 or ".." in host or len(host) > HOST_CHARACTERS:
         raise ValueError("must have a valid host, and a port from 1 to 65535 if it names one")
     return url
 
@@ -51,19 +51,21 @@ def host_of(url: str) -> str:
     return f"{host}:{port}"
 
 
-def host_pattern(text: str) -> str:
-    """Return a pattern for `allowed` in lower case: a host or `*.` and a domain, with or without a port.
+def host_patterns(value: str) -> tuple[str, ...]:
+    """Return the patterns for `allowed`, which are separated by commas, in lower case.
+
+    Each is a host or `*.` and a domain, with or without a port.
 
     Raises:
-        ValueError: the text is no such pattern.
+        ValueError: one is no such pattern.
     """
-    pattern = text.strip().lower()
-    if not PATTERN.fullmatch(pattern):
-        raise ValueError(
-            f"has {text!r}, which is no host pattern: a name, an address (IPv6 in brackets) or *.example.com, with "
-            "or without :PORT"
-        )
-    return pattern
+    for text in value.split(","):
+        if not PATTERN.fullmatch(text.strip().lower()):
+            raise ValueError(
+                f"has {text!r}, which is no host pattern: a name, an address (IPv6 in brackets) or *.example.com, with "
+                "or without :PORT"
+            )
+    return tuple(text.strip().lower() for text in value.split(","))
 
 
 def allowed(url: str, patterns: Sequence[str]) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from ccm.api.http.bodies import ForkBody, ImageBody, ResumeBody, SessionBody, StartBody
-from ccm.api.http.options import SERVICE_OWNED, Agent, Options
+from ccm.api.http.options_body import SERVICE_OWNED, Agent, Options
 from ccm.core.policy.options import check_policy
 from ccm.errors import Forbidden
 from ccm.models.fields import RUN_ID

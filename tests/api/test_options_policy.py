@@ -17,7 +17,7 @@ import pydantic
 import pytest
 from claude_agent_sdk import AgentDefinition, ClaudeAgentOptions, ClaudeSDKClient, CLIConnectionError
 
-from ccm.api.http.options import ARGUMENTS_OF_OPTIONS, OWNED_ARGUMENTS, SERVICE_OWNED, Agent, Options
+from ccm.api.http.options_body import ARGUMENTS_OF_OPTIONS, OWNED_ARGUMENTS, SERVICE_OWNED, Agent, Options
 from ccm.core.claude.options import RENAMED, sdk_arguments
 
 # Options that are translated, and the SDK's options that carry them. (The SDK's own `sandbox` would put the settings
@@ -93,7 +93,7 @@ def test_no_option_is_both_accepted_and_refused() -> None:
 def test_no_extra_argument_replaces_a_limited_option() -> None:
     """Each limits a run or names the settings that it loads. A second one at the end of the command line would win."""
     assert set(ARGUMENTS_OF_OPTIONS.values()) == {"maxTurns", "maxBudgetUsd", "settingSources"} <= set(RENAMED)
-    assert not set(ARGUMENTS_OF_OPTIONS) & OWNED_ARGUMENTS
+    assert not set(ARGUMENTS_OF_OPTIONS) & set(OWNED_ARGUMENTS)
 
 
 # ---- accepted options reach Claude Code

@@ -21,7 +21,7 @@ from claude_agent_sdk._internal.transport.subprocess_cli import SubprocessCLITra
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ccm.api.http.options import Options
+from ccm.api.http.options_body import Options
 from ccm.core.claude.options import sdk_arguments
 from ccm.json_text import to_json_text
 from tests.api.conftest import folder_of

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import difflib
 import hashlib
 import json
@@ -16,25 +15,10 @@ from flask import Request
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import ErrorDetails, from_json
 
-from ccm.api.http.options import SERVICE_OWNED, Options, Strict
+from ccm.api.http.options_body import SERVICE_OWNED, Options, Strict
 from ccm.core.runs.request import IfBusy
 from ccm.errors import TooLarge, UnsupportedMediaType, ValidationError
-from ccm.models import Answer, Decision, IdempotencyKey, Image, Run
-from ccm.models.fields import (
-    RUN_ID,
-    Approvals,
-    ApprovalTimeoutMs,
-    DenialMessage,
-    Interrupt,
-    Metadata,
-    Prompt,
-    Remember,
-    TimeoutMs,
-    Title,
-    UpdatedInput,
-    WebhookUrl,
-    no_nul,
-)
+from ccm.models import Answer, Decision, IdempotencyKey, Image, Run, fields
 
 MAX_IMAGES = 20
 IMAGE_CHARACTERS = 27_000_000
@@ -49,10 +33,10 @@ JSON_TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 NAME_CHARACTERS = 100
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", re.ASCII)
 SIGNATURES = {
-    "image/png": (b"\x89PNG\r\n\x1a\n",),
-    "image/jpeg": (b"\xff\xd8\xff",),
-    "image/gif": (b"GIF87a", b"GIF89a"),
-    "image/webp": (b"RIFF",),
+    "image/png": rb"\x89PNG\r\n\x1a\n",
+    "image/jpeg": rb"\xff\xd8\xff",
+    "image/gif": rb"GIF8[79]a",
+    "image/webp": rb"RIFF.{4}WEBP",
 }
 
 
@@ -63,12 +47,12 @@ def _uuid(text: str) -> str:
 
 
 def _run_id(text: str) -> str:
-    if not RUN_ID.fullmatch(text):
+    if not fields.RUN_ID.fullmatch(text):
         raise ValueError("must be the id of a run, such as 160f5bda-edc4-4a77-aa69-dad3a26497bb")
     return text
 
 
-Path = Annotated[str, Field(min_length=1, max_length=PATH_CHARACTERS), AfterValidator(no_nul)]
+Path = Annotated[str, Field(min_length=1, max_length=PATH_CHARACTERS), AfterValidator(fields.no_nul)]
 # A UUID in its usual form. Claude Code would also accept a session's title, and so another session.
 Id = Annotated[str, AfterValidator(_uuid)]
 RunId = Annotated[str, AfterValidator(_run_id)]
@@ -82,11 +66,9 @@ class ImageBody(Strict):
     def _is_an_image(self) -> ImageBody:
         try:
             data = base64.b64decode(self.data, validate=True)
-        except (binascii.Error, ValueError):
+        except ValueError:
             raise ValueError("data must be base64, without line breaks or a data: prefix") from None
-        if not data.startswith(SIGNATURES[self.mediaType]) or (
-            self.mediaType == "image/webp" and data[8:12] != b"WEBP"
-        ):
+        if not re.match(SIGNATURES[self.mediaType], data, re.DOTALL):
             raise ValueError(f"data is not of the type {self.mediaType}")
         return self
 
@@ -94,7 +76,7 @@ class ImageBody(Strict):
 class InputBody(Strict):
     """A user's message."""
 
-    prompt: Prompt
+    prompt: fields.Prompt
     images: Annotated[list[ImageBody], Field(max_length=MAX_IMAGES)] = Field(default_factory=list)
 
     def pictures(self) -> tuple[Image, ...]:
@@ -104,25 +86,25 @@ class InputBody(Strict):
 class SessionBody(Strict):
     """A client's description of a session."""
 
-    title: Title = None
-    metadata: Metadata | None = None
+    title: fields.Title = None
+    metadata: fields.Metadata | None = None
 
 
 class RunBody(InputBody):
     """The common fields of the bodies that start a run."""
 
     options: Options = Options()
-    timeoutMs: TimeoutMs = None
-    webhookUrl: WebhookUrl = None
-    approvals: Approvals = False
-    approvalTimeoutMs: ApprovalTimeoutMs = None
+    timeoutMs: fields.TimeoutMs = None
+    webhookUrl: fields.WebhookUrl = None
+    approvals: fields.Approvals = False
+    approvalTimeoutMs: fields.ApprovalTimeoutMs = None
 
-    def stored(self) -> dict[str, Any]:
+    def run_fields(self) -> dict[str, Any]:
         """Return the fields that are stored with the run under the same names."""
         return self.model_dump(include=set(RunBody.model_fields) & set(Run.shape.shown), exclude={"options"})
 
-    def described(self) -> dict[str, Any]:
-        """Return the given fields that are stored with the session under the same names."""
+    def session_fields(self) -> dict[str, Any]:
+        """Return the given fields that are stored with a new session under the same names. A resume has none."""
         return self.model_dump(include=set(SessionBody.model_fields), exclude_unset=True)
 
     @field_validator("approvalTimeoutMs")
@@ -135,8 +117,8 @@ class RunBody(InputBody):
 
 class StartBody(RunBody):
     cwd: Path
-    title: Title = None
-    metadata: Metadata | None = None
+    title: fields.Title = None
+    metadata: fields.Metadata | None = None
 
 
 class ResumeBody(RunBody):
@@ -149,18 +131,18 @@ class ForkBody(RunBody):
     atRunId: RunId | None = None
     atMessage: Id | None = None
     cwd: Path | None = None
-    title: Title = None
-    metadata: Metadata | None = None
+    title: fields.Title = None
+    metadata: fields.Metadata | None = None
 
 
 class ApprovalBody(Strict):
     """The answer to an approval."""
 
     decision: Decision
-    updatedInput: UpdatedInput = None
-    remember: Remember = False
-    message: DenialMessage = None
-    interrupt: Interrupt = False
+    updatedInput: fields.UpdatedInput = None
+    remember: fields.Remember = False
+    message: fields.DenialMessage = None
+    interrupt: fields.Interrupt = False
 
     @field_validator("updatedInput", "remember", "message", "interrupt")
     @classmethod
@@ -207,24 +189,13 @@ def read_body(request: Request, model: type[Body], limit: int) -> Body:
     try:
         return model.model_validate_json(data)
     except pydantic.ValidationError as error:
-        raise _validation_error(
-            error.errors(include_url=False, include_context=False, include_input=False), data, model
-        ) from None
+        raise _validation_error(error, data, model) from None
 
 
 def _has_too_many_parts(data: bytes) -> bool:
     """Return whether JSON has more than BODY_PARTS parts, without parsing it."""
-    parts = at = 0
-    for text in JSON_TEXT.finditer(data):
-        parts += 1 + _count_marks(data, at, text.start())
-        at = text.end()
-        if parts > BODY_PARTS:
-            return True
-    return parts + _count_marks(data, at, len(data)) > BODY_PARTS
-
-
-def _count_marks(data: bytes, start: int, end: int) -> int:
-    return sum(data.count(mark, start, end) for mark in (b",", b"[", b"{"))
+    rest, texts = JSON_TEXT.subn(b"", data, count=BODY_PARTS + 1)
+    return texts + sum(rest.count(mark) for mark in (b",", b"[", b"{")) > BODY_PARTS
 
 
 def idempotency_key(request: Request, body: RunBody) -> IdempotencyKey | None:
@@ -259,13 +230,11 @@ def refuse_idempotency_key(request: Request) -> None:
 
 
 # pydantic's error types for values of the wrong type.
-WRONG_TYPES = frozenset(
-    {"string_type", "list_type", "dict_type", "model_type", "model_attributes_type", "literal_error", "enum"}
-)
+WRONG_TYPES = ("string_type", "list_type", "dict_type", "model_type", "model_attributes_type", "literal_error", "enum")
 
 
-def _validation_error(errors: list[ErrorDetails], data: bytes, model: type[Strict]) -> ValidationError:
-    error = _closest(errors)
+def _validation_error(errors: pydantic.ValidationError, data: bytes, model: type[Strict]) -> ValidationError:
+    error = _closest(errors.errors(include_url=False, include_context=False, include_input=False))
     if error["type"] == "json_invalid":
         return ValidationError(f"The body is no valid JSON: {error['msg'].removeprefix('Invalid JSON: ')}.")
     path = _path(error, from_json(data))

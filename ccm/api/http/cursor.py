@@ -73,12 +73,7 @@ class Cursor:
         return index
 
 
-def after(text: str | None) -> Cursor:
-    """Return the cursor of `?after=`."""
-    return Cursor("after", text)
-
-
 def last_event(text: str | None) -> Cursor:
     """Return the cursor of `Last-Event-ID`, with which a browser reconnects to the same URL, or else of `?after=`."""
     given = request.headers.get(HEADER)
-    return after(text) if given is None else Cursor(HEADER, given)
+    return Cursor("after", text) if given is None else Cursor(HEADER, given)

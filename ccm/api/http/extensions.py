@@ -1,34 +1,22 @@
-"""The objects of the current app: the service, the admission checks and the limiter, kept in `app.extensions`."""
+"""The objects of the current app, kept in `app.extensions`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from threading import Semaphore
+from typing import cast
 
-from flask import Flask, current_app
+from flask import current_app
 
 from ccm.core.service import Service
 
-if TYPE_CHECKING:
-    from ccm.api.http.auth import Guard
-    from ccm.api.http.request_limiter import RequestLimiter
-
 SERVICE = "ccm"
-GUARD = "ccm.guard"
-REQUEST_LIMITER = "ccm.request_limiter"
-
-
-def attach(app: Flask, service: Service, guard: Guard, request_limiter: RequestLimiter) -> None:
-    """Make the objects available to the requests of an app."""
-    app.extensions |= {SERVICE: service, GUARD: guard, REQUEST_LIMITER: request_limiter}
+HELD_SLOTS = "ccm.held_slots"
 
 
 def service() -> Service:
     return cast("Service", current_app.extensions[SERVICE])
 
 
-def guard() -> Guard:
-    return cast("Guard", current_app.extensions[GUARD])
-
-
-def request_limiter() -> RequestLimiter:
-    return cast("RequestLimiter", current_app.extensions[REQUEST_LIMITER])
+def held_slots() -> Semaphore:
+    """Return the slots for requests that are held open."""
+    return cast("Semaphore", current_app.extensions[HELD_SLOTS])

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 from urllib.parse import urlencode
 
 from flask import Response, request
 
 from ccm.api.http.query import Paged, cursor_of
 from ccm.api.http.responses import json_response
+from ccm.models.stored import StoredModel
 
-
-class Item(Protocol):
-    def to_json(self) -> dict[str, object]: ...
-
-
-ItemT = TypeVar("ItemT", bound=Item)
+Item = TypeVar("Item", bound=StoredModel)
 
 
 def next_link(**changes: str) -> dict[str, str]:
@@ -28,23 +24,19 @@ def next_link(**changes: str) -> dict[str, str]:
 
 
 def page(
-    query: Paged,
-    read: Callable[[int, int | None], Sequence[ItemT]],
-    position_of: Callable[[ItemT], int],
-    *,
-    grows: bool = False,
+    query: Paged, read: Callable[..., Sequence[Item]], position_of: Callable[[Item], int], *, grows: bool = False
 ) -> Response:
     """Return one page of a list.
 
     Args:
         query: has the size of the page, and the position after which it begins.
-        read: returns up to so many items after a position.
+        read: returns up to `limit` items after the position `after`.
         position_of: returns the position of an item.
         grows: whether the client waits for new items at the end. Then there is always a next page.
     """
     size = query.limit
     # One item more than requested shows whether there is a next page.
-    items = read(size + 1, query.cursor)
+    items = read(limit=size + 1, after=query.cursor)
     headers = {}
     if len(items) > size or grows:
         items = items[:size]

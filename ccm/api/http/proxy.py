@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from ccm.api.http.auth import HOST
+from ccm.api.http.admission import HOST
 from ccm.errors import ValidationError
 from ccm.settings.parsers import UNIX_PEER, URL_PREFIX
 
@@ -64,11 +64,8 @@ class Forwarded:
         if peer not in self._trusted:
             if forwarded and not self._warned:
                 self._warned = True
-                log.warning(
-                    "ignoring the X-Forwarded headers of %s: CCM_TRUSTED_PROXY does not name it",
-                    peer,
-                    extra={"event": "proxy_untrusted"},
-                )
+                sentence = "ignoring the X-Forwarded headers of %s: CCM_TRUSTED_PROXY does not name it"
+                log.warning(sentence, peer, extra={"event": "proxy_untrusted"})
             return self._app(environ, start_response)
         for name, (rule, meaning) in RULES.items():
             # The trusted proxy appended the last value. Clients may have sent the ones before it.
@@ -76,7 +73,7 @@ class Forwarded:
             if name.endswith(("HOST", "PROTO")):
                 value = value.lower()
             elif name.endswith("PREFIX"):
-                value = value.rstrip("/") if value.strip("/") else ""
+                value = value.rstrip("/")
             if rule.fullmatch(value):
                 environ[name] = value
             elif value:

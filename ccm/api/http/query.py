@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-import binascii
+import contextlib
 import re
 from collections.abc import Callable
 from enum import StrEnum
@@ -38,12 +38,10 @@ def cursor_of(position: int) -> str:
 
 
 def _decode_cursor(cursor: str) -> int:
-    try:
+    with contextlib.suppress(ValueError):
         position = base64.urlsafe_b64decode(cursor.encode("ascii")).decode("ascii")
         if POSITION.fullmatch(position):
             return int(position)
-    except (binascii.Error, UnicodeError, ValueError):
-        pass
     raise ValueError("is not one that this service gave; take it from a Link header")
 
 
@@ -90,7 +88,7 @@ Limit = Annotated[
     BeforeValidator(_limit),
     Field(description="The maximum number of items."),
 ]
-Cursor = Annotated[
+PageCursor = Annotated[
     Annotated[int, BeforeValidator(_decode_cursor), WithJsonSchema({"type": "string"})] | None,
     Field(description="Where the page begins, from the `Link` header of the page before."),
 ]
@@ -105,7 +103,6 @@ Types = Annotated[
     Field(description="The types of message to keep, separated by commas."),
 ]
 Text = Annotated[str, AfterValidator(no_nul)]
-RunStatusFilter = Annotated[RunStatus, BeforeValidator(_one_of(RunStatus))]
 
 
 class Query(BaseModel):
@@ -136,23 +133,19 @@ class Query(BaseModel):
 
     def given(self, *names: str) -> dict[str, str]:
         """Return those of the named parameters that have a value."""
-        values = {name: getattr(self, name) for name in names}
-        return {name: value for name, value in values.items() if value is not None}
+        return self.model_dump(include=set(names), exclude_none=True)
 
 
 class Paged(Protocol):
     """The parameters of a request for a page."""
 
-    @property
-    def limit(self) -> int: ...
-
-    @property
-    def cursor(self) -> int | None: ...
+    limit: int
+    cursor: int | None
 
 
 class PageQuery(Query):
     limit: Limit = DEFAULT_LIMIT
-    cursor: Cursor = None
+    cursor: PageCursor = None
 
 
 class WaitQuery(Query):
@@ -164,14 +157,16 @@ class StreamQuery(Query):
 
 
 class RunsQuery(Query):
-    status: RunStatusFilter | None = Field(default=None, description="Runs of this status.")
+    status: Annotated[RunStatus, BeforeValidator(_one_of(RunStatus))] | None = Field(
+        default=None, description="Runs of this status."
+    )
     sessionId: Text | None = Field(default=None, description="Runs of this session.")
     cwd: Text | None = Field(default=None, description="Runs in this directory.")
     mode: Annotated[RunMode, BeforeValidator(_one_of(RunMode))] | None = Field(
         default=None, description="Runs of this mode."
     )
     limit: Limit = DEFAULT_LIMIT
-    cursor: Cursor = None
+    cursor: PageCursor = None
 
 
 class SessionsQuery(Query):
@@ -180,7 +175,7 @@ class SessionsQuery(Query):
         default=None, description="Sessions with this text in their title or in a prompt of their runs."
     )
     limit: Limit = DEFAULT_LIMIT
-    cursor: Cursor = None
+    cursor: PageCursor = None
 
 
 class ApprovalsQuery(Query):
@@ -190,7 +185,7 @@ class ApprovalsQuery(Query):
     runId: Text | None = Field(default=None, description="Approvals of this run.")
     sessionId: Text | None = Field(default=None, description="Approvals of this session.")
     limit: Limit = DEFAULT_LIMIT
-    cursor: Cursor = None
+    cursor: PageCursor = None
     wait: Wait = 0.0
 
 

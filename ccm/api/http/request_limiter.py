@@ -1,47 +1,20 @@
-"""Limits the requests that are held open: `?wait=`, event streams and long lists. Each occupies a server thread."""
+"""Limits the requests that are held open: `?wait=`, event streams and long lists. Each occupies a server thread.
+
+Each takes a slot. The server has more threads than slots, so that other requests get through.
+"""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TypeVar
 
 from flask import Response, request
 
-from ccm.api.http.extensions import request_limiter, service
+from ccm.api.http.extensions import held_slots, service
 from ccm.errors import SlotsTaken
 
 T = TypeVar("T")
-
-
-class RequestLimiter:
-    """The slots for held requests. The server has more threads than slots, so that other requests get through."""
-
-    def __init__(self, slots: int) -> None:
-        self._slots = threading.Semaphore(slots)
-
-    @contextmanager
-    def try_slot(self) -> Iterator[bool]:
-        """Hold a slot during the block. Yield whether one was free."""
-        taken = self._slots.acquire(blocking=False)
-        try:
-            yield taken
-        finally:
-            if taken:
-                self._slots.release()
-
-    def take_slot(self) -> Callable[[], None]:
-        """Take a slot beyond the end of the view. Return a function that releases it once.
-
-        Raises:
-            SlotsTaken: no slot is free.
-        """
-        if not self._slots.acquire(blocking=False):
-            raise SlotsTaken("All slots for requests that are held open are taken (CCM_MAX_HELD). Try again later.")
-        stack = ExitStack()
-        stack.callback(self._slots.release)
-        return stack.close
 
 
 def hold_open(response: Response) -> Response:
@@ -50,9 +23,15 @@ def hold_open(response: Response) -> Response:
     Raises:
         SlotsTaken: no slot is free.
     """
-    if request.method != "HEAD":  # has no body, so it is sent at once
-        # Not in the body's own `finally`, because a generator that never started does not run it.
-        response.call_on_close(request_limiter().take_slot())
+    if request.method == "HEAD":  # has no body, so it is sent at once
+        return response
+    slots = held_slots()
+    if not slots.acquire(blocking=False):
+        raise SlotsTaken("All slots for requests that are held open are taken (CCM_MAX_HELD). Try again later.")
+    release_once = ExitStack()
+    release_once.callback(slots.release)
+    # Not in the body's own `finally`, because a generator that never started does not run it.
+    response.call_on_close(release_once.close)
     return response
 
 
@@ -75,5 +54,10 @@ def wait_until(key: str, seconds: float, look: Callable[[], T | None]) -> T | No
     """
     if seconds <= 0:
         return look()
-    with request_limiter().try_slot() as taken:
-        return service().notifier.wait(key, seconds if taken else 0, look, client_gone())
+    slots = held_slots()
+    has_slot = slots.acquire(blocking=False)
+    try:
+        return service().notifier.wait(key, seconds if has_slot else 0, look, client_gone())
+    finally:
+        if has_slot:
+            slots.release()

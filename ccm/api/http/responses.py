@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return a JSON response in ASCII, because a lone surrogate in a message cannot be encoded as UTF-8."""
-    return Response(json.dumps(body) + "\n", status, dict(headers or {}), mimetype="application/json")
+    return Response(json.dumps(body) + "\n", status, headers, mimetype="application/json")
 
 
 def register_error_handlers(app: Flask) -> None:
@@ -60,13 +60,7 @@ def _http_error(error: HTTPException) -> Response:
 
 def _unexpected_error(error: Exception) -> Response:
     request_id = g.get("request_id")
-    log.error(
-        "request %s: %s %s failed",
-        request_id,
-        request.method,
-        request.path,
-        exc_info=error,
-        extra={"event": "request_failed", "request_id": request_id},
-    )
+    extra = {"event": "request_failed", "request_id": request_id}
+    log.error("request %s: %s %s failed", request_id, request.method, request.path, exc_info=error, extra=extra)
     message = f"The service failed. Its log says more about request {request_id}."
     return json_response({"error": {"code": "INTERNAL_ERROR", "message": message}}, 500)

@@ -9,7 +9,6 @@ from typing import Any, BinaryIO
 from ccm.core.archive.exporting import FORMAT, VERSION
 from ccm.core.archive.fields import Line, columns
 from ccm.core.archive.records import (
-    RESERVED_RUN_IDS,
     UUID,
     ArchivedApproval,
     ArchivedEntries,
@@ -20,6 +19,7 @@ from ccm.core.archive.records import (
 from ccm.db.transcripts import Entry
 from ccm.json_text import storable
 from ccm.models import Approval, ApprovalStatus, Resolution, Run, RunStatus, Session
+from ccm.models.fields import RESERVED_RUN_IDS
 
 # The longest line. Messages are limited by CCM_MAX_MESSAGE_BYTES, and chunks of transcripts are hardly larger.
 LINE_BYTES = 2**30

@@ -12,8 +12,6 @@ from ccm.errors import CommandRefused
 
 # Claude Code's session ids. It would read anything else as a session's title.
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-# Not ids of runs, because these paths below /api/runs are actions.
-RESERVED_RUN_IDS = ("start", "resume", "fork")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Translates a client's options, under their TypeScript names, to the SDK's `ClaudeAgentOptions`.
 
-The options were validated before (api/http/options.py). Values that may be long or secret reach Claude Code in private
-files, because every user of the host can read a process's arguments, and Linux limits an argument to 128 KiB.
+The options were validated before (api/http/options_body.py). Values that may be long or secret reach Claude Code in
+private files, because every user of the host can read a process's arguments, and Linux limits an argument to 128 KiB.
 """
 
 from __future__ import annotations

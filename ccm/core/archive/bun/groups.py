@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 from ccm.core.archive.bun import values
 from ccm.core.archive.bun.database import BunLink
-from ccm.core.archive.records import RESERVED_RUN_IDS
 from ccm.models import RunMode
-from ccm.models.fields import RUN_ID
+from ccm.models.fields import RESERVED_RUN_IDS, RUN_ID
 
 # The namespace of generated ids, which replace unusable ones. Every import generates the same ids.
 NAMESPACE = uuid.UUID("6ccb6f2c-5f6c-4d0e-9c3b-1f4c1a0f6a3e")

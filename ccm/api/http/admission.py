@@ -12,7 +12,7 @@ import re
 
 from flask import Request
 
-from ccm.api.http.auth_tokens import Tokens
+from ccm.api.http.tokens import Tokens
 from ccm.errors import HostForbidden, OriginForbidden, Unauthorized, UnsupportedMediaType, ValidationError
 from ccm.settings.parsers import HOST_NAME
 
@@ -30,7 +30,7 @@ PROXY_FIX = "werkzeug.proxy_fix.orig"
 BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
 
 
-class Guard:
+class Admission:
     """The admission checks.
 
     Args:
@@ -42,7 +42,7 @@ class Guard:
         self._allowed_hosts = frozenset(map(host_name, allowed_hosts))
         self._tokens = tokens
 
-    def admit(self, request: Request) -> str | None:
+    def check(self, request: Request) -> str | None:
         """Check a request. Return the name of its token, None if no tokens are configured.
 
         Raises:

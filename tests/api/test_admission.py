@@ -1,7 +1,7 @@
-"""Admission checks: every path is behind the guard, and each of its checks refuses the requests that it is made for.
+"""Admission checks: every path is behind them, and each refuses the requests that it is made for.
 
 The requests are made in process. Those that waitress reads in its own way are sent to a served service, and so is the
-sequence that shows that the guard is in front of it.
+sequence that shows that they are in front of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from app import create_app
-from ccm.api.http.auth_tokens import Tokens
+from ccm.api.http.tokens import Tokens
 from ccm.errors import BadSetting
 from ccm.settings.access import access_warnings, check_access
 from ccm.settings.settings import Settings
@@ -273,7 +273,7 @@ def test_the_token_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
 def test_a_token_file_that_others_can_read_keeps_the_tokens_read_before(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.WARNING, logger="ccm.api.http.auth_tokens")
+    caplog.set_level(logging.WARNING, logger="ccm.api.http.tokens")
     file = tmp_path / "tokens"
     write_tokens(file, f"alice:{TOKEN}-a\n")
     tokens = Tokens(Settings(api_token_file=file))
@@ -315,7 +315,7 @@ def test_a_token_file_that_could_not_be_read_is_tried_with_each_request(
 def test_a_missing_token_file_is_logged_once_each_time_it_disappears(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, logger="ccm.api.http.auth_tokens")
+    caplog.set_level(logging.INFO, logger="ccm.api.http.tokens")
     file = tmp_path / "tokens"
     tokens = Tokens(Settings(api_token_file=file))
 

@@ -45,24 +45,22 @@ SERVICE_OWNED = {
     "user": "agents run as the service's user",
 }
 # Arguments of the CLI that the service sets, or that would override one of them.
-OWNED_ARGUMENTS = frozenset(
-    {
-        "continue",
-        "fork-session",
-        "from-pr",
-        "input-format",
-        "no-session-persistence",
-        "output-format",
-        "permission-prompt-tool",
-        "print",
-        "replay-user-messages",
-        "resume",
-        "resume-drops-turn",
-        "resume-session-at",
-        "session-id",
-        "session-mirror",
-        "verbose",
-    }
+OWNED_ARGUMENTS = (
+    "continue",
+    "fork-session",
+    "from-pr",
+    "input-format",
+    "no-session-persistence",
+    "output-format",
+    "permission-prompt-tool",
+    "print",
+    "replay-user-messages",
+    "resume",
+    "resume-drops-turn",
+    "resume-session-at",
+    "session-id",
+    "session-mirror",
+    "verbose",
 )
 # Arguments of the CLI that would bypass the ceiling on an option, because the last argument wins.
 ARGUMENTS_OF_OPTIONS = {
@@ -70,14 +68,12 @@ ARGUMENTS_OF_OPTIONS = {
     "max-turns": "maxTurns",
     "setting-sources": "settingSources",
 }
-OWNED_VARIABLES = frozenset(
-    {
-        "CLAUDECODE",
-        "CLAUDE_AGENT_SDK_VERSION",
-        "CLAUDE_CODE_EMIT_SESSION_STATE_EVENTS",
-        "CLAUDE_CODE_SDK_READS_SESSION_STATE",
-        "CLAUDE_CODE_TMPDIR",
-    }
+OWNED_VARIABLES = (
+    "CLAUDECODE",
+    "CLAUDE_AGENT_SDK_VERSION",
+    "CLAUDE_CODE_EMIT_SESSION_STATE_EVENTS",
+    "CLAUDE_CODE_SDK_READS_SESSION_STATE",
+    "CLAUDE_CODE_TMPDIR",
 )
 
 
@@ -99,13 +95,13 @@ def _is_an_argument(text: str) -> str:
     return text
 
 
-def _own_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    for name in arguments:
+def _own_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    for name in flags:
         if name in OWNED_ARGUMENTS:
             raise ValueError(f"--{name} is set by the service itself")
         if name in ARGUMENTS_OF_OPTIONS:
             raise ValueError(f"--{name} is set by the service itself; use the option {ARGUMENTS_OF_OPTIONS[name]}")
-    return arguments
+    return flags
 
 
 def _is_settings(text: str) -> str:
@@ -126,6 +122,9 @@ def _own_variables(variables: dict[str, str]) -> dict[str, str]:
 
 Text = Annotated[str, Field(min_length=1, max_length=TEXT_CHARACTERS), AfterValidator(no_nul)]
 ArgumentText = Annotated[str, Field(min_length=1, max_length=ARGUMENT_CHARACTERS // 4), AfterValidator(no_nul)]
+Argument = Annotated[str, AfterValidator(no_nul), AfterValidator(_is_an_argument)]
+Flag = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$", max_length=100)]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=200)]
 Word = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(not_a_flag)]
 Rule = Annotated[str, Field(min_length=1, max_length=2_000), AfterValidator(not_a_flag)]
 Rules = Annotated[list[Rule], Field(max_length=1_000), AfterValidator(_fits_an_argument)]
@@ -182,6 +181,9 @@ class DisabledThinking(Strict):
     type: Literal["disabled"]
 
 
+Thinking = Annotated[AdaptiveThinking | EnabledThinking | DisabledThinking, Field(discriminator="type")]
+
+
 class TaskBudget(Strict):
     total: Annotated[int, Field(ge=1, le=2**53)]
 
@@ -229,37 +231,15 @@ class Options(Strict):
     includeHookEvents: bool | None = None
     forwardSubagentText: bool | None = None
     outputFormat: OutputFormat | None = None
-    thinking: Annotated[AdaptiveThinking | EnabledThinking | DisabledThinking, Field(discriminator="type")] | None = (
-        None
-    )
+    thinking: Thinking | None = None
     effort: Effort | None = None
     betas: Annotated[list[Word], Field(max_length=50)] | None = None
     taskBudget: TaskBudget | None = None
     verbatimPrompts: bool | None = None
     # Privileged.
     additionalDirectories: Annotated[list[Directory], Field(max_length=100)] | None = None
-    env: (
-        Annotated[
-            dict[
-                Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=200)],
-                Annotated[str, AfterValidator(no_nul), AfterValidator(_is_an_argument)],
-            ],
-            Field(max_length=1_000),
-            AfterValidator(_own_variables),
-        ]
-        | None
-    ) = None
-    extraArgs: (
-        Annotated[
-            dict[
-                Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$", max_length=100)],
-                Annotated[str, AfterValidator(no_nul), AfterValidator(_is_an_argument)] | None,
-            ],
-            Field(max_length=100),
-            AfterValidator(_own_arguments),
-        ]
-        | None
-    ) = None
+    env: Annotated[dict[Variable, Argument], Field(max_length=1_000), AfterValidator(_own_variables)] | None = None
+    extraArgs: Annotated[dict[Flag, Argument | None], Field(max_length=100), AfterValidator(_own_flags)] | None = None
     mcpServers: Annotated[dict[Word, Object], Field(max_length=100)] | None = None
     plugins: Annotated[list[Plugin], Field(max_length=100)] | None = None
     sandbox: Object | None = None

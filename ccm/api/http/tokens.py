@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import hmac
 import logging
 import os
 import threading
@@ -20,7 +19,7 @@ SINGLE = "api"
 
 
 class Tokens:
-    """The accepted tokens, kept as digests, so that the time of a comparison does not depend on the token sent.
+    """The accepted tokens, kept as digests, so that the time of a look-up reveals nothing about a token.
 
     Args:
         settings: has the single token, or the file of tokens, which is read again when it changes.
@@ -35,18 +34,13 @@ class Tokens:
         self._failure: int | None = None
         self._single = {} if settings.api_token is None else {SINGLE: settings.api_token}
         self._digests = {_digest(token): name for name, token in self._single.items()}
-        self.required = bool(self._single) or self._file is not None
+        self.required = settings.has_tokens
 
     def client(self, token: str) -> str | None:
         """Return the name of a token's client, None if the token is not accepted."""
         if self._file is not None:
             self._refresh(self._file)
-        digest_of_token = _digest(token)
-        name = None
-        for digest, client in self._digests.items():
-            if hmac.compare_digest(digest, digest_of_token):
-                name = client
-        return name
+        return self._digests.get(_digest(token))
 
     def _refresh(self, file: Path) -> None:
         with self._lock:
@@ -56,32 +50,21 @@ class Tokens:
                     return
                 tokens = read_tokens(file)
             except OSError as error:
-                self._reject_all(file, error)
+                # No token is accepted. Each request tries again, because the reason may pass without a change of the
+                # file, such as too many open files.
+                self._file_state = None
+                if self._failure != error.errno:  # logged once: a line per request would flood the log
+                    self._failure = error.errno
+                    sentence = "no token is accepted, because CCM_API_TOKEN_FILE %s cannot be read: %s"
+                    log.warning(sentence, file, error.strerror, extra={"event": "token_file_unreadable"})
+                    self._use({})
                 return
             except BadSetting as error:
                 # A typo of the operator must not lock out all clients.
                 log.warning("the tokens stay as they were: %s", error, extra={"event": "token_file_invalid"})
-                self._file_state, self._failure = state, None
-                return
+            else:
+                self._use(tokens)
             self._file_state, self._failure = state, None
-            self._use(tokens)
-
-    def _reject_all(self, file: Path, error: OSError) -> None:
-        """Accept no token while the file cannot be read.
-
-        Each request tries again, because the reason may pass without a change of the file, such as too many open files.
-        """
-        self._file_state = None
-        if self._failure == error.errno:
-            return  # logged once: a line per request would flood the log
-        self._failure = error.errno
-        log.warning(
-            "no token is accepted, because CCM_API_TOKEN_FILE %s cannot be read: %s",
-            file,
-            error.strerror,
-            extra={"event": "token_file_unreadable"},
-        )
-        self._use({})
 
     def _use(self, tokens: dict[str, str]) -> None:
         self._digests = {_digest(token): name for name, token in self._single.items() | tokens.items()}

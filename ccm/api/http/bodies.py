@@ -194,8 +194,17 @@ def read_body(request: Request, model: type[Body], limit: int) -> Body:
 
 def _has_too_many_parts(data: bytes) -> bool:
     """Return whether JSON has more than BODY_PARTS parts, without parsing it."""
-    rest, texts = JSON_TEXT.subn(b"", data, count=BODY_PARTS + 1)
-    return texts + sum(rest.count(mark) for mark in (b",", b"[", b"{")) > BODY_PARTS
+    parts = at = 0
+    for text in JSON_TEXT.finditer(data):
+        parts += 1 + _count_marks(data, at, text.start())
+        at = text.end()
+        if parts > BODY_PARTS:
+            return True
+    return parts + _count_marks(data, at, len(data)) > BODY_PARTS
+
+
+def _count_marks(data: bytes, start: int, end: int) -> int:
+    return sum(data.count(mark, start, end) for mark in (b",", b"[", b"{"))
 
 
 def idempotency_key(request: Request, body: RunBody) -> IdempotencyKey | None:

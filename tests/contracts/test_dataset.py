@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,21 +73,6 @@ def test_the_statements_run_on_each_new_connection_and_the_journal_is_a_log(data
         values = [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("user_version", "journal_mode")]
 
     assert values == [7, "wal"], "dataset runs no on_connect_statements, or no longer switches to WAL by itself"
-
-
-def test_alembic_is_not_needed_to_import_dataset() -> None:
-    code = """
-import sys
-from ccm.db.driver.alembic_free import without_alembic
-with without_alembic():
-    import dataset
-assert "alembic" not in sys.modules
-import alembic.migration, alembic.operations
-alembic.migration.MigrationContext, alembic.operations.Operations
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-
-    assert result.returncode == 0, f"dataset imports more of alembic than without_alembic() knows: {result.stderr}"
 
 
 # ---- SQLAlchemy

@@ -13,16 +13,13 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
+import dataset
 import sqlalchemy
 from sqlalchemy import event
 
 from ccm.db.driver import sqlite
-from ccm.db.driver.alembic_free import without_alembic
 from ccm.db.driver.file_watch import FileWatch, OpenFiles
 from ccm.errors import StorageDown
-
-with without_alembic():
-    import dataset
 
 if TYPE_CHECKING:
     from ccm.db.driver import postgresql

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from ccm.db import sessions
 from ccm.db.driver.database import Database
 from ccm.db.driver.errors import storage_error
+from ccm.db.driver.sqlite_file import sqlite_path
 from ccm.db.driver.transaction import Transaction
 from ccm.errors import StorageDown
 
@@ -227,8 +228,9 @@ def clear(url: str, deleted: bool) -> None:
         StorageError: the bytes are still there.
     """
     try:
-        if url.startswith("sqlite"):
-            _clear_sqlite(url.removeprefix("sqlite:///"), deleted)
+        path = sqlite_path(url)
+        if path is not None:
+            _clear_sqlite(path, deleted)
         elif deleted:
             _clear_postgresql(url)
     except Exception as error:
@@ -243,12 +245,12 @@ def _clear_postgresql(url: str) -> None:
             connection.execute(f"VACUUM {table}")
 
 
-def _clear_sqlite(path: str, deleted: bool) -> None:
+def _clear_sqlite(path: Path, deleted: bool) -> None:
     with closing(sqlite3.connect(path, timeout=CLEAR_TIMEOUT, isolation_level=None)) as connection:
         connection.execute("PRAGMA secure_delete = ON")
         # VACUUM writes a temporary file first. Put it beside the database, where there is room, and not in memory or in
         # TMPDIR, which may be small. A SQLite without this deprecated pragma ignores it.
-        folder = str(Path(path).absolute().parent).replace("'", "''")
+        folder = str(path.absolute().parent).replace("'", "''")
         connection.execute(f"PRAGMA temp_store_directory = '{folder}'")
         # Pages that were split long ago still contain copies of rows in their unused parts; only a new file does not.
         if deleted or connection.execute("PRAGMA freelist_count").fetchone()[0]:

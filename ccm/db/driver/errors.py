@@ -72,14 +72,12 @@ def storage_error(error: BaseException) -> StorageError | None:
     if isinstance(error, PoolTimeout):
         return StorageDown("all connections are in use", "all connections to the database are in use")
     cause = getattr(error, "orig", None) or error
-    if not isinstance(error, SQLAlchemyError) and not isinstance(cause, sqlite3.Error) and not _is_psycopg_error(cause):
-        return None
     reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
     if isinstance(cause, sqlite3.Error):
         return _from_sqlite(cause, reason)
     if _is_psycopg_error(cause):
         return _from_postgresql(cause, reason)
-    return StorageRejected(reason)
+    return StorageRejected(reason) if isinstance(error, SQLAlchemyError) else None
 
 
 def _is_psycopg_error(error: BaseException) -> TypeGuard[psycopg.Error]:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from ccm.db.columns import select_list
 from ccm.db.driver.transaction import Transaction, parameter_list
+from ccm.db.select import Select
 from ccm.models import Delivery, DeliveryStatus, DeliveryTarget
 
-SELECT = (
-    f"SELECT {select_list(Delivery, 'd', {'eventType': 'e.type'})} "
-    'FROM ccr_deliveries d JOIN ccr_events e ON e.id = d."eventId" '
+SELECT = Select(
+    Delivery,
+    'ccr_deliveries d JOIN ccr_events e ON e.id = d."eventId"',
+    {"eventType": "e.type"},
+    filters={"runId": 'd."runId" = :runId'},
+    order="id",
 )
 DUE = """
 SELECT id, host FROM ccr_deliveries WHERE status = 'pending' AND again = :again AND "nextAttemptAt" <= :now{without}
@@ -52,14 +55,12 @@ def insert(
 
 def find(transaction: Transaction, delivery_id: int) -> Delivery | None:
     """Return a delivery, or None."""
-    row = transaction.row(SELECT + "WHERE d.id = :id", id=delivery_id)
-    return None if row is None else Delivery.from_row(row)
+    return SELECT.find(transaction, "WHERE d.id = :id", id=delivery_id)
 
 
 def page(transaction: Transaction, run_id: str, *, limit: int, after: int | None) -> list[Delivery]:
     """Return the deliveries of a run after the one with id `after`, oldest first."""
-    sql = SELECT + 'WHERE d."runId" = :run AND d.id > :after ORDER BY d.id LIMIT :limit'
-    return [Delivery.from_row(row) for row in transaction.rows(sql, run=run_id, after=after or 0, limit=limit)]
+    return SELECT.page(transaction, {"runId": run_id}, limit=limit, after=after)
 
 
 def find_disabled_reason(transaction: Transaction, run_id: str, target: str) -> str | None:
@@ -80,8 +81,7 @@ def due(
     """
     names, hosts = parameter_list("host", without)
     condition = f" AND host NOT IN ({names})" if names else ""
-    rows = transaction.tuples(DUE.format(without=condition), now=now, again=int(again), limit=limit, **hosts)
-    return [(delivery_id, host) for delivery_id, host in rows]
+    return transaction.tuples(DUE.format(without=condition), now=now, again=int(again), limit=limit, **hosts)
 
 
 def find_next_due(transaction: Transaction, now: str) -> str | None:

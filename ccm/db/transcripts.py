@@ -154,7 +154,7 @@ def sizes(transaction: Transaction, key: TranscriptKey, after: int, limit: int) 
         f'WHERE e."transcriptId" = (SELECT id FROM ccr_transcripts WHERE {OF_KEY}) AND e."index" > :after '
         'ORDER BY e."index" LIMIT :limit'
     )
-    return [(index, size) for index, size in transaction.tuples(sql, after=after, limit=limit, **key._asdict())]
+    return transaction.tuples(sql, after=after, limit=limit, **key._asdict())
 
 
 def texts(transaction: Transaction, key: TranscriptKey, after: int, through: int) -> list[str]:

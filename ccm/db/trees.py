@@ -74,7 +74,7 @@ class Tree(NamedTuple):
     message_bytes: int
     transcripts: int
     last_run_at: str
-    unfinished: int
+    not_ended: int
 
 
 class RunPlace(NamedTuple):
@@ -89,7 +89,7 @@ class RunPlace(NamedTuple):
 
 def roots(transaction: Transaction, after: int, limit: int) -> list[tuple[str, int]]:
     """Return root sessions whose last run has a seq after one, in order, with that seq."""
-    return [(root, seq) for root, seq in transaction.tuples(ROOTS, after=after, limit=limit)]
+    return transaction.tuples(ROOTS, after=after, limit=limit)
 
 
 def get_root(transaction: Transaction, session_id: str) -> str:
@@ -125,11 +125,11 @@ def measure(transaction: Transaction, root: str) -> Tree:
     """
     session_ids = transaction.column(TREE + "SELECT id FROM tree", root=root)
     run_sql = f"{TREE} SELECT COUNT(*), COALESCE(SUM(CASE status WHEN 'running' THEN 1 ELSE 0 END), 0) FROM ccr_runs"
-    runs, unfinished = transaction.tuples(f"{run_sql} WHERE {RUNS}", root=root)[0]
+    runs, not_ended = transaction.tuples(f"{run_sql} WHERE {RUNS}", root=root)[0]
     messages, size = transaction.tuples(TREE + MESSAGES, root=root)[0]
     transcripts = transaction.value(f"{TREE} SELECT COUNT(*) FROM ccr_transcripts WHERE {TRANSCRIPTS}", root=root)
     at = get_last_run_at(transaction, root)
-    return Tree(root, session_ids, int(runs), int(messages), int(size), int(transcripts), at, int(unfinished))
+    return Tree(root, session_ids, int(runs), int(messages), int(size), int(transcripts), at, int(not_ended))
 
 
 def run_places(transaction: Transaction, root: str, after: int) -> list[RunPlace]:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 from ccm.db.driver.errors import storage_error
 from ccm.errors import StorageDown
@@ -64,10 +64,11 @@ class Transaction:
         """Return the first row of a query, or None."""
         return next(iter(self.rows(sql, **parameters)), None)
 
-    def tuples(self, sql: str, **parameters: Any) -> list[tuple[Any, ...]]:
-        """Return all rows of a query, without column names."""
+    def tuples(self, sql: str, **parameters: Any) -> list[Any]:
+        """Return all rows of a query as tuples, without column names."""
         self._execute(sql, parameters)
-        return cast("list[tuple[Any, ...]]", self._cursor.fetchall())
+        found: list[Any] = self._cursor.fetchall()
+        return found
 
     def column(self, sql: str, **parameters: Any) -> list[Any]:
         """Return the first column of a query."""

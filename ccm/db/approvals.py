@@ -52,7 +52,7 @@ def page(transaction: Transaction, filters: Mapping[str, str], *, limit: int, af
     Args:
         filters: values by the keys of FILTERS.
     """
-    return SELECT.page(transaction, filters, limit=limit, after=after or 0)
+    return SELECT.page(transaction, filters, limit, after or 0, newest_first=False)
 
 
 def pending(transaction: Transaction, run_id: str) -> list[Approval]:

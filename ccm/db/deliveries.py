@@ -60,7 +60,7 @@ def find(transaction: Transaction, delivery_id: int) -> Delivery | None:
 
 def page(transaction: Transaction, run_id: str, *, limit: int, after: int | None) -> list[Delivery]:
     """Return the deliveries of a run after the one with id `after`, oldest first."""
-    return SELECT.page(transaction, {"runId": run_id}, limit=limit, after=after)
+    return SELECT.page(transaction, {"runId": run_id}, limit, after, newest_first=False)
 
 
 def find_disabled_reason(transaction: Transaction, run_id: str, target: str) -> str | None:
@@ -105,28 +105,16 @@ def record_attempt(
     next_attempt_at: str | None,
 ) -> None:
     """Store the result of an attempt. A delivery that was disabled meanwhile stays disabled, unless it has arrived."""
-    transaction.execute(
-        'UPDATE ccr_deliveries SET "attemptsJson" = :attempts, again = 1 WHERE id = :id',
-        attempts=attempts_json,
-        id=delivery_id,
-    )
-    transaction.execute(
-        'UPDATE ccr_deliveries SET status = :status, reason = :reason, "nextAttemptAt" = :next WHERE id = :id'
-        + ("" if status == DeliveryStatus.DELIVERED else " AND status = 'pending'"),
-        status=status,
-        reason=reason,
-        next=next_attempt_at,
-        id=delivery_id,
-    )
+    transaction.update("ccr_deliveries", {"attemptsJson": attempts_json, "again": 1}, "id = :id", id=delivery_id)
+    values = {"status": status, "reason": reason, "nextAttemptAt": next_attempt_at}
+    selected = "id = :id" if status == DeliveryStatus.DELIVERED else "id = :id AND status = 'pending'"
+    transaction.update("ccr_deliveries", values, selected, id=delivery_id)
 
 
 def make_next_due(transaction: Transaction, run_id: str, target: str, now: str) -> None:
     """Make the oldest pending delivery of a run and target due."""
-    transaction.execute(
-        'UPDATE ccr_deliveries SET "nextAttemptAt" = :now WHERE id = :id AND "nextAttemptAt" IS NULL',
-        now=now,
-        id=_find_first_pending(transaction, run_id, target),
-    )
+    oldest = _find_first_pending(transaction, run_id, target)
+    transaction.update("ccr_deliveries", {"nextAttemptAt": now}, 'id = :id AND "nextAttemptAt" IS NULL', id=oldest)
 
 
 def disable_run(transaction: Transaction, run_id: str, target: str, reason: str) -> None:
@@ -142,12 +130,8 @@ def disable_service(transaction: Transaction, reason: str) -> int:
 
 
 def _disable(transaction: Transaction, condition: str, reason: str, **parameters: str) -> int:
-    return transaction.execute(
-        f"UPDATE ccr_deliveries SET status = 'disabled', reason = :reason, \"nextAttemptAt\" = NULL WHERE {condition} "
-        "AND status = 'pending'",
-        reason=reason,
-        **parameters,
-    )
+    values = {"status": DeliveryStatus.DISABLED, "reason": reason, "nextAttemptAt": None}
+    return transaction.update("ccr_deliveries", values, f"{condition} AND status = 'pending'", **parameters)
 
 
 def _find_first_pending(transaction: Transaction, run_id: str, target: str) -> int | None:

@@ -44,7 +44,6 @@ SELECT (SELECT COUNT(*) FROM ccr_runs WHERE status = 'running' AND "startedAt" I
         WHERE b."sessionId" = w."sessionId" AND b.status = 'running' AND b."startedAt" IS NOT NULL)
     ORDER BY w.seq LIMIT 1)
 """
-COUNT_WAITING = "SELECT COUNT(*) FROM ccr_runs WHERE status = 'running' AND \"startedAt\" IS NULL"
 # The final state of a run whose service was killed.
 INTERRUPTED = {
     "status": RunStatus.ERROR,
@@ -105,7 +104,7 @@ def page(
     Args:
         filters: values by the names of SELECT's filters.
     """
-    return SELECT.page(transaction, filters, limit=limit, after=after, descending=not oldest_first)
+    return SELECT.page(transaction, filters, limit, after, newest_first=not oldest_first)
 
 
 class Link(StoredModel):
@@ -145,8 +144,7 @@ def next_seq(transaction: Transaction) -> int:
 
 def insert(transaction: Transaction, row: Mapping[str, Any], images_json: str | None) -> None:
     """Insert a waiting run. `row` has the columns that are known when it is accepted."""
-    blank = {"messageCount": 0, "hasTranscript": 0}
-    transaction.insert("ccr_runs", blank | dict(row))
+    transaction.insert("ccr_runs", {"messageCount": 0, "hasTranscript": 0, **row})
     if images_json is not None:
         transaction.insert("ccr_run_images", {"runId": row["id"], "imagesJson": images_json})
 
@@ -178,19 +176,15 @@ def count_started_and_find_next(transaction: Transaction, owner: str) -> tuple[i
 
 def count_waiting(transaction: Transaction) -> int:
     """Return how many runs wait for a worker."""
-    return int(transaction.value(COUNT_WAITING))
+    sql = "SELECT COUNT(*) FROM ccr_runs WHERE status = 'running' AND \"startedAt\" IS NULL"
+    return int(transaction.value(sql))
 
 
 def start(transaction: Transaction, run: Run, parent_run_id: str | None, owner: str) -> Run:
     """Take a run from the queue, and return its new state."""
     started = run.model_copy(update={"started_at": timestamp(), "parent_run_id": parent_run_id, "queue_position": None})
-    transaction.execute(
-        'UPDATE ccr_runs SET "startedAt" = :now, "parentRunId" = :parent, owner = :owner WHERE id = :id',
-        now=started.started_at,
-        parent=parent_run_id,
-        owner=owner,
-        id=run.id,
-    )
+    values = {"startedAt": started.started_at, "parentRunId": parent_run_id, "owner": owner}
+    transaction.update("ccr_runs", values, "id = :id", id=run.id)
     return started
 
 

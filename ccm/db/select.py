@@ -10,22 +10,9 @@ from ccm.db.driver.transaction import Transaction
 from ccm.models.stored import StoredModel
 
 M = TypeVar("M", bound=StoredModel)
+Expressions = Mapping[str, str]
 
-NO_EXPRESSIONS: Mapping[str, str] = MappingProxyType({})
-
-
-def select_list(model: type[StoredModel], table: str, computed: Mapping[str, str] = NO_EXPRESSIONS) -> str:
-    """Return the expressions that a SELECT needs for a model: each of its columns, stored or computed.
-
-    Args:
-        table: the table's alias in the statement.
-        computed: expressions for columns that the table lacks or holds in another form.
-    """
-    unknown = computed.keys() - set(model.shape.columns)
-    if unknown:
-        raise TypeError(f"{model.__name__} has no column {', '.join(sorted(unknown))}.")
-    stored = {column: f'{table}."{column}"' for column in model.shape.columns}
-    return ", ".join(f'{expression} AS "{column}"' for column, expression in (stored | dict(computed)).items())
+NONE: Expressions = MappingProxyType({})
 
 
 class Select(Generic[M]):
@@ -39,16 +26,15 @@ class Select(Generic[M]):
     """
 
     def __init__(
-        self,
-        model: type[M],
-        tables: str,
-        computed: Mapping[str, str] = NO_EXPRESSIONS,
-        *,
-        filters: Mapping[str, str] = NO_EXPRESSIONS,
-        order: str = "seq",
+        self, model: type[M], tables: str, computed: Expressions = NONE, filters: Expressions = NONE, order: str = "seq"
     ) -> None:
+        unknown = computed.keys() - set(model.shape.columns)
+        if unknown:
+            raise TypeError(f"{model.__name__} has no column {', '.join(sorted(unknown))}.")
         alias = tables.split()[1]
-        self.sql = f"SELECT {select_list(model, alias, computed)} FROM {tables} "
+        expressions = {column: f'{alias}."{column}"' for column in model.shape.columns} | dict(computed)
+        selected = ", ".join(f'{expression} AS "{column}"' for column, expression in expressions.items())
+        self.sql = f"SELECT {selected} FROM {tables} "
         self._model = model
         self._filters = filters
         self._order = f'{alias}."{order}"'
@@ -62,24 +48,18 @@ class Select(Generic[M]):
         return next(iter(self.rows(transaction, clauses, **parameters)), None)
 
     def page(
-        self,
-        transaction: Transaction,
-        filters: Mapping[str, str],
-        *,
-        limit: int,
-        after: int | None,
-        descending: bool = False,
+        self, transaction: Transaction, values: Mapping[str, str], limit: int, after: int | None, newest_first: bool
     ) -> list[M]:
-        """Return the instances that meet all filters, in order.
+        """Return the instances that meet some of the filters, in order.
 
         Args:
-            filters: values by the names of the filters.
+            values: values by the names of the filters to apply.
             after: the value of the ordering column that the page follows; None for the first page.
         """
-        direction, comparison = ("DESC", "<") if descending else ("ASC", ">")
-        conditions = [self._filters[name] for name in filters]
+        direction, comparison = ("DESC", "<") if newest_first else ("ASC", ">")
+        conditions = [self._filters[name] for name in values]
         if after is not None:
             conditions.append(f"{self._order} {comparison} :after")
         where = f"WHERE {' AND '.join(conditions)} " if conditions else ""
         clauses = f"{where}ORDER BY {self._order} {direction} LIMIT :limit"
-        return self.rows(transaction, clauses, **filters, limit=limit, after=after)
+        return self.rows(transaction, clauses, **values, limit=limit, after=after)

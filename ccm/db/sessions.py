@@ -59,13 +59,12 @@ def page(transaction: Transaction, filters: Mapping[str, str], *, limit: int, af
     """Return sessions after the one whose last run has seq `after`, latest activity first."""
     if "q" in filters:
         filters = {**filters, "q": filters["q"].lower()}
-    return SELECT.page(transaction, filters, limit=limit, after=after, descending=True)
+    return SELECT.page(transaction, filters, limit, after, newest_first=True)
 
 
 def insert(transaction: Transaction, row: Mapping[str, Any]) -> None:
     """Insert a session. It counts one run unless `row` has another `runCount`."""
-    blank = {"headRunId": None, "runCount": 1, "messageCount": 0, "costUsd": 0.0}
-    transaction.insert("ccr_sessions", blank | dict(row))
+    transaction.insert("ccr_sessions", {"headRunId": None, "runCount": 1, "messageCount": 0, "costUsd": 0.0, **row})
 
 
 def run_added(transaction: Transaction, session_id: str, seq: int, at: str) -> None:

@@ -232,17 +232,13 @@ def clear(url: str, deleted: bool) -> None:
         if path is not None:
             _clear_sqlite(path, deleted)
         elif deleted:
-            _clear_postgresql(url)
+            import psycopg  # noqa: PLC0415  # imported for PostgreSQL only
+
+            with psycopg.connect(url, autocommit=True) as connection:
+                for table in TABLES:
+                    connection.execute(f"VACUUM {table}")
     except Exception as error:
         raise storage_error(error) or error from None
-
-
-def _clear_postgresql(url: str) -> None:
-    import psycopg  # noqa: PLC0415  # imported for PostgreSQL only
-
-    with psycopg.connect(url, autocommit=True) as connection:
-        for table in TABLES:
-            connection.execute(f"VACUUM {table}")
 
 
 def _clear_sqlite(path: Path, deleted: bool) -> None:

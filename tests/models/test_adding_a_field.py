@@ -18,7 +18,7 @@ from ccm.core.archive.exporting import archived
 from ccm.core.archive.fields import Line, columns
 from ccm.db import approvals, deliveries, runs, sessions
 from ccm.db.driver.database import Database
-from ccm.db.select import select_list
+from ccm.db.select import Select
 from ccm.models.json_field import JsonText
 from ccm.models.stored import StoredModel
 from tests.models.test_stored import GOLDEN
@@ -53,8 +53,8 @@ def test_an_added_field_is_read_and_shown() -> None:
 
 
 def test_an_added_field_is_selected_and_written() -> None:
-    assert 'r."paintColour"' in select_list(Painted, "r")
-    assert 'r."paintLayersJson"' in select_list(Painted, "r")
+    assert 'r."paintColour"' in Select(Painted, "ccr_runs r").sql
+    assert 'r."paintLayersJson"' in Select(Painted, "ccr_runs r").sql
     written = Painted.to_columns(Painted.from_row(ROW).to_json())
     assert (written["paintColour"], json.loads(written["paintLayersJson"])) == ("red", [{"thin": True}])
 

@@ -13,11 +13,11 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from io import TextIOWrapper
 from pathlib import Path, PurePosixPath
 from typing import Any
+from weakref import WeakValueDictionary
 
 from ccm.core.claude.locations import find_transcript, transcript_path
 from ccm.core.claude.regular_file import open_regular
@@ -45,13 +45,15 @@ class TranscriptFiles:
     def __init__(self, store: TranscriptStore, environ: Mapping[str, str]) -> None:
         self._store = store
         self._environ = environ
-        self._locks = _Locks()
+        # One lock for each SDK session. It exists only while a thread holds it or waits for it.
+        self._locks: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
+        self._locks_guard = threading.Lock()
 
     def mirror(self, run: Run) -> Mirror:
         """Return the session store that copies a run's transcript while it is written."""
         return Mirror(self._store, run.sdk_session_id)
 
-    def keep(self, run: Run, mirror: Mirror | None = None, *, complete: bool = False) -> dict[str, Any]:
+    def complete_copy(self, run: Run, mirror: Mirror | None = None, *, complete: bool = False) -> dict[str, Any]:
         """Complete the stored copy of an ended run's transcript.
 
         Args:
@@ -84,8 +86,11 @@ class TranscriptFiles:
             here, stored = main is not None, False
         return {"hasTranscript": int(here or stored), "transcriptStored": int(stored)}
 
-    def can_provide(self, parent: Run, cwd: str, options: Mapping[str, Any]) -> bool:
-        """Return whether a run in `cwd` with these options can continue `parent`."""
+    def is_available(self, parent: Run, cwd: str, options: Mapping[str, Any]) -> bool:
+        """Return whether a run in `cwd` with these options can continue `parent`.
+
+        It can if the transcript is in the database or on this host.
+        """
         if parent.transcript_stored:
             return True  # no need to search the project directories
         try:
@@ -100,7 +105,7 @@ class TranscriptFiles:
             )
             return False
 
-    def provide(self, parent: Run, run: Run) -> bool:
+    def make_available(self, parent: Run, run: Run) -> bool:
         """Make sure that Claude Code finds the parent's transcript when `run` continues it.
 
         Returns:
@@ -112,10 +117,12 @@ class TranscriptFiles:
         """
         # The second of two concurrent forks waits until the file is complete. Otherwise it would rename the unfinished
         # file, which the first fork's Claude Code is about to read.
-        with self._locks.of(parent.sdk_session_id):
-            return self._provide(parent, run)
+        with self._locks_guard:
+            lock = self._locks.setdefault(parent.sdk_session_id, threading.Lock())
+        with lock:
+            return self._make_available(parent, run)
 
-    def _provide(self, parent: Run, run: Run) -> bool:
+    def _make_available(self, parent: Run, run: Run) -> bool:
         here = self._find(parent, run.cwd, run.options.value)
         if here is not None and self._is_complete(here, parent):
             return True
@@ -212,31 +219,6 @@ class TranscriptFiles:
             extra={"event": "transcript_restored", "sdk_session_id": sdk_session_id},
         )
         return True
-
-
-class _Locks:
-    """One lock per key, which exists only while it is held or waited for."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        # Each lock with the number of threads that hold it or wait for it.
-        self._locks: dict[str, tuple[threading.Lock, int]] = {}
-
-    @contextmanager
-    def of(self, key: str) -> Iterator[None]:
-        with self._lock:
-            lock, users = self._locks.get(key, (threading.Lock(), 0))
-            self._locks[key] = lock, users + 1
-        try:
-            with lock:
-                yield
-        finally:
-            with self._lock:
-                users = self._locks[key][1] - 1
-                if users:
-                    self._locks[key] = lock, users
-                else:
-                    del self._locks[key]
 
 
 def _read(main: Path, sdk_session_id: str) -> dict[TranscriptKey, list[Entry]]:

@@ -53,8 +53,7 @@ INTERRUPTED = {
 }
 
 
-def not_found(run_id: str) -> RunNotFound:
-    """Return the error for a missing run."""
+def _not_found(run_id: str) -> RunNotFound:
     return RunNotFound(f"There is no run {run_id}. GET /api/runs lists them.")
 
 
@@ -71,7 +70,7 @@ def get(transaction: Transaction, run_id: str) -> Run:
     """
     run = find(transaction, run_id)
     if run is None:
-        raise not_found(run_id)
+        raise _not_found(run_id)
     return run
 
 
@@ -86,9 +85,8 @@ def find_by_idempotency_key(transaction: Transaction, key: IdempotencyKey) -> Ru
     Raises:
         KeyReused: the key belongs to a different request.
     """
-    row = transaction.row('SELECT id, "requestDigest" FROM ccr_runs WHERE "idempotencyKey" = :key', key=key.text)
-    run = None if row is None else find(transaction, row["id"])
-    if row is not None and run is not None and row["requestDigest"] != key.digest:
+    run = SELECT.find(transaction, 'WHERE r."idempotencyKey" = :key', key=key.text)
+    if run is not None and run.request_digest != key.digest:
         raise KeyReused(
             f"This Idempotency-Key was used for another request, which created run {run.id}. Use a new key for a new "
             "request; a retry must have the same path and body."
@@ -133,7 +131,7 @@ def get_link(transaction: Transaction, run_id: str) -> Link:
     """
     link = _SELECT_LINK.find(transaction, "WHERE r.id = :id", id=run_id)
     if link is None:
-        raise not_found(run_id)
+        raise _not_found(run_id)
     return link
 
 

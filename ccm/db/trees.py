@@ -50,18 +50,7 @@ TEXTS = 50_000
 RUNS_AT_ONCE = 500
 # How long to wait for other programs that use the database (seconds).
 CLEAR_TIMEOUT = 10.0
-TABLES = (
-    "ccr_deliveries",
-    "ccr_approvals",
-    "ccr_events",
-    "ccr_run_messages",
-    "ccr_run_images",
-    "ccr_runs",
-    "ccr_sessions",
-    "ccr_transcript_entries",
-    "ccr_transcript_texts",
-    "ccr_transcripts",
-)
+POSTGRESQL_TABLES = "SELECT tablename FROM pg_tables WHERE schemaname = current_schema() AND tablename ~ '^ccr_'"
 
 
 class Tree(NamedTuple):
@@ -235,7 +224,7 @@ def clear(url: str, deleted: bool) -> None:
             import psycopg  # noqa: PLC0415  # imported for PostgreSQL only
 
             with psycopg.connect(url, autocommit=True) as connection:
-                for table in TABLES:
+                for (table,) in connection.execute(POSTGRESQL_TABLES).fetchall():
                     connection.execute(f"VACUUM {table}")
     except Exception as error:
         raise storage_error(error) or error from None

@@ -47,7 +47,8 @@ def export(transaction: Transaction, session_id: str | None) -> Iterator[str]:
     for session in _all_sessions(transaction) if chosen is None else chosen:
         session_count += 1
         yield _line(type="session", **archived(session))
-        for run in _runs(transaction, session.id):
+        for link in runs.links(transaction, session.id):
+            run = runs.get(transaction, link.id)
             run_count += 1
             yield _line(type="run", **archived(run))
             yield from _messages(transaction, run)
@@ -73,11 +74,6 @@ def _all_sessions(transaction: Transaction) -> Iterator[Session]:
         for _, session_id in found:
             yield sessions.get(transaction, session_id)
         after = found[-1][0]
-
-
-def _runs(transaction: Transaction, session_id: str) -> Iterator[Run]:
-    for link in runs.links(transaction, session_id):
-        yield runs.get(transaction, link.id)
 
 
 def _line(**fields: Any) -> str:

@@ -12,7 +12,6 @@ from ccm.models.shape import Archive, Mark, StoredField
 from ccm.models.stored import StoredModel
 
 T = TypeVar("T")
-Kind = type[T]  # within Line, `type` is its property
 
 # The largest integer. It leaves room for offsets that are added to it, because databases count to 2^63.
 HIGHEST = 2**60
@@ -23,11 +22,8 @@ class Line:
 
     def __init__(self, number: int, fields: Mapping[str, Any]) -> None:
         self.number = number
+        self.type: object = fields.get("type")
         self._fields = fields
-
-    @property
-    def type(self) -> object:
-        return self._fields.get("type")
 
     def error(self, message: str) -> SourceError:
         return SourceError(f"Line {self.number}: {message}")
@@ -35,7 +31,7 @@ class Line:
     def raw(self, name: str) -> Any:
         return self._fields.get(name)
 
-    def _typed(self, name: str, kind: Kind[T], wanted: str) -> T:
+    def _typed(self, name: str, kind: type[T], wanted: str) -> T:
         value = self.raw(name)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise self.error(f"{name} must be {wanted}.")

@@ -60,10 +60,6 @@ class Transaction:
         names = [column[0] for column in self._cursor.description or ()]
         return [dict(zip(names, row, strict=True)) for row in self._cursor.fetchall()]
 
-    def row(self, sql: str, **parameters: Any) -> Mapping[str, Any] | None:
-        """Return the first row of a query, or None."""
-        return next(iter(self.rows(sql, **parameters)), None)
-
     def tuples(self, sql: str, **parameters: Any) -> list[Any]:
         """Return all rows of a query as tuples, without column names."""
         self._execute(sql, parameters)

@@ -37,17 +37,26 @@ class Entry(NamedTuple):
     text: str
 
 
+def is_inside(path: str) -> bool:
+    """Return whether a part of a TranscriptKey, which may come from an import, is a path that stays below its folder."""
+    return "\\" not in path and path.isprintable() and all(part not in ("", ".", "..") for part in path.split("/"))
+
+
 def append(transaction: Transaction, key: TranscriptKey, entries: Sequence[Entry]) -> None:
     """Append entries, except those whose uuid the transcript has already."""
-    transcript = _touch(transaction, key)
+    now = time.time_ns() // 1_000_000
+    transcript = find(transaction, key)
+    if transcript is None:
+        transcript = insert(transaction, key, now)
+    else:
+        transaction.update("ccr_transcripts", {"updatedAtMs": now}, "id = :id", id=transcript)
     fresh = _without_known(transaction, transcript, entries)
     insert_at(transaction, transcript, key.sdk_session_id, length(transaction, key), fresh)
 
 
 def replace(transaction: Transaction, key: TranscriptKey, entries: Sequence[Entry]) -> None:
     """Replace all entries of a transcript."""
-    transcript = _touch(transaction, key)
-    transaction.execute('DELETE FROM ccr_transcript_entries WHERE "transcriptId" = :id', id=transcript)
+    transaction.execute(f"DELETE FROM ccr_transcript_entries WHERE {ENTRIES_OF_KEY}", **key._asdict())
     append(transaction, key, entries)
 
 
@@ -65,16 +74,6 @@ def insert_at(
         for number, (entry, digest) in enumerate(zip(entries, digests, strict=True))
     ]
     transaction.insert_many("ccr_transcript_entries", ("transcriptId", "index", "uuid", "digest"), rows)
-
-
-def _touch(transaction: Transaction, key: TranscriptKey) -> int:
-    """Return the id of a transcript, inserting it if it is missing. Its `updatedAtMs` becomes the present time."""
-    now = time.time_ns() // 1_000_000
-    transcript = find(transaction, key)
-    if transcript is None:
-        return insert(transaction, key, now)
-    transaction.update("ccr_transcripts", {"updatedAtMs": now}, "id = :id", id=transcript)
-    return transcript
 
 
 def insert(transaction: Transaction, key: TranscriptKey, updated_at_ms: int) -> int:

@@ -167,8 +167,7 @@ class RunImport:
             self._write_batch()
 
     def _write_batch(self) -> None:
-        if self._batch:
-            messages.insert_many(self._transaction, self._batch)
+        messages.insert_many(self._transaction, self._batch)
         self._batch, self._batch_bytes = [], 0
 
     def _store_approval(self, part: ArchivedApproval) -> None:

@@ -15,14 +15,14 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from io import TextIOWrapper
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 from ccm.core.claude.locations import find_transcript, transcript_path
 from ccm.core.claude.regular_file import open_regular
 from ccm.core.transcripts.store import Mirror, TranscriptStore, entry
-from ccm.db.transcripts import Entry, TranscriptKey
+from ccm.db.transcripts import Entry, TranscriptKey, is_inside
 from ccm.models import Run
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,8 @@ class TranscriptFiles:
             if here:
                 self._store.merge(entries)
             # Without a file, the mirrored entries are all there is.
-            stored = here or (not (mirror is not None and mirror.failed) and self._is_stored(run.sdk_session_id))
+            mirrored = mirror is None or not mirror.failed
+            stored = here or (mirrored and self._find_main_key(run.sdk_session_id) is not None)
         except Exception as error:
             # No fault here may prevent the run's end from being stored.
             log.warning(
@@ -167,8 +168,9 @@ class TranscriptFiles:
         found = (find_transcript(directory, parent.sdk_session_id, environ) for directory in (cwd, parent.cwd))
         return next((path for path in found if path is not None), None)
 
-    def _is_stored(self, sdk_session_id: str) -> bool:
-        return any(not key.subpath for key in self._store.of_session(sdk_session_id))
+    def _find_main_key(self, sdk_session_id: str) -> TranscriptKey | None:
+        """Return the key of the stored main transcript of an SDK session, or None."""
+        return next((key for key in self._store.of_session(sdk_session_id) if not key.subpath), None)
 
     def _is_complete(self, main: Path, run: Run) -> bool:
         """Return whether a file has every stored entry.
@@ -179,8 +181,8 @@ class TranscriptFiles:
         with open_regular(main) as file:
             content = file.read()
         here = set(UUID.findall(content))  # matches `uuid` only: a uuid that occurs as `parentUuid` is no entry
-        keys = [key for key in self._store.of_session(run.sdk_session_id) if not key.subpath and run.transcript_stored]
-        uuids = self._store.uuids(keys[0]) if keys else []
+        key = self._find_main_key(run.sdk_session_id) if run.transcript_stored else None
+        uuids = [] if key is None else self._store.uuids(key)
         return bool(content) and here.issuperset(uuid.encode() for uuid in uuids)
 
     def _write_back(self, sdk_session_id: str, main: Path) -> bool:
@@ -189,16 +191,16 @@ class TranscriptFiles:
         Returns:
             False if no main transcript is stored.
         """
-        stored = self._store.of_session(sdk_session_id)
-        project_key = next((key.project_key for key in stored if not key.subpath), None)
-        if project_key is None or not self._store.uuids(TranscriptKey(sdk_session_id, project_key)):
+        main_key = self._find_main_key(sdk_session_id)
+        if main_key is None or not self._store.uuids(main_key):
             return False
+        stored = self._store.of_session(sdk_session_id)
         folder = main.parent / sdk_session_id
         # The main transcript last: if it exists, all others do.
-        for key in reversed([key for key in stored if key.project_key == project_key]):
+        for key in reversed([key for key in stored if key.project_key == main_key.project_key]):
             if not key.subpath:
                 _write(main, self._store.texts(key), sdk_session_id)
-            elif _is_safe_subpath(key.subpath):
+            elif is_inside(key.subpath):
                 file = folder / f"{key.subpath}.jsonl"
                 metadata = [text for text in self._store.texts(key) if _is_metadata(text)]
                 _write(file, (text for text in self._store.texts(key) if not _is_metadata(text)), sdk_session_id)
@@ -261,12 +263,6 @@ def _metadata(transcript: Path) -> list[Entry]:
 
 def _is_metadata(text: str) -> bool:
     return AGENT_METADATA in text and json.loads(text).get("type") == AGENT_METADATA
-
-
-def _is_safe_subpath(subpath: str) -> bool:
-    """Return whether a stored subpath stays within the session's folder. It may come from an import."""
-    parts = PurePosixPath(subpath).parts
-    return bool(parts) and subpath.isprintable() and "\\" not in subpath and not {"..", "/"} & set(parts)
 
 
 def _write(file: Path, lines: Iterable[str], sdk_session_id: str) -> None:

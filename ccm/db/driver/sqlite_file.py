@@ -59,10 +59,9 @@ def prepare(url: str) -> None:
             # Mark it as ours before anything is in a write-ahead log.
             with closing(sqlite3.connect(path)) as connection:
                 connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-    except OSError as error:
-        raise DatabaseRefused(f"The SQLite file {path} cannot be written: {error.strerror}.") from None
-    except sqlite3.Error as error:
-        raise DatabaseRefused(f"The SQLite file {path} cannot be written: {error}.") from None
+    except (OSError, sqlite3.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DatabaseRefused(f"The SQLite file {path} cannot be written: {reason}.") from None
 
 
 def check(url: str) -> bool:

@@ -38,7 +38,7 @@ class Entry(NamedTuple):
 
 
 def is_inside(path: str) -> bool:
-    """Return whether a part of a TranscriptKey, which may come from an import, is a path that stays below its folder."""
+    """Return whether a path of a TranscriptKey, which may come from an import, stays below its folder."""
     return "\\" not in path and path.isprintable() and all(part not in ("", ".", "..") for part in path.split("/"))
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from ccm.db import sessions
 from ccm.db.driver.database import Database
 from ccm.db.driver.errors import storage_error
-from ccm.db.driver.sqlite_file import sqlite_path
+from ccm.db.driver.sqlite_file import sqlite_file_path
 from ccm.db.driver.transaction import Transaction
 from ccm.errors import StorageDown
 
@@ -217,7 +217,7 @@ def clear(url: str, deleted: bool) -> None:
         StorageError: the bytes are still there.
     """
     try:
-        path = sqlite_path(url)
+        path = sqlite_file_path(url)
         if path is not None:
             _clear_sqlite(path, deleted)
         elif deleted:

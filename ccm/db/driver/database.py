@@ -16,7 +16,7 @@ from ccm.db.driver.connection_pool import ConnectionPool
 from ccm.db.driver.errors import storage_error
 from ccm.db.driver.file_watch import FileWatch
 from ccm.db.driver.permits import Permits
-from ccm.db.driver.sqlite_file import sqlite_path
+from ccm.db.driver.sqlite_file import sqlite_file_path
 from ccm.db.driver.transaction import Transaction
 from ccm.errors import DatabaseClosed, DatabaseDamaged, StorageDown
 
@@ -56,7 +56,7 @@ class Database:
         watch: FileWatch | None = None,
     ) -> None:
         self.url = url
-        path = sqlite_path(url)
+        path = sqlite_file_path(url)
         self.is_sqlite = path is not None
         self.dialect = "postgresql" if path is None else "sqlite"
         self.watch = watch or (None if path is None else FileWatch(str(path)))

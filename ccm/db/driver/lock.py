@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from ccm.db.driver.sqlite_file import make_private, sqlite_path
+from ccm.db.driver.sqlite_file import make_private, sqlite_file_path
 from ccm.errors import DatabaseRefused
 
 # An arbitrary number that no other program should use in this PostgreSQL database: "ccmanage" in ASCII.
@@ -48,7 +48,7 @@ class ServiceLock:
         Raises:
             DatabaseRefused: another service or command holds it, or it cannot be accessed.
         """
-        path = sqlite_path(self._url)
+        path = sqlite_file_path(self._url)
         deadline = time.monotonic() + self._patience
         while True:
             self._drop = _take_advisory_lock(self._url) if path is None else _take_file_lock(path)

@@ -26,7 +26,7 @@ CHECK_TIMEOUT = 5.0
 LOCK_TIMEOUT = 10.0
 
 
-def sqlite_path(url: str) -> Path | None:
+def sqlite_file_path(url: str) -> Path | None:
     """Return the path of a SQLite database's file; None for PostgreSQL, which has no such file."""
     return Path(url.removeprefix("sqlite:///")) if url.startswith("sqlite") else None
 
@@ -43,7 +43,7 @@ def prepare(url: str) -> None:
     Raises:
         DatabaseRefused: the file cannot be written, or is not ours. It is left unchanged.
     """
-    path = sqlite_path(url)
+    path = sqlite_file_path(url)
     if path is None:
         return
     try:
@@ -72,7 +72,7 @@ def check(url: str) -> bool:
     Raises:
         DatabaseRefused: the file is damaged or cannot be read. It is left unchanged.
     """
-    path = sqlite_path(url)
+    path = sqlite_file_path(url)
     if path is None:
         return True
     # Read-only, because closing it would otherwise write the log into the file. If there is no log, do not create one.

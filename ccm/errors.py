@@ -247,7 +247,7 @@ class StorageError(Exception):
 class StorageDown(StorageError):
     """The database is locked, full, read-only or unreachable. A retry may succeed."""
 
-    summary = "the database is out of order"
+    summary = "the database cannot be used"
 
 
 class DatabaseTaken(StorageDown):

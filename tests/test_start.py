@@ -25,11 +25,6 @@ LATER = {
     "ccm.core.claude.sdk": "the first run needs it",
     "psycopg": "PostgreSQL needs it",
     "ccm.db.driver.postgresql": "PostgreSQL needs it",
-    "alembic": "dataset needs it to change tables, which is not done through dataset",
-    "mako": "alembic imports it",
-    "sqlalchemy.dialects.mssql": "alembic imports it",
-    "sqlalchemy.dialects.mysql": "alembic imports it",
-    "sqlalchemy.dialects.oracle": "alembic imports it",
 }
 # Modules that only `flask` imports at the start, for its commands.
 COMMANDS = {

@@ -40,8 +40,8 @@ def prune_command(older_than: str | None, session_id: str | None, dry_run: bool)
         with open_to_read(settings) if dry_run else open_to_write(settings) as database:
             deleted = False
             for candidate in _candidates(database, session_id, age):
-                if candidate.tree.unfinished:
-                    print_line(f"Left alone: {pruning.unfinished(candidate.tree)}")
+                if candidate.tree.not_ended:
+                    print_line(f"Left alone: {pruning.why_kept(candidate.tree)}")
                     continue
                 if not dry_run:
                     pruning.delete(database, candidate)

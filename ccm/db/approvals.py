@@ -6,17 +6,17 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ccm.db.columns import select_list
 from ccm.db.driver.transaction import Transaction
+from ccm.db.select import Select
 from ccm.errors import ApprovalNotFound
 from ccm.models import Approval, EventType
 
-SELECT = f"SELECT {select_list(Approval, 'ccr_approvals')} FROM ccr_approvals "
 FILTERS = {"runId": '"runId" = :runId', "sessionId": '"sessionId" = :sessionId', "status": "status = :status"}
+SELECT = Select(Approval, "ccr_approvals a", filters=FILTERS)
 # One statement, because an approval resolved between two of them would be in neither result. If there is no message
 # with that index, it returns all approvals.
-SINCE = f"""
-{SELECT} WHERE "runId" = :run AND (status = 'pending' OR "resolvedAt" >= COALESCE(
+SINCE = """
+WHERE "runId" = :run AND (status = 'pending' OR "resolvedAt" >= COALESCE(
     (SELECT "createdAt" FROM ccr_run_messages WHERE "runId" = :run AND "index" = :index), ''))
 ORDER BY seq
 """
@@ -31,8 +31,7 @@ CHANGES_AT_ONCE = 20
 
 def find(transaction: Transaction, approval_id: str) -> Approval | None:
     """Return an approval, or None."""
-    row = transaction.row(f"{SELECT} WHERE id = :id", id=approval_id)
-    return None if row is None else Approval.from_row(row)
+    return SELECT.find(transaction, "WHERE id = :id", id=approval_id)
 
 
 def get(transaction: Transaction, approval_id: str) -> Approval:
@@ -47,29 +46,23 @@ def get(transaction: Transaction, approval_id: str) -> Approval:
     return approval
 
 
-def page(
-    transaction: Transaction, filters: Mapping[str, str], *, limit: int, after: int | None = None
-) -> list[Approval]:
+def page(transaction: Transaction, filters: Mapping[str, str], *, limit: int, after: int | None) -> list[Approval]:
     """Return approvals after the one with seq `after`, in the order of their requests.
 
     Args:
         filters: values by the keys of FILTERS.
     """
-    where = " AND ".join([*(FILTERS[name] for name in filters), "seq > :after"])
-    bounds = {"limit": limit, "after": 0 if after is None else after}
-    rows = transaction.rows(f"{SELECT} WHERE {where} ORDER BY seq LIMIT :limit", **filters, **bounds)
-    return [Approval.from_row(row) for row in rows]
+    return SELECT.page(transaction, filters, limit, after or 0, newest_first=False)
 
 
 def pending(transaction: Transaction, run_id: str) -> list[Approval]:
     """Return the pending approvals of a run, in order."""
-    rows = transaction.rows(f"{SELECT} WHERE \"runId\" = :run AND status = 'pending' ORDER BY seq", run=run_id)
-    return [Approval.from_row(row) for row in rows]
+    return SELECT.rows(transaction, "WHERE \"runId\" = :run AND status = 'pending' ORDER BY seq", run=run_id)
 
 
 def pending_or_resolved_since(transaction: Transaction, run_id: str, index: int) -> list[Approval]:
     """Return the pending approvals of a run and those resolved since its message with this index, in order."""
-    return [Approval.from_row(row) for row in transaction.rows(SINCE, run=run_id, index=index)]
+    return SELECT.rows(transaction, SINCE, run=run_id, index=index)
 
 
 def count_other_waiting_runs(transaction: Transaction, run_id: str) -> int:

@@ -38,7 +38,7 @@ def find_first_seq(transaction: Transaction) -> int | None:
 
 def sessions_beyond(transaction: Transaction, after: int, limit: int) -> list[tuple[int, str]]:
     """Return sessions whose first run has a seq after one, in order: that seq and the session's id."""
-    return [(seq, session_id) for seq, session_id in transaction.tuples(FIRST_RUNS, after=after, limit=limit)]
+    return transaction.tuples(FIRST_RUNS, after=after, limit=limit)
 
 
 def dated_texts(transaction: Transaction, run_id: str, after: int, through: int) -> list[tuple[int, str, str]]:
@@ -47,8 +47,7 @@ def dated_texts(transaction: Transaction, run_id: str, after: int, through: int)
         'SELECT "index", "createdAt", "messageJson" FROM ccr_run_messages WHERE "runId" = :run AND "index" > :after '
         'AND "index" <= :through ORDER BY "index"'
     )
-    rows = transaction.tuples(sql, run=run_id, after=after, through=through)
-    return [(index, created_at, text) for index, created_at, text in rows]
+    return transaction.tuples(sql, run=run_id, after=after, through=through)
 
 
 # ---- writing

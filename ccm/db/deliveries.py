@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from ccm.db.columns import select_list
 from ccm.db.driver.transaction import Transaction, parameter_list
+from ccm.db.select import Select
 from ccm.models import Delivery, DeliveryStatus, DeliveryTarget
 
-SELECT = (
-    f"SELECT {select_list(Delivery, 'd', {'eventType': 'e.type'})} "
-    'FROM ccr_deliveries d JOIN ccr_events e ON e.id = d."eventId" '
+SELECT = Select(
+    Delivery,
+    'ccr_deliveries d JOIN ccr_events e ON e.id = d."eventId"',
+    {"eventType": "e.type"},
+    filters={"runId": 'd."runId" = :runId'},
+    order="id",
 )
 DUE = """
 SELECT id, host FROM ccr_deliveries WHERE status = 'pending' AND again = :again AND "nextAttemptAt" <= :now{without}
@@ -52,14 +55,12 @@ def insert(
 
 def find(transaction: Transaction, delivery_id: int) -> Delivery | None:
     """Return a delivery, or None."""
-    row = transaction.row(SELECT + "WHERE d.id = :id", id=delivery_id)
-    return None if row is None else Delivery.from_row(row)
+    return SELECT.find(transaction, "WHERE d.id = :id", id=delivery_id)
 
 
 def page(transaction: Transaction, run_id: str, *, limit: int, after: int | None) -> list[Delivery]:
     """Return the deliveries of a run after the one with id `after`, oldest first."""
-    sql = SELECT + 'WHERE d."runId" = :run AND d.id > :after ORDER BY d.id LIMIT :limit'
-    return [Delivery.from_row(row) for row in transaction.rows(sql, run=run_id, after=after or 0, limit=limit)]
+    return SELECT.page(transaction, {"runId": run_id}, limit, after, newest_first=False)
 
 
 def find_disabled_reason(transaction: Transaction, run_id: str, target: str) -> str | None:
@@ -80,8 +81,7 @@ def due(
     """
     names, hosts = parameter_list("host", without)
     condition = f" AND host NOT IN ({names})" if names else ""
-    rows = transaction.tuples(DUE.format(without=condition), now=now, again=int(again), limit=limit, **hosts)
-    return [(delivery_id, host) for delivery_id, host in rows]
+    return transaction.tuples(DUE.format(without=condition), now=now, again=int(again), limit=limit, **hosts)
 
 
 def find_next_due(transaction: Transaction, now: str) -> str | None:
@@ -105,28 +105,16 @@ def record_attempt(
     next_attempt_at: str | None,
 ) -> None:
     """Store the result of an attempt. A delivery that was disabled meanwhile stays disabled, unless it has arrived."""
-    transaction.execute(
-        'UPDATE ccr_deliveries SET "attemptsJson" = :attempts, again = 1 WHERE id = :id',
-        attempts=attempts_json,
-        id=delivery_id,
-    )
-    transaction.execute(
-        'UPDATE ccr_deliveries SET status = :status, reason = :reason, "nextAttemptAt" = :next WHERE id = :id'
-        + ("" if status == DeliveryStatus.DELIVERED else " AND status = 'pending'"),
-        status=status,
-        reason=reason,
-        next=next_attempt_at,
-        id=delivery_id,
-    )
+    transaction.update("ccr_deliveries", {"attemptsJson": attempts_json, "again": 1}, "id = :id", id=delivery_id)
+    values = {"status": status, "reason": reason, "nextAttemptAt": next_attempt_at}
+    selected = "id = :id" if status == DeliveryStatus.DELIVERED else "id = :id AND status = 'pending'"
+    transaction.update("ccr_deliveries", values, selected, id=delivery_id)
 
 
 def make_next_due(transaction: Transaction, run_id: str, target: str, now: str) -> None:
     """Make the oldest pending delivery of a run and target due."""
-    transaction.execute(
-        'UPDATE ccr_deliveries SET "nextAttemptAt" = :now WHERE id = :id AND "nextAttemptAt" IS NULL',
-        now=now,
-        id=_find_first_pending(transaction, run_id, target),
-    )
+    oldest = _find_first_pending(transaction, run_id, target)
+    transaction.update("ccr_deliveries", {"nextAttemptAt": now}, 'id = :id AND "nextAttemptAt" IS NULL', id=oldest)
 
 
 def disable_run(transaction: Transaction, run_id: str, target: str, reason: str) -> None:
@@ -142,12 +130,8 @@ def disable_service(transaction: Transaction, reason: str) -> int:
 
 
 def _disable(transaction: Transaction, condition: str, reason: str, **parameters: str) -> int:
-    return transaction.execute(
-        f"UPDATE ccr_deliveries SET status = 'disabled', reason = :reason, \"nextAttemptAt\" = NULL WHERE {condition} "
-        "AND status = 'pending'",
-        reason=reason,
-        **parameters,
-    )
+    values = {"status": DeliveryStatus.DISABLED, "reason": reason, "nextAttemptAt": None}
+    return transaction.update("ccr_deliveries", values, f"{condition} AND status = 'pending'", **parameters)
 
 
 def _find_first_pending(transaction: Transaction, run_id: str, target: str) -> int | None:

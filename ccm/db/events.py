@@ -47,7 +47,7 @@ def last_given(transaction: Transaction) -> int:
 def sizes(transaction: Transaction, after: int, limit: int) -> list[tuple[int, int]]:
     """Return id and bytes of the first `limit` events after one."""
     sql = "SELECT id, size FROM ccr_events WHERE id > :after ORDER BY id LIMIT :limit"
-    return [(event_id, size) for event_id, size in transaction.tuples(sql, after=after, limit=limit)]
+    return transaction.tuples(sql, after=after, limit=limit)
 
 
 def read(transaction: Transaction, after: int, through: int) -> list[Event]:

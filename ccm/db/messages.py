@@ -43,9 +43,7 @@ def indexes(
 def sizes(transaction: Transaction, run_id: str, after: int, through: int, limit: int) -> list[tuple[int, int]]:
     """Return index and bytes of the first `limit` messages in a range."""
     sql = f'SELECT "index", size FROM ccr_run_messages WHERE {RANGE} ORDER BY "index" LIMIT :limit'
-    return [
-        (index, size) for index, size in transaction.tuples(sql, run=run_id, after=after, through=through, limit=limit)
-    ]
+    return transaction.tuples(sql, run=run_id, after=after, through=through, limit=limit)
 
 
 def texts(transaction: Transaction, run_id: str, after: int, through: int, types: Sequence[str] = ()) -> list[str]:
@@ -70,4 +68,4 @@ def holding(transaction: Transaction, run_id: str, words: str) -> list[tuple[int
         'SELECT "index", "messageJson" FROM ccr_run_messages WHERE "runId" = :run AND "messageJson" LIKE :pattern '
         'ORDER BY "index"'
     )
-    return [(index, text) for index, text in transaction.tuples(sql, run=run_id, pattern=f"%{words}%")]
+    return transaction.tuples(sql, run=run_id, pattern=f"%{words}%")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ccm.db.columns import select_list
 from ccm.db.driver.transaction import Transaction
+from ccm.db.select import Select
 from ccm.errors import KeyReused, RunNotFound
 from ccm.models import IdempotencyKey, Run, RunStatus
 from ccm.models.stored import StoredModel
@@ -23,21 +23,20 @@ _QUEUE_POSITION = """CASE WHEN r.status = 'running' AND r."startedAt" IS NULL
 _PENDING_APPROVALS = """CASE WHEN r.status = 'running' AND r.approvals = 1
     THEN (SELECT COUNT(*) FROM ccr_approvals a WHERE a."runId" = r.id AND a.status = 'pending')
     ELSE 0 END"""
-_COMPUTED = {
-    "messageCount": _MESSAGE_COUNT,
-    "queuePosition": _QUEUE_POSITION,
-    "pendingApprovals": _PENDING_APPROVALS,
-}
-SELECT = f"SELECT {select_list(Run, 'r', _COMPUTED)} FROM ccr_runs r "
-FILTERS = {
-    "status": "r.status = :status",
-    "sessionId": 'r."sessionId" = :sessionId',
-    "cwd": "r.cwd = :cwd",
-    "mode": "r.mode = :mode",
-}
+SELECT = Select(
+    Run,
+    "ccr_runs r",
+    {"messageCount": _MESSAGE_COUNT, "queuePosition": _QUEUE_POSITION, "pendingApprovals": _PENDING_APPROVALS},
+    filters={
+        "status": "r.status = :status",
+        "sessionId": 'r."sessionId" = :sessionId',
+        "cwd": "r.cwd = :cwd",
+        "mode": "r.mode = :mode",
+    },
+)
 # How many runs have started, and the first waiting run whose session has no started run: a session has only one at a
 # time.
-QUEUE = """
+STARTED_AND_NEXT = """
 SELECT (SELECT COUNT(*) FROM ccr_runs WHERE status = 'running' AND "startedAt" IS NOT NULL AND owner = :owner), (
     SELECT w.id FROM ccr_runs w
     WHERE w.status = 'running' AND w."startedAt" IS NULL AND NOT EXISTS (
@@ -45,7 +44,6 @@ SELECT (SELECT COUNT(*) FROM ccr_runs WHERE status = 'running' AND "startedAt" I
         WHERE b."sessionId" = w."sessionId" AND b.status = 'running' AND b."startedAt" IS NOT NULL)
     ORDER BY w.seq LIMIT 1)
 """
-COUNT_WAITING = "SELECT COUNT(*) FROM ccr_runs WHERE status = 'running' AND \"startedAt\" IS NULL"
 # The final state of a run whose service was killed.
 INTERRUPTED = {
     "status": RunStatus.ERROR,
@@ -55,15 +53,13 @@ INTERRUPTED = {
 }
 
 
-def not_found(run_id: str) -> RunNotFound:
-    """Return the error for a missing run."""
+def _not_found(run_id: str) -> RunNotFound:
     return RunNotFound(f"There is no run {run_id}. GET /api/runs lists them.")
 
 
 def find(transaction: Transaction, run_id: str) -> Run | None:
     """Return a run, or None."""
-    row = transaction.row(SELECT + "WHERE r.id = :id", id=run_id)
-    return None if row is None else Run.from_row(row)
+    return SELECT.find(transaction, "WHERE r.id = :id", id=run_id)
 
 
 def get(transaction: Transaction, run_id: str) -> Run:
@@ -74,14 +70,13 @@ def get(transaction: Transaction, run_id: str) -> Run:
     """
     run = find(transaction, run_id)
     if run is None:
-        raise not_found(run_id)
+        raise _not_found(run_id)
     return run
 
 
 def find_by_sdk_session(transaction: Transaction, sdk_session_id: str) -> Run | None:
     """Return the run with an SDK session id, or None."""
-    row = transaction.row(SELECT + 'WHERE r."sdkSessionId" = :id', id=sdk_session_id)
-    return None if row is None else Run.from_row(row)
+    return SELECT.find(transaction, 'WHERE r."sdkSessionId" = :id', id=sdk_session_id)
 
 
 def find_by_idempotency_key(transaction: Transaction, key: IdempotencyKey) -> Run | None:
@@ -90,9 +85,8 @@ def find_by_idempotency_key(transaction: Transaction, key: IdempotencyKey) -> Ru
     Raises:
         KeyReused: the key belongs to a different request.
     """
-    row = transaction.row('SELECT id, "requestDigest" FROM ccr_runs WHERE "idempotencyKey" = :key', key=key.text)
-    run = None if row is None else find(transaction, row["id"])
-    if row is not None and run is not None and row["requestDigest"] != key.digest:
+    run = SELECT.find(transaction, 'WHERE r."idempotencyKey" = :key', key=key.text)
+    if run is not None and run.request_digest != key.digest:
         raise KeyReused(
             f"This Idempotency-Key was used for another request, which created run {run.id}. Use a new key for a new "
             "request; a retry must have the same path and body."
@@ -106,16 +100,9 @@ def page(
     """Return runs after the one with seq `after`, in the order of their acceptance or its reverse.
 
     Args:
-        filters: values by the keys of FILTERS.
+        filters: values by the names of SELECT's filters.
     """
-    order, comparison = ("ASC", ">") if oldest_first else ("DESC", "<")
-    conditions = [FILTERS[name] for name in filters]
-    if after is not None:
-        conditions.append(f"r.seq {comparison} :after")
-    where = f"WHERE {' AND '.join(conditions)} " if conditions else ""
-    sql = f"{SELECT} {where}ORDER BY r.seq {order} LIMIT :limit"
-    parameters = dict(filters) | {"limit": limit} | ({} if after is None else {"after": after})
-    return [Run.from_row(row) for row in transaction.rows(sql, **parameters)]
+    return SELECT.page(transaction, filters, limit, after, newest_first=not oldest_first)
 
 
 class Link(StoredModel):
@@ -128,13 +115,12 @@ class Link(StoredModel):
     message_count: int
 
 
-_SELECT_LINK = f"SELECT {select_list(Link, 'r', {'messageCount': _MESSAGE_COUNT})} FROM ccr_runs r "
+_SELECT_LINK = Select(Link, "ccr_runs r", {"messageCount": _MESSAGE_COUNT})
 
 
 def links(transaction: Transaction, session_id: str) -> list[Link]:
     """Return the links of a session's runs, in order."""
-    rows = transaction.rows(_SELECT_LINK + 'WHERE r."sessionId" = :id ORDER BY r.seq', id=session_id)
-    return [Link.from_row(row) for row in rows]
+    return _SELECT_LINK.rows(transaction, 'WHERE r."sessionId" = :id ORDER BY r.seq', id=session_id)
 
 
 def get_link(transaction: Transaction, run_id: str) -> Link:
@@ -143,10 +129,10 @@ def get_link(transaction: Transaction, run_id: str) -> Link:
     Raises:
         RunNotFound: there is no such run.
     """
-    row = transaction.row(_SELECT_LINK + "WHERE r.id = :id", id=run_id)
-    if row is None:
-        raise not_found(run_id)
-    return Link.from_row(row)
+    link = _SELECT_LINK.find(transaction, "WHERE r.id = :id", id=run_id)
+    if link is None:
+        raise _not_found(run_id)
+    return link
 
 
 def next_seq(transaction: Transaction) -> int:
@@ -156,8 +142,7 @@ def next_seq(transaction: Transaction) -> int:
 
 def insert(transaction: Transaction, row: Mapping[str, Any], images_json: str | None) -> None:
     """Insert a waiting run. `row` has the columns that are known when it is accepted."""
-    blank = {"messageCount": 0, "hasTranscript": 0}
-    transaction.insert("ccr_runs", blank | dict(row))
+    transaction.insert("ccr_runs", {"messageCount": 0, "hasTranscript": 0, **row})
     if images_json is not None:
         transaction.insert("ccr_run_images", {"runId": row["id"], "imagesJson": images_json})
 
@@ -168,42 +153,36 @@ def find_images_json(transaction: Transaction, run_id: str) -> str | None:
     return text
 
 
-def running(transaction: Transaction, session_id: str) -> list[Run]:
+def not_ended(transaction: Transaction, session_id: str) -> list[Run]:
     """Return the runs of a session that have not ended, in order: the started one and the waiting ones."""
-    rows = transaction.rows(
-        SELECT + "WHERE r.\"sessionId\" = :id AND r.status = 'running' ORDER BY r.seq", id=session_id
-    )
-    return [Run.from_row(row) for row in rows]
+    clauses = "WHERE r.\"sessionId\" = :id AND r.status = 'running' ORDER BY r.seq"
+    return SELECT.rows(transaction, clauses, id=session_id)
 
 
-def find_first_running(transaction: Transaction, session_id: str) -> str | None:
+def find_first_not_ended(transaction: Transaction, session_id: str) -> str | None:
     """Return the id of the first run of a session that has not ended."""
     sql = "SELECT id FROM ccr_runs WHERE \"sessionId\" = :id AND status = 'running' ORDER BY seq LIMIT 1"
     run_id: str | None = transaction.value(sql, id=session_id)
     return run_id
 
 
-def queue(transaction: Transaction, owner: str) -> tuple[int, str | None]:
+def count_started_and_find_next(transaction: Transaction, owner: str) -> tuple[int, str | None]:
     """Return how many runs this owner has started that have not ended, and the id of the next run that may start."""
-    started, next_id = transaction.tuples(QUEUE, owner=owner)[0]
+    started, next_id = transaction.tuples(STARTED_AND_NEXT, owner=owner)[0]
     return started, next_id
 
 
 def count_waiting(transaction: Transaction) -> int:
     """Return how many runs wait for a worker."""
-    return int(transaction.value(COUNT_WAITING))
+    sql = "SELECT COUNT(*) FROM ccr_runs WHERE status = 'running' AND \"startedAt\" IS NULL"
+    return int(transaction.value(sql))
 
 
 def start(transaction: Transaction, run: Run, parent_run_id: str | None, owner: str) -> Run:
     """Take a run from the queue, and return its new state."""
     started = run.model_copy(update={"started_at": timestamp(), "parent_run_id": parent_run_id, "queue_position": None})
-    transaction.execute(
-        'UPDATE ccr_runs SET "startedAt" = :now, "parentRunId" = :parent, owner = :owner WHERE id = :id',
-        now=started.started_at,
-        parent=parent_run_id,
-        owner=owner,
-        id=run.id,
-    )
+    values = {"startedAt": started.started_at, "parentRunId": parent_run_id, "owner": owner}
+    transaction.update("ccr_runs", values, "id = :id", id=run.id)
     return started
 
 
@@ -219,8 +198,8 @@ def end(transaction: Transaction, run: Run, values: Mapping[str, Any]) -> bool:
     return bool(changed)
 
 
-def end_alone(transaction: Transaction, run_id: str, code: str, message: str) -> None:
-    """End a run in error without reading its row, so that unreadable data cannot prevent it."""
+def end_row_only(transaction: Transaction, run_id: str, code: str, message: str) -> None:
+    """End a run in error. Only its row is written, and not read, so that unreadable data cannot prevent it."""
     transaction.execute(
         'UPDATE ccr_runs SET status = \'error\', "errorCode" = :code, "errorMessage" = :message, '
         '"messageCount" = (SELECT COALESCE(MAX(m."index") + 1, 0) FROM ccr_run_messages m WHERE m."runId" = :id), '
@@ -234,11 +213,8 @@ def end_alone(transaction: Transaction, run_id: str, code: str, message: str) ->
 
 def started(transaction: Transaction, owner: str) -> list[Run]:
     """Return the runs that an owner has started and that have not ended."""
-    rows = transaction.rows(
-        SELECT + "WHERE r.status = 'running' AND r.\"startedAt\" IS NOT NULL AND r.owner = :owner ORDER BY r.seq",
-        owner=owner,
-    )
-    return [Run.from_row(row) for row in rows]
+    clauses = "WHERE r.status = 'running' AND r.\"startedAt\" IS NOT NULL AND r.owner = :owner ORDER BY r.seq"
+    return SELECT.rows(transaction, clauses, owner=owner)
 
 
 def started_elsewhere(transaction: Transaction, owner: str) -> list[str]:

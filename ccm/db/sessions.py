@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ccm.db import runs
-from ccm.db.columns import select_list
 from ccm.db.driver.transaction import Transaction
+from ccm.db.select import Select
 from ccm.errors import SessionNotFound
 from ccm.models import Session
 
@@ -19,8 +19,7 @@ _COMPUTED = {
         SELECT SUM((SELECT COALESCE(MAX(m."index") + 1, 0) FROM ccr_run_messages m WHERE m."runId" = r.id))
         FROM ccr_runs r WHERE r."sessionId" = s.id AND r.status = 'running'), 0) AS BIGINT)""",
 }
-SELECT = f"SELECT {select_list(Session, 's', _COMPUTED)} FROM ccr_sessions s "
-FILTERS = {
+_FILTERS = {
     "cwd": "s.cwd = :cwd",
     "parentSessionId": 's."parentSessionId" = :parentSessionId',
     # A full-text search reads the texts: the only query here without an index. STRPOS, because LIKE takes time in the
@@ -28,6 +27,7 @@ FILTERS = {
     "q": """(STRPOS(LOWER(s.title), :q) > 0 OR EXISTS (
         SELECT 1 FROM ccr_runs r WHERE r."sessionId" = s.id AND STRPOS(LOWER(r.prompt), :q) > 0))""",
 }
+SELECT = Select(Session, "ccr_sessions s", _COMPUTED, filters=_FILTERS, order="lastRunSeq")
 
 
 def not_found(session_id: str) -> SessionNotFound:
@@ -37,8 +37,7 @@ def not_found(session_id: str) -> SessionNotFound:
 
 def find(transaction: Transaction, session_id: str) -> Session | None:
     """Return a session by its own id, or None."""
-    row = transaction.row(SELECT + "WHERE s.id = :id", id=session_id)
-    return None if row is None else Session.from_row(row)
+    return SELECT.find(transaction, "WHERE s.id = :id", id=session_id)
 
 
 def get(transaction: Transaction, session_id: str) -> Session:
@@ -58,22 +57,14 @@ def get(transaction: Transaction, session_id: str) -> Session:
 
 def page(transaction: Transaction, filters: Mapping[str, str], *, limit: int, after: int | None) -> list[Session]:
     """Return sessions after the one whose last run has seq `after`, latest activity first."""
-    parameters: dict[str, Any] = dict(filters) | {"limit": limit}
     if "q" in filters:
-        parameters["q"] = filters["q"].lower()
-    conditions = [FILTERS[name] for name in filters]
-    if after is not None:
-        conditions.append('s."lastRunSeq" < :after')
-        parameters["after"] = after
-    where = f"WHERE {' AND '.join(conditions)} " if conditions else ""
-    sql = f'{SELECT} {where}ORDER BY s."lastRunSeq" DESC LIMIT :limit'
-    return [Session.from_row(row) for row in transaction.rows(sql, **parameters)]
+        filters = {**filters, "q": filters["q"].lower()}
+    return SELECT.page(transaction, filters, limit, after, newest_first=True)
 
 
 def insert(transaction: Transaction, row: Mapping[str, Any]) -> None:
     """Insert a session. It counts one run unless `row` has another `runCount`."""
-    blank = {"headRunId": None, "runCount": 1, "messageCount": 0, "costUsd": 0.0}
-    transaction.insert("ccr_sessions", blank | dict(row))
+    transaction.insert("ccr_sessions", {"headRunId": None, "runCount": 1, "messageCount": 0, "costUsd": 0.0, **row})
 
 
 def run_added(transaction: Transaction, session_id: str, seq: int, at: str) -> None:

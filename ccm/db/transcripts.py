@@ -16,7 +16,10 @@ DIGEST_BYTES = 16
 # The most parameters of one statement; the databases accept about 32,000.
 PARAMETERS = 1_000
 
+# The conditions that select the transcript of a TranscriptKey, and its entries.
 OF_KEY = '"sdkSessionId" = :sdk_session_id AND "projectKey" = :project_key AND subpath = :subpath'
+ENTRIES_OF_KEY = f'"transcriptId" = (SELECT id FROM ccr_transcripts WHERE {OF_KEY})'
+TEXTS = "FROM ccr_transcript_entries JOIN ccr_transcript_texts t USING (digest)"
 
 
 class TranscriptKey(NamedTuple):
@@ -34,17 +37,26 @@ class Entry(NamedTuple):
     text: str
 
 
+def is_inside(path: str) -> bool:
+    """Return whether a path of a TranscriptKey, which may come from an import, stays below its folder."""
+    return "\\" not in path and path.isprintable() and all(part not in ("", ".", "..") for part in path.split("/"))
+
+
 def append(transaction: Transaction, key: TranscriptKey, entries: Sequence[Entry]) -> None:
     """Append entries, except those whose uuid the transcript has already."""
-    transcript = _touch(transaction, key)
+    now = time.time_ns() // 1_000_000
+    transcript = find(transaction, key)
+    if transcript is None:
+        transcript = insert(transaction, key, now)
+    else:
+        transaction.update("ccr_transcripts", {"updatedAtMs": now}, "id = :id", id=transcript)
     fresh = _without_known(transaction, transcript, entries)
-    insert_at(transaction, transcript, key.sdk_session_id, _length(transaction, transcript), fresh)
+    insert_at(transaction, transcript, key.sdk_session_id, length(transaction, key), fresh)
 
 
 def replace(transaction: Transaction, key: TranscriptKey, entries: Sequence[Entry]) -> None:
     """Replace all entries of a transcript."""
-    transcript = _touch(transaction, key)
-    transaction.execute('DELETE FROM ccr_transcript_entries WHERE "transcriptId" = :id', id=transcript)
+    transaction.execute(f"DELETE FROM ccr_transcript_entries WHERE {ENTRIES_OF_KEY}", **key._asdict())
     append(transaction, key, entries)
 
 
@@ -52,8 +64,8 @@ def insert_at(
     transaction: Transaction, transcript: int, sdk_session_id: str, first: int, entries: Sequence[Entry]
 ) -> None:
     """Insert entries from the index `first` on. A text that is stored already is not stored again."""
-    texts = [_to_shared(entry.text, sdk_session_id) for entry in entries]
-    digests = [_digest(text) for text in texts]
+    texts = [entry.text.replace(sdk_session_id, OWN_SESSION) for entry in entries]
+    digests = [hashlib.blake2b(text.encode("ascii"), digest_size=DIGEST_BYTES).hexdigest() for text in texts]
     transaction.insert_many(
         "ccr_transcript_texts", ("digest", "text"), list(zip(digests, texts, strict=True)), known_ignored=True
     )
@@ -62,30 +74,6 @@ def insert_at(
         for number, (entry, digest) in enumerate(zip(entries, digests, strict=True))
     ]
     transaction.insert_many("ccr_transcript_entries", ("transcriptId", "index", "uuid", "digest"), rows)
-
-
-def _to_shared(text: str, sdk_session_id: str) -> str:
-    """Return a text of a session's transcript in its stored form."""
-    return text.replace(sdk_session_id, OWN_SESSION)
-
-
-def _from_shared(shared_text: str, sdk_session_id: str) -> str:
-    """Return a stored text as it stands in the transcript of a session."""
-    return shared_text.replace(OWN_SESSION, sdk_session_id)
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode("ascii"), digest_size=DIGEST_BYTES).hexdigest()
-
-
-def _touch(transaction: Transaction, key: TranscriptKey) -> int:
-    """Return the id of a transcript, inserting it if it is missing. Its `updatedAtMs` becomes the present time."""
-    now = time.time_ns() // 1_000_000
-    transcript = find(transaction, key)
-    if transcript is not None:
-        transaction.execute('UPDATE ccr_transcripts SET "updatedAtMs" = :now WHERE id = :id', now=now, id=transcript)
-        return transcript
-    return insert(transaction, key, now)
 
 
 def insert(transaction: Transaction, key: TranscriptKey, updated_at_ms: int) -> int:
@@ -112,22 +100,15 @@ def _without_known(transaction: Transaction, transcript: int, entries: Sequence[
     return fresh
 
 
-def _length(transaction: Transaction, transcript: int | None) -> int:
-    sql = 'SELECT COALESCE(MAX("index") + 1, 0) FROM ccr_transcript_entries WHERE "transcriptId" = :id'
-    return int(transaction.value(sql, id=transcript))
-
-
 def length(transaction: Transaction, key: TranscriptKey) -> int:
     """Return how many entries a transcript has; 0 if there is no transcript."""
-    return _length(transaction, find(transaction, key))
+    sql = f'SELECT COALESCE(MAX("index") + 1, 0) FROM ccr_transcript_entries WHERE {ENTRIES_OF_KEY}'
+    return int(transaction.value(sql, **key._asdict()))
 
 
 def uuids(transaction: Transaction, key: TranscriptKey) -> list[str]:
     """Return the uuids of a transcript's entries, in order."""
-    sql = (
-        'SELECT uuid FROM ccr_transcript_entries WHERE uuid IS NOT NULL AND "transcriptId" = '
-        f'(SELECT id FROM ccr_transcripts WHERE {OF_KEY}) ORDER BY "index"'
-    )
+    sql = f'SELECT uuid FROM ccr_transcript_entries WHERE uuid IS NOT NULL AND {ENTRIES_OF_KEY} ORDER BY "index"'
     return transaction.column(sql, **key._asdict())
 
 
@@ -148,21 +129,14 @@ def of_session(transaction: Transaction, sdk_session_id: str) -> dict[Transcript
 
 def sizes(transaction: Transaction, key: TranscriptKey, after: int, limit: int) -> list[tuple[int, int]]:
     """Return index and bytes of the first `limit` entries of a transcript after an index, in order."""
-    sql = (
-        'SELECT e."index", LENGTH(t.text) FROM ccr_transcript_entries e '
-        "JOIN ccr_transcript_texts t ON t.digest = e.digest "
-        f'WHERE e."transcriptId" = (SELECT id FROM ccr_transcripts WHERE {OF_KEY}) AND e."index" > :after '
-        'ORDER BY e."index" LIMIT :limit'
-    )
-    return [(index, size) for index, size in transaction.tuples(sql, after=after, limit=limit, **key._asdict())]
+    order = 'ORDER BY "index" LIMIT :limit'
+    sql = f'SELECT "index", LENGTH(t.text) {TEXTS} WHERE {ENTRIES_OF_KEY} AND "index" > :after {order}'
+    return transaction.tuples(sql, after=after, limit=limit, **key._asdict())
 
 
 def texts(transaction: Transaction, key: TranscriptKey, after: int, through: int) -> list[str]:
     """Return the texts of a transcript's entries after one index and through another, in order."""
-    sql = (
-        "SELECT t.text FROM ccr_transcript_entries e JOIN ccr_transcript_texts t ON t.digest = e.digest "
-        f'WHERE e."transcriptId" = (SELECT id FROM ccr_transcripts WHERE {OF_KEY}) AND e."index" > :after '
-        'AND e."index" <= :through ORDER BY e."index"'
-    )
+    selected = '"index" > :after AND "index" <= :through ORDER BY "index"'
+    sql = f"SELECT t.text {TEXTS} WHERE {ENTRIES_OF_KEY} AND {selected}"
     stored = transaction.column(sql, after=after, through=through, **key._asdict())
-    return [_from_shared(text, key.sdk_session_id) for text in stored]
+    return [text.replace(OWN_SESSION, key.sdk_session_id) for text in stored]

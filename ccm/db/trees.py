@@ -11,6 +11,7 @@ from typing import NamedTuple
 from ccm.db import sessions
 from ccm.db.driver.database import Database
 from ccm.db.driver.errors import storage_error
+from ccm.db.driver.sqlite_file import sqlite_file_path
 from ccm.db.driver.transaction import Transaction
 from ccm.errors import StorageDown
 
@@ -49,18 +50,7 @@ TEXTS = 50_000
 RUNS_AT_ONCE = 500
 # How long to wait for other programs that use the database (seconds).
 CLEAR_TIMEOUT = 10.0
-TABLES = (
-    "ccr_deliveries",
-    "ccr_approvals",
-    "ccr_events",
-    "ccr_run_messages",
-    "ccr_run_images",
-    "ccr_runs",
-    "ccr_sessions",
-    "ccr_transcript_entries",
-    "ccr_transcript_texts",
-    "ccr_transcripts",
-)
+POSTGRESQL_TABLES = "SELECT tablename FROM pg_tables WHERE schemaname = current_schema() AND tablename ~ '^ccr_'"
 
 
 class Tree(NamedTuple):
@@ -73,7 +63,7 @@ class Tree(NamedTuple):
     message_bytes: int
     transcripts: int
     last_run_at: str
-    unfinished: int
+    not_ended: int
 
 
 class RunPlace(NamedTuple):
@@ -88,7 +78,7 @@ class RunPlace(NamedTuple):
 
 def roots(transaction: Transaction, after: int, limit: int) -> list[tuple[str, int]]:
     """Return root sessions whose last run has a seq after one, in order, with that seq."""
-    return [(root, seq) for root, seq in transaction.tuples(ROOTS, after=after, limit=limit)]
+    return transaction.tuples(ROOTS, after=after, limit=limit)
 
 
 def get_root(transaction: Transaction, session_id: str) -> str:
@@ -124,11 +114,11 @@ def measure(transaction: Transaction, root: str) -> Tree:
     """
     session_ids = transaction.column(TREE + "SELECT id FROM tree", root=root)
     run_sql = f"{TREE} SELECT COUNT(*), COALESCE(SUM(CASE status WHEN 'running' THEN 1 ELSE 0 END), 0) FROM ccr_runs"
-    runs, unfinished = transaction.tuples(f"{run_sql} WHERE {RUNS}", root=root)[0]
+    runs, not_ended = transaction.tuples(f"{run_sql} WHERE {RUNS}", root=root)[0]
     messages, size = transaction.tuples(TREE + MESSAGES, root=root)[0]
     transcripts = transaction.value(f"{TREE} SELECT COUNT(*) FROM ccr_transcripts WHERE {TRANSCRIPTS}", root=root)
     at = get_last_run_at(transaction, root)
-    return Tree(root, session_ids, int(runs), int(messages), int(size), int(transcripts), at, int(unfinished))
+    return Tree(root, session_ids, int(runs), int(messages), int(size), int(transcripts), at, int(not_ended))
 
 
 def run_places(transaction: Transaction, root: str, after: int) -> list[RunPlace]:
@@ -227,28 +217,25 @@ def clear(url: str, deleted: bool) -> None:
         StorageError: the bytes are still there.
     """
     try:
-        if url.startswith("sqlite"):
-            _clear_sqlite(url.removeprefix("sqlite:///"), deleted)
+        path = sqlite_file_path(url)
+        if path is not None:
+            _clear_sqlite(path, deleted)
         elif deleted:
-            _clear_postgresql(url)
+            import psycopg  # noqa: PLC0415  # imported for PostgreSQL only
+
+            with psycopg.connect(url, autocommit=True) as connection:
+                for (table,) in connection.execute(POSTGRESQL_TABLES).fetchall():
+                    connection.execute(f"VACUUM {table}")
     except Exception as error:
         raise storage_error(error) or error from None
 
 
-def _clear_postgresql(url: str) -> None:
-    import psycopg  # noqa: PLC0415  # imported for PostgreSQL only
-
-    with psycopg.connect(url, autocommit=True) as connection:
-        for table in TABLES:
-            connection.execute(f"VACUUM {table}")
-
-
-def _clear_sqlite(path: str, deleted: bool) -> None:
+def _clear_sqlite(path: Path, deleted: bool) -> None:
     with closing(sqlite3.connect(path, timeout=CLEAR_TIMEOUT, isolation_level=None)) as connection:
         connection.execute("PRAGMA secure_delete = ON")
         # VACUUM writes a temporary file first. Put it beside the database, where there is room, and not in memory or in
         # TMPDIR, which may be small. A SQLite without this deprecated pragma ignores it.
-        folder = str(Path(path).absolute().parent).replace("'", "''")
+        folder = str(path.absolute().parent).replace("'", "''")
         connection.execute(f"PRAGMA temp_store_directory = '{folder}'")
         # Pages that were split long ago still contain copies of rows in their unused parts; only a new file does not.
         if deleted or connection.execute("PRAGMA freelist_count").fetchone()[0]:

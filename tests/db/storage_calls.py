@@ -97,7 +97,7 @@ def _make_next_due(transaction: Transaction) -> object:
 
 def _measure(transaction: Transaction) -> object:
     tree = trees.measure(transaction, "s")
-    return sorted(tree.sessions), tree.runs, tree.messages, tree.transcripts, tree.unfinished
+    return sorted(tree.sessions), tree.runs, tree.messages, tree.transcripts, tree.not_ended
 
 
 ENTRIES = [Entry("u1", "{}"), Entry("u3", '{"sessionId":"s-sdk","n":3}')]
@@ -156,16 +156,18 @@ CALLS: dict[str, Call] = {
         then(lambda t: runs.insert(t, run_row("n", 9, "s"), "[]"), lambda t: runs.get(t, "n").seq), 9
     ),
     "runs.find_images_json": reads(lambda t: [runs.find_images_json(t, run_id) for run_id in "re"], ["[]", None]),
-    "runs.running": reads(lambda t: ids(runs.running(t, "s")), ["r"]),
-    "runs.find_first_running": reads(lambda t: [runs.find_first_running(t, one) for one in ("s", "no")], ["r", None]),
-    "runs.queue": reads(lambda t: runs.queue(t, OWNER), (1, "w")),
+    "runs.not_ended": reads(lambda t: ids(runs.not_ended(t, "s")), ["r"]),
+    "runs.find_first_not_ended": reads(
+        lambda t: [runs.find_first_not_ended(t, one) for one in ("s", "no")], ["r", None]
+    ),
+    "runs.count_started_and_find_next": reads(lambda t: runs.count_started_and_find_next(t, OWNER), (1, "w")),
     "runs.count_waiting": reads(runs.count_waiting, 1),
     "runs.start": writes(lambda t: runs.start(t, runs.get(t, "w"), "e", OWNER) == runs.get(t, "w"), result=True),
     "runs.end": writes(
         lambda t: [runs.end(t, runs.get(t, one), {"status": "cancelled"}) for one in "re"], [True, False]
     ),
-    "runs.end_alone": writes(
-        then(lambda t: runs.end_alone(t, "r", "EXECUTION_ERROR", "x"), lambda t: runs.get(t, "r").message_count), 2
+    "runs.end_row_only": writes(
+        then(lambda t: runs.end_row_only(t, "r", "EXECUTION_ERROR", "x"), lambda t: runs.get(t, "r").message_count), 2
     ),
     "runs.started": reads(lambda t: ids(runs.started(t, OWNER)), ["r"]),
     "runs.started_elsewhere": reads(lambda t: runs.started_elsewhere(t, OWNER), ["x"]),

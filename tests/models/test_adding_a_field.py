@@ -17,8 +17,8 @@ from ccm import models
 from ccm.core.archive.exporting import archived
 from ccm.core.archive.fields import Line, columns
 from ccm.db import approvals, deliveries, runs, sessions
-from ccm.db.columns import select_list
 from ccm.db.driver.database import Database
+from ccm.db.select import Select
 from ccm.models.json_field import JsonText
 from ccm.models.stored import StoredModel
 from tests.models.test_stored import GOLDEN
@@ -53,8 +53,8 @@ def test_an_added_field_is_read_and_shown() -> None:
 
 
 def test_an_added_field_is_selected_and_written() -> None:
-    assert 'r."paintColour"' in select_list(Painted, "r")
-    assert 'r."paintLayersJson"' in select_list(Painted, "r")
+    assert 'r."paintColour"' in Select(Painted, "ccr_runs r").sql
+    assert 'r."paintLayersJson"' in Select(Painted, "ccr_runs r").sql
     written = Painted.to_columns(Painted.from_row(ROW).to_json())
     assert (written["paintColour"], json.loads(written["paintLayersJson"])) == ("red", [{"thin": True}])
 
@@ -81,10 +81,10 @@ def test_a_table_has_the_columns_of_its_model(
 
 def test_every_select_reads_all_columns_of_its_model() -> None:
     for statement, model in (
-        (runs.SELECT, models.Run),
-        (sessions.SELECT, models.Session),
-        (approvals.SELECT, models.Approval),
-        (deliveries.SELECT, models.Delivery),
+        (runs.SELECT.sql, models.Run),
+        (sessions.SELECT.sql, models.Session),
+        (approvals.SELECT.sql, models.Approval),
+        (deliveries.SELECT.sql, models.Delivery),
     ):
         assert all(f'"{column}"' in statement for column in model.shape.columns)
 

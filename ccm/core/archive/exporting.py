@@ -7,11 +7,11 @@ approvals and transcripts follow the run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from ccm.db import approvals, archive, messages, runs, sessions, transcripts
 from ccm.db.driver.transaction import Transaction
-from ccm.db.transcripts import TranscriptKey
 from ccm.json_text import to_json_text
 from ccm.models import Run, Session
 from ccm.models.shape import Archive
@@ -41,18 +41,14 @@ def export(transaction: Transaction, session_id: str | None) -> Iterator[str]:
         SessionNotFound: there is no such session.
     """
     chosen = None if session_id is None else _with_ancestors(transaction, session_id)
-    yield _line(
-        type="export",
-        format=FORMAT,
-        version=VERSION,
-        exportedAt=timestamp(),
-        lastSeq=runs.next_seq(transaction) - 1,
-    )
+    last_seq = runs.next_seq(transaction) - 1
+    yield _line(type="export", format=FORMAT, version=VERSION, exportedAt=timestamp(), lastSeq=last_seq)
     session_count = run_count = 0
     for session in _all_sessions(transaction) if chosen is None else chosen:
         session_count += 1
         yield _line(type="session", **archived(session))
-        for run in _runs(transaction, session.id):
+        for link in runs.links(transaction, session.id):
+            run = runs.get(transaction, link.id)
             run_count += 1
             yield _line(type="run", **archived(run))
             yield from _messages(transaction, run)
@@ -80,11 +76,6 @@ def _all_sessions(transaction: Transaction) -> Iterator[Session]:
         after = found[-1][0]
 
 
-def _runs(transaction: Transaction, session_id: str) -> Iterator[Run]:
-    for link in runs.links(transaction, session_id):
-        yield runs.get(transaction, link.id)
-
-
 def _line(**fields: Any) -> str:
     return to_json_text(fields) + "\n"
 
@@ -100,11 +91,7 @@ def archived(resource: StoredModel) -> dict[str, Any]:
 
 def _messages(transaction: Transaction, run: Run) -> Iterator[str]:
     through = run.message_count - 1
-
-    def sizes(after: int) -> list[tuple[int, int]]:
-        return messages.sizes(transaction, run.id, after, through, CHUNK_ITEMS)
-
-    for after, last in _chunks(sizes):
+    for after, last in _chunks(lambda after: messages.sizes(transaction, run.id, after, through, CHUNK_ITEMS)):
         for index, created_at, text in archive.dated_texts(transaction, run.id, after, last):
             # Not parsed: the stored text is copied unchanged, and there may be millions.
             fields = to_json_text({"type": "message", "runId": run.id, "index": index, "createdAt": created_at})
@@ -121,22 +108,10 @@ def _approvals(transaction: Transaction, run: Run) -> Iterator[str]:
 
 def _transcripts(transaction: Transaction, run: Run) -> Iterator[str]:
     for key, updated_at_ms in transcripts.of_session(transaction, run.sdk_session_id).items():
-
-        def sizes(after: int, key: TranscriptKey = key) -> list[tuple[int, int]]:
-            return transcripts.sizes(transaction, key, after, CHUNK_ITEMS)
-
-        for after, last in _chunks(sizes):
+        place = {"sdkSessionId": run.sdk_session_id, "projectKey": key.project_key, "subpath": key.subpath}
+        for after, last in _chunks(partial(transcripts.sizes, transaction, key, limit=CHUNK_ITEMS)):
             entries = transcripts.texts(transaction, key, after, last)
-            fields = to_json_text(
-                {
-                    "type": "transcript",
-                    "sdkSessionId": run.sdk_session_id,
-                    "projectKey": key.project_key,
-                    "subpath": key.subpath,
-                    "updatedAtMs": updated_at_ms,
-                    "index": after + 1,
-                }
-            )
+            fields = to_json_text({"type": "transcript", **place, "updatedAtMs": updated_at_ms, "index": after + 1})
             yield f'{fields[:-1]},"entries":[{",".join(entries)}]}}\n'
 
 

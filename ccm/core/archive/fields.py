@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
-from typing import Any, get_origin
+from collections.abc import Container, Mapping
+from typing import Any, TypeVar, get_origin
 
 from ccm.core.archive.records import SourceError
 from ccm.json_text import storable, to_json_text
 from ccm.models.fields import RUN_ID
 from ccm.models.shape import Archive, Mark, StoredField
 from ccm.models.stored import StoredModel
+
+T = TypeVar("T")
 
 # The largest integer. It leaves room for offsets that are added to it, because databases count to 2^63.
 HIGHEST = 2**60
@@ -20,17 +22,20 @@ class Line:
 
     def __init__(self, number: int, fields: Mapping[str, Any]) -> None:
         self.number = number
+        self.type: object = fields.get("type")
         self._fields = fields
-
-    @property
-    def type(self) -> object:
-        return self._fields.get("type")
 
     def error(self, message: str) -> SourceError:
         return SourceError(f"Line {self.number}: {message}")
 
     def raw(self, name: str) -> Any:
         return self._fields.get(name)
+
+    def _typed(self, name: str, kind: type[T], wanted: str) -> T:
+        value = self.raw(name)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise self.error(f"{name} must be {wanted}.")
+        return value
 
     def text(self, name: str) -> str:
         value = self.raw(name)
@@ -45,8 +50,8 @@ class Line:
         return value
 
     def integer(self, name: str) -> int:
-        value = self.raw(name)
-        if not isinstance(value, int) or isinstance(value, bool) or abs(value) > HIGHEST:
+        value = self._typed(name, int, "a whole number")
+        if abs(value) > HIGHEST:
             raise self.error(f"{name} must be a whole number.")
         return value
 
@@ -63,10 +68,7 @@ class Line:
         return float(value)
 
     def flag(self, name: str) -> bool:
-        value = self.raw(name)
-        if not isinstance(value, bool):
-            raise self.error(f"{name} must be true or false.")
-        return value
+        return self._typed(name, bool, "true or false")
 
     def one_of(self, name: str, allowed: tuple[str, ...]) -> str:
         value = self.text(name)
@@ -75,14 +77,11 @@ class Line:
         return value
 
     def mapping(self, name: str) -> dict[str, Any]:
-        value = self.raw(name)
-        if not isinstance(value, dict):
-            raise self.error(f"{name} must be an object.")
-        return value
+        return self._typed(name, dict, "an object")
 
     def mappings(self, name: str) -> list[dict[str, Any]]:
-        value = self.raw(name)
-        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        value = self._typed(name, list, "an array of objects")
+        if not all(isinstance(item, dict) for item in value):
             raise self.error(f"{name} must be an array of objects.")
         return value
 
@@ -120,10 +119,5 @@ def _column(line: Line, field: StoredField) -> Any:
         return line.id(name)
     if Mark.COUNT in kind.notes:
         return line.count(name)
-    readers: dict[Any, Callable[[str], Any]] = {
-        str: line.text,
-        int: line.integer,
-        float: line.amount,
-        bool: line.flag,
-    }
+    readers = {str: line.text, int: line.integer, float: line.amount, bool: line.flag}
     return kind.written(readers[kind.type](name))

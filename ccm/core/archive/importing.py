@@ -69,13 +69,12 @@ class Importer:
             existing = runs.find(transaction, run.row["id"])
             if self._offset is None:
                 self._offset = self._find_offset(transaction, run.row["seq"], existing, last_seq)
-            if existing is None:
-                run_import = RunImport(transaction, run, self._offset, self._has_transcript)
-                run_import.store()
-        if existing is not None:
-            self.report.already_there += 1
-        else:
-            self._count(run_import)
+            if existing is not None:
+                self.report.already_there += 1
+                return
+            run_import = RunImport(transaction, run, self._offset, self._has_transcript)
+            run_import.store()
+        self._count(run_import)
 
     def _find_offset(self, transaction: Transaction, seq: int, existing: Run | None, last_seq: int) -> int:
         """Return the offset that puts the source's history before all runs of the database, because it is older.

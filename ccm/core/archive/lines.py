@@ -16,9 +16,9 @@ from ccm.core.archive.records import (
     ArchivedRun,
     SourceError,
 )
-from ccm.db.transcripts import Entry
+from ccm.db.transcripts import Entry, is_inside
 from ccm.json_text import storable
-from ccm.models import Approval, ApprovalStatus, Resolution, Run, RunStatus, Session
+from ccm.models import Approval, ApprovalStatus, Resolution, Run, Session
 from ccm.models.fields import RESERVED_RUN_IDS
 
 # The longest line. Messages are limited by CCM_MAX_MESSAGE_BYTES, and chunks of transcripts are hardly larger.
@@ -116,7 +116,6 @@ class _Run:
         self._session_id = session.id("sessionId")
         self._sdk_session_id = line.id("sdkSessionId")
         self._message_count = line.count("messageCount")
-        self._status = line.one_of("status", tuple(RunStatus))
         self.next = line
 
     def row(self) -> dict[str, Any]:
@@ -176,7 +175,7 @@ class _Run:
         entries = line.mappings("entries")
         project_key, subpath = line.text("projectKey"), line.text("subpath")
         # They become file names below Claude Code's own directory.
-        if not _is_inside(project_key) or "/" in project_key or (subpath and not _is_inside(subpath)):
+        if not is_inside(project_key) or "/" in project_key or (subpath and not is_inside(subpath)):
             raise line.error("projectKey and subpath must stay within the directory of the transcripts.")
         return ArchivedEntries(
             project_key=project_key,
@@ -185,8 +184,3 @@ class _Run:
             first_index=line.count("index"),
             entries=[Entry(storable(entry.get("uuid")), line.json(entry)) for entry in entries],
         )
-
-
-def _is_inside(path: str) -> bool:
-    """Return whether a relative path stays below its starting point."""
-    return "\\" not in path and path.isprintable() and all(part not in ("", ".", "..") for part in path.split("/"))

@@ -37,21 +37,21 @@ def tree_of(transaction: Transaction, session_id: str, files: LocalFiles) -> Can
     """
     session = sessions.get(transaction, session_id)
     candidate = _candidate(transaction, trees.get_root(transaction, session.id), files)
-    if candidate.tree.unfinished:
-        raise CommandRefused(f"Nothing was deleted: {unfinished(candidate.tree)}")
+    if candidate.tree.not_ended:
+        raise CommandRefused(f"Nothing was deleted: {why_kept(candidate.tree)}")
     return candidate
 
 
-def unfinished(tree: Tree) -> str:
+def why_kept(tree: Tree) -> str:
     """Return the sentence that says why a tree is not deleted."""
     return (
-        f"the tree of session {tree.root} has runs that have not ended ({tree.unfinished}). Start the service and let "
+        f"the tree of session {tree.root} has runs that have not ended ({tree.not_ended}). Start the service and let "
         "them end, or cancel them there; those that a crash has left it ends by itself."
     )
 
 
 def trees_older_than(database: Database, age: int, files: LocalFiles) -> Iterator[Candidate]:
-    """Yield the trees whose latest activity is older than `age` seconds, including those with unfinished runs."""
+    """Yield the trees whose latest activity is older than `age` seconds, also those with a run that has not ended."""
     cutoff = timestamp(-age)
     after = BEFORE_ALL
     while True:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from ccm.core.archive.records import ArchivedApproval, ArchivedEntries, ArchivedMessage, ArchivedRun, DoesNotFit
 from ccm.db import approvals, archive, messages, runs, sessions, transcripts
@@ -53,9 +52,9 @@ class RunImport:
         """
         row = self._row
         self._resolve_id_conflicts()
-        session = self._choose_session()
+        self._choose_session()
         if sessions.find(self._transaction, row["sessionId"]) is None:
-            self._create_session(session)
+            self._create_session()
         self._check_ancestry()
         row["seq"] = self._choose_seq()
         if self.interrupted:
@@ -73,21 +72,19 @@ class RunImport:
 
     # ---- its session and its place in the order of runs
 
-    def _choose_session(self) -> Mapping[str, Any]:
-        """Return the columns of its session: its parent's, or a new one if that was continued another way here."""
-        row, session = self._row, self._session
-        parent = row["parentRunId"]
+    def _choose_session(self) -> None:
+        """Put it into its parent's session, or into a new one if that was continued another way here."""
+        row, parent = self._row, self._row["parentRunId"]
         if parent is None:
-            return session
+            return
         if self._parent is None:
             raise self._error(f"its parent run {parent} is neither before it nor here already")
         session_of_parent = self._parent.session_id
         if row["mode"] != RunMode.RESUME:
-            if session["parentSessionId"] is None:
-                return session
-            # It may differ from the source, because the parent may have become a fork here.
-            row["parentSessionId"] = session_of_parent
-            return {**session, "parentSessionId": session_of_parent}
+            if self._session["parentSessionId"] is not None:
+                # It may differ from the source, because the parent may have become a fork here.
+                row["parentSessionId"] = self._session["parentSessionId"] = session_of_parent
+            return
         row["sessionId"] = session_of_parent
         if archive.was_continued(self._transaction, session_of_parent, parent):
             self.warnings.append(
@@ -95,9 +92,8 @@ class RunImport:
                 "here: it becomes a fork."
             )
             row |= {"mode": RunMode.FORK, "sessionId": row["sdkSessionId"], "parentSessionId": session_of_parent}
-            own = {"id": row["sessionId"], "parentSessionId": session_of_parent, "forkedFromRunId": parent}
-            return {**session, **own}
-        return session
+            self._session["id"] = row["sessionId"]
+            self._session |= {"parentSessionId": session_of_parent, "forkedFromRunId": parent}
 
     def _resolve_id_conflicts(self) -> None:
         """Use the spare id if another run has the SDK session id, and drop an idempotency key that another run has."""
@@ -120,8 +116,8 @@ class RunImport:
             self.warnings.append(f"Run {row['id']} loses its idempotency key, because another run has it here.")
             row |= {"idempotencyKey": None, "requestDigest": None}
 
-    def _create_session(self, session: Mapping[str, Any]) -> None:
-        row = self._row
+    def _create_session(self) -> None:
+        row, session = self._row, self._session
         if session["id"] != row["sessionId"]:
             raise self._error(f"its session {row['sessionId']} is neither before it nor here already")
         parent = session["parentSessionId"]
@@ -149,11 +145,10 @@ class RunImport:
         before = [archive.find_last_seq_of_session(self._transaction, row["sessionId"])]
         if self._parent is not None:
             before.append(self._parent.seq)
-        if archive.find_run_at(self._transaction, wanted) is not None or any(
-            seq is not None and seq >= wanted for seq in before
-        ):
-            return runs.next_seq(self._transaction)
-        return wanted
+        in_order = all(seq is None or seq < wanted for seq in before)
+        if in_order and archive.find_run_at(self._transaction, wanted) is None:
+            return wanted
+        return runs.next_seq(self._transaction)
 
     def _error(self, reason: str) -> DoesNotFit:
         return DoesNotFit(f"Run {self._row['id']} cannot be imported: {reason}.")
@@ -172,8 +167,7 @@ class RunImport:
             self._write_batch()
 
     def _write_batch(self) -> None:
-        if self._batch:
-            messages.insert_many(self._transaction, self._batch)
+        messages.insert_many(self._transaction, self._batch)
         self._batch, self._batch_bytes = [], 0
 
     def _store_approval(self, part: ArchivedApproval) -> None:

@@ -192,7 +192,7 @@ class RunManager:
                 extra={"event": "run_cleanup_failed", "run_id": run_id},
             )
         run = self._writer.write(lambda transaction: runs.get(transaction, run_id))
-        transcript = self._transcripts.keep(run)
+        transcript = self._transcripts.complete_copy(run)
         self._writer.write(
             partial(self._transitions.recover, run_id=run_id, transcript=transcript), self._runner.perform
         )
@@ -247,7 +247,7 @@ class RunManager:
         """
         if not os.path.isdir(cwd):
             raise not_resumable(session, f"its directory {cwd} no longer exists")
-        if not self._transcripts.can_provide(parent, cwd, options):
+        if not self._transcripts.is_available(parent, cwd, options):
             why = "is neither on this host nor complete in the database"
             if not parent.has_transcript:
                 why = "was never written"

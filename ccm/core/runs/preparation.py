@@ -112,7 +112,7 @@ class Preparation:
     def _provide_transcript(self, parent: Run, run: Run) -> Outcome | None:
         """Put the parent's transcript where Claude Code finds it. Return how the run ends if that is impossible."""
         try:
-            if self._transcripts.provide(parent, run):
+            if self._transcripts.make_available(parent, run):
                 return None
             reason = "it is neither on this host nor complete in the database"
         except (OSError, StorageError) as error:

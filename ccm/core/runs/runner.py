@@ -329,7 +329,7 @@ class Runner:
         else:
             self._end_processes(run.id)
         complete = execution is not None and execution.closed_by_itself
-        return outcome, self._transcripts.keep(run, mirror, complete=complete)
+        return outcome, self._transcripts.complete_copy(run, mirror, complete=complete)
 
     def _end_processes(self, run_id: str) -> None:
         """End the remaining processes of a run. If this process cannot find them, the reaper ends them."""

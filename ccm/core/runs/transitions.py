@@ -110,7 +110,7 @@ class RunTransitions:
             # The previous attempt was committed after all, but its side effects were not performed.
             after_commit = self.dispatch(transaction)
             if request.if_busy == IfBusy.INTERRUPT:
-                others = [run for run in runs.running(transaction, row["sessionId"]) if run.seq < stored.seq]
+                others = [run for run in runs.not_ended(transaction, row["sessionId"]) if run.seq < stored.seq]
                 after_commit |= AfterCommit(cancels=tuple(run.id for run in others if not run.waiting))
             return Accepted(stored, replayed=False), after_commit
         key = request.idempotency_key
@@ -154,7 +154,7 @@ class RunTransitions:
             Conflict: SESSION_BUSY, SESSION_NOT_RESUMABLE.
         """
         session = sessions.get(transaction, session_id)
-        first = runs.find_first_running(transaction, session_id)
+        first = runs.find_first_not_ended(transaction, session_id)
         if first is None and session.head_run_id is None:
             raise not_resumable(session, "none of its runs left a transcript")
         if first is None or if_busy == IfBusy.ENQUEUE:
@@ -165,7 +165,7 @@ class RunTransitions:
                 "'enqueue' or 'interrupt'."
             )
         after_commit = AfterCommit()
-        for run in runs.running(transaction, session_id):
+        for run in runs.not_ended(transaction, session_id):
             after_commit |= self.cancel(transaction, run)
         return after_commit
 
@@ -197,7 +197,7 @@ class RunTransitions:
 
     def _end_row_only(self, transaction: Transaction, run_id: str, code: str, message: str) -> AfterCommit:
         """End a run in error without reading its row or its session, because their content may be the fault."""
-        runs.end_alone(transaction, run_id, code, message)
+        runs.end_row_only(transaction, run_id, code, message)
         return AfterCommit(changed=(run_id, EVENTS))
 
     def end(self, transaction: Transaction, run: Run, values: Mapping[str, Any]) -> AfterCommit:
@@ -252,7 +252,7 @@ class RunTransitions:
             started_here = runs.started(transaction, self._owner)
             after_commit |= AfterCommit(starts=tuple(self._make_start(transaction, run) for run in started_here))
         while self.open:
-            started, next_id = runs.queue(transaction, self._owner)
+            started, next_id = runs.count_started_and_find_next(transaction, self._owner)
             if next_id is None or started >= self._workers:
                 break
             try:

@@ -13,16 +13,16 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from io import TextIOWrapper
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from ccm.core.claude.locations import find_transcript, transcript_path
 from ccm.core.claude.regular_file import open_regular
 from ccm.core.transcripts.store import Mirror, TranscriptStore, entry
-from ccm.db.transcripts import Entry, TranscriptKey
+from ccm.db.transcripts import Entry, TranscriptKey, is_inside
 from ccm.models import Run
 
 log = logging.getLogger(__name__)
@@ -45,13 +45,15 @@ class TranscriptFiles:
     def __init__(self, store: TranscriptStore, environ: Mapping[str, str]) -> None:
         self._store = store
         self._environ = environ
-        self._locks = _Locks()
+        # One lock for each SDK session. It exists only while a thread holds it or waits for it.
+        self._locks: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
+        self._locks_guard = threading.Lock()
 
     def mirror(self, run: Run) -> Mirror:
         """Return the session store that copies a run's transcript while it is written."""
         return Mirror(self._store, run.sdk_session_id)
 
-    def keep(self, run: Run, mirror: Mirror | None = None, *, complete: bool = False) -> dict[str, Any]:
+    def complete_copy(self, run: Run, mirror: Mirror | None = None, *, complete: bool = False) -> dict[str, Any]:
         """Complete the stored copy of an ended run's transcript.
 
         Args:
@@ -71,7 +73,8 @@ class TranscriptFiles:
             if here:
                 self._store.merge(entries)
             # Without a file, the mirrored entries are all there is.
-            stored = here or (not (mirror is not None and mirror.failed) and self._is_stored(run.sdk_session_id))
+            mirrored = mirror is None or not mirror.failed
+            stored = here or (mirrored and self._find_main_key(run.sdk_session_id) is not None)
         except Exception as error:
             # No fault here may prevent the run's end from being stored.
             log.warning(
@@ -84,8 +87,11 @@ class TranscriptFiles:
             here, stored = main is not None, False
         return {"hasTranscript": int(here or stored), "transcriptStored": int(stored)}
 
-    def can_provide(self, parent: Run, cwd: str, options: Mapping[str, Any]) -> bool:
-        """Return whether a run in `cwd` with these options can continue `parent`."""
+    def is_available(self, parent: Run, cwd: str, options: Mapping[str, Any]) -> bool:
+        """Return whether a run in `cwd` with these options can continue `parent`.
+
+        It can if the transcript is in the database or on this host.
+        """
         if parent.transcript_stored:
             return True  # no need to search the project directories
         try:
@@ -100,7 +106,7 @@ class TranscriptFiles:
             )
             return False
 
-    def provide(self, parent: Run, run: Run) -> bool:
+    def make_available(self, parent: Run, run: Run) -> bool:
         """Make sure that Claude Code finds the parent's transcript when `run` continues it.
 
         Returns:
@@ -112,10 +118,12 @@ class TranscriptFiles:
         """
         # The second of two concurrent forks waits until the file is complete. Otherwise it would rename the unfinished
         # file, which the first fork's Claude Code is about to read.
-        with self._locks.of(parent.sdk_session_id):
-            return self._provide(parent, run)
+        with self._locks_guard:
+            lock = self._locks.setdefault(parent.sdk_session_id, threading.Lock())
+        with lock:
+            return self._make_available(parent, run)
 
-    def _provide(self, parent: Run, run: Run) -> bool:
+    def _make_available(self, parent: Run, run: Run) -> bool:
         here = self._find(parent, run.cwd, run.options.value)
         if here is not None and self._is_complete(here, parent):
             return True
@@ -160,8 +168,9 @@ class TranscriptFiles:
         found = (find_transcript(directory, parent.sdk_session_id, environ) for directory in (cwd, parent.cwd))
         return next((path for path in found if path is not None), None)
 
-    def _is_stored(self, sdk_session_id: str) -> bool:
-        return any(not key.subpath for key in self._store.of_session(sdk_session_id))
+    def _find_main_key(self, sdk_session_id: str) -> TranscriptKey | None:
+        """Return the key of the stored main transcript of an SDK session, or None."""
+        return next((key for key in self._store.of_session(sdk_session_id) if not key.subpath), None)
 
     def _is_complete(self, main: Path, run: Run) -> bool:
         """Return whether a file has every stored entry.
@@ -172,8 +181,8 @@ class TranscriptFiles:
         with open_regular(main) as file:
             content = file.read()
         here = set(UUID.findall(content))  # matches `uuid` only: a uuid that occurs as `parentUuid` is no entry
-        keys = [key for key in self._store.of_session(run.sdk_session_id) if not key.subpath and run.transcript_stored]
-        uuids = self._store.uuids(keys[0]) if keys else []
+        key = self._find_main_key(run.sdk_session_id) if run.transcript_stored else None
+        uuids = [] if key is None else self._store.uuids(key)
         return bool(content) and here.issuperset(uuid.encode() for uuid in uuids)
 
     def _write_back(self, sdk_session_id: str, main: Path) -> bool:
@@ -182,16 +191,16 @@ class TranscriptFiles:
         Returns:
             False if no main transcript is stored.
         """
-        stored = self._store.of_session(sdk_session_id)
-        project_key = next((key.project_key for key in stored if not key.subpath), None)
-        if project_key is None or not self._store.uuids(TranscriptKey(sdk_session_id, project_key)):
+        main_key = self._find_main_key(sdk_session_id)
+        if main_key is None or not self._store.uuids(main_key):
             return False
+        stored = self._store.of_session(sdk_session_id)
         folder = main.parent / sdk_session_id
         # The main transcript last: if it exists, all others do.
-        for key in reversed([key for key in stored if key.project_key == project_key]):
+        for key in reversed([key for key in stored if key.project_key == main_key.project_key]):
             if not key.subpath:
                 _write(main, self._store.texts(key), sdk_session_id)
-            elif _is_safe_subpath(key.subpath):
+            elif is_inside(key.subpath):
                 file = folder / f"{key.subpath}.jsonl"
                 metadata = [text for text in self._store.texts(key) if _is_metadata(text)]
                 _write(file, (text for text in self._store.texts(key) if not _is_metadata(text)), sdk_session_id)
@@ -212,31 +221,6 @@ class TranscriptFiles:
             extra={"event": "transcript_restored", "sdk_session_id": sdk_session_id},
         )
         return True
-
-
-class _Locks:
-    """One lock per key, which exists only while it is held or waited for."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        # Each lock with the number of threads that hold it or wait for it.
-        self._locks: dict[str, tuple[threading.Lock, int]] = {}
-
-    @contextmanager
-    def of(self, key: str) -> Iterator[None]:
-        with self._lock:
-            lock, users = self._locks.get(key, (threading.Lock(), 0))
-            self._locks[key] = lock, users + 1
-        try:
-            with lock:
-                yield
-        finally:
-            with self._lock:
-                users = self._locks[key][1] - 1
-                if users:
-                    self._locks[key] = lock, users
-                else:
-                    del self._locks[key]
 
 
 def _read(main: Path, sdk_session_id: str) -> dict[TranscriptKey, list[Entry]]:
@@ -279,12 +263,6 @@ def _metadata(transcript: Path) -> list[Entry]:
 
 def _is_metadata(text: str) -> bool:
     return AGENT_METADATA in text and json.loads(text).get("type") == AGENT_METADATA
-
-
-def _is_safe_subpath(subpath: str) -> bool:
-    """Return whether a stored subpath stays within the session's folder. It may come from an import."""
-    parts = PurePosixPath(subpath).parts
-    return bool(parts) and subpath.isprintable() and "\\" not in subpath and not {"..", "/"} & set(parts)
 
 
 def _write(file: Path, lines: Iterable[str], sdk_session_id: str) -> None:

@@ -123,7 +123,8 @@ class Mirror:
         self._store = store
         self._sdk_session_id = sdk_session_id
         self._begun = False
-        self._failed = False
+        # Whether entries could not be stored, or not in time.
+        self.failed = False
         # The number of appends in progress. The SDK reads nothing from Claude Code meanwhile.
         self._appending = 0
 
@@ -133,21 +134,16 @@ class Mirror:
         return self._appending > 0
 
     @property
-    def failed(self) -> bool:
-        """Whether entries could not be stored, or not in time."""
-        return self._failed
-
-    @property
     def whole(self) -> bool:
         """Whether entries of the main transcript were stored, and no append failed."""
-        return self._begun and not self._failed
+        return self._begun and not self.failed
 
     async def append(self, key: Mapping[str, str], entries: Sequence[Mapping[str, Any]]) -> None:
         self._appending += 1
         try:
             await self._store.append(key, entries)
         except BaseException:
-            self._failed = True
+            self.failed = True
             raise
         finally:
             self._appending -= 1

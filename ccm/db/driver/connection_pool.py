@@ -13,16 +13,13 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
+import dataset
 import sqlalchemy
 from sqlalchemy import event
 
 from ccm.db.driver import sqlite
-from ccm.db.driver.alembic_free import without_alembic
 from ccm.db.driver.file_watch import FileWatch, OpenFiles
 from ccm.errors import StorageDown
-
-with without_alembic():
-    import dataset
 
 if TYPE_CHECKING:
     from ccm.db.driver import postgresql
@@ -49,9 +46,7 @@ class ConnectionPool:
     def __init__(
         self, url: str, size: int, *, writable: bool, answer_seconds: float | None, watch: FileWatch | None
     ) -> None:
-        self.dialect = "sqlite" if url.startswith("sqlite") else "postgresql"
-        is_sqlite = self.dialect == "sqlite"
-        self._url = url
+        is_sqlite = watch is not None
         self._writable = writable
         self._answer_seconds = answer_seconds
         self._statement_seconds = None if answer_seconds is None else answer_seconds * STATEMENT_SHARE
@@ -77,7 +72,7 @@ class ConnectionPool:
             event.listen(self._engine, "do_connect", self._connect_postgresql)
 
     def __str__(self) -> str:
-        return sqlalchemy.make_url(self._url).render_as_string(hide_password=True)
+        return self._engine.url.render_as_string(hide_password=True)
 
     def _sqlite_opened(self, connection: sqlite.Connection, record: sqlalchemy.pool.ConnectionPoolEntry) -> None:
         if self._statement_seconds is not None and not self._writable:
@@ -149,28 +144,24 @@ class ConnectionPool:
         self._dataset.local.tx = []
         with self._dataset.lock:
             connection = self._dataset.connections.pop(threading.get_ident(), None)
-        if connection is not None:
-            if broken:
-                self._roll_back(connection)
+        if connection is None:
+            return
+        if broken:
+            if self._watch is not None:
+                # Release SQLite's write lock. A closed connection stays alive, with its transaction, as long as a
+                # cursor with a failed statement exists, and the error's traceback keeps that cursor until it is
+                # garbage-collected.
+                with suppress(sqlite3.Error):
+                    cast(sqlite3.Connection, connection.connection.dbapi_connection).rollback()
+            connection.invalidate()
+        try:
+            connection.close()
+        except Exception as error:
+            # The connection was lost meanwhile. The outcome of the transaction is known already.
+            log.debug("cannot roll back a connection: %s", error, extra={"event": "rollback_failed"})
+            if not connection.closed:
                 connection.invalidate()
-            try:
                 connection.close()
-            except Exception as error:
-                # The connection was lost meanwhile. The outcome of the transaction is known already.
-                log.debug("cannot roll back a connection: %s", error, extra={"event": "rollback_failed"})
-                if not connection.closed:
-                    connection.invalidate()
-                    connection.close()
-
-    def _roll_back(self, connection: sqlalchemy.Connection) -> None:
-        """Release SQLite's write lock before a connection is closed.
-
-        A closed connection stays alive, with its transaction, as long as a cursor with a failed statement exists. The
-        traceback of the error keeps that cursor until it is garbage-collected.
-        """
-        if self.dialect == "sqlite":
-            with suppress(sqlite3.Error):
-                cast(sqlite3.Connection, connection.connection.dbapi_connection).rollback()
 
     def interrupt(self) -> None:
         """Interrupt all SQLite statements in progress."""

@@ -16,6 +16,7 @@ from ccm.db.driver.connection_pool import ConnectionPool
 from ccm.db.driver.errors import storage_error
 from ccm.db.driver.file_watch import FileWatch
 from ccm.db.driver.permits import Permits
+from ccm.db.driver.sqlite_file import sqlite_file_path
 from ccm.db.driver.transaction import Transaction
 from ccm.errors import DatabaseClosed, DatabaseDamaged, StorageDown
 
@@ -41,6 +42,7 @@ class Database:
         watch: the watch of another Database on the same SQLite file, to share.
 
     Attributes:
+        dialect: `sqlite` or `postgresql`.
         last_answer: the `time.monotonic()` of the last answered statement.
     """
 
@@ -54,8 +56,10 @@ class Database:
         watch: FileWatch | None = None,
     ) -> None:
         self.url = url
-        self.is_sqlite = url.startswith("sqlite")
-        self.watch = watch or (FileWatch(url.removeprefix("sqlite:///")) if self.is_sqlite else None)
+        path = sqlite_file_path(url)
+        self.is_sqlite = path is not None
+        self.dialect = "postgresql" if path is None else "sqlite"
+        self.watch = watch or (None if path is None else FileWatch(str(path)))
         self.last_answer = 0.0
         self._writable = writable
         self._permits = Permits(pool_size, CONNECTION_TIMEOUT)
@@ -63,11 +67,6 @@ class Database:
 
     def __str__(self) -> str:
         return str(self._pool)
-
-    @property
-    def dialect(self) -> str:
-        """`sqlite` or `postgresql`."""
-        return self._pool.dialect
 
     @contextmanager
     def transaction(self, uncertain: bool = False) -> Iterator[Transaction]:
@@ -88,7 +87,7 @@ class Database:
             files = pool.take()
             cursor = pool.begin()
             self._count_answer()
-            yield Transaction(cursor, pool.dialect, uncertain, self._count_answer)
+            yield Transaction(cursor, self.dialect, uncertain, self._count_answer)
             committing = True
             pool.commit()
             committed = True

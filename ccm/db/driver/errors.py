@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import sys
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -72,20 +72,13 @@ def storage_error(error: BaseException) -> StorageError | None:
     if isinstance(error, PoolTimeout):
         return StorageDown("all connections are in use", "all connections to the database are in use")
     cause = getattr(error, "orig", None) or error
-    if not isinstance(error, SQLAlchemyError) and not isinstance(cause, sqlite3.Error) and not _is_psycopg_error(cause):
-        return None
     reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
     if isinstance(cause, sqlite3.Error):
         return _from_sqlite(cause, reason)
-    if _is_psycopg_error(cause):
+    psycopg = sys.modules.get("psycopg")  # not imported here, because SQLite does not need it
+    if psycopg is not None and isinstance(cause, psycopg.Error):
         return _from_postgresql(cause, reason)
-    return StorageRejected(reason)
-
-
-def _is_psycopg_error(error: BaseException) -> TypeGuard[psycopg.Error]:
-    """Return whether psycopg raised an error, without importing psycopg: SQLite does not need it."""
-    module = sys.modules.get("psycopg")
-    return module is not None and isinstance(error, module.Error)
+    return StorageRejected(reason) if isinstance(error, SQLAlchemyError) else None
 
 
 def _from_sqlite(cause: sqlite3.Error, reason: str) -> StorageError:

@@ -33,8 +33,7 @@ class FileWatch:
             StorageDown: the database is not the file that was opened first.
         """
         identities = tuple(_identity(self._path + suffix) for suffix in SUFFIXES)
-        if self._first is None:
-            self._first = identities[0]
+        self._first = self._first or identities[0]
         self.check_path()
         return identities
 

@@ -15,7 +15,8 @@ from ccm.errors import DatabaseRefused, DatabaseTaken, StorageDown, StorageError
 from ccm.timestamps import timestamp
 
 MIGRATIONS_FILE = Path(__file__).parents[3] / "migrations.sql"
-HEADING = re.compile(r"^-- (?P<number>\d{4}) (?P<name>[^(]+?)(?: \((?P<dialect>sqlite|postgresql)\))?$")
+# The heading of a section: its number, its name and, if it is for one dialect only, that dialect.
+HEADING = re.compile(r"^-- (\d{4}) ([^(\n]+?)(?: \((sqlite|postgresql)\))?$", re.MULTILINE)
 
 # Each attempt takes as long as SQLite waits for a lock (db/driver/sqlite.py).
 LOCKED_TRIES = 10
@@ -31,11 +32,10 @@ TABLES = {
 
 @dataclass(frozen=True)
 class Migration:
-    """One section of the file, for one dialect."""
+    """One section of the file."""
 
     number: int
     name: str
-    dialect: str | None
     sql: str
 
     def __str__(self) -> str:
@@ -61,23 +61,13 @@ def read_migrations(dialect: str, file: Path = MIGRATIONS_FILE) -> list[Migratio
     Raises:
         ValueError: the numbers are not 1, 2, 3, ... for this dialect.
     """
-    sections: list[Migration] = []
-    lines: list[str] = []
-    heading: re.Match[str] | None = None
-
-    def close() -> None:
-        if heading is not None and heading["dialect"] in (None, dialect):
-            number, name = int(heading["number"]), heading["name"]
-            sections.append(Migration(number, name, heading["dialect"], "\n".join(lines)))
-
-    for line in file.read_text(encoding="utf-8").splitlines():
-        match = HEADING.match(line)
-        if match:
-            close()
-            heading, lines = match, []
-        else:
-            lines.append(line)
-    close()
+    # The text before the first heading, then four parts of each section: those of its heading, and its statements.
+    parts = iter(HEADING.split(file.read_text(encoding="utf-8"))[1:])
+    sections = [
+        Migration(int(number), name, sql)
+        for number, name, only_dialect, sql in zip(parts, parts, parts, parts, strict=True)
+        if only_dialect in (None, dialect)
+    ]
     if [section.number for section in sections] != list(range(1, len(sections) + 1)):
         raise ValueError(f"{file.name}: the {dialect} sections are not numbered 1, 2, 3, ...")
     return sections

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import shlex
 import sqlite3
-import time
 from contextlib import closing
 from pathlib import Path
 
+from ccm.db.driver import sqlite
+from ccm.db.driver.errors import SQLITE_DAMAGE
 from ccm.errors import DatabaseRefused
 
 MAGIC = b"SQLite format 3\0"
@@ -23,8 +24,11 @@ ADVICE = "Restore a backup, or recover the readable data into a new file with sq
 # How long a start looks for damage, and how long it waits for another program's lock (seconds).
 CHECK_TIMEOUT = 5.0
 LOCK_TIMEOUT = 10.0
-# How many steps of SQLite's virtual machine pass between checks of the time limit.
-CHECK_STEPS = 1_000
+
+
+def sqlite_file_path(url: str) -> Path | None:
+    """Return the path of a SQLite database's file; None for PostgreSQL, which has no such file."""
+    return Path(url.removeprefix("sqlite:///")) if url.startswith("sqlite") else None
 
 
 def make_private(path: Path) -> None:
@@ -39,9 +43,9 @@ def prepare(url: str) -> None:
     Raises:
         DatabaseRefused: the file cannot be written, or is not ours. It is left unchanged.
     """
-    if not url.startswith("sqlite"):
+    path = sqlite_file_path(url)
+    if path is None:
         return
-    path = _path(url)
     try:
         _check_links(path)
         header = _header(path)
@@ -52,11 +56,12 @@ def prepare(url: str) -> None:
             raise DatabaseRefused(f"{path} is damaged: it is empty, and its write-ahead log is not. {ADVICE}")
         make_private(path)
         if not header:
-            _mark(path)
-    except OSError as error:
-        raise DatabaseRefused(f"The SQLite file {path} cannot be written: {error.strerror}.") from None
-    except sqlite3.Error as error:
-        raise DatabaseRefused(f"The SQLite file {path} cannot be written: {error}.") from None
+            # Mark it as ours before anything is in a write-ahead log.
+            with closing(sqlite3.connect(path)) as connection:
+                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    except (OSError, sqlite3.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DatabaseRefused(f"The SQLite file {path} cannot be written: {reason}.") from None
 
 
 def check(url: str) -> bool:
@@ -67,31 +72,25 @@ def check(url: str) -> bool:
     Raises:
         DatabaseRefused: the file is damaged or cannot be read. It is left unchanged.
     """
-    if not url.startswith("sqlite"):
+    path = sqlite_file_path(url)
+    if path is None:
         return True
-    path = _path(url)
     # Read-only, because closing it would otherwise write the log into the file. If there is no log, do not create one.
     mode = "mode=ro" if _size(_log_of(path)) else "immutable=1"
-    deadline = time.monotonic() + CHECK_TIMEOUT
+    uri = f"{path.absolute().as_uri()}?{mode}"
     try:
-        with closing(
-            sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True, timeout=LOCK_TIMEOUT)
-        ) as connection:
-            connection.set_progress_handler(lambda: int(time.monotonic() > deadline), CHECK_STEPS)
-            findings = [row[0] for row in connection.execute("PRAGMA quick_check(1)")]
+        with closing(sqlite3.connect(uri, uri=True, timeout=LOCK_TIMEOUT, factory=sqlite.Connection)) as connection:
+            connection.limit_statements(CHECK_TIMEOUT)
+            findings = [row[0] for row in connection.cursor().execute("PRAGMA quick_check(1)")]
     except sqlite3.DatabaseError as error:
         if error.sqlite_errorcode == sqlite3.SQLITE_INTERRUPT:
             return False
-        if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        if error.sqlite_errorcode & 0xFF in SQLITE_DAMAGE:
             raise DatabaseRefused(f"{path} is damaged: {error}. {ADVICE}") from None
         raise DatabaseRefused(f"{path} cannot be read: {error}.") from None
     if findings != ["ok"]:
         raise DatabaseRefused(f"{path} is damaged: {' '.join(str(findings[0]).split())}. {ADVICE}")
     return True
-
-
-def _path(url: str) -> Path:
-    return Path(url.removeprefix("sqlite:///"))
 
 
 def _log_of(path: Path) -> Path:
@@ -131,12 +130,3 @@ def _check_header(path: Path, header: bytes) -> None:
         raise DatabaseRefused(f"{path} is not a SQLite file; give DATABASE_PATH a file of its own.")
     if int.from_bytes(header[APPLICATION_ID_AT]) != APPLICATION_ID:
         raise DatabaseRefused(f"{path} is another program's SQLite file; give DATABASE_PATH a file of its own.")
-
-
-def _mark(path: Path) -> None:
-    """Write our application id into the file, before anything is in a write-ahead log."""
-    connection = sqlite3.connect(path)
-    try:
-        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-    finally:
-        connection.close()

@@ -9,12 +9,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 from ccm.db.driver.errors import storage_error
 from ccm.errors import StorageDown
 
-# How many rows go to SQLite before its answer is counted as a sign of life.
+# How many rows go to SQLite in one call. `last_answer` is updated after each call.
 ROWS_AT_ONCE = 50
 NAMED_PARAMETER = re.compile(r"(?<![:\w]):([A-Za-z]\w*)")
 
@@ -60,14 +60,11 @@ class Transaction:
         names = [column[0] for column in self._cursor.description or ()]
         return [dict(zip(names, row, strict=True)) for row in self._cursor.fetchall()]
 
-    def row(self, sql: str, **parameters: Any) -> Mapping[str, Any] | None:
-        """Return the first row of a query, or None."""
-        return next(iter(self.rows(sql, **parameters)), None)
-
-    def tuples(self, sql: str, **parameters: Any) -> list[tuple[Any, ...]]:
-        """Return all rows of a query, without column names."""
+    def tuples(self, sql: str, **parameters: Any) -> list[Any]:
+        """Return all rows of a query as tuples, without column names."""
         self._execute(sql, parameters)
-        return cast("list[tuple[Any, ...]]", self._cursor.fetchall())
+        found: list[Any] = self._cursor.fetchall()
+        return found
 
     def column(self, sql: str, **parameters: Any) -> list[Any]:
         """Return the first column of a query."""

@@ -260,7 +260,7 @@ def test_a_transcript_that_the_service_set_aside_is_deleted(
         run = runs.find(transaction, run_id)
     assert run is not None
     store = TranscriptStore(Writer(writable, Notifier(), 2**20, lambda run, error: None), writable)
-    assert TranscriptFiles(store, {"HOME": str(own_home)}).provide(run, run)
+    assert TranscriptFiles(store, {"HOME": str(own_home)}).make_available(run, run)
     assert sorted(SECRET in path.read_text() for path in folder.iterdir()) == [False, True]
 
     assert "2 files of Claude Code" in flask(database_url, "prune", "--session", ROOT).stdout

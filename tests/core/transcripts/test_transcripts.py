@@ -250,11 +250,11 @@ def test_entries_that_the_mirror_lacks_are_stored_from_files_and_restored_elsewh
     agent.write_text(json.dumps(entry("s")) + "\n")
     agent.with_suffix(".meta.json").write_text('{"agentType": "general"}')
 
-    assert here.files.keep(run()) == {"hasTranscript": 1, "transcriptStored": 1}
+    assert here.files.complete_copy(run()) == {"hasTranscript": 1, "transcriptStored": 1}
 
     parent = run(transcript_stored=1)
-    assert there.files.can_provide(parent, "/two", {})
-    assert there.files.provide(parent, run(cwd="/two", id="next"))
+    assert there.files.is_available(parent, "/two", {})
+    assert there.files.make_available(parent, run(cwd="/two", id="next"))
     back = there.path("/two")
     assert lines(back) == [entry("a"), entry("b"), entry("c")]
     copy = back.with_suffix("") / "subagents" / "agent-1.jsonl"
@@ -280,7 +280,7 @@ def test_stored_entries_are_never_lost(store: TranscriptStore, tmp_path: Path, k
     asyncio.run(store.append({**KEY, "project_key": "-one"}, STORED))
     host.write("/one", *FILES[kind])
 
-    assert host.files.keep(run()) == {"hasTranscript": 1, "transcriptStored": 1}
+    assert host.files.complete_copy(run()) == {"hasTranscript": 1, "transcriptStored": 1}
 
     expected = FILES["whole"] if kind == "whole" else STORED
     assert loaded(store, {**KEY, "project_key": "-one"}) == expected
@@ -295,7 +295,7 @@ def test_a_file_that_lacks_stored_entries_is_renamed_and_replaced(
     path = host.write("/one", *FILES[kind])
     before = path.read_bytes()
 
-    assert host.files.provide(run(transcript_stored=1), run(id="next"))
+    assert host.files.make_available(run(transcript_stored=1), run(id="next"))
 
     aside = list(path.parent.glob("*.incomplete-*"))
     assert lines(path) == (FILES["whole"] if kind == "whole" else STORED)
@@ -306,19 +306,19 @@ def test_without_a_file_the_mirrored_entries_are_kept(store: TranscriptStore, tm
     host = Host(tmp_path, store)
     asyncio.run(store.append({**KEY, "project_key": "-one"}, STORED))
 
-    assert host.files.keep(run()) == {"hasTranscript": 1, "transcriptStored": 1}
+    assert host.files.complete_copy(run()) == {"hasTranscript": 1, "transcriptStored": 1}
     failed = Mirror(store, SESSION)
     with pytest.raises(KeyError):
         asyncio.run(failed.append({"session_id": SESSION}, STORED))
-    assert host.files.keep(run(), failed) == {"hasTranscript": 0, "transcriptStored": 0}
+    assert host.files.complete_copy(run(), failed) == {"hasTranscript": 0, "transcriptStored": 0}
 
 
 def test_a_transcript_is_found_in_any_project(store: TranscriptStore, tmp_path: Path) -> None:
     host = Host(tmp_path, store)
     host.write("/a-key-of-its-own", entry("a"))
 
-    assert host.files.can_provide(run(), "/one", {})
-    assert host.files.keep(run()) == {"hasTranscript": 1, "transcriptStored": 1}
+    assert host.files.is_available(run(), "/one", {})
+    assert host.files.complete_copy(run()) == {"hasTranscript": 1, "transcriptStored": 1}
 
 
 def test_the_name_of_a_project_is_claude_codes() -> None:
@@ -333,7 +333,7 @@ def test_a_complete_file_is_not_changed(store: TranscriptStore, tmp_path: Path) 
     path = host.write("/one", entry("stored"), entry("local"))
     before = path.read_bytes(), path.stat().st_mtime_ns
 
-    assert host.files.provide(run(transcript_stored=1), run(cwd="/two", id="next"))
+    assert host.files.make_available(run(transcript_stored=1), run(cwd="/two", id="next"))
 
     assert (path.read_bytes(), path.stat().st_mtime_ns) == before
     assert not host.path("/two").exists()
@@ -346,9 +346,9 @@ def test_a_fully_stored_transcript_is_not_searched_for_on_this_host(
     looked: list[str] = []
     monkeypatch.setattr("ccm.core.transcripts.files.find_transcript", lambda cwd, *_: looked.append(cwd))
 
-    assert host.files.can_provide(run(transcript_stored=1), "/one", {})
+    assert host.files.is_available(run(transcript_stored=1), "/one", {})
     assert looked == []
-    assert not host.files.can_provide(run(), "/one", {})
+    assert not host.files.is_available(run(), "/one", {})
     assert looked != []
 
 
@@ -357,8 +357,8 @@ def test_a_partly_stored_transcript_is_not_provided(store: TranscriptStore, tmp_
     asyncio.run(store.append({**KEY, "project_key": "-one"}, [entry("a")]))
     parent = run(transcript_stored=False)
 
-    assert not host.files.can_provide(parent, "/one", {})
-    assert not host.files.provide(parent, run(id="next"))
+    assert not host.files.is_available(parent, "/one", {})
+    assert not host.files.make_available(parent, run(id="next"))
     assert not host.path("/one").exists()
 
 
@@ -369,7 +369,7 @@ def test_a_stored_path_outside_the_session_is_not_written(store: TranscriptStore
     for subpath in ("../../../../../evil", "/tmp/evil", "a/../../../evil", "evil\\..\\evil", "evil\nevil"):
         asyncio.run(store.append({**key, "subpath": subpath}, [entry("s")]))
 
-    assert host.files.provide(run(transcript_stored=1), run(id="next"))
+    assert host.files.make_available(run(transcript_stored=1), run(id="next"))
 
     assert lines(host.path("/one")) == [entry("a")]
     assert list(tmp_path.rglob("*evil*")) == []
@@ -392,7 +392,7 @@ def test_two_concurrent_forks_find_one_complete_file(
 
     monkeypatch.setattr(store, "uuids", together)
     with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(host.files.provide, run(transcript_stored=1), run(id=name)) for name in ("a", "b")]
+        jobs = [pool.submit(host.files.make_available, run(transcript_stored=1), run(id=name)) for name in ("a", "b")]
         assert [job.result() for job in jobs] == [True, True]
 
     assert lines(path) == STORED
@@ -418,7 +418,7 @@ def test_only_regular_files_are_read(store: TranscriptStore, tmp_path: Path, kin
         path.mkdir()
 
     # The mirrored entries count if the file itself cannot be read.
-    assert host.files.keep(run())["hasTranscript"] == 1
+    assert host.files.complete_copy(run())["hasTranscript"] == 1
     if place == "main":
         with pytest.raises(OSError, match=r"regular|directory"):
-            host.files.provide(run(transcript_stored=1), run(id="next"))
+            host.files.make_available(run(transcript_stored=1), run(id="next"))

@@ -63,13 +63,14 @@ def test_a_savepoint_rolls_back_alone(writable: Database, reader: Database) -> N
 def test_camel_case_columns_and_named_parameters(writable: Database) -> None:
     with writable.transaction() as transaction:
         session(transaction, "50% :off")
-        row = transaction.row(
+        rows = transaction.rows(
             'SELECT id, "lastRunSeq" AS "lastRunSeq" FROM ccr_sessions WHERE id LIKE :q', q="50\\% :o%"
         )
-        row = row or transaction.row("SELECT id FROM ccr_sessions WHERE id LIKE '50%' AND id = :name", name="50% :off")
+        rows = rows or transaction.rows(
+            "SELECT id FROM ccr_sessions WHERE id LIKE '50%' AND id = :name", name="50% :off"
+        )
 
-    assert row is not None
-    assert row["id"] == "50% :off"
+    assert rows[0]["id"] == "50% :off"
 
 
 def test_nul_and_lone_surrogates_survive_storage(writable: Database) -> None:

@@ -55,14 +55,14 @@ def test_the_original_tables_have_their_columns(writable: Database) -> None:
 def test_a_failed_section_changes_nothing(empty: Callable[[], Database]) -> None:
     database = empty()
     broken = [
-        Migration(1, "good", None, "CREATE TABLE good (id BIGINT);"),
-        Migration(2, "half", None, "CREATE TABLE half (id BIGINT);\nINSERT INTO nowhere VALUES (1);"),
+        Migration(1, "good", "CREATE TABLE good (id BIGINT);"),
+        Migration(2, "half", "CREATE TABLE half (id BIGINT);\nINSERT INTO nowhere VALUES (1);"),
     ]
     with pytest.raises(DatabaseRefused, match="0002 half failed and was undone"):
         migrate(database, broken)
 
     assert [migration.number for migration in pending(database, broken)] == [2]
-    mended = [broken[0], Migration(2, "half", None, "CREATE TABLE half (id BIGINT);")]
+    mended = [broken[0], Migration(2, "half", "CREATE TABLE half (id BIGINT);")]
     assert [migration.number for migration in migrate(database, mended)] == [2]
     database.close()
 

@@ -12,21 +12,8 @@ from urllib.parse import quote
 from ccm.db.driver.sqlite_file import APPLICATION_ID, APPLICATION_ID_AT, HEADER_SIZE
 from ccm.errors import CommandRefused
 
-RUN_COLUMNS = (
-    "id",
-    "cwd",
-    "session_id",
-    "parent_session_id",
-    "mode",
-    "status",
-    "prompt",
-    "result_type",
-    "result_json",
-    "duration_ms",
-    "created_at",
-)
-LINK_COLUMNS = ("id", "session_id", "parent_session_id", "mode", "created_at")
-MESSAGE_COLUMNS = ("message_type", "message_json", "created_at")
+# The columns of a run that are read in addition to those of its BunLink.
+RUN_COLUMNS = ("cwd", "status", "prompt", "result_type", "result_json", "duration_ms", "created_at")
 # https://www.sqlite.org/fileformat.html#file_format_version_numbers
 WRITE_VERSION_AT = slice(18, 19)
 WAL_VERSION = b"\x02"
@@ -35,7 +22,7 @@ NEEDED = {"ccr_runs": ("id", "cwd", "session_id"), "ccr_run_messages": ("run_id"
 
 
 class BunLink(NamedTuple):
-    """A run's stored values without its long texts, for the grouping."""
+    """A run's stored values without its long texts, for the assignment of sessions."""
 
     rowid: int
     id: Any
@@ -46,8 +33,8 @@ class BunLink(NamedTuple):
 
 
 class BunMessage(NamedTuple):
-    type: Any
-    json: Any
+    message_type: Any
+    message_json: Any
     created_at: Any
 
 
@@ -118,16 +105,17 @@ class BunDatabase:
             raise CommandRefused(f"{self._path} cannot be read: {error}.") from None
 
     def _selected(self, table: str, columns: tuple[str, ...]) -> str:
-        existing = self._columns[table]
+        """Return the expressions of a SELECT: NULL for a column that the table lacks."""
+        existing = {*self._columns[table], "rowid"}
         return ", ".join(f'"{column}"' if column in existing else f'NULL AS "{column}"' for column in columns)
 
     def links(self) -> Iterator[BunLink]:
         """Return all runs in the order of their rowids."""
-        sql = f"SELECT rowid, {self._selected('ccr_runs', LINK_COLUMNS)} FROM ccr_runs ORDER BY rowid"
+        sql = f"SELECT {self._selected('ccr_runs', BunLink._fields)} FROM ccr_runs ORDER BY rowid"
         return (BunLink(*row) for row in self._rows(sql))
 
     def run(self, rowid: int) -> Mapping[str, Any]:
-        """Return all stored columns of a run."""
+        """Return the columns RUN_COLUMNS of a run."""
         sql = f"SELECT {self._selected('ccr_runs', RUN_COLUMNS)} FROM ccr_runs WHERE rowid = ?"
         return dict(zip(RUN_COLUMNS, next(self._rows(sql, rowid)), strict=True))
 
@@ -145,7 +133,7 @@ class BunDatabase:
 
     def messages(self, run_id: Any) -> Iterator[BunMessage]:
         """Return a run's messages in the order of their indexes, or else of their ids. Call `order_messages` first."""
-        columns = self._selected("ccr_run_messages", MESSAGE_COLUMNS)
+        columns = self._selected("ccr_run_messages", BunMessage._fields)
         sql = (
             f"SELECT {columns} FROM (SELECT place, nth, at FROM temp.places WHERE run_id = ?) "
             "CROSS JOIN main.ccr_run_messages m ON m.rowid = at ORDER BY place, nth, at"

@@ -9,7 +9,7 @@ from typing import Any
 
 from ccm.core.archive.bun import values
 from ccm.core.archive.bun.database import BunDatabase, BunLink
-from ccm.core.archive.bun.groups import UNKNOWN_TIME, Group, group, parents_first
+from ccm.core.archive.bun.session_assignment import UNKNOWN_TIME, AssignedRun, assign_sessions, parents_first
 from ccm.core.archive.records import UUID, ArchivedMessage, ArchivedRun
 from ccm.json_text import storable, to_json_text
 from ccm.models import RunMode, RunStatus
@@ -47,37 +47,37 @@ class BunSource:
 
     def runs(self) -> Iterator[ArchivedRun]:
         self._database.order_messages()
-        groups = group([link for link in self._links if link.id is not None], self._warn)
-        for seq, number in enumerate(parents_first(groups), 1):
-            yield self._run(groups, number, seq)
-        if len(groups) < len(self._links):
-            self._warn(f"Runs without an id were left out: {len(self._links) - len(groups)}.")
+        runs = assign_sessions([link for link in self._links if link.id is not None], self._warn)
+        for seq, number in enumerate(parents_first(runs), 1):
+            yield self._run(runs, number, seq)
+        if len(runs) < len(self._links):
+            self._warn(f"Runs without an id were left out: {len(self._links) - len(runs)}.")
         lost = self._database.orphans()
         if lost:
             self._warn(f"Messages that belong to no run were left out: {lost}.")
 
     # ---- the columns of a run
 
-    def _run(self, groups: Sequence[Group], number: int, seq: int) -> ArchivedRun:
-        entry = groups[number]
-        parent = None if entry.parent is None else groups[entry.parent]
-        stored = self._database.run(entry.link.rowid)
-        result = self._result(entry.run_id, stored["result_json"])
+    def _run(self, runs: Sequence[AssignedRun], number: int, seq: int) -> ArchivedRun:
+        run = runs[number]
+        parent = None if run.parent is None else runs[run.parent]
+        stored = self._database.run(run.link.rowid)
+        result = self._result(run.run_id, stored["result_json"])
         self._totals[number] = total = values.total(result)
         cwd = storable(values.text(stored["cwd"])) or ""
         status = stored["status"] if stored["status"] in tuple(RunStatus) else RunStatus.ERROR
         duration = values.whole(stored["duration_ms"])
         local = (
             status != RunStatus.RUNNING
-            and bool(UUID.fullmatch(entry.sdk_session_id))
-            and self._has_transcript(cwd, entry.sdk_session_id)
+            and bool(UUID.fullmatch(run.sdk_session_id))
+            and self._has_transcript(cwd, run.sdk_session_id)
         )
         if values.iso_time(stored["created_at"]) is None:
-            self._warn(f"Run {entry.run_id} has no valid time. It is dated {UNKNOWN_TIME}.")
+            self._warn(f"Run {run.run_id} has no valid time. It is dated {UNKNOWN_TIME}.")
         error = values.error(status, stored["status"], result)
-        forked_from = parent if entry.mode == RunMode.FORK else None
+        forked_from = parent if run.mode == RunMode.FORK else None
         session = {
-            "id": entry.session_id,
+            "id": run.session_id,
             "parentSessionId": forked_from.session_id if forked_from else None,
             "forkedFromRunId": forked_from.run_id if forked_from else None,
             "cwd": cwd,
@@ -85,14 +85,14 @@ class BunSource:
             "metadataJson": "{}",
         }
         row = {
-            "id": entry.run_id,
+            "id": run.run_id,
             "seq": seq,
             "cwd": cwd,
-            "sessionId": entry.session_id,
-            "sdkSessionId": entry.sdk_session_id,
+            "sessionId": run.session_id,
+            "sdkSessionId": run.sdk_session_id,
             "parentSessionId": session["parentSessionId"],
             "parentRunId": parent.run_id if parent else None,
-            "mode": entry.mode,
+            "mode": run.mode,
             "status": status,
             "prompt": storable(values.text(stored["prompt"])) or "",
             "optionsJson": "{}",
@@ -101,15 +101,15 @@ class BunSource:
             "resultJson": None if result is None else to_json_text(result),
             "errorCode": error[0],
             "errorMessage": error[1],
-            "costUsd": total if entry.parent is None else values.own_cost(total, self._totals.get(entry.parent)),
+            "costUsd": total if run.parent is None else values.own_cost(total, self._totals.get(run.parent)),
             "hasTranscript": int(local),
             "transcriptStored": 0,
             "durationMs": duration,
-            "createdAt": entry.created_at,
-            "startedAt": entry.created_at,
-            "endedAt": None if status == RunStatus.RUNNING else values.later(entry.created_at, duration or 0),
+            "createdAt": run.created_at,
+            "startedAt": run.created_at,
+            "endedAt": None if status == RunStatus.RUNNING else values.later(run.created_at, duration or 0),
         }
-        return ArchivedRun(session, row, self._messages(entry), spare_id=entry.made_id)
+        return ArchivedRun(session, row, self._messages(run), spare_id=run.made_id)
 
     def _result(self, run_id: str, text: Any) -> dict[str, Any] | None:
         if text is None or text == "":
@@ -120,15 +120,16 @@ class BunSource:
         self._warn(f"Run {run_id} has a result that is no JSON object. The result was left out.")
         return None
 
-    def _messages(self, entry: Group) -> Iterator[ArchivedMessage]:
-        for index, message in enumerate(self._database.messages(entry.link.id)):
-            at = values.iso_time(message.created_at) or entry.created_at
-            raw = values.parsed(message.json)
+    def _messages(self, run: AssignedRun) -> Iterator[ArchivedMessage]:
+        for index, message in enumerate(self._database.messages(run.link.id)):
+            at = values.iso_time(message.created_at) or run.created_at
+            raw = values.parsed(message.message_json)
             if not isinstance(raw, dict):
                 self._warn(
-                    f"Message {index} of run {entry.run_id} is no JSON object. It is kept as text, in the field "
+                    f"Message {index} of run {run.run_id} is no JSON object. It is kept as text, in the field "
                     "'unparsed'."
                 )
-                raw = {"type": values.text(message.type) or "unknown", "unparsed": values.text(message.json)}
-            kind = storable(raw.get("type")) or storable(message.type) or "unknown"
+                kind, unparsed = values.text(message.message_type), values.text(message.message_json)
+                raw = {"type": kind or "unknown", "unparsed": unparsed}
+            kind = storable(raw.get("type")) or storable(message.message_type) or "unknown"
             yield ArchivedMessage(at, kind, to_json_text(raw))

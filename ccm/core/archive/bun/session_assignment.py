@@ -7,7 +7,7 @@ run continues its session, and further ones become forks.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ccm.core.archive.bun import values
@@ -20,8 +20,8 @@ NAMESPACE = uuid.UUID("6ccb6f2c-5f6c-4d0e-9c3b-1f4c1a0f6a3e")
 UNKNOWN_TIME = "1970-01-01T00:00:00.000Z"
 
 
-class Group(NamedTuple):
-    """A run with its ids in our database. `parent` is the index of its parent in the list of groups.
+class AssignedRun(NamedTuple):
+    """A run with its ids in our database. `parent` is the index of its parent in the list of these runs.
 
     `made_id` is a generated UUID that no other run has.
     """
@@ -36,38 +36,21 @@ class Group(NamedTuple):
     parent: int | None
 
 
-class _Sessions:
-    """The runs of each original session id, in order."""
-
-    def __init__(self, links: Sequence[BunLink]) -> None:
-        self._ids = [values.text(link.session_id) for link in links]
-        self._runs: dict[str, list[int]] = {}
-        for number, session_id in enumerate(self._ids):
-            if session_id:
-                self._runs.setdefault(session_id, []).append(number)
-
-    def id(self, number: int) -> str:
-        return self._ids[number]
-
-    def shared_with(self, number: int) -> list[int]:
-        """Return the runs with the same session id as a run, including itself."""
-        return self._runs.get(self._ids[number], [number])
-
-    def runs(self, session_id: str) -> list[int]:
-        return self._runs.get(session_id, [])
-
-
-def group(links: Sequence[BunLink], warn: Callable[[str], None]) -> list[Group]:
+def assign_sessions(links: Sequence[BunLink], warn: Callable[[str], None]) -> list[AssignedRun]:
     """Return the runs in the order of their times, each with its session.
 
     Args:
         warn: called with a sentence for each thing that is not imported unchanged.
     """
     links = sorted(links, key=lambda link: (_time(link), link.rowid))
-    sessions = _Sessions(links)
-    parents = _without_cycles([_parent(number, link, sessions, warn) for number, link in enumerate(links)])
+    # The indexes of the runs of each original session id, in order.
+    sharing: dict[str, list[int]] = {}
+    for number, link in enumerate(links):
+        if session_id := values.text(link.session_id):
+            sharing.setdefault(session_id, []).append(number)
+    parents = _without_cycles([_parent(number, link, sharing, warn) for number, link in enumerate(links)])
     continued: set[int] = set()
-    groups: list[Group] = []
+    runs: list[AssignedRun] = []
     for number, (link, parent) in enumerate(zip(links, parents, strict=True)):
         if parent is None:
             mode = RunMode.FRESH
@@ -76,11 +59,12 @@ def group(links: Sequence[BunLink], warn: Callable[[str], None]) -> list[Group]:
         else:
             mode = RunMode.RESUME
             continued.add(parent)
-        session_id, shared = sessions.id(number), sessions.shared_with(number)
+        session_id = values.text(link.session_id)
+        shared = sharing.get(session_id, [number])
         made = str(uuid.uuid5(NAMESPACE, str(link.id)))
         fits = RUN_ID.fullmatch(session_id) is not None
-        groups.append(
-            Group(
+        runs.append(
+            AssignedRun(
                 link=link,
                 created_at=_time(link),
                 run_id=_run_id(link, warn),
@@ -92,22 +76,22 @@ def group(links: Sequence[BunLink], warn: Callable[[str], None]) -> list[Group]:
                 parent=parent,
             )
         )
-    for number in parents_first(groups):
-        resumed = groups[number].parent
-        if groups[number].mode == RunMode.RESUME and resumed is not None:
-            groups[number] = groups[number]._replace(session_id=groups[resumed].session_id)
-    return groups
+    for number in parents_first(runs):
+        resumed = runs[number].parent
+        if runs[number].mode == RunMode.RESUME and resumed is not None:
+            runs[number] = runs[number]._replace(session_id=runs[resumed].session_id)
+    return runs
 
 
-def parents_first(groups: Sequence[Group]) -> Iterator[int]:
+def parents_first(runs: Sequence[AssignedRun]) -> Iterator[int]:
     """Yield the indexes of the runs in order, but each after its parent's, even if timestamps say otherwise."""
     done: set[int] = set()
-    for number in range(len(groups)):
+    for number in range(len(runs)):
         path = []
         wanted: int | None = number
         while wanted is not None and wanted not in done:
             path.append(wanted)
-            wanted = groups[wanted].parent
+            wanted = runs[wanted].parent
         done.update(path)
         yield from reversed(path)
 
@@ -116,13 +100,13 @@ def _time(link: BunLink) -> str:
     return values.iso_time(link.created_at) or UNKNOWN_TIME
 
 
-def _parent(number: int, link: BunLink, sessions: _Sessions, warn: Callable[[str], None]) -> int | None:
+def _parent(number: int, link: BunLink, sharing: Mapping[str, list[int]], warn: Callable[[str], None]) -> int | None:
     """Return the run that a run continued: the last one before it with that session id, or else the first."""
-    shared = sessions.shared_with(number)
+    shared = sharing.get(values.text(link.session_id), [number])
     if shared[0] != number:
         return shared[shared.index(number) - 1]
     wanted = values.text(link.parent_session_id)
-    found = [other for other in sessions.runs(wanted) if other != number]
+    found = [other for other in sharing.get(wanted, []) if other != number]
     if wanted and not found:
         warn(
             f"Run {link.id} continued session {wanted}, which is not in this database. It begins a session of its own."

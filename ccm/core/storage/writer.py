@@ -64,6 +64,9 @@ class Writer:
 
     Attributes:
         on_unfollowed: called in the writer thread when a fault has interrupted the steps that follow a commit.
+        broken: the reason for each run of which storage has refused a message. For the writer thread only.
+        last_error: why nothing can be written at present, without secrets or paths; None if writing works.
+        last_commit: the `time.monotonic()` of the last commit; 0 before the first.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Writer:
         self._queue = WriteQueue()
         self._budget = MessageBudget(budget)
         self._batch_writer = BatchWriter(on_refused)
+        self.broken = self._batch_writer.broken
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._lock = threading.Lock()
         # Functions to call, each with the `time.monotonic()` at which it is due.
@@ -89,24 +93,10 @@ class Writer:
         self._abandoned = threading.Event()
         # Whether the batch may be committed already, because the answer to its COMMIT was lost.
         self._uncertain = False
-        self._last_error: str | None = None
-        self._last_error_since = 0.0
-        self._last_commit = 0.0
-
-    @property
-    def broken(self) -> dict[str, str]:
-        """The reason for each run of which storage has refused a message. For the writer thread only."""
-        return self._batch_writer.broken
-
-    @property
-    def last_error(self) -> str | None:
-        """Why nothing can be written at present, without secrets or paths; None if writing works."""
-        return self._last_error
-
-    @property
-    def last_commit(self) -> float:
-        """The `time.monotonic()` of the last commit; 0 before the first."""
-        return self._last_commit
+        self.last_error: str | None = None
+        self.last_commit = 0.0
+        # When the first failed attempt since the last commit began.
+        self._down_since = 0.0
 
     def start(self) -> None:
         """Start the thread. Idempotent."""
@@ -167,7 +157,7 @@ class Writer:
             except TimeoutError:
                 if write.future.done():
                     return write.future.result()  # it completed just now, or the work itself raised TimeoutError
-            reason = self._last_error or "the database is too slow at the moment"
+            reason = self.last_error or "the database is too slow at the moment"
             refusal = StorageUnavailable(f"Nothing was stored: {reason}. Try again.")
             write.give_up(refusal)
         raise OutcomeUnknown(
@@ -264,7 +254,7 @@ class Writer:
     def _attempt(self, batch: list[Item], begun: list[WriteTask[object]], one_by_one: bool) -> None:
         """Write a batch in one transaction; `begun` receives the control writes that it includes."""
         with self._database.transaction(self._uncertain) as transaction:
-            if self._last_error is not None:
+            if self.last_error is not None:
                 write_heartbeat(transaction)
             self._batch_writer.write(transaction, batch, begun, one_by_one=one_by_one)
 
@@ -282,11 +272,11 @@ class Writer:
             self._try_step(self.on_unfollowed)
 
     def _record_commit(self) -> None:
-        self._last_commit = time.monotonic()
-        if self._last_error is not None:
-            down = self._last_commit - self._last_error_since
+        self.last_commit = time.monotonic()
+        if self.last_error is not None:
+            down = self.last_commit - self._down_since
             log.warning("database writable again, after %.1f seconds", down, extra={"event": "database_recovered"})
-            self._last_error = None
+            self.last_error = None
 
     def _try_step(self, step: Callable[[], object], write: WriteTask[object] | None = None) -> bool:
         """Call one of several independent steps. If it fails, log it, fail the write it concerns and return False."""
@@ -299,14 +289,14 @@ class Writer:
             return False
 
     def _report_error(self, error: StorageDown, since: float) -> None:
-        if self._last_error is None:
-            self._last_error_since = since
+        if self.last_error is None:
+            self._down_since = since
             log.error("database not writable, retrying: %s", error, extra={"event": "database_down"})
-        self._last_error = error.summary
+        self.last_error = error.summary
 
     def _give_up(self, batch: list[Item], error: BaseException) -> None:
         """Report every item of a batch as not stored, so that nothing is lost silently."""
-        self._last_error = None  # the batch is no longer retried; the next write finds out anew
+        self.last_error = None  # the batch is no longer retried; the next write finds out anew
         lost = [item for item in batch if isinstance(item, Message)]
         log.critical(
             "%d messages and %d writes were not stored: %s",

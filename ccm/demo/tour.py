@@ -42,8 +42,8 @@ class Tour:
         self._echo = echo
         self._url = ""
 
-    def run(self, serve: bool) -> int:
-        """Run the tour. With `serve`, keep the service running until Ctrl-C. Return the exit code.
+    def run(self, serve: bool) -> None:
+        """Run the tour. With `serve`, keep the service running until Ctrl-C.
 
         The service gets only PATH from the shell's environment, and with `serve` PORT. Otherwise a CCM_API_TOKEN would
         lock the tour out, and a CCM_WEBHOOK_URL would get the events of its runs.
@@ -70,9 +70,7 @@ class Tour:
             try:
                 service = stack.enter_context(ServiceProcess(environ, self._echo if serve else None))
             except RuntimeError as error:
-                advice = (
-                    "\nSet PORT to use another port, such as PORT=3001, or a free one with PORT=0." if serve else ""
-                )
+                advice = "\nSet PORT to another port, such as PORT=3001, or to 0 for a free one." if serve else ""
                 raise CommandRefused(f"The demo ends: {error}{advice}") from None
             self._url = service.url
             self._echo("The real Claude Code, a stand-in for the model, no login. The service listens on " + self._url)
@@ -80,7 +78,6 @@ class Tour:
             self._show_next_steps()
             if serve:
                 self._serve(service, project)
-        return 0
 
     def _show_steps(self, project: str) -> None:
         self._echo("\n1. Start a run; it writes a file. ?wait= delays the answer until the run has ended.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -32,49 +33,38 @@ class MessagesAPI:
         requests: the body of every `POST /v1/messages`, for tests that check the model's input.
     """
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
         self.stopping = threading.Event()
-        self._failures: dict[str, int] = {}
+        self._failures: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._server = _Server((host, port), self)
+        self._server = _Server(self)
         self._thread = threading.Thread(target=self._server.serve_forever, name="messages-api", daemon=True)
 
     @property
     def url(self) -> str:
         """The value for `ANTHROPIC_BASE_URL`."""
-        host, port = self._server.server_address[:2]
-        return f"http://{host!s}:{port}"
+        return f"http://127.0.0.1:{self._server.server_port}"
 
-    def start(self) -> MessagesAPI:
+    def __enter__(self) -> MessagesAPI:
         self._thread.start()
         return self
 
-    def stop(self) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stopping.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
-
-    def __enter__(self) -> MessagesAPI:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
 
     def prompts(self, request: dict[str, Any]) -> list[str]:
         """Return the user's prompts in a recorded request, oldest first."""
         prompts = [prompt_of(message["content"]) for message in request["messages"] if message["role"] == "user"]
         return [prompt for prompt in prompts if prompt]
 
-    def record(self, request: dict[str, Any]) -> None:
-        with self._lock:
-            self.requests.append(request)
-
     def count_failure(self, prompt: str) -> int:
         """Count a failure of this prompt, and return how many there were, including this one."""
         with self._lock:
-            self._failures[prompt] = self._failures.get(prompt, 0) + 1
+            self._failures[prompt] += 1
             return self._failures[prompt]
 
 
@@ -82,8 +72,8 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, address: tuple[str, int], api: MessagesAPI) -> None:
-        super().__init__(address, _Handler)
+    def __init__(self, api: MessagesAPI) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
         self.api = api
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -109,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/v1/messages/count_tokens":
             self._send_json(200, {"input_tokens": len(json.dumps(body)) // 4})
         elif path == "/v1/messages":
-            self.server.api.record(body)
+            self.server.api.requests.append(body)
             self._answer(body)
         else:
             self._send_json(404, _error(404, f"the stand-in has no {path}"))

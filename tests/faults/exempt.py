@@ -33,9 +33,7 @@ class Exemption:
 
 
 # What stores. A start to which it says no refuses, as it does where the database takes no writes.
-STORAGE = tuple(
-    f"ccm.core.storage.{name}" for name in ("writer", "write_task", "write_queue", "batch", "message_budget")
-)
+STORAGE = tuple(f"ccm.core.storage.{name}" for name in ("writer", "write_task", "write_queue", "message_budget"))
 UNSTORABLE = (
     "Nothing can be stored any more, as where a database takes nothing for ever. What goes on is reported by the next "
     "start, and until then by /health."

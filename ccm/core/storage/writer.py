@@ -24,14 +24,14 @@ from functools import partial
 from typing import TypeVar
 
 from ccm.core.problems import Problems
-from ccm.core.storage.batch import BatchWriter, write_heartbeat
 from ccm.core.storage.message_budget import MessageBudget
 from ccm.core.storage.notifier import Notifier
 from ccm.core.storage.write_queue import Item, WriteQueue
 from ccm.core.storage.write_task import WriteTask
+from ccm.db import heartbeat, messages
 from ccm.db.driver.database import Database
 from ccm.db.driver.transaction import Transaction
-from ccm.errors import OutcomeUnknown, ShuttingDown, StorageDown, StorageError, StorageUnavailable
+from ccm.errors import OutcomeUnknown, ShuttingDown, StorageDown, StorageError, StorageRejected, StorageUnavailable
 from ccm.models import Message
 
 log = logging.getLogger(__name__)
@@ -83,8 +83,8 @@ class Writer:
         self.on_unfollowed: Callable[[], None] = lambda: None
         self._queue = WriteQueue()
         self._budget = MessageBudget(budget)
-        self._batch_writer = BatchWriter(on_refused)
-        self.broken = self._batch_writer.broken
+        self._on_refused = on_refused
+        self.broken: dict[str, str] = {}
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._lock = threading.Lock()
         # Functions to call, each with the `time.monotonic()` at which it is due.
@@ -252,11 +252,58 @@ class Writer:
                 write.put_back()
 
     def _attempt(self, batch: list[Item], begun: list[WriteTask[object]], one_by_one: bool) -> None:
-        """Write a batch in one transaction; `begun` receives the control writes that it includes."""
+        """Write a batch in one transaction, in its order.
+
+        Args:
+            begun: receives the control writes that the transaction includes; dropped ones are left out.
+            one_by_one: insert each message in a savepoint of its own, to find the one that storage refuses.
+        """
+        insert = self._insert_one_by_one if one_by_one else messages.insert_many
         with self._database.transaction(self._uncertain) as transaction:
             if self.last_error is not None:
-                write_heartbeat(transaction)
-            self._batch_writer.write(transaction, batch, begun, one_by_one=one_by_one)
+                _write_heartbeat(transaction)
+            # Messages that follow one another are inserted together.
+            pending: list[Message] = []
+            for item in batch:
+                if isinstance(item, Message):
+                    pending.append(item)
+                elif item.begin():
+                    begun.append(item)
+                    insert(transaction, self._insertable(transaction, pending))
+                    pending = []
+                    item.run(transaction)
+            insert(transaction, self._insertable(transaction, pending))
+
+    def _insertable(self, transaction: Transaction, batch: list[Message]) -> list[Message]:
+        """Return the messages that are to be inserted, in their order."""
+        if self.broken:
+            # Messages after a refused one are left out, so that a run's indexes never have a gap.
+            batch = [message for message in batch if message.run_id not in self.broken]
+        if transaction.uncertain:
+            stored = {run_id: messages.last_index(transaction, run_id) for run_id in {m.run_id for m in batch}}
+            batch = [message for message in batch if message.index > stored[message.run_id]]
+        return batch
+
+    def _insert_one_by_one(self, transaction: Transaction, batch: list[Message]) -> None:
+        for message in batch:
+            if message.run_id not in self.broken:
+                try:
+                    with transaction.savepoint():
+                        messages.insert_many(transaction, [message])
+                except StorageRejected as error:
+                    self._refuse(message, error)
+
+    def _refuse(self, message: Message, error: BaseException) -> None:
+        """Fail the run of a message that is not stored: none of its later messages is stored either."""
+        log.error(
+            "run %s: storage refuses message %d: %s",
+            message.run_id,
+            message.index,
+            error,
+            extra={"event": "message_refused", "run_id": message.run_id},
+        )
+        self.broken[message.run_id] = str(error)
+        self._on_refused(message.run_id, error)
 
     def _settle(self, batch: list[Item], writes: list[WriteTask[object]]) -> None:
         """Follow up a commit. A fault in one step must not affect the others that wait for the same commit."""
@@ -312,4 +359,17 @@ class Writer:
             if isinstance(item, WriteTask):
                 self._try_step(partial(item.fail, refusal))
             elif item.run_id not in self.broken:
-                self._try_step(partial(self._batch_writer.refuse, item, error))
+                self._try_step(partial(self._refuse, item, error))
+
+
+def _write_heartbeat(transaction: Transaction) -> None:
+    """Write the heartbeat row along with a retried batch.
+
+    If all of the batch's writes have been given up, the transaction would otherwise write nothing, succeed, and hide
+    the fault.
+    """
+    try:
+        with transaction.savepoint():
+            heartbeat.beat(transaction, heartbeat.ROOM_BYTES)
+    except StorageRejected as error:
+        log.warning("storage refuses the heartbeat: %s", error, extra={"event": "heartbeat_refused"})

@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from ccm.errors import CommandRefused
@@ -77,12 +78,16 @@ class Tour:
             self._show_steps(str(project))
             self._show_next_steps()
             if serve:
-                self._serve(service, project)
+                self._echo(f"\nServing on {self._url} until Ctrl-C; use {project} as `cwd`.")
+                try:
+                    service.wait()
+                except KeyboardInterrupt:
+                    self._echo("\nStopping.")
 
     def _show_steps(self, project: str) -> None:
         self._echo("\n1. Start a run; it writes a file. ?wait= delays the answer until the run has ended.")
         first = self._request("POST", "/api/runs/start?wait=60", {"cwd": project, "prompt": WRITE_FILE % project})
-        self._echo(f"\n   The file exists:\n{_indent(Path(project, 'haiku.txt').read_text())}")
+        self._echo(f"\n   The file exists:\n{indent(Path(project, 'haiku.txt').read_text().rstrip(), '   ')}")
 
         self._echo("\n2. Read what happened: every message of the SDK, unchanged.")
         self._request("GET", f"/api/runs/{first['id']}/messages?type=assistant")
@@ -112,7 +117,7 @@ class Tour:
             shown = {name: answer[name] for name in SHOWN_FIELDS}
             if answer["result"]:
                 shown["result"] = {"result": answer["result"].get("result"), "...": "..."}
-            self._echo(_indent(json.dumps(shown | {"...": "..."}, indent=2)))
+            self._echo(indent(json.dumps(shown | {"...": "..."}, indent=2), "   "))
         return answer
 
     def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
@@ -146,17 +151,6 @@ class Tour:
             "or set ANTHROPIC_API_KEY, and start the service with `python app.py`. The requests stay the same; the\n"
             "[[directives]] in the prompts above are for the stand-in only (ccm/testing/script.py lists them all)."
         )
-
-    def _serve(self, service: ServiceProcess, project: Path) -> None:
-        self._echo(f"\nServing on {self._url} until Ctrl-C; use {project} as `cwd`.")
-        try:
-            service.wait()
-        except KeyboardInterrupt:
-            self._echo("\nStopping.")
-
-
-def _indent(text: str) -> str:
-    return "\n".join("   " + line for line in text.rstrip().splitlines())
 
 
 def _shortened(message: Mapping[str, Any]) -> str:

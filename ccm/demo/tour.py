@@ -71,8 +71,8 @@ class Tour:
             try:
                 service = stack.enter_context(ServiceProcess(environ, self._echo if serve else None))
             except RuntimeError as error:
-                advice = "\nSet PORT to another port, such as PORT=3001, or to 0 for a free one." if serve else ""
-                raise CommandRefused(f"The demo ends: {error}{advice}") from None
+                advice = "\nSet PORT to use another port, such as PORT=3001, or a free one with PORT=0."
+                raise CommandRefused(f"The demo ends: {error}{advice if serve else ''}") from None
             self._url = service.url
             self._echo("The real Claude Code, a stand-in for the model, no login. The service listens on " + self._url)
             self._show_steps(str(project))

@@ -25,12 +25,6 @@ log = logging.getLogger(__name__)
 
 # The time for one attempt (seconds).
 ATTEMPT_TIMEOUT = 15.0
-LOG_EVENTS: dict[str, str] = {
-    DeliveryStatus.DELIVERED: "delivery_succeeded",
-    DeliveryStatus.PENDING: "delivery_postponed",
-    DeliveryStatus.FAILED: "delivery_failed",
-    DeliveryStatus.DISABLED: "delivery_disabled",
-}
 
 
 @dataclass(frozen=True)
@@ -199,14 +193,17 @@ def _log_fields(event: str, delivery: Delivery) -> dict[str, object]:
 
 def _log_outcome(delivery: Delivery, outcome: DeliveryOutcome) -> None:
     name = f"run {delivery.run_id}: {delivery.event_type} for {delivery.host or 'CCM_WEBHOOK_URL'}"
-    extra = _log_fields(LOG_EVENTS[outcome.status], delivery)
     if outcome.status == DeliveryStatus.DELIVERED:
-        log.info("%s delivered", name, extra=extra)
+        log.info("%s delivered", name, extra=_log_fields("delivery_succeeded", delivery))
     elif outcome.status == DeliveryStatus.PENDING:
+        extra = _log_fields("delivery_postponed", delivery)
         log.warning("%s not delivered, next attempt in %.0f s: %s", name, outcome.pause, outcome.error, extra=extra)
     elif outcome.status == DeliveryStatus.FAILED:
+        extra = _log_fields("delivery_failed", delivery)
         log.error("%s given up: %s; the last error: %s", name, outcome.reason, outcome.error, extra=extra)
-    elif delivery.target == DeliveryTarget.RUN:
-        log.warning("%s disabled, with all later ones of this run: %s", name, outcome.reason, extra=extra)
     else:
-        log.error("%s disabled, with all others for it until the next start: %s", name, outcome.reason, extra=extra)
+        extra = _log_fields("delivery_disabled", delivery)
+        if delivery.target == DeliveryTarget.RUN:
+            log.warning("%s disabled, with all later ones of this run: %s", name, outcome.reason, extra=extra)
+        else:
+            log.error("%s disabled, with all others for it until the next start: %s", name, outcome.reason, extra=extra)

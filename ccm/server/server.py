@@ -140,7 +140,7 @@ class Server:
             connection_limit=connections,
             max_request_header_size=MAX_HEADER_BYTES,
             max_request_body_size=settings.max_body_bytes + 1,  # the first size that waitress refuses
-            # Reads on while a request is held open, and so notices that its client has gone.
+            # Keeps reading while a request is held open, to notice that its client has gone.
             channel_request_lookahead=1,
             outbuf_high_watermark=UNSENT_BYTES,
             outbuf_overflow=sys.maxsize,  # Channel puts large chunks into files, with a way out when the disk is full

@@ -343,7 +343,7 @@ class Writer:
 
     def _give_up(self, batch: list[Item], error: BaseException) -> None:
         """Report every item of a batch as not stored, so that nothing is lost silently."""
-        self.last_error = None  # the batch is no longer retried; the next write finds out anew
+        self.last_error = None  # unknown again, because the batch is no longer retried
         lost = [item for item in batch if isinstance(item, Message)]
         log.critical(
             "%d messages and %d writes were not stored: %s",

@@ -37,7 +37,11 @@ def create_app(settings: Settings | None = None) -> Flask:
 
 def _make_app(settings: Settings | None) -> Flask:
     if settings is None:
-        settings = _settings()
+        try:
+            settings = Settings.from_env(os.environ)
+        except StartRefused as refusal:
+            print(f"CC Manager does not start: {refusal}", file=sys.stderr)
+            sys.exit(refusal.exit_code)
         configure(settings.log_level)
     app = Flask("ccm", static_folder=None)
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # no CORS: OPTIONS gets 405 like any other unknown method
@@ -46,15 +50,6 @@ def _make_app(settings: Settings | None) -> Flask:
     api.register(app, service)
     atexit.register(service.close)
     return app
-
-
-def _settings() -> Settings:
-    """Read the settings from the environment. Exit with a message if one is invalid."""
-    try:
-        return Settings.from_env(os.environ)
-    except StartRefused as refusal:
-        print(f"CC Manager does not start: {refusal}", file=sys.stderr)
-        sys.exit(refusal.exit_code)
 
 
 def main() -> int:

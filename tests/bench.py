@@ -71,7 +71,7 @@ def timed(action: Callable[[], object]) -> float:
 class Bench:
     """The measures; each method named `measure_*` prints its results."""
 
-    def __init__(self, folder: Path, quick: bool) -> None:
+    def __init__(self, folder: Path, quick: bool, api: MessagesAPI) -> None:
         self.folder = folder
         self.rounds = 5 if quick else 25
         self.seconds = 0.5 if quick else 3.0
@@ -81,8 +81,7 @@ class Bench:
         self.home.mkdir()
         self.project.mkdir()
         self.cli = stand_in_cli(folder)
-        self.api = MessagesAPI().start()
-        self.environ = credential_free_environment(self.api.url, str(self.home)) | {"LOG_LEVEL": "error"}
+        self.environ = credential_free_environment(api.url, str(self.home)) | {"LOG_LEVEL": "error"}
 
     @contextmanager
     def service(self, **settings: object) -> Iterator[ServiceProcess]:
@@ -355,12 +354,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer rounds and less data, as a check that it works")
     parser.add_argument("names", nargs="*", help="only these measures, such as trivial_run")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="ccm-bench-") as folder:
-        bench = Bench(Path(folder), arguments.quick)
+    with tempfile.TemporaryDirectory(prefix="ccm-bench-") as folder, MessagesAPI() as api:
+        bench = Bench(Path(folder), arguments.quick, api)
         for name in [name for name in dir(bench) if name.startswith("measure_")]:
             if not arguments.names or name.removeprefix("measure_") in arguments.names:
                 getattr(bench, name)()
-        bench.api.stop()
 
 
 if __name__ == "__main__":

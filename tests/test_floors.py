@@ -155,5 +155,5 @@ def test_dataset_is_never_used_as_a_context_manager() -> None:
 def test_only_settings_and_the_entry_points_read_the_environment() -> None:
     readers = {relative(module) for module in MODULES if "os.environ" in module.read_text(encoding="utf-8")}
     # The service reads the variables that agents inherit, the tour reads PORT, and a service process gets PATH.
-    commands = {f"cli/{name}.py" for name in ("migrate", "token", "export", "import_", "prune")}
+    commands = {f"cli/{name}.py" for name in ("archive", "database", "token")}
     assert readers == {*commands, "core/service.py", "demo/tour.py", "testing/service_process.py"}

@@ -21,7 +21,7 @@ from ccm.api.http.responses import json_response
 from ccm.api.http.route import EVENT_STREAM, Messages, Route
 from ccm.api.http.sse import event_stream, no_more_events
 from ccm.core.policy import workdir
-from ccm.core.policy.options import check_policy, check_webhook
+from ccm.core.policy.permitted_options import check_options, check_webhook
 from ccm.core.runs.input import TakenIn
 from ccm.core.runs.request import Accepted, RunRequest
 from ccm.errors import RunAlreadyEnded, StillEnding, Unavailable
@@ -171,7 +171,7 @@ def _begin(mode: RunMode, query: WaitQuery, body: RunBody, accept: Callable[[Run
     if earlier is not None:
         return _accepted(Accepted(earlier, replayed=True), query.wait)
     options = body.options.given()
-    check_policy(options, settings)
+    check_options(options, settings)
     service().ceilings.check(options, body.timeoutMs)
     if body.approvals:
         service().approvals.check_workers()

@@ -1,14 +1,18 @@
-"""How the commands open the database: to read it beside a running service, or to write it alone."""
+"""The database of the commands: opened to be read beside a running service, or to be written alone; `flask migrate`."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
+import click
+
+from ccm.cli.output import exit_on_refusal, print_line
 from ccm.db.driver import sqlite_file
 from ccm.db.driver.database import Database
 from ccm.db.driver.lock import ServiceLock
-from ccm.db.driver.migrate import migrate, pending
+from ccm.db.driver.migrate import migrate, pending, read_migrations
 from ccm.errors import DatabaseRefused
 from ccm.settings.settings import Settings
 
@@ -22,8 +26,12 @@ def check_exists(settings: Settings) -> None:
     Raises:
         DatabaseRefused: the SQLite file does not exist.
     """
-    if settings.database_url is None and not settings.database_path.exists():
+    if not _exists(settings):
         raise DatabaseRefused(f"There is no database {settings.database_path}; set DATABASE_PATH or DATABASE_URL.")
+
+
+def _exists(settings: Settings) -> bool:
+    return settings.database_url is not None or settings.database_path.exists()
 
 
 @contextmanager
@@ -35,13 +43,10 @@ def open_to_read(settings: Settings) -> Iterator[Database]:
     """
     check_exists(settings)
     sqlite_file.prepare(settings.url)
-    database = Database(settings.url)
-    try:
+    with closing(Database(settings.url)) as database:
         if pending(database):
             raise DatabaseRefused("The database's schema is not up to date; run flask migrate first.")
         yield database
-    finally:
-        database.close()
 
 
 @contextmanager
@@ -52,10 +57,49 @@ def open_to_write(settings: Settings) -> Iterator[Database]:
         DatabaseRefused: a service or another command holds the lock.
     """
     sqlite_file.prepare(settings.url)
-    with ServiceLock(settings.url, LOCK_TIMEOUT):
-        database = Database(settings.url, writable=True, pool_size=1)
-        try:
-            migrate(database)
-            yield database
-        finally:
-            database.close()
+    with _open_locked(settings) as database:
+        migrate(database)
+        yield database
+
+
+@contextmanager
+def _open_locked(settings: Settings) -> Iterator[Database]:
+    with (
+        ServiceLock(settings.url, LOCK_TIMEOUT),
+        closing(Database(settings.url, writable=True, pool_size=1)) as database,
+    ):
+        yield database
+
+
+@click.command("migrate")
+@click.option("--status", is_flag=True, help="Only print which migrations are applied and which are missing.")
+def migrate_command(status: bool) -> None:
+    """Bring the database's schema up to date.
+
+    Safe to run twice, and by two processes at once. The service does the same when it starts.
+    """
+    with exit_on_refusal():
+        settings = Settings.from_env(os.environ)
+        if status:
+            _print_status(settings)
+            return
+        sqlite_file.prepare(settings.url)
+        with closing(Database(settings.url)) as database:
+            missing = pending(database)
+        if missing:
+            with _open_locked(settings) as database:
+                for migration in migrate(database):
+                    print_line(f"applied  {migration}")
+        print_line("The schema is up to date.")
+
+
+def _print_status(settings: Settings) -> None:
+    """Print each migration with its state. Change nothing, and create no database file."""
+    known = read_migrations("sqlite" if settings.database_url is None else "postgresql")
+    missing = known
+    if _exists(settings):
+        sqlite_file.prepare(settings.url)
+        with closing(Database(settings.url)) as database:
+            missing = pending(database)
+    for migration in known:
+        print_line(f"{'missing' if migration in missing else 'applied'}  {migration}")

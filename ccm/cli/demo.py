@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
 from ccm.cli.output import exit_on_refusal
@@ -19,4 +17,4 @@ def demo_command(serve: bool) -> None:
     3000), with a temporary database. All other settings in the environment are ignored.
     """
     with exit_on_refusal():
-        sys.exit(Tour(click.echo).run(serve))
+        Tour(click.echo).run(serve)

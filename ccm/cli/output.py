@@ -1,4 +1,4 @@
-"""The output of the commands: lines, refusals with their exit codes, and counts of things."""
+"""The output of the commands: lines, refusals with their exit codes, and counts with their nouns."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ def exit_on_refusal() -> Iterator[None]:
         print_error(error.message.partition(". ")[0] + " in this database.")
         sys.exit(CommandRefused.exit_code)
     except StorageError as error:
-        print_error(
-            f"The database cannot be used: {error}. Run the command again when it can: what is done is not done twice."
-        )
+        print_error(f"The database cannot be used: {error}. Run the command again once it can; no step is done twice.")
         sys.exit(DatabaseRefused.exit_code)
 
 

@@ -20,15 +20,13 @@ def token_command(name: str) -> None:
         raise click.BadParameter("must have 1 to 64 letters, digits, '.', '_' and '-'", param_hint="NAME")
     file = os.environ.get("CCM_API_TOKEN_FILE")
     token = new_token()
+    place = "Put this line into a file of mode 0600 and name it in CCM_API_TOKEN_FILE."
     with exit_on_refusal():
-        try:
-            if file:
+        if file:
+            try:
                 add_token(Path(file), name, token)
-        except OSError as error:
-            raise BadSetting(str(error)) from None
+            except OSError as error:
+                raise BadSetting(str(error)) from None
+            place = f"It is in {file} now."
         print_line(f"{name}:{token}")
-    if file:
-        place = f"It is in {file} now."
-    else:
-        place = "Put this line into a file of mode 0600 and name it in CCM_API_TOKEN_FILE."
     print_error(f"{place} Clients send 'Authorization: Bearer TOKEN'; TOKEN is the part after the colon.")

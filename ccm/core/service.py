@@ -16,7 +16,7 @@ from ccm.core.claude.locations import bundled_cli
 from ccm.core.claude.run_context import CLIConfig
 from ccm.core.policy import workdir
 from ccm.core.policy.ceilings import Ceilings
-from ccm.core.policy.options import check_policy
+from ccm.core.policy.permitted_options import check_options
 from ccm.core.problems import Problems
 from ccm.core.queries import Queries
 from ccm.core.runs.input import Input
@@ -214,7 +214,7 @@ class Service:
         Raises:
             Forbidden: the settings do not allow it.
         """
-        check_policy(run.options.value, self.settings)
+        check_options(run.options.value, self.settings)
         workdir.check_roots(run.cwd, self.settings.allowed_roots)
 
     def _refused(self, run_id: str, error: BaseException) -> None:

@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from ccm.errors import CommandRefused
@@ -42,8 +43,8 @@ class Tour:
         self._echo = echo
         self._url = ""
 
-    def run(self, serve: bool) -> int:
-        """Run the tour. With `serve`, keep the service running until Ctrl-C. Return the exit code.
+    def run(self, serve: bool) -> None:
+        """Run the tour. With `serve`, keep the service running until Ctrl-C.
 
         The service gets only PATH from the shell's environment, and with `serve` PORT. Otherwise a CCM_API_TOKEN would
         lock the tour out, and a CCM_WEBHOOK_URL would get the events of its runs.
@@ -70,22 +71,23 @@ class Tour:
             try:
                 service = stack.enter_context(ServiceProcess(environ, self._echo if serve else None))
             except RuntimeError as error:
-                advice = (
-                    "\nSet PORT to use another port, such as PORT=3001, or a free one with PORT=0." if serve else ""
-                )
-                raise CommandRefused(f"The demo ends: {error}{advice}") from None
+                advice = "\nSet PORT to use another port, such as PORT=3001, or a free one with PORT=0."
+                raise CommandRefused(f"The demo ends: {error}{advice if serve else ''}") from None
             self._url = service.url
             self._echo("The real Claude Code, a stand-in for the model, no login. The service listens on " + self._url)
             self._show_steps(str(project))
             self._show_next_steps()
             if serve:
-                self._serve(service, project)
-        return 0
+                self._echo(f"\nServing on {self._url} until Ctrl-C; use {project} as `cwd`.")
+                try:
+                    service.wait()
+                except KeyboardInterrupt:
+                    self._echo("\nStopping.")
 
     def _show_steps(self, project: str) -> None:
         self._echo("\n1. Start a run; it writes a file. ?wait= delays the answer until the run has ended.")
         first = self._request("POST", "/api/runs/start?wait=60", {"cwd": project, "prompt": WRITE_FILE % project})
-        self._echo(f"\n   The file exists:\n{_indent(Path(project, 'haiku.txt').read_text())}")
+        self._echo(f"\n   The file exists:\n{indent(Path(project, 'haiku.txt').read_text().rstrip(), '   ')}")
 
         self._echo("\n2. Read what happened: every message of the SDK, unchanged.")
         self._request("GET", f"/api/runs/{first['id']}/messages?type=assistant")
@@ -115,7 +117,7 @@ class Tour:
             shown = {name: answer[name] for name in SHOWN_FIELDS}
             if answer["result"]:
                 shown["result"] = {"result": answer["result"].get("result"), "...": "..."}
-            self._echo(_indent(json.dumps(shown | {"...": "..."}, indent=2)))
+            self._echo(indent(json.dumps(shown | {"...": "..."}, indent=2), "   "))
         return answer
 
     def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
@@ -149,17 +151,6 @@ class Tour:
             "or set ANTHROPIC_API_KEY, and start the service with `python app.py`. The requests stay the same; the\n"
             "[[directives]] in the prompts above are for the stand-in only (ccm/testing/script.py lists them all)."
         )
-
-    def _serve(self, service: ServiceProcess, project: Path) -> None:
-        self._echo(f"\nServing on {self._url} until Ctrl-C; use {project} as `cwd`.")
-        try:
-            service.wait()
-        except KeyboardInterrupt:
-            self._echo("\nStopping.")
-
-
-def _indent(text: str) -> str:
-    return "\n".join("   " + line for line in text.rstrip().splitlines())
 
 
 def _shortened(message: Mapping[str, Any]) -> str:

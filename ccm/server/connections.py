@@ -42,8 +42,8 @@ REQUEST_TIMEOUT = 600.0
 IDLE_TIMEOUT = 120
 # Seconds between two checks of all connections.
 POLL_INTERVAL = 5
-# Seconds without accepting after a connection could not be accepted. The listener also pauses so long when its loop
-# fails twice within this time.
+# Seconds before the next connection is accepted, after one could not be. The listener's loop also pauses for this long
+# if it fails twice within this time.
 ACCEPT_DELAY = 1.0
 # Chunks of an answer from this size on are buffered in a file until the client has read them.
 LARGE_CHUNK_BYTES = 2**20
@@ -244,8 +244,9 @@ def serve(server: Any) -> None:
     while True:
         try:
             server.run()
+            break
         except wasyncore.ExitNow:
-            pass
+            break
         except Exception as error:
             if repr(error) != last_error:  # one that repeats is logged once
                 last_error = repr(error)
@@ -253,6 +254,4 @@ def serve(server: Any) -> None:
             if time.monotonic() < failed_at + ACCEPT_DELAY:
                 time.sleep(ACCEPT_DELAY)  # a persistent failure would take a whole core
             failed_at = time.monotonic()
-            continue
-        log.error("the listening socket is closed: no client can connect", extra={"event": "listener_closed"})
-        return
+    log.error("the listening socket is closed: no client can connect", extra={"event": "listener_closed"})

@@ -69,10 +69,10 @@ def _locked(path: Path) -> Iterator[None]:
     """
     lock = path.with_name(path.name + ".lock")
     try:
-        file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise BadSetting(f"the lock file {lock} of CCM_UNIX_SOCKET cannot be written: {error.strerror}.") from None
-    try:
+    with os.fdopen(descriptor, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -80,8 +80,6 @@ def _locked(path: Path) -> Iterator[None]:
                 f"another CC Manager listens on CCM_UNIX_SOCKET {path}; stop it, or give this one a path of its own."
             ) from None
         yield
-    finally:
-        os.close(file)
 
 
 def _remove_stale(path: Path) -> None:

@@ -16,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 
 from flask import Flask
@@ -44,21 +45,18 @@ HANGUP_EVENT: int = getattr(select, "POLLRDHUP", select.POLLHUP)
 # Seconds that answers in flight may take when the service stops.
 DRAIN_TIMEOUT = 5.0
 
-# Of the errors that waitress itself answers, by HTTP status.
-CODES = {
-    413: "BODY_TOO_LARGE",
-    431: "HEADERS_TOO_LARGE",
-    500: "INTERNAL_ERROR",
-    501: "NOT_IMPLEMENTED",
-    503: "OUT_OF_DISK",
+# The code and the message of each error that waitress itself answers, by HTTP status.
+ERRORS = {
+    413: ("BODY_TOO_LARGE", "The body is larger than CCM_MAX_BODY_BYTES allows."),
+    431: ("HEADERS_TOO_LARGE", "The headers are too large."),
+    500: ("INTERNAL_ERROR", "The service failed. Its log says more."),
+    501: ("NOT_IMPLEMENTED", "This transfer coding is not supported."),
+    503: (
+        "OUT_OF_DISK",
+        "The service has no room for temporary files and cannot take so large a body; nothing was stored. Try again.",
+    ),
 }
-MESSAGES = {
-    413: "The body is larger than CCM_MAX_BODY_BYTES allows.",
-    431: "The headers are too large.",
-    500: "The service failed. Its log says more.",
-    501: "This transfer coding is not supported.",
-    503: "The service has no room for temporary files and cannot take so large a body; nothing was stored. Try again.",
-}
+OTHER_ERROR = "BAD_REQUEST", "The request is no valid HTTP."
 # Seconds.
 RETRY_AFTER = "5"
 
@@ -68,12 +66,10 @@ class _JsonErrorTask(ErrorTask):  # type: ignore[misc]  # waitress has no type h
 
     def execute(self) -> None:
         error = self.request.error
-        code = CODES.get(error.code, "BAD_REQUEST")
-        message = MESSAGES.get(error.code, "The request is no valid HTTP.")
+        code, message = ERRORS.get(error.code, OTHER_ERROR)
         body = json.dumps({"error": {"code": code, "message": message}}).encode() + b"\n"
         self.status = f"{error.code} {error.reason}"
-        self.response_headers.append(("Content-Type", "application/json"))
-        self.response_headers.append(("X-Request-Id", uuid.uuid4().hex))
+        self.response_headers += [("Content-Type", "application/json"), ("X-Request-Id", uuid.uuid4().hex)]
         if error.code == 503:
             self.response_headers.append(("Retry-After", RETRY_AFTER))
         self.set_close_on_finish()
@@ -101,16 +97,14 @@ class _Channel(Channel):
 
         Polls the socket too: waitress stops reading once a second request is queued, and then misses the end of input.
         """
-        return super().check_client_disconnected() or _has_hung_up(self.socket)
-
-
-def _has_hung_up(connection: socket.socket) -> bool:
-    descriptor = connection.fileno()
-    if descriptor < 0:  # closed by the listener's thread
-        return True
-    poll = select.poll()
-    poll.register(descriptor, HANGUP_EVENT)
-    return bool(poll.poll(0))
+        if super().check_client_disconnected():
+            return True
+        descriptor = self.socket.fileno()
+        if descriptor < 0:  # closed by the listener's thread
+            return True
+        poll = select.poll()
+        poll.register(descriptor, HANGUP_EVENT)
+        return bool(poll.poll(0))
 
 
 class Server:
@@ -146,7 +140,7 @@ class Server:
             connection_limit=connections,
             max_request_header_size=MAX_HEADER_BYTES,
             max_request_body_size=settings.max_body_bytes + 1,  # the first size that waitress refuses
-            # Reads on while a request is held open, and so notices that its client has gone.
+            # Keeps reading while a request is held open, to notice that its client has gone.
             channel_request_lookahead=1,
             outbuf_high_watermark=UNSENT_BYTES,
             outbuf_overflow=sys.maxsize,  # Channel puts large chunks into files, with a way out when the disk is full
@@ -214,7 +208,8 @@ class Server:
         """
         log.info("stopping: interrupting the runs and storing their final states", extra={"event": "service_stopping"})
         clean = self._service.end_runs()
-        self._server.trigger.pull_trigger(self._stop_listening)
+        # Not the server's own close(), which also closes the trigger that wakes the loop to send the answers in flight.
+        self._server.trigger.pull_trigger(partial(wasyncore.dispatcher.close, self._server))
         deadline = time.monotonic() + DRAIN_TIMEOUT
         dispatcher = self._server.task_dispatcher
         while (dispatcher.active_count or self._unsent_bytes()) and time.monotonic() < deadline:
@@ -227,7 +222,3 @@ class Server:
     def _unsent_bytes(self) -> int:
         """Return the number of bytes of all answers that are buffered for their clients."""
         return sum(channel.total_outbufs_len for channel in list(self._server.active_channels.values()))
-
-    def _stop_listening(self) -> None:
-        # Not the server's own close(), which also closes the trigger that wakes the loop to send the answers in flight.
-        wasyncore.dispatcher.close(self._server)

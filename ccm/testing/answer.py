@@ -24,21 +24,30 @@ class Answer:
     """
 
     def __init__(self, request: dict[str, Any], step: list[Directive]) -> None:
-        self._model = request.get("model", "stand-in")
-        self._id = f"msg_{uuid.uuid4().hex[:24]}"
-        self._input_tokens = len(json.dumps(request["messages"])) // 4
         self.pause = 0.0
         self.stalls = step[0].name == "stall"
         # Each content block as its start and the pieces that are streamed.
         self._blocks: list[tuple[dict[str, Any], list[str]]] = [self._block(directive) for directive in step]
+        self._output_tokens = sum(max(1, len(piece) // 4) for _, pieces in self._blocks for piece in pieces)
+        self._stop_reason = "tool_use" if any(start["type"] == "tool_use" for start, _ in self._blocks) else "end_turn"
+        input_tokens = len(json.dumps(request["messages"])) // 4
+        # The answer without its content.
+        self._envelope = {
+            "id": f"msg_{uuid.uuid4().hex[:24]}",
+            "type": "message",
+            "role": "assistant",
+            "model": request.get("model", "stand-in"),
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": {"input_tokens": input_tokens, "output_tokens": self._output_tokens},
+        }
 
     def _block(self, directive: Directive) -> tuple[dict[str, Any], list[str]]:
-        argument = directive.argument
-        if directive.name in ("tool", "json"):
-            if directive.name == "json":
-                name, tool_input = STRUCTURED_OUTPUT_TOOL, argument
-            else:
-                name, _, tool_input = argument.partition(" ")
+        if directive.name == "json":
+            directive = Directive("tool", f"{STRUCTURED_OUTPUT_TOOL} {directive.argument}")
+        if directive.name == "tool":
+            name, _, tool_input = directive.argument.partition(" ")
             start = {"type": "tool_use", "id": f"toolu_{uuid.uuid4().hex[:24]}", "name": name, "input": {}}
             return start, [tool_input or "{}"]
         return {"type": "text", "text": ""}, self._pieces(directive)
@@ -57,14 +66,6 @@ class Answer:
             return ["And then", " nothing."]
         return [argument or "Done."]
 
-    @property
-    def _stop_reason(self) -> str:
-        return "tool_use" if any(start["type"] == "tool_use" for start, _ in self._blocks) else "end_turn"
-
-    @property
-    def _output_tokens(self) -> int:
-        return sum(max(1, len(piece) // 4) for _, pieces in self._blocks for piece in pieces)
-
     def whole(self) -> dict[str, Any]:
         """Return the answer as one object."""
         content = [
@@ -73,23 +74,11 @@ class Answer:
             else {**start, "input": json.loads("".join(pieces))}
             for start, pieces in self._blocks
         ]
-        return {**self._envelope(), "content": content, "stop_reason": self._stop_reason}
-
-    def _envelope(self) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "type": "message",
-            "role": "assistant",
-            "model": self._model,
-            "content": [],
-            "stop_reason": None,
-            "stop_sequence": None,
-            "usage": {"input_tokens": self._input_tokens, "output_tokens": self._output_tokens},
-        }
+        return {**self._envelope, "content": content, "stop_reason": self._stop_reason}
 
     def events(self) -> Iterator[dict[str, Any]]:
         """Yield the events that stream the answer."""
-        yield {"type": "message_start", "message": self._envelope()}
+        yield {"type": "message_start", "message": self._envelope}
         for index, (start, pieces) in enumerate(self._blocks):
             yield {"type": "content_block_start", "index": index, "content_block": start}
             for piece in pieces:

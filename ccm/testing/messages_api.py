@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Self
 
 from ccm.testing.answer import Answer
-from ccm.testing.script import Directive, closing_words, current_turn, parse_script, prompt_of
+from ccm.testing.script import Directive, current_turn, parse_script, prompt_of
 
 ERROR_TYPES = {
     400: "invalid_request_error",
@@ -25,74 +26,58 @@ ERROR_TYPES = {
 }
 
 
-class MessagesAPI:
-    """The stand-in: an HTTP server with its own thread; a context manager.
+class MessagesAPI(ThreadingHTTPServer):
+    """The stand-in: an HTTP server on a free port, with its own thread; a context manager.
 
     Attributes:
         requests: the body of every `POST /v1/messages`, for tests that check the model's input.
+        stopping: set when answers in progress are to end.
     """
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
         self.requests: list[dict[str, Any]] = []
         self.stopping = threading.Event()
-        self._failures: dict[str, int] = {}
+        self._failures: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._server = _Server((host, port), self)
-        self._thread = threading.Thread(target=self._server.serve_forever, name="messages-api", daemon=True)
+        self._thread = threading.Thread(target=self.serve_forever, name="messages-api", daemon=True)
 
     @property
     def url(self) -> str:
         """The value for `ANTHROPIC_BASE_URL`."""
-        host, port = self._server.server_address[:2]
-        return f"http://{host!s}:{port}"
+        return f"http://127.0.0.1:{self.server_port}"
 
-    def start(self) -> MessagesAPI:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
-    def stop(self) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stopping.set()
-        self._server.shutdown()
-        self._server.server_close()
+        self.shutdown()
+        self.server_close()
         self._thread.join()
 
-    def __enter__(self) -> MessagesAPI:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print no traceback: every cancelled run closes its connection in the middle of an answer."""
 
     def prompts(self, request: dict[str, Any]) -> list[str]:
         """Return the user's prompts in a recorded request, oldest first."""
         prompts = [prompt_of(message["content"]) for message in request["messages"] if message["role"] == "user"]
         return [prompt for prompt in prompts if prompt]
 
-    def record(self, request: dict[str, Any]) -> None:
-        with self._lock:
-            self.requests.append(request)
-
     def count_failure(self, prompt: str) -> int:
         """Count a failure of this prompt, and return how many there were, including this one."""
         with self._lock:
-            self._failures[prompt] = self._failures.get(prompt, 0) + 1
+            self._failures[prompt] += 1
             return self._failures[prompt]
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(self, address: tuple[str, int], api: MessagesAPI) -> None:
-        super().__init__(address, _Handler)
-        self.api = api
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print no traceback: every cancelled run closes its connection in the middle of an answer."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: _Server
+    server: MessagesAPI
 
     def log_message(self, format: str, *args: Any) -> None:
         """Log nothing, because the demo prints its own lines."""
@@ -109,7 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/v1/messages/count_tokens":
             self._send_json(200, {"input_tokens": len(json.dumps(body)) // 4})
         elif path == "/v1/messages":
-            self.server.api.record(body)
+            self.server.requests.append(body)
             self._answer(body)
         else:
             self._send_json(404, _error(404, f"the stand-in has no {path}"))
@@ -117,11 +102,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: dict[str, Any]) -> None:
         prompt, answers = current_turn(body["messages"])
         script = parse_script(prompt)
-        step = script[answers] if answers < len(script) else [Directive("text", closing_words(prompt, script))]
+        closing = "Done." if script else f"The stand-in for Claude heard: {prompt[:200]}"
+        step = script[answers] if answers < len(script) else [Directive("text", closing)]
         first = step[0]
         if first.name == "status":
             code, _, times = first.argument.partition(" ")
-            if not times or self.server.api.count_failure(prompt) <= int(times):
+            if not times or self.server.count_failure(prompt) <= int(times):
                 self._send_json(int(code), _error(int(code), f"the stand-in was scripted to answer {code}"))
                 return
             remaining = script[answers + 1 :]
@@ -147,13 +133,13 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.flush()
                 self._wait_for_client_to_leave()
                 return
-            if answer.pause and event["type"] == "content_block_delta" and self.server.api.stopping.wait(answer.pause):
+            if answer.pause and event["type"] == "content_block_delta" and self.server.stopping.wait(answer.pause):
                 return
         self.wfile.write(b"0\r\n\r\n")
 
     def _wait_for_client_to_leave(self) -> None:
         self.connection.settimeout(0.2)
-        while not self.server.api.stopping.is_set():
+        while not self.server.stopping.is_set():
             try:
                 if not self.connection.recv(1024):
                     break

@@ -92,10 +92,3 @@ def current_turn(messages: list[dict[str, Any]]) -> tuple[str, int]:
         elif message.get("role") == "user" and (prompt := prompt_of(message.get("content", ""))):
             return prompt, answers
     return "", answers
-
-
-def closing_words(prompt: str, script: list[list[Directive]]) -> str:
-    """Return the model's answer after the last step of the script."""
-    if script:
-        return "Done."
-    return f"The stand-in for Claude heard: {prompt[:200]}"

@@ -17,7 +17,7 @@ import pytest
 
 from ccm.api.http.bodies import ForkBody, ImageBody, ResumeBody, SessionBody, StartBody
 from ccm.api.http.options_body import SERVICE_OWNED, Agent, Options
-from ccm.core.policy.options import check_policy
+from ccm.core.policy.permitted_options import check_options
 from ccm.errors import Forbidden
 from ccm.models.fields import RUN_ID
 from ccm.settings.settings import PRIVILEGED_OPTIONS, Settings
@@ -689,10 +689,10 @@ def test_allowing_one_privileged_option_allows_no_other(name: str) -> None:
     settings = Settings(privileged_options=(name,), setting_sources=("user",))
     for given, value in PRIVILEGED.items():
         if given == name:
-            check_policy({given: value}, settings)
+            check_options({given: value}, settings)
         else:
             with pytest.raises(Forbidden):
-                check_policy({given: value}, settings)
+                check_options({given: value}, settings)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[1]", "\udcff"], ids=["missing", "no JSON", "no object", "no text"])
@@ -738,7 +738,7 @@ def test_the_wide_permission_modes_are_forbidden_unless_one_is_the_services_own(
 ) -> None:
     answer = strict.post("/api/runs/start", body_for("start", root, {"options": {"permissionMode": mode}}))
     refused(answer, "options.permissionMode", 403, "OPTION_FORBIDDEN")
-    check_policy({"permissionMode": mode}, Settings(permission_mode=mode))
+    check_options({"permissionMode": mode}, Settings(permission_mode=mode))
 
 
 @pytest.mark.parametrize("sources", [["project"], ["local"], ["user", "local"], ["user", "project", "local"]])
@@ -753,7 +753,7 @@ def test_wider_setting_sources_than_the_services_own_are_forbidden(
 
 @pytest.mark.parametrize("sources", [[], ["user"]])
 def test_narrower_setting_sources_are_open_to_everyone(sources: list[str]) -> None:
-    check_policy({"settingSources": sources}, Settings(setting_sources=("user",)))
+    check_options({"settingSources": sources}, Settings(setting_sources=("user",)))
 
 
 @pytest.mark.parametrize("name", Options.model_fields)

@@ -29,20 +29,20 @@ REQUEST = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\n"
     [
         (HTTPChannel, "received", "Channel.received notes when a request begins"),
         (HTTPChannel, "write_soon", "Channel.write_soon puts large pieces into files"),
-        (HTTPChannel, "handle_close", "_Bounds.maintenance disconnects slow clients with it"),
+        (HTTPChannel, "handle_close", "_ServerLimits.maintenance disconnects slow clients with it"),
         (HTTPChannel, "check_client_disconnected", "_Channel.check_client_disconnected also checks the socket"),
         (HTTPChannel, "request", "Channel.is_too_slow reads it"),
         (HTTPChannel, "parser_class", "_Channel sets it"),
         (HTTPChannel, "task_class", "_Channel sets it"),
         (HTTPChannel, "error_task_class", "_Channel sets it"),
-        (HTTPRequestParser, "parse_header", "Parser.parse_header installs _Body"),
+        (HTTPRequestParser, "parse_header", "Parser.parse_header installs _RequestBody"),
         (HTTPRequestParser, "received", "Parser.received refuses a body that was dropped"),
         (HTTPRequestParser, "completed", "Parser.received reads it"),
         (HTTPRequestParser, "error", "Parser.received sets it"),
         (HTTPRequestParser, "body_rcv", "Parser.parse_header changes its buffer"),
         (HTTPRequestParser, "headers_finished", "Channel.is_too_slow reads it"),
-        (OverflowableBuffer, "append", "_Body.append survives a full disk"),
-        (OverflowableBuffer, "close", "_Body.close survives a full disk"),
+        (OverflowableBuffer, "append", "_RequestBody.append survives a full disk"),
+        (OverflowableBuffer, "close", "_RequestBody.close survives a full disk"),
         (ReadOnlyFileBasedBuffer, "prepare", "Channel.write_soon calls it"),
         (WSGITask, "finish", "_Task.finish ends the answer to HEAD without a chunk"),
         (WSGITask, "wrote_header", "_Task.finish reads it"),
@@ -52,8 +52,8 @@ REQUEST = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\n"
         (ErrorTask, "set_close_on_finish", "_JsonErrorTask.execute calls it"),
         (ErrorTask, "content_length", "_JsonErrorTask.execute sets it"),
         (ErrorTask, "status", "_JsonErrorTask.execute sets it"),
-        (Error, "code", "_JsonErrorTask.execute reads it, _NoRoom sets it"),
-        (Error, "reason", "_JsonErrorTask.execute reads it, _NoRoom sets it"),
+        (Error, "code", "_JsonErrorTask.execute reads it, _OutOfDisk sets it"),
+        (Error, "reason", "_JsonErrorTask.execute reads it, _OutOfDisk sets it"),
         (ThreadedTaskDispatcher, "active_count", "Server._shut_down waits until it is 0"),
         (ThreadedTaskDispatcher, "set_thread_count", "open_server calls it"),
         (ThreadedTaskDispatcher, "shutdown", "Server._shut_down calls it"),
@@ -61,17 +61,17 @@ REQUEST = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\n"
             (kind, name, used)
             for kind in (TcpWSGIServer, UnixWSGIServer)
             for name, used in (
-                ("maintenance", "_Bounds.maintenance checks the connections"),
-                ("readable", "_Bounds.readable pauses after a lack of descriptors"),
-                ("accept", "_Bounds.accept survives a lack of descriptors"),
-                ("handle_error", "_Bounds.handle_error keeps the listening socket open"),
-                ("handle_close", "_Bounds.handle_close ends the loop"),
+                ("maintenance", "_ServerLimits.maintenance checks the connections"),
+                ("readable", "_ServerLimits.readable pauses after a lack of descriptors"),
+                ("accept", "_ServerLimits.accept survives a lack of descriptors"),
+                ("handle_error", "_ServerLimits.handle_error keeps the listening socket open"),
+                ("handle_close", "_ServerLimits.handle_close ends the loop"),
                 ("channel_class", "open_server sets it"),
                 ("run", "serve() runs it"),
             )
         ),
-        (wasyncore, "ExitNow", "_Bounds.handle_close raises it, serve() catches it"),
-        (wasyncore.dispatcher, "close", "Server._stop_listening closes the socket with it, and not the trigger"),
+        (wasyncore, "ExitNow", "_ServerLimits.handle_close raises it, serve() catches it"),
+        (wasyncore.dispatcher, "close", "Server._shut_down closes the socket with it, and not the trigger"),
     ],
 )
 def test_waitress_has_the_name(owner: Any, name: str, used: str) -> None:
@@ -87,7 +87,7 @@ def test_waitress_has_the_name(owner: Any, name: str, used: str) -> None:
     ],
 )
 def test_waitress_has_the_setting(name: str) -> None:
-    assert hasattr(Adjustments, name), f"waitress has no setting {name}: open_server or _Body uses it"
+    assert hasattr(Adjustments, name), f"waitress has no setting {name}: open_server or _RequestBody uses it"
 
 
 def app(_environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -117,7 +117,7 @@ def channel(server: Any) -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("name", "kind", "used"),
     [
-        ("active_channels", dict, "_Bounds.maintenance and Server._unsent_bytes iterate over it"),
+        ("active_channels", dict, "_ServerLimits.maintenance and Server._unsent_bytes iterate over it"),
         ("task_dispatcher", ThreadedTaskDispatcher, "Server._shut_down waits for it"),
         ("trigger", object, "Server._shut_down wakes the loop with it"),
         ("_map", dict, "tests close everything in it"),
@@ -138,7 +138,7 @@ def test_a_channel_has_the_attribute(channel: Any, name: str) -> None:
 
 
 def test_a_server_lists_its_channels(server: Any, channel: Any) -> None:
-    assert channel in server.active_channels.values(), "_Bounds.maintenance would check no channel"
+    assert channel in server.active_channels.values(), "_ServerLimits.maintenance would check no channel"
 
 
 def test_a_channel_shows_the_progress_of_its_request(channel: Any) -> None:
@@ -197,7 +197,7 @@ def test_the_trigger_runs_a_function_in_the_loop_and_the_loop_ends_without_socke
     server.trigger.pull_trigger(act)
     loop.join(60)
 
-    assert ran_in == ["loop"], "Server._stop_listening would run outside the loop's thread"
+    assert ran_in == ["loop"], "Server._shut_down would run outside the loop's thread"
     assert not loop.is_alive(), (
         "the loop continues without a socket: serve() would never report that no client can connect"
     )
@@ -206,7 +206,7 @@ def test_the_trigger_runs_a_function_in_the_loop_and_the_loop_ends_without_socke
 def test_closing_the_server_keeps_the_trigger(server: Any) -> None:
     wasyncore.dispatcher.close(server)
 
-    assert server.socket is None, "Server._stop_listening does not close the listening socket"
+    assert server.socket is None, "Server._shut_down does not close the listening socket"
     server.trigger.pull_trigger(lambda: None)  # raises if closed; pending answers are sent through it
 
 

@@ -34,9 +34,7 @@ class Exemption:
 
 
 # The modules that store. If they fail during a start, it is refused, as it is if the database is not writable.
-STORAGE = tuple(
-    f"ccm.core.storage.{name}" for name in ("writer", "write_task", "write_queue", "batch", "message_budget")
-)
+STORAGE = tuple(f"ccm.core.storage.{name}" for name in ("writer", "write_task", "write_queue", "message_budget"))
 UNSTORABLE = (
     "Nothing can be stored any more, as if the database were never writable again. The next start reports the runs in "
     "progress; until then /health reports the fault."

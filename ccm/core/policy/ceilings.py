@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,13 +54,13 @@ class Ceilings:
         for name, ceiling in (("maxTurns", self.max_turns), ("maxBudgetUsd", self.max_budget_usd)):
             if ceiling is not None:
                 lowered[name] = min(options.get(name, ceiling), ceiling)
-        if self.max_turns is not None and "agents" in options:
-            lowered["agents"] = dict(self._agents(options["agents"], self.max_turns))
+        ceiling = self.max_turns
+        if ceiling is not None and "agents" in options:
+            lowered["agents"] = {
+                name: {**agent, "maxTurns": min(agent.get("maxTurns", ceiling), ceiling)}
+                for name, agent in options["agents"].items()
+            }
         return lowered
-
-    def _agents(self, agents: Mapping[str, Any], ceiling: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        for name, agent in agents.items():
-            yield name, {**agent, "maxTurns": min(agent.get("maxTurns", ceiling), ceiling)}
 
     def time_limit(self, timeout_ms: int | None) -> TimeLimit:
         """Return the time limit of a run: the lower of the requested limit and the ceiling.

@@ -43,10 +43,7 @@ def resolve(cwd: str, roots: Sequence[Path]) -> str:
     if size > PATH_BYTES:
         raise ValidationError(f"cwd: must be at most {PATH_BYTES} bytes long.", field="cwd")
     if not _within(path, roots):
-        raise CwdForbidden(
-            f"cwd: {cwd!r} is outside the directories that CCM_ALLOWED_ROOTS allows.",
-            field="cwd",
-        )
+        raise CwdForbidden(f"cwd: {cwd!r} is outside the directories that CCM_ALLOWED_ROOTS allows.", field="cwd")
     return str(path)
 
 

@@ -65,26 +65,22 @@ class Notifier:
             while True:
                 notified.clear()
                 result = look()
-                remaining = deadline - time.monotonic()
+                now = time.monotonic()
                 # Never wait for a client that has left: more abandoned requests may be queued behind this one.
-                if result is not None or remaining <= 0 or self.closed or gone():
+                if result is not None or now >= deadline or self.closed or gone():
                     return result
-                relied = time.monotonic() + RELY_INTERVAL
-                while not notified.wait(min(POLL_INTERVAL, remaining)):
+                look_again = min(now + RELY_INTERVAL, deadline)
+                while not notified.wait(min(POLL_INTERVAL, look_again - now)):
                     now = time.monotonic()
-                    remaining = deadline - now
-                    if remaining <= 0 or gone():
-                        return look()
-                    if now >= relied:
+                    if now >= look_again or gone():
                         break
 
     def close(self) -> None:
         """Wake all subscribers for the last time."""
         with self._lock:
             self.closed = True
-            for subscribers in self._subscribers.values():
-                for event in subscribers:
-                    event.set()
+            keys = list(self._subscribers)
+        self.notify(keys)
 
     def notify(self, keys: Iterable[str]) -> None:
         """Wake the subscribers of some keys."""

@@ -22,7 +22,7 @@ class WriteTask(Generic[T]):
     def __init__(self, work: Callable[[Transaction], T], on_commit: Callable[[T], None] | None) -> None:
         self._work = work
         self._on_commit = on_commit
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._in_progress = False
         # The reason given to `give_up`, None before that.
         self._given_up: Exception | None = None
@@ -39,11 +39,7 @@ class WriteTask(Generic[T]):
         with self._lock:
             self._given_up = reason
             if not self._in_progress:
-                self._drop()
-
-    def _drop(self) -> None:
-        if not self.future.done():
-            self.future.set_exception(self._given_up)
+                self.fail(reason)
 
     def begin(self) -> bool:
         """Mark the write as in progress. Return False if it was dropped."""
@@ -56,7 +52,7 @@ class WriteTask(Generic[T]):
         with self._lock:
             self._in_progress = False
             if self._given_up is not None:
-                self._drop()
+                self.fail(self._given_up)
 
     def run(self, transaction: Transaction) -> None:
         """Do the work within a savepoint, so that an error in it affects no other write of the transaction.

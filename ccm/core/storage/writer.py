@@ -24,14 +24,14 @@ from functools import partial
 from typing import TypeVar
 
 from ccm.core.problems import Problems
-from ccm.core.storage.batch import BatchWriter, write_heartbeat
 from ccm.core.storage.message_budget import MessageBudget
 from ccm.core.storage.notifier import Notifier
 from ccm.core.storage.write_queue import Item, WriteQueue
 from ccm.core.storage.write_task import WriteTask
+from ccm.db import heartbeat, messages
 from ccm.db.driver.database import Database
 from ccm.db.driver.transaction import Transaction
-from ccm.errors import OutcomeUnknown, ShuttingDown, StorageDown, StorageError, StorageUnavailable
+from ccm.errors import OutcomeUnknown, ShuttingDown, StorageDown, StorageError, StorageRejected, StorageUnavailable
 from ccm.models import Message
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,9 @@ class Writer:
 
     Attributes:
         on_unfollowed: called in the writer thread when a fault has interrupted the steps that follow a commit.
+        broken: the reason for each run of which storage has refused a message. For the writer thread only.
+        last_error: why nothing can be written at present, without secrets or paths; None if writing works.
+        last_commit: the `time.monotonic()` of the last commit; 0 before the first.
     """
 
     def __init__(
@@ -80,7 +83,8 @@ class Writer:
         self.on_unfollowed: Callable[[], None] = lambda: None
         self._queue = WriteQueue()
         self._budget = MessageBudget(budget)
-        self._batch_writer = BatchWriter(on_refused)
+        self._on_refused = on_refused
+        self.broken: dict[str, str] = {}
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._lock = threading.Lock()
         # Functions to call, each with the `time.monotonic()` at which it is due.
@@ -89,24 +93,10 @@ class Writer:
         self._abandoned = threading.Event()
         # Whether the batch may be committed already, because the answer to its COMMIT was lost.
         self._uncertain = False
-        self._last_error: str | None = None
-        self._last_error_since = 0.0
-        self._last_commit = 0.0
-
-    @property
-    def broken(self) -> dict[str, str]:
-        """The reason for each run of which storage has refused a message. For the writer thread only."""
-        return self._batch_writer.broken
-
-    @property
-    def last_error(self) -> str | None:
-        """Why nothing can be written at present, without secrets or paths; None if writing works."""
-        return self._last_error
-
-    @property
-    def last_commit(self) -> float:
-        """The `time.monotonic()` of the last commit; 0 before the first."""
-        return self._last_commit
+        self.last_error: str | None = None
+        self.last_commit = 0.0
+        # When the first failed attempt since the last commit began.
+        self._down_since = 0.0
 
     def start(self) -> None:
         """Start the thread. Idempotent."""
@@ -167,7 +157,7 @@ class Writer:
             except TimeoutError:
                 if write.future.done():
                     return write.future.result()  # it completed just now, or the work itself raised TimeoutError
-            reason = self._last_error or "the database is too slow at the moment"
+            reason = self.last_error or "the database is too slow at the moment"
             refusal = StorageUnavailable(f"Nothing was stored: {reason}. Try again.")
             write.give_up(refusal)
         raise OutcomeUnknown(
@@ -262,11 +252,58 @@ class Writer:
                 write.put_back()
 
     def _attempt(self, batch: list[Item], begun: list[WriteTask[object]], one_by_one: bool) -> None:
-        """Write a batch in one transaction; `begun` receives the control writes that it includes."""
+        """Write a batch in one transaction, in its order.
+
+        Args:
+            begun: receives the control writes that the transaction includes; dropped ones are left out.
+            one_by_one: insert each message in a savepoint of its own, to find the one that storage refuses.
+        """
+        insert = self._insert_one_by_one if one_by_one else messages.insert_many
         with self._database.transaction(self._uncertain) as transaction:
-            if self._last_error is not None:
-                write_heartbeat(transaction)
-            self._batch_writer.write(transaction, batch, begun, one_by_one=one_by_one)
+            if self.last_error is not None:
+                _write_heartbeat(transaction)
+            # Messages that follow one another are inserted together.
+            pending: list[Message] = []
+            for item in batch:
+                if isinstance(item, Message):
+                    pending.append(item)
+                elif item.begin():
+                    begun.append(item)
+                    insert(transaction, self._insertable(transaction, pending))
+                    pending = []
+                    item.run(transaction)
+            insert(transaction, self._insertable(transaction, pending))
+
+    def _insertable(self, transaction: Transaction, batch: list[Message]) -> list[Message]:
+        """Return the messages that are to be inserted, in their order."""
+        if self.broken:
+            # Messages after a refused one are left out, so that a run's indexes never have a gap.
+            batch = [message for message in batch if message.run_id not in self.broken]
+        if transaction.uncertain:
+            stored = {run_id: messages.last_index(transaction, run_id) for run_id in {m.run_id for m in batch}}
+            batch = [message for message in batch if message.index > stored[message.run_id]]
+        return batch
+
+    def _insert_one_by_one(self, transaction: Transaction, batch: list[Message]) -> None:
+        for message in batch:
+            if message.run_id not in self.broken:
+                try:
+                    with transaction.savepoint():
+                        messages.insert_many(transaction, [message])
+                except StorageRejected as error:
+                    self._refuse(message, error)
+
+    def _refuse(self, message: Message, error: BaseException) -> None:
+        """Fail the run of a message that is not stored: none of its later messages is stored either."""
+        log.error(
+            "run %s: storage refuses message %d: %s",
+            message.run_id,
+            message.index,
+            error,
+            extra={"event": "message_refused", "run_id": message.run_id},
+        )
+        self.broken[message.run_id] = str(error)
+        self._on_refused(message.run_id, error)
 
     def _settle(self, batch: list[Item], writes: list[WriteTask[object]]) -> None:
         """Follow up a commit. A fault in one step must not affect the others that wait for the same commit."""
@@ -282,11 +319,11 @@ class Writer:
             self._try_step(self.on_unfollowed)
 
     def _record_commit(self) -> None:
-        self._last_commit = time.monotonic()
-        if self._last_error is not None:
-            down = self._last_commit - self._last_error_since
+        self.last_commit = time.monotonic()
+        if self.last_error is not None:
+            down = self.last_commit - self._down_since
             log.warning("database writable again, after %.1f seconds", down, extra={"event": "database_recovered"})
-            self._last_error = None
+            self.last_error = None
 
     def _try_step(self, step: Callable[[], object], write: WriteTask[object] | None = None) -> bool:
         """Call one of several independent steps. If it fails, log it, fail the write it concerns and return False."""
@@ -299,14 +336,14 @@ class Writer:
             return False
 
     def _report_error(self, error: StorageDown, since: float) -> None:
-        if self._last_error is None:
-            self._last_error_since = since
+        if self.last_error is None:
+            self._down_since = since
             log.error("database not writable, retrying: %s", error, extra={"event": "database_down"})
-        self._last_error = error.summary
+        self.last_error = error.summary
 
     def _give_up(self, batch: list[Item], error: BaseException) -> None:
         """Report every item of a batch as not stored, so that nothing is lost silently."""
-        self._last_error = None  # the batch is no longer retried; the next write finds out anew
+        self.last_error = None  # unknown again, because the batch is no longer retried
         lost = [item for item in batch if isinstance(item, Message)]
         log.critical(
             "%d messages and %d writes were not stored: %s",
@@ -322,4 +359,17 @@ class Writer:
             if isinstance(item, WriteTask):
                 self._try_step(partial(item.fail, refusal))
             elif item.run_id not in self.broken:
-                self._try_step(partial(self._batch_writer.refuse, item, error))
+                self._try_step(partial(self._refuse, item, error))
+
+
+def _write_heartbeat(transaction: Transaction) -> None:
+    """Write the heartbeat row along with a retried batch.
+
+    If all of the batch's writes have been given up, the transaction would otherwise write nothing, succeed, and hide
+    the fault.
+    """
+    try:
+        with transaction.savepoint():
+            heartbeat.beat(transaction, heartbeat.ROOM_BYTES)
+    except StorageRejected as error:
+        log.warning("storage refuses the heartbeat: %s", error, extra={"event": "heartbeat_refused"})

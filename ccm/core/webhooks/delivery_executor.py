@@ -1,4 +1,4 @@
-"""Makes one attempt at a delivery: reads it, sends it, decides what follows, and stores the outcome."""
+"""Makes one attempt at a delivery: reads it, sends it, and stores the outcome."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from ccm.core.storage.writer import Writer
 from ccm.core.webhooks.outbox import URL_UNSET, Outbox
 from ccm.core.webhooks.post import Answer, NoAnswer, Post
-from ccm.core.webhooks.retry import SCHEDULE, RetryDecision, decide
+from ccm.core.webhooks.retry import SCHEDULE, DeliveryOutcome, outcome_of
 from ccm.core.webhooks.signature import headers
 from ccm.db import deliveries, events, runs
 from ccm.db.driver.database import Database
-from ccm.db.driver.transaction import Transaction
 from ccm.models import Attempt, Delivery, DeliveryStatus, DeliveryTarget
 from ccm.settings.webhook_urls import allowed, host_of
 from ccm.timestamps import timestamp
@@ -26,12 +25,6 @@ log = logging.getLogger(__name__)
 
 # The time for one attempt (seconds).
 ATTEMPT_TIMEOUT = 15.0
-LOG_EVENTS: dict[str, str] = {
-    DeliveryStatus.DELIVERED: "delivery_succeeded",
-    DeliveryStatus.PENDING: "delivery_postponed",
-    DeliveryStatus.FAILED: "delivery_failed",
-    DeliveryStatus.DISABLED: "delivery_disabled",
-}
 
 
 @dataclass(frozen=True)
@@ -107,40 +100,38 @@ class DeliveryExecutor:
             StorageDown: the delivery cannot be read. Nothing was sent.
             Exception: the outcome cannot be stored.
         """
-
-        def query(transaction: Transaction) -> tuple[Delivery, str, str | None] | None:
-            delivery = deliveries.find(transaction, delivery_id)
-            # Not due any more: it was disabled or attempted after the dispatcher had read it.
-            if delivery is None or (delivery.next_attempt_at or "~") > timestamp():
-                return None
-            run = runs.find(transaction, delivery.run_id) if delivery.target == DeliveryTarget.RUN else None
-            text = events.find_text(transaction, delivery.event_id)
-            # Deleted with its run by `flask prune`, which on PostgreSQL can happen between two statements.
-            if text is None or (run is None and delivery.target == DeliveryTarget.RUN):
-                return None
-            return delivery, text, self._addresses.service if run is None else run.webhook_url
-
-        if self._closed.is_set():
-            return None
-        with self._database.transaction() as transaction:
-            due = query(transaction)
+        due = None if self._closed.is_set() else self._read_due(delivery_id)
         if due is None:
             return None
         delivery, text, url = due
         refusal = self._refusal(delivery, url)
         if url is None or refusal is not None:
-            self._store(delivery, delivery.attempts.value, RetryDecision(DeliveryStatus.DISABLED, reason=refusal))
+            self._store(delivery, delivery.attempts.value, DeliveryOutcome(DeliveryStatus.DISABLED, reason=refusal))
             return None
         at, start = timestamp(), time.monotonic()
         answer = self._post(delivery, url, text.encode("ascii"))
         duration_ms = round((time.monotonic() - start) * 1_000)
         if self._closed.is_set() and not isinstance(answer, Answer):
             return None  # aborted by `close`, so it does not count as a failure of the receiver
-        decision = decide(answer, len(delivery.attempts.value) + 1, self._schedule)
+        outcome = outcome_of(answer, len(delivery.attempts.value) + 1, self._schedule)
         code = answer.status if isinstance(answer, Answer) else None
-        attempt: Attempt = {"at": at, "durationMs": duration_ms, "statusCode": code, "error": decision.error}
-        self._store(delivery, [*delivery.attempts.value, attempt], decision)
+        attempt: Attempt = {"at": at, "durationMs": duration_ms, "statusCode": code, "error": outcome.error}
+        self._store(delivery, [*delivery.attempts.value, attempt], outcome)
         return isinstance(answer, Answer)
+
+    def _read_due(self, delivery_id: int) -> tuple[Delivery, str, str | None] | None:
+        """Return a delivery, the text of its event and its address; None if it is not due any more."""
+        with self._database.transaction() as transaction:
+            delivery = deliveries.find(transaction, delivery_id)
+            # It may have been disabled or attempted after the dispatcher had read it.
+            if delivery is None or (delivery.next_attempt_at or "~") > timestamp():
+                return None
+            run = runs.find(transaction, delivery.run_id) if delivery.target == DeliveryTarget.RUN else None
+            text = events.find_text(transaction, delivery.event_id)
+        # Deleted with its run by `flask prune`, which on PostgreSQL can happen between two statements.
+        if text is None or (run is None and delivery.target == DeliveryTarget.RUN):
+            return None
+        return delivery, text, self._addresses.service if run is None else run.webhook_url
 
     def _refusal(self, delivery: Delivery, url: str | None) -> str | None:
         """Return the reason why the current settings forbid a delivery, None if they allow it."""
@@ -151,9 +142,20 @@ class DeliveryExecutor:
         return None
 
     def _post(self, delivery: Delivery, url: str, body: bytes) -> Answer | str:
-        """Return the receiver's answer, or the reason why there is none."""
+        """Send a delivery. Return the receiver's answer, or the reason why there is none."""
         try:
-            return self._send(delivery, url, body)
+            self._warn_unsigned()
+            signed = headers(delivery.webhook_id, int(time.time()), body, self._addresses.keys)
+            post = Post(url, signed, body, self._attempt_seconds, self._tls)
+            with self._lock:
+                if self._closed.is_set():
+                    return "the service has stopped"
+                self._posts[delivery.id] = post
+            try:
+                return post.send()
+            finally:
+                with self._lock:
+                    del self._posts[delivery.id]
         except NoAnswer as reason:
             return str(reason)
         except Exception as error:
@@ -161,39 +163,19 @@ class DeliveryExecutor:
             log.exception("delivery %d cannot be sent", delivery.id, extra=_log_fields("delivery_errored", delivery))
             return f"a fault of the service: {type(error).__name__}"
 
-    def _send(self, delivery: Delivery, url: str, body: bytes) -> Answer:
-        """Send a delivery, and return the receiver's answer.
-
-        Raises:
-            NoAnswer: there is none, or the service is stopping.
-        """
-        self._warn_unsigned()
-        signed = headers(delivery.webhook_id, int(time.time()), body, self._addresses.keys)
-        post = Post(url, signed, body, self._attempt_seconds, self._tls)
-        with self._lock:
-            if self._closed.is_set():
-                raise NoAnswer("the service has stopped")
-            self._posts[delivery.id] = post
-        try:
-            return post.send()
-        finally:
-            with self._lock:
-                del self._posts[delivery.id]
-
     @cached_property
     def _tls(self) -> ssl.SSLContext:
         return ssl.create_default_context()
 
-    def _store(self, delivery: Delivery, attempts: Sequence[Attempt], decision: RetryDecision) -> None:
+    def _store(self, delivery: Delivery, attempts: Sequence[Attempt], outcome: DeliveryOutcome) -> None:
         """Store an outcome, and wait for the commit without a timeout, because an earlier retry would send it twice.
 
         Raises:
             CCMError: the writer has stopped.
         """
-        self._writer.submit(
-            lambda transaction: self._outbox.record_attempt(transaction, delivery, attempts, decision)
-        ).future.result()
-        _log_outcome(delivery, decision)
+        work = partial(self._outbox.record_attempt, delivery=delivery, attempts=attempts, outcome=outcome)
+        self._writer.submit(work).future.result()
+        _log_outcome(delivery, outcome)
 
     def _warn_unsigned(self) -> None:
         """Warn once if there are no keys."""
@@ -209,16 +191,19 @@ def _log_fields(event: str, delivery: Delivery) -> dict[str, object]:
     return {"event": event, "delivery_id": delivery.id, "run_id": delivery.run_id}
 
 
-def _log_outcome(delivery: Delivery, decision: RetryDecision) -> None:
+def _log_outcome(delivery: Delivery, outcome: DeliveryOutcome) -> None:
     name = f"run {delivery.run_id}: {delivery.event_type} for {delivery.host or 'CCM_WEBHOOK_URL'}"
-    extra = _log_fields(LOG_EVENTS[decision.status], delivery)
-    if decision.status == DeliveryStatus.DELIVERED:
-        log.info("%s delivered", name, extra=extra)
-    elif decision.status == DeliveryStatus.PENDING:
-        log.warning("%s not delivered, next attempt in %.0f s: %s", name, decision.pause, decision.error, extra=extra)
-    elif decision.status == DeliveryStatus.FAILED:
-        log.error("%s given up: %s; the last error: %s", name, decision.reason, decision.error, extra=extra)
-    elif delivery.target == DeliveryTarget.RUN:
-        log.warning("%s disabled, with all later ones of this run: %s", name, decision.reason, extra=extra)
+    if outcome.status == DeliveryStatus.DELIVERED:
+        log.info("%s delivered", name, extra=_log_fields("delivery_succeeded", delivery))
+    elif outcome.status == DeliveryStatus.PENDING:
+        extra = _log_fields("delivery_postponed", delivery)
+        log.warning("%s not delivered, next attempt in %.0f s: %s", name, outcome.pause, outcome.error, extra=extra)
+    elif outcome.status == DeliveryStatus.FAILED:
+        extra = _log_fields("delivery_failed", delivery)
+        log.error("%s given up: %s; the last error: %s", name, outcome.reason, outcome.error, extra=extra)
     else:
-        log.error("%s disabled, with all others for it until the next start: %s", name, decision.reason, extra=extra)
+        extra = _log_fields("delivery_disabled", delivery)
+        if delivery.target == DeliveryTarget.RUN:
+            log.warning("%s disabled, with all later ones of this run: %s", name, outcome.reason, extra=extra)
+        else:
+            log.error("%s disabled, with all others for it until the next start: %s", name, outcome.reason, extra=extra)

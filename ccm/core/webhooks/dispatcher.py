@@ -10,11 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from typing import TypeVar
 
 from ccm.core.problems import Problems
 from ccm.core.storage.notifier import EVENTS, Notifier
@@ -23,20 +20,10 @@ from ccm.core.webhooks.delivery_executor import DeliveryExecutor
 from ccm.core.worker_pool import WorkerPool
 from ccm.db import deliveries
 from ccm.db.driver.database import Database
-from ccm.db.driver.transaction import Transaction
 from ccm.errors import StorageDown, StorageError
 from ccm.timestamps import timestamp
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False)
-class _InFlight:
-    """A delivery to a host that a thread executes or is about to."""
-
-    host: str
 
 
 # Due deliveries per read. More than THREADS, because those in flight are still due.
@@ -81,8 +68,8 @@ class Dispatcher:
         self._thread = threading.Thread(target=self._run, name="webhooks", daemon=True)
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
-        # By delivery id.
-        self._in_flight: dict[int, _InFlight] = {}
+        # The deliveries that a thread executes or is about to: their hosts by delivery id.
+        self._in_flight: dict[int, str] = {}
         # Hosts that did not answer the last time, the most recent one last.
         self._silent: dict[str, None] = {}
         self._wake_up = threading.Event()
@@ -131,37 +118,35 @@ class Dispatcher:
                 return
 
     def _loop(self) -> None:
+        """Dispatch due deliveries until the dispatcher stops."""
         with self._notifier.subscribe(EVENTS) as self._wake_up:
             while not self._stopped.is_set():
                 self._wake_up.clear()
-                # Checked first, because a delivery that ends during the step may make another one due.
+                # Checked first, because a delivery that ends meanwhile may make another one due.
                 idle = not self._in_flight
-                sleep = self._step()
+                try:
+                    sleep = self._dispatch_due()
+                    self._problems.clear(PROBLEM)
+                except StorageError as error:
+                    extra = {"event": "deliveries_unreadable"}
+                    log.debug("due deliveries cannot be read, retrying: %s", error, extra=extra)
+                    sleep = STORAGE_RETRY_DELAY
+                except Exception as error:
+                    self._problems.report(PROBLEM, PROBLEM_SENTENCE, error)
+                    sleep = FAILURE_RETRY_DELAY
                 if self._stopping and idle and not self._in_flight:
                     return
                 self._wake_up.wait(sleep)
-
-    def _step(self) -> float:
-        """Dispatch the due deliveries. Return the seconds until the next step. Log or report failures."""
-        try:
-            sleep = self._dispatch_due()
-        except StorageError as error:
-            log.debug("due deliveries cannot be read, retrying: %s", error, extra={"event": "deliveries_unreadable"})
-            return STORAGE_RETRY_DELAY
-        except Exception as error:
-            self._problems.report(PROBLEM, PROBLEM_SENTENCE, error)
-            return FAILURE_RETRY_DELAY
-        self._problems.clear(PROBLEM)
-        return sleep
 
     def _dispatch_due(self) -> float:
         """Dispatch the due deliveries. Return the seconds until another one is due, at most POLL_INTERVAL."""
         now = timestamp()
         with self._lock:
-            limits = ConcurrencyLimits([entry.host for entry in self._in_flight.values()], set(self._silent))
+            limits = ConcurrencyLimits(self._in_flight.values(), set(self._silent))
         for retries in (False, True):  # first attempts come before retries
             self._dispatch(limits, now, retries)
-        next_due = self._read(partial(deliveries.find_next_due, now=now))
+        with self._database.transaction() as transaction:
+            next_due = deliveries.find_next_due(transaction, now)
         return POLL_INTERVAL if next_due is None else min(POLL_INTERVAL, _seconds_until(next_due))
 
     def _dispatch(self, limits: ConcurrencyLimits, now: str, retries: bool) -> None:
@@ -170,7 +155,8 @@ class Dispatcher:
         while has_more and limits.allow_any():
             # The query excludes full hosts, because their due deliveries may fill pages in front of all others.
             full = limits.full_hosts()
-            page = self._read(partial(deliveries.due, now=now, again=retries, without=full, limit=PAGE))
+            with self._database.transaction() as transaction:
+                page = deliveries.due(transaction, now, again=retries, without=full, limit=PAGE)
             dispatched = 0
             for delivery_id, host in page:
                 if limits.allow(host) and self._submit(delivery_id, host):
@@ -180,60 +166,41 @@ class Dispatcher:
 
     def _submit(self, delivery_id: int, host: str) -> bool:
         """Give a delivery to the pool. Return False if it is in flight already, or the dispatcher has stopped."""
-        entry = _InFlight(host)
         with self._lock:
             if delivery_id in self._in_flight or self._stopped.is_set():
                 return False
-            self._in_flight[delivery_id] = entry
+            self._in_flight[delivery_id] = host
         try:
-            self._pool.submit(
-                lambda: self._deliver(delivery_id, entry), lambda error: self._on_failure(delivery_id, entry, error)
-            )
+            self._pool.submit(partial(self._deliver, delivery_id, host), partial(self._on_failure, delivery_id))
         except BaseException:  # no thread can be started, so the delivery is still due
-            self._release(delivery_id, entry)
+            self._release(delivery_id)
             raise
         return True
 
-    def _on_failure(self, delivery_id: int, entry: _InFlight, error: BaseException) -> None:
+    def _on_failure(self, delivery_id: int, error: BaseException) -> None:
         log.error(
             "delivery %d failed unexpectedly, and is still due",
             delivery_id,
             exc_info=error,
             extra={"event": "delivery_errored", "delivery_id": delivery_id},
         )
-        self._release(delivery_id, entry)
 
-    def _release(self, delivery_id: int, entry: _InFlight) -> None:
+    def _release(self, delivery_id: int) -> None:
         with self._idle:
-            if self._in_flight.get(delivery_id) is entry:
-                del self._in_flight[delivery_id]
+            self._in_flight.pop(delivery_id, None)
             self._idle.notify_all()
-
-    def _read(self, query: Callable[[Transaction], T]) -> T:
-        with self._database.transaction() as transaction:
-            return query(transaction)
 
     # ---- the threads that send
 
-    def _deliver(self, delivery_id: int, entry: _InFlight) -> None:
-        """Execute a delivery, and handle all exceptions.
-
-        Do nothing if it was released meanwhile, because another thread may execute it.
-        """
-        with self._lock:
-            if self._in_flight.get(delivery_id) is not entry:
-                return
+    def _deliver(self, delivery_id: int, host: str) -> None:
+        """Execute a delivery, and handle all exceptions."""
         try:
             answered = self._delivery_executor.deliver(delivery_id)
             if answered is not None:
-                self._remember(entry.host, answered)
+                self._remember(host, answered)
         except StorageDown as error:
-            log.debug(
-                "delivery %d cannot be read, retrying: %s",
-                delivery_id,
-                error,
-                extra={"event": "delivery_unreadable", "delivery_id": delivery_id},
-            )
+            extra = {"event": "delivery_unreadable", "delivery_id": delivery_id}
+            log.debug("delivery %d cannot be read, retrying: %s", delivery_id, error, extra=extra)
             self._stopped.wait(STORAGE_RETRY_DELAY)
         except Exception:
             # It may have been sent, and is still due. Without this delay it would be sent over and over.
@@ -245,7 +212,7 @@ class Dispatcher:
                 )
             self._stopped.wait(POLL_INTERVAL)
         finally:
-            self._release(delivery_id, entry)
+            self._release(delivery_id)
             self._wake_up.set()
 
     def _remember(self, host: str, answered: bool) -> None:

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ccm.core.webhooks.retry import MAX_DELAY, RetryDecision
+from ccm.core.webhooks.retry import MAX_DELAY, DeliveryOutcome
 from ccm.db import deliveries, events
 from ccm.db.driver.transaction import Transaction
 from ccm.json_text import to_json_text
@@ -65,45 +65,37 @@ class Outbox:
         """
         postponed = deliveries.advance(transaction, timestamp(MAX_DELAY), timestamp())
         if postponed:
+            extra = {"event": "deliveries_rescheduled", "count": postponed}
             log.warning(
-                "%d webhooks were postponed while the clock was ahead, and are sent now",
-                postponed,
-                extra={"event": "deliveries_rescheduled", "count": postponed},
+                "%d webhooks were postponed while the clock was ahead, and are sent now", postponed, extra=extra
             )
-        if not self._service:
-            disabled = deliveries.disable_service(transaction, URL_UNSET)
-            if disabled:
-                log.warning(
-                    "%d webhooks are not sent: %s",
-                    disabled,
-                    URL_UNSET,
-                    extra={"event": "deliveries_disabled", "count": disabled},
-                )
+        disabled = 0 if self._service else deliveries.disable_service(transaction, URL_UNSET)
+        if disabled:
+            extra = {"event": "deliveries_disabled", "count": disabled}
+            log.warning("%d webhooks are not sent: %s", disabled, URL_UNSET, extra=extra)
 
     def record_attempt(
         self,
         transaction: Transaction,
         delivery: Delivery,
         attempts: Sequence[Mapping[str, object]],
-        decision: RetryDecision,
+        outcome: DeliveryOutcome,
     ) -> None:
         """Store the attempts of a delivery and its new state, and schedule or disable the deliveries after it."""
         deliveries.record_attempt(
             transaction,
             delivery.id,
             to_json_text(list(attempts)),
-            status=decision.status,
-            reason=decision.reason,
-            next_attempt_at=None if decision.pause is None else timestamp(decision.pause),
+            status=outcome.status,
+            reason=outcome.reason,
+            next_attempt_at=None if outcome.pause is None else timestamp(outcome.pause),
         )
-        if decision.status == DeliveryStatus.DISABLED:
-            self._disable(transaction, delivery, decision.reason or "")
-        elif decision.status != DeliveryStatus.PENDING:
+        if outcome.status in (DeliveryStatus.DELIVERED, DeliveryStatus.FAILED):
             deliveries.make_next_due(transaction, delivery.run_id, delivery.target, timestamp())
-
-    def _disable(self, transaction: Transaction, delivery: Delivery, reason: str) -> None:
-        if delivery.target == DeliveryTarget.RUN:
-            deliveries.disable_run(transaction, delivery.run_id, DeliveryTarget.RUN, reason)
-        else:
-            self._disabled_reason = reason
-            deliveries.disable_service(transaction, reason)
+        elif outcome.status == DeliveryStatus.DISABLED:
+            reason = outcome.reason or ""
+            if delivery.target == DeliveryTarget.RUN:
+                deliveries.disable_run(transaction, delivery.run_id, DeliveryTarget.RUN, reason)
+            else:
+                self._disabled_reason = reason
+                deliveries.disable_service(transaction, reason)

@@ -177,15 +177,12 @@ class _Connection(http.client.HTTPConnection):
             self._set_timeout()
             super().send(view[start : start + CHUNK_BYTES])
 
-    def _set_timeout(self) -> None:
-        """Limit the next call of the socket to the remaining time."""
-        self.sock.settimeout(self._remaining())
-
-    def _remaining(self) -> float:
+    def _set_timeout(self, share: int = 1) -> None:
+        """Limit the next call of the socket to the remaining time, or a share of it."""
         remaining = self._deadline - time.monotonic()
         if remaining <= 0:
             raise TimeoutError
-        return remaining
+        self.sock.settimeout(remaining / share)
 
     def _use(self, connection: socket.socket, share: int = 1) -> None:
         """Make `abort` reach a socket from now on, and limit it to a share of the remaining time."""
@@ -193,7 +190,7 @@ class _Connection(http.client.HTTPConnection):
             self.sock = connection
             if self.aborted:
                 raise TimeoutError
-        connection.settimeout(self._remaining() / share)
+        self._set_timeout(share)
 
     def abort(self) -> None:
         with self._lock:

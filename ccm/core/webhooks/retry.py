@@ -1,4 +1,7 @@
-"""Decides what follows an attempt: https://github.com/standard-webhooks/standard-webhooks/blob/main/spec"""
+"""The outcome of an attempt, and the pause before the next one.
+
+The schedule follows https://github.com/standard-webhooks/standard-webhooks/blob/main/spec.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ GONE = 410
 
 
 @dataclass(frozen=True)
-class RetryDecision:
-    """The new state of a delivery after an attempt.
+class DeliveryOutcome:
+    """The state of a delivery after an attempt, or after a refusal to make one.
 
     Args:
         error: why the attempt failed.
@@ -40,8 +43,8 @@ class RetryDecision:
     pause: float | None = None
 
 
-def decide(answer: Answer | str, attempts: int, schedule: Sequence[float]) -> RetryDecision:
-    """Decide the new state of a delivery.
+def outcome_of(answer: Answer | str, attempts: int, schedule: Sequence[float]) -> DeliveryOutcome:
+    """Return the state of a delivery after an attempt.
 
     Args:
         answer: the receiver's answer, or the reason why there is none.
@@ -50,20 +53,20 @@ def decide(answer: Answer | str, attempts: int, schedule: Sequence[float]) -> Re
     if isinstance(answer, str):
         error = answer
     elif 200 <= answer.status < 300:
-        return RetryDecision(DeliveryStatus.DELIVERED)
+        return DeliveryOutcome(DeliveryStatus.DELIVERED)
     elif answer.status == GONE:
-        error = "the receiver answered 410: it wants no more"
-        return RetryDecision(DeliveryStatus.DISABLED, error, error)
+        error = "the receiver answered 410 (Gone), so it gets no more events"
+        return DeliveryOutcome(DeliveryStatus.DISABLED, error, error)
     elif 300 <= answer.status < 400:
         error = f"the receiver redirects ({answer.status}), which is not followed"
     else:
         error = f"the receiver answered {answer.status}"
     if attempts > len(schedule):
-        return RetryDecision(DeliveryStatus.FAILED, error, f"no success in {attempts} attempts")
+        return DeliveryOutcome(DeliveryStatus.FAILED, error, f"no success in {attempts} attempts")
     pause = schedule[attempts - 1] * random.uniform(1, 1 + JITTER)  # noqa: S311  # no secret
     if isinstance(answer, Answer) and answer.status in RETRY_AFTER_STATUSES:
         pause = max(pause, min(_parse_retry_after(answer.retry_after), LONGEST_RETRY_AFTER))
-    return RetryDecision(DeliveryStatus.PENDING, error, pause=pause)
+    return DeliveryOutcome(DeliveryStatus.PENDING, error, pause=pause)
 
 
 def _parse_retry_after(retry_after: str | None) -> float:

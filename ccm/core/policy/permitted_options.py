@@ -10,7 +10,7 @@ from ccm.settings.settings import PERMISSION_MODES, PRIVILEGED_PERMISSION_MODES,
 from ccm.settings.webhook_urls import allowed, host_of
 
 
-def check_policy(options: Mapping[str, Any], settings: Settings) -> None:
+def check_options(options: Mapping[str, Any], settings: Settings) -> None:
     """Check that the settings permit every option of a run.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`flask prune`."""
+"""`flask export`, `flask import` and `flask prune`: the recorded history leaves, enters or is deleted."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from collections.abc import Iterator
 import click
 
 from ccm.cli.database import check_exists, open_to_read, open_to_write
-from ccm.cli.output import counted, exit_on_refusal, print_line
+from ccm.cli.output import counted, exit_on_refusal, print_error, print_line, write
 from ccm.core.archive import pruning
+from ccm.core.archive.exporting import export
+from ccm.core.archive.importing import Importer, Report
 from ccm.core.archive.local_files import LocalFiles
+from ccm.core.archive.sources import open_source
+from ccm.db import archive
 from ccm.db.driver.database import Database
 from ccm.errors import CommandRefused, StorageError
 from ccm.settings.parsers import UNITS, seconds_in
@@ -18,6 +22,55 @@ from ccm.settings.settings import Settings
 
 # The largest --older-than (seconds): 99,999 weeks, because no date is before year 1.
 HIGHEST_AGE = 99_999 * UNITS["w"]
+
+
+@click.command("export")
+@click.option("--session", "session_id", metavar="ID", help="Only this session and the sessions it was forked from.")
+def export_command(session_id: str | None) -> None:
+    """Write sessions, runs, messages and transcripts to standard output as JSON Lines.
+
+    The export is a snapshot of the database, also while a service is running. `flask import` reads it into another
+    database. ID may also be the sdkSessionId of a run.
+    """
+    with exit_on_refusal():
+        settings = Settings.from_env(os.environ)
+        with open_to_read(settings) as database, database.transaction() as transaction:
+            archive.hold_snapshot(transaction)
+            for line in export(transaction, session_id):
+                write(line)
+            write("", flush=True)
+
+
+@click.command("import")
+@click.argument("path", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+def import_command(path: str) -> None:
+    """Import the history in PATH: the output of `flask export` (- for standard input), or the SQLite file of the
+    original service, which ran on Bun.
+
+    Runs that are in the database already stay as they are, so an interrupted import can be repeated. The service must
+    not be running.
+    """
+    with exit_on_refusal():
+        settings = Settings.from_env(os.environ)
+        files = LocalFiles(os.environ)
+        with open_source(path, files.has_transcript, print_error) as source, open_to_write(settings) as database:
+            importer = Importer(database, files.has_transcript, print_error)
+            try:
+                importer.run(source)
+            finally:
+                _print_report(importer.report)
+
+
+def _print_report(report: Report) -> None:
+    print_line(
+        f"Imported {counted(report.sessions, 'session')}, {counted(report.runs, 'run')}, "
+        f"{counted(report.messages, 'message')} and {counted(report.transcripts, 'transcript')}; here already: "
+        f"{counted(report.already_there, 'run')}."
+    )
+    if report.interrupted:
+        print_line(f"Had not ended and became error / INTERRUPTED: {counted(report.interrupted, 'run')}.")
+    if report.runs:
+        print_line(f"Can be resumed or forked, because their transcript is here: {counted(report.resumable, 'run')}.")
 
 
 @click.command("prune")

@@ -52,7 +52,7 @@ def start(query: WaitQuery, body: StartBody) -> Response:
 
     def accept(run_request: RunRequest) -> Accepted:
         cwd = workdir.resolve(body.cwd, service().settings.allowed_roots)
-        opened = replace(run_request, described=body.described())
+        opened = replace(run_request, session_fields=body.described())
         return service().runs.start(opened, cwd)
 
     return _begin(RunMode.FRESH, query, body, accept)
@@ -84,7 +84,7 @@ def fork(query: WaitQuery, body: ForkBody) -> Response:
         cwd = None if body.cwd is None else workdir.resolve(body.cwd, roots)
         if cwd is None:
             workdir.check_roots(session.cwd, roots)
-        opened = replace(run_request, described=body.described())
+        opened = replace(run_request, session_fields=body.described())
         return service().runs.fork(opened, session, point, cwd)
 
     return _begin(RunMode.FORK, query, body, accept)
@@ -178,7 +178,7 @@ def _begin(mode: RunMode, query: WaitQuery, body: RunBody, accept: Callable[[Run
         prompt=body.prompt,
         images=body.pictures(),
         options=options,
-        stored=body.stored(),
+        run_fields=body.stored(),
         created_by=g.client,
         idempotency_key=key,
     )

@@ -21,6 +21,7 @@ from ccm.core.problems import Problems
 from ccm.core.queries import Queries
 from ccm.core.runs.input import Input
 from ccm.core.runs.manager import RunManager
+from ccm.core.runs.preparation import Preparation
 from ccm.core.runs.runner import Runner
 from ccm.core.runs.transitions import RunTransitions
 from ccm.core.storage.health import StorageHealth
@@ -155,20 +156,24 @@ class Service:
             self._writer,
             self.notifier,
             approvals,
-            workers=settings.max_concurrent_runs,
             timeout=settings.approval_timeout,
+        )
+        preparation = Preparation(
+            self._cli_config,
+            self._environ,
+            transcripts,
+            approvals=self.approvals,
+            writer=self._writer,
+            allow=self._check_allowed,
         )
         self._runner = Runner(
             self._writer,
             self.notifier,
-            self._cli_config,
             transcripts,
             transitions,
-            approvals=self.approvals,
+            preparation=preparation,
             problems=self.problems,
             workers=settings.max_concurrent_runs,
-            allow=self._check_allowed,
-            environ=self._environ,
         )
         self.runs = RunManager(self._writer, transitions, self._runner, transcripts, self.problems)
         addresses = Addresses(settings.webhook_url, settings.webhook_allow, settings.webhook_secret)

@@ -18,6 +18,7 @@ from ccm.core.claude.processes import end_marked
 from ccm.core.claude.run_directory import remove_directories
 from ccm.core.lineage import ForkPoint
 from ccm.core.problems import Problems
+from ccm.core.run_log import RunLog
 from ccm.core.runs.request import Accepted, RunRequest
 from ccm.core.runs.runner import Runner
 from ccm.core.runs.transitions import AfterCommit, RunTransitions, not_resumable
@@ -68,7 +69,7 @@ class RunManager:
         """
         session_id = str(uuid.uuid4())
         row = self._row(request, session_id, session_id, cwd)
-        return self._submit(row, request, new_session={"parentSessionId": None, "forkedFromRunId": None})
+        return self._submit(row, request, new_session={})
 
     def resume(self, request: RunRequest, session: Session, head: Run | None) -> Accepted:
         """Accept a run that continues a session.
@@ -166,10 +167,8 @@ class RunManager:
             except Unavailable:
                 raise
             except Exception:
-                log.exception(
-                    "run %s: cannot recover it fully, ending it by its row alone",
-                    run_id,
-                    extra={"event": "run_recovery_failed", "run_id": run_id},
+                RunLog(log, run_id).exception(
+                    "cannot store its full end, writing only its status and the error", event="run_recovery_failed"
                 )
                 self._recover_row_only(run_id)
         try:
@@ -186,11 +185,7 @@ class RunManager:
             remove_directories(run_id)
         except Exception:
             # Remaining processes or files must not prevent the run's end from being stored.
-            log.exception(
-                "run %s: cannot remove its remaining processes and files",
-                run_id,
-                extra={"event": "run_cleanup_failed", "run_id": run_id},
-            )
+            RunLog(log, run_id).exception("cannot remove its remaining processes and files", event="run_cleanup_failed")
         run = self._writer.write(lambda transaction: runs.get(transaction, run_id))
         transcript = self._transcripts.keep(run)
         self._writer.write(
@@ -212,15 +207,11 @@ class RunManager:
             "id": str(uuid.uuid4()),
             "sessionId": session_id,
             "sdkSessionId": sdk_session_id,
-            "parentSessionId": None,
-            "parentRunId": None,
-            "forkAtMessage": None,
-            "forkAtIndex": None,
             "mode": request.mode,
             "status": RunStatus.RUNNING,
             "cwd": cwd,
             "imageCount": len(request.images),
-            **Run.to_columns({**request.stored, "prompt": request.prompt, "options": request.options}),
+            **Run.to_columns({**request.run_fields, "prompt": request.prompt, "options": request.options}),
             "idempotencyKey": None if request.idempotency_key is None else request.idempotency_key.text,
             "requestDigest": None if request.idempotency_key is None else request.idempotency_key.digest,
             "createdBy": request.created_by,

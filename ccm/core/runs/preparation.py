@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ccm.core.approvals.requests import Approvals
 from ccm.core.claude.outcome import Outcome
 from ccm.core.claude.run_context import CLIConfig, RunContext
+from ccm.core.run_log import RunLog
 from ccm.core.runs.transitions import Start
 from ccm.core.storage.writer import Writer
 from ccm.core.transcripts.files import TranscriptFiles
@@ -57,10 +58,12 @@ class Preparation:
 
     def check(self, start: Start) -> Outcome | None:
         """Put the parent's transcript in place. Return how the run ends if it cannot begin."""
-        refusal = self._check_allowed(start.run)
-        if refusal is None and start.parent is not None:
-            refusal = self._provide_transcript(start.parent, start.run)
-        return refusal
+        try:
+            # A restart while it was waiting may have changed the settings.
+            self._allow(start.run)
+        except Forbidden as error:
+            return Outcome(RunStatus.ERROR, error.code, error.message)
+        return None if start.parent is None else self._provide_transcript(start.parent, start.run)
 
     def make_execution(self, start: Start, mirror: Mirror) -> Execution:
         # Imported here because the SDK takes longer to import than the rest of a start.
@@ -101,14 +104,6 @@ class Preparation:
 
         return record
 
-    def _check_allowed(self, run: Run) -> Outcome | None:
-        """Return how the run ends if the settings forbid it: a restart while it was waiting may have changed them."""
-        try:
-            self._allow(run)
-        except Forbidden as error:
-            return Outcome(RunStatus.ERROR, error.code, error.message)
-        return None
-
     def _provide_transcript(self, parent: Run, run: Run) -> Outcome | None:
         """Put the parent's transcript where Claude Code finds it. Return how the run ends if that is impossible."""
         try:
@@ -116,11 +111,8 @@ class Preparation:
                 return None
             reason = "it is neither on this host nor complete in the database"
         except (OSError, StorageError) as error:
-            log.exception(
-                "run %s: cannot write the transcript of run %s to a file",
-                run.id,
-                parent.id,
-                extra={"event": "transcript_restore_failed", "run_id": run.id},
+            RunLog(log, run.id).exception(
+                "cannot write the transcript of run %s to a file", parent.id, event="transcript_restore_failed"
             )
             reason = f"it could not be written to a file: {error}"
         message = f"The transcript of run {parent.id}, which this run continues, is missing: {reason}."

@@ -11,19 +11,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ccm.core.approvals.requests import Approvals
 from ccm.core.claude.input_queue import FollowUp
-from ccm.core.claude.outcome import Outcome
+from ccm.core.claude.outcome import Outcome, fault
 from ccm.core.claude.processes import end_marked
 from ccm.core.claude.reaper import Reaper
-from ccm.core.claude.run_context import CLIConfig
 from ccm.core.problems import Problems
+from ccm.core.run_log import RunLog
 from ccm.core.runs.end_store import FIRST_DELAY, MAX_DELAY, EndStore, columns, columns_of_fault
 from ccm.core.runs.ongoing_run import OngoingRun
 from ccm.core.runs.preparation import Preparation
@@ -59,38 +58,30 @@ class Runner:
     Args:
         writer: stores every change.
         notifier: notifies subscribers when a run has started or ended.
-        cli_config: the Claude Code to run.
         transcripts: the transcripts of runs, on this host and in the database.
         transitions: decides how runs end and which start next.
-        approvals: passes permission requests on to clients.
+        preparation: prepares the execution of a run.
         problems: receives faults that cannot be handled.
         workers: the number of runs that execute at once.
-        allow: raises `Forbidden` if the settings no longer allow a run that is about to begin.
-        environ: the environment that agents inherit.
     """
 
     def __init__(
         self,
         writer: Writer,
         notifier: Notifier,
-        cli_config: CLIConfig,
         transcripts: TranscriptFiles,
         transitions: RunTransitions,
         *,
-        approvals: Approvals,
+        preparation: Preparation,
         problems: Problems,
         workers: int,
-        allow: Callable[[Run], None],
-        environ: Mapping[str, str],
     ) -> None:
         self._writer = writer
         self._notifier = notifier
         self._transcripts = transcripts
         self._transitions = transitions
         self._problems = problems
-        self._preparation = Preparation(
-            cli_config, environ, transcripts, approvals=approvals, writer=writer, allow=allow
-        )
+        self._preparation = preparation
         self._ends = EndStore(writer, transitions, problems, self.perform)
         self._pool = WorkerPool(workers, problems)
         self._reaper = Reaper()
@@ -199,11 +190,10 @@ class Runner:
         try:
             step()
         except Exception:
-            extra = {"event": "runner_step_failed"}
             if run_id is None:
-                log.exception("%s", failure, extra=extra)
+                log.exception("%s", failure, extra={"event": "runner_step_failed"})
             else:
-                log.exception("run %s: %s", run_id, failure, extra={**extra, "run_id": run_id})
+                RunLog(log, run_id).exception("%s", failure, event="runner_step_failed")
             return False
         return True
 
@@ -286,10 +276,8 @@ class Runner:
             values = columns_of_fault(error) | transcript
         if not self._ends.store(run, values):
             # The run stays in `_ongoing`, so that it does not begin again.
-            log.error(
-                "run %s: its end is not stored; the next start reports it as INTERRUPTED",
-                run.id,
-                extra={"event": "run_end_lost", **ids},
+            RunLog(log, run.id).error(
+                "its end is not stored; the next start reports it as INTERRUPTED", event="run_end_lost", extra=ids
             )
             return
         self._forget(run.id)
@@ -322,8 +310,8 @@ class Runner:
             else:
                 outcome = refusal
         except BaseException as error:
-            log.exception("run %s: its execution failed", run.id, extra={"event": "run_failed", "run_id": run.id})
-            outcome = Outcome(RunStatus.ERROR, "EXECUTION_ERROR", f"{type(error).__name__}: {error}")
+            RunLog(log, run.id).exception("its execution failed", event="run_failed")
+            outcome = fault(error)
         if execution is None or execution.processes_ended:
             self._attempt(lambda: self._reaper.release(run.id), "cannot write to the reaper", run.id)
         else:
@@ -337,10 +325,8 @@ class Runner:
             end_marked(run_id)
             self._reaper.release(run_id)
         except Exception:
-            log.exception(
-                "run %s: cannot find its processes, leaving them to the reaper",
-                run_id,
-                extra={"event": "process_search_failed", "run_id": run_id},
+            RunLog(log, run_id).exception(
+                "cannot find its processes, leaving them to the reaper", event="process_search_failed"
             )
             self._attempt(lambda: self._reaper.end(run_id), "cannot write to the reaper", run_id)
 

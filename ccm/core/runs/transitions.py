@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ccm.core.approvals.transitions import ApprovalTransitions
+from ccm.core.run_log import RunLog
 from ccm.core.runs.request import Accepted, IfBusy, RunRequest
 from ccm.core.storage.notifier import APPROVALS, EVENTS
 from ccm.core.webhooks.outbox import Outbox
@@ -128,7 +129,7 @@ class RunTransitions:
             session = {
                 "id": session_id,
                 "cwd": row["cwd"],
-                **Session.to_columns({"title": None, "metadata": None, **request.described}),
+                **Session.to_columns({"title": None, "metadata": None, **request.session_fields}),
                 "firstRunAt": row["createdAt"],
                 "lastRunAt": row["createdAt"],
                 "lastRunSeq": seq,
@@ -182,12 +183,7 @@ class RunTransitions:
             except StorageDown:
                 raise
             except Exception:
-                log.exception(
-                    "run %s: cannot store its end as %s",
-                    run.id,
-                    state["status"],
-                    extra={"event": "run_end_failed", "run_id": run.id},
-                )
+                RunLog(log, run.id).exception("cannot store its end as %s", state["status"], event="run_end_failed")
         return self.end_row_only(transaction, run)
 
     def end_row_only(self, transaction: Transaction, run: Run) -> AfterCommit:

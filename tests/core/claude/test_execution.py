@@ -25,6 +25,7 @@ from ccm.core.claude.run_events import first
 from ccm.core.claude.termination import Termination
 from ccm.core.policy.ceilings import Ceilings
 from ccm.core.transcripts.store import Mirror
+from ccm.models import RunStatus
 from tests.conftest import stand_in_cli
 from tests.waiting import until
 
@@ -100,6 +101,9 @@ class Run:
     def start(self) -> Run:
         self._thread.start()
         return self
+
+    def cancel(self) -> None:
+        self.execution.stop(Outcome(RunStatus.CANCELLED))
 
     def end(self, left: Sequence[str] = ()) -> Outcome:
         """Wait for the end and check which processes remain.
@@ -360,7 +364,7 @@ def broken(*_: object, **__: object) -> None:
     ("owner", "part"),
     [
         *((Termination, part) for part in ("run", "watch_exit", "_free_output")),
-        *((Execution, part) for part in ("_keep_time", "_write")),
+        *((Execution, part) for part in ("_keep_time", "_write_input")),
     ],
 )
 def test_a_failed_task_ends_the_run(
@@ -370,7 +374,7 @@ def test_a_failed_task_ends_the_run(
     run = Run(tmp_path, {"count": 1, "hold": True, "ignore_interrupt": True, "tool": 300}).start()
     if part == "_free_output":
         until(lambda: run.messages)
-        run.execution.cancel()
+        run.cancel()
     outcome = run.end()
 
     assert (outcome.status, outcome.error_code) in (("error", "EXECUTION_ERROR"), ("cancelled", None))
@@ -406,7 +410,7 @@ def test_a_run_ends_with_its_processes_if_the_sdk_does_not_end_the_stream(
 
 def test_a_cancel_before_the_start_cancels_the_run(tmp_path: Path) -> None:
     run = Run(tmp_path, {"count": 1})
-    run.execution.cancel()
+    run.cancel()
 
     assert end_of(run) == ("cancelled", "None")
 
@@ -414,7 +418,7 @@ def test_a_cancel_before_the_start_cancels_the_run(tmp_path: Path) -> None:
 def test_an_interrupt_ends_a_run(tmp_path: Path) -> None:
     run = Run(tmp_path, {"count": 1, "hold": True}).start()
     until(lambda: run.messages)
-    run.execution.cancel()
+    run.cancel()
     outcome = run.end()
 
     assert outcome.status == "cancelled"
@@ -426,7 +430,7 @@ def test_a_cli_that_ignores_the_interrupt_is_terminated(tmp_path: Path, monkeypa
     monkeypatch.setattr("ccm.core.claude.termination.INTERRUPT_TIMEOUT", 0.2)
     run = Run(tmp_path, {"count": 1, "hold": True, "ignore_interrupt": True, "tool": 300}).start()
     until(lambda: run.messages)
-    run.execution.cancel()
+    run.cancel()
 
     assert end_of(run) == ("cancelled", "None")
 
@@ -439,7 +443,7 @@ def test_a_cli_that_ignores_the_terminate_too_is_killed(tmp_path: Path, monkeypa
     stubborn.chmod(0o755)
     run = Run(tmp_path, {"count": 1, "hold": True, "ignore_interrupt": True}, cli_path=stubborn).start()
     until(lambda: run.messages)
-    run.execution.cancel()
+    run.cancel()
 
     assert end_of(run) == ("cancelled", "None")
 
@@ -449,7 +453,7 @@ def test_a_cancel_under_back_pressure_ends_the_process(tmp_path: Path) -> None:
     run.gate = asyncio.Event()
     run.start()
     until(lambda: run.messages)
-    run.execution.cancel()
+    run.cancel()
     until(lambda: not is_there(run))
 
     loop = run.execution._loop
@@ -461,8 +465,8 @@ def test_a_cancel_under_back_pressure_ends_the_process(tmp_path: Path) -> None:
 def test_a_run_ends_with_the_first_reason_to_stop(tmp_path: Path) -> None:
     run = Run(tmp_path, {"count": 1, "hold": True}).start()
     until(lambda: run.messages)
-    run.execution.fail("INTERRUPTED", "The service was shut down.")
-    run.execution.cancel()
+    run.execution.stop(Outcome(RunStatus.ERROR, "INTERRUPTED", "The service was shut down."))
+    run.cancel()
     outcome = run.end()
 
     assert (outcome.status, outcome.error_code, outcome.error_message) == (
@@ -600,7 +604,7 @@ def test_a_cancel_before_the_time_is_up_counts(tmp_path: Path) -> None:
     run = Run(tmp_path, {"count": 1, "hold": True})
     time_runs_out_with(run, run.execution._events.stop).start()
     until(lambda: run.messages)
-    run.execution.cancel()
+    run.cancel()
 
     assert end_of(run) == ("cancelled", "None")
 
@@ -609,7 +613,7 @@ def test_a_cancel_after_the_time_is_up_is_too_late(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("ccm.core.claude.termination.INTERRUPT_TIMEOUT", 0.2)
     run = Run(tmp_path, {"count": 1, "hold": True, "ignore_interrupt": True}, timeout_ms=500).start()
     until(run.execution._events.stop.is_set)
-    run.execution.cancel()
+    run.cancel()
 
     assert end_of(run) == ("error", "TIMEOUT")
 
@@ -662,7 +666,7 @@ def test_the_cli_runs_in_a_session_of_its_own(tmp_path: Path) -> None:
     until(lambda: run.messages)
     (claude,) = marked(run.run_id)
     assert os.getsid(claude) == claude
-    run.execution.cancel()
+    run.cancel()
     run.end()
 
 
@@ -678,7 +682,7 @@ def test_a_cancel_while_the_cli_never_answers_ends_its_children_too(
     mute.chmod(0o755)
     run = Run(tmp_path, "x", cli_path=mute).start()
     until(lambda: len(marked(run.run_id)) == 2)
-    run.execution.cancel()
+    run.cancel()
 
     assert end_of(run) == ("cancelled", "None")
 

@@ -7,7 +7,7 @@ files, because every user of the host can read a process's arguments, and Linux 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,6 @@ def sdk_arguments(
     permission_mode: str,
     setting_sources: tuple[str, ...],
     directory: Path,
-    agent: Callable[..., Any],
 ) -> dict[str, Any]:
     """Return the keyword arguments for a run's options.
 
@@ -71,7 +70,6 @@ def sdk_arguments(
         permission_mode: the default.
         setting_sources: the default. Always passed on, because the SDK's `skills` would otherwise widen it silently.
         directory: the run's own directory, for private files.
-        agent: the SDK's `AgentDefinition`.
 
     Raises:
         UnusableOptionsError: the settings file cannot be read.
@@ -79,12 +77,10 @@ def sdk_arguments(
     arguments: dict[str, Any] = {
         "permission_mode": permission_mode,
         "setting_sources": list(setting_sources),
-        "extra_args": {},
-        "env": {},
+        "extra_args": dict(options.get("extraArgs", {})),
+        "env": dict(options.get("env", {})),
     }
     arguments |= {RENAMED[name]: value for name, value in options.items() if name in RENAMED}
-    arguments["extra_args"] |= options.get("extraArgs", {})
-    arguments["env"] |= options.get("env", {})
     _system_prompt(options.get("systemPrompt"), arguments, directory)
     if "thinking" in options:
         thinking = dict(options["thinking"])
@@ -92,7 +88,7 @@ def sdk_arguments(
             thinking["budget_tokens"] = thinking.pop("budgetTokens")
         arguments["thinking"] = thinking
     if "agents" in options:
-        arguments["agents"] = {name: agent(**definition) for name, definition in options["agents"].items()}
+        arguments["agents"] = {name: AgentDefinition(**definition) for name, definition in options["agents"].items()}
     _settings(options, arguments, directory)
     if "mcpServers" in options:
         text = json.dumps({"mcpServers": options["mcpServers"]})
@@ -174,7 +170,6 @@ def sdk_options(
         permission_mode=cli_config.permission_mode if ask is None else "default",
         setting_sources=cli_config.setting_sources,
         directory=directory,
-        agent=AgentDefinition,
     )
     # The recorded messages must include the user's, so that they form the whole conversation.
     arguments["extra_args"]["replay-user-messages"] = None

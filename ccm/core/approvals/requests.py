@@ -107,13 +107,7 @@ class Approvals:
         """Store a permission request and return the approval once it is no longer pending."""
         seconds = self._timeout if run.approval_timeout_ms is None else run.approval_timeout_ms / 1000
         approval = await self._store(
-            partial(
-                self._transitions.ask,
-                approval_id=approval_id,
-                run_id=run.id,
-                question=question,
-                seconds=seconds,
-            )
+            partial(self._transitions.ask, approval_id=approval_id, run_id=run.id, question=question, seconds=seconds)
         )
         if not approval.pending:
             return approval
@@ -122,11 +116,7 @@ class Approvals:
                 return await _result(waiter)
         except TimeoutError:
             # An answer may have been stored meanwhile; then it counts.
-            return await self._store(partial(self._time_out, approval_id))
-
-    def _time_out(self, approval_id: str, transaction: Transaction) -> Approval:
-        self._transitions.time_out(transaction, approval_id)
-        return approvals.get(transaction, approval_id)
+            return await self._store(partial(self._transitions.time_out, approval_id=approval_id))
 
     async def _store(self, work: Callable[[Transaction], Approval]) -> Approval:
         """Store a change, however long that takes. The loop keeps running, so that the run can be cancelled."""
@@ -186,7 +176,9 @@ class Approvals:
             won = resolved or (won and transaction.uncertain)
             approval = approvals.get(transaction, approval_id)
             if not won:
-                raise ApprovalResolved(f"Approval {approval_id} {_resolution(approval)}", approval.to_json())
+                resolution = RESOLUTIONS[Resolution(str(approval.resolution))]
+                how = resolution.format(at=approval.resolved_at, status=approval.status)
+                raise ApprovalResolved(f"Approval {approval_id} {how}", approval.to_json())
             return approval
 
         return self._writer.write(work, self._publish)
@@ -227,10 +219,6 @@ class Approvals:
         for approval in read.result():
             if approval is not None and not approval.pending:  # None: it is not stored yet
                 self._resolve_waiter(approval)
-
-
-def _resolution(approval: Approval) -> str:
-    return RESOLUTIONS[Resolution(str(approval.resolution))].format(at=approval.resolved_at, status=approval.status)
 
 
 async def _result(future: Future[T]) -> T:

@@ -108,13 +108,11 @@ class ApprovalTransitions:
             },
         )
 
-    def time_out(self, transaction: Transaction, approval_id: str) -> bool:
-        """Deny a pending approval because nobody answered in time. Returns False if it is not pending."""
-        return self._resolve(
-            transaction,
-            approval_id,
-            {"status": ApprovalStatus.DENIED, "resolution": Resolution.TIMED_OUT, "message": TOO_LATE},
-        )
+    def time_out(self, transaction: Transaction, approval_id: str) -> Approval:
+        """Deny an approval because nobody answered in time, unless it is no longer pending. Returns it."""
+        values = {"status": ApprovalStatus.DENIED, "resolution": Resolution.TIMED_OUT, "message": TOO_LATE}
+        self._resolve(transaction, approval_id, values)
+        return approvals.get(transaction, approval_id)
 
     def expire(self, transaction: Transaction, approval_id: str) -> bool:
         """Expire a pending approval because its run no longer waits for it. Returns False if it is not pending."""

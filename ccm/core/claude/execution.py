@@ -81,11 +81,7 @@ class Execution:
         self._events = RunEvents()
         self._progress = Progress()
         self._termination = termination.Termination(
-            context.run_id,
-            self._events,
-            self._progress,
-            mirror,
-            stop_requested=lambda: self._reason is not None,
+            context.run_id, self._events, self._progress, mirror, stop_requested=lambda: self._reason is not None
         )
         self._bytes_after_exit = 0
         self._prompt = user_message(context.sdk_session_id, context.prompt, context.images)
@@ -93,7 +89,6 @@ class Execution:
         self._settling: asyncio.TimerHandle | None = None
         # Why the run stops. The first reason counts.
         self._reason: Outcome | None = None
-        self._stderr = ""
         self._disconnect_failed = False
         # Whether every process of the run has ended, except those that may remain.
         self.processes_ended = False
@@ -145,11 +140,9 @@ class Execution:
 
     def _end_processes(self) -> None:
         """End the processes of the run that did not end by themselves."""
-        if self._reason is None and self._events.over.is_set() and not self._disconnect_failed:
-            self.processes_ended = True
-            return
         try:
-            end_marked(self._context.run_id)
+            if self._reason is not None or self._disconnect_failed or not self._events.over.is_set():
+                end_marked(self._context.run_id)
             self.processes_ended = True
         except Exception:
             self._log.exception("cannot find its processes", event="process_search_failed")
@@ -189,8 +182,7 @@ class Execution:
                 self._log.error("cannot write its temporary directory: %s", error, event="run_directory_failed")
                 return Outcome(RunStatus.ERROR, "TMPDIR_NOT_WRITABLE", TMPDIR_ADVICE.format(error.strerror))
             raised = await self._converse(Client(options))
-            self._stderr = read_stderr(directory)
-        return self._outcome(raised)
+            return self._outcome(raised, read_stderr(directory))
 
     async def _converse(self, client: Client) -> BaseException | None:
         """Start Claude Code, read its messages, and end it. Returns the exception that the SDK raised, if any."""
@@ -229,17 +221,14 @@ class Execution:
     async def _end(self, client: Client) -> None:
         """End Claude Code. If that fails, kill it, because nothing else would end it."""
         try:
-            await self._terminate(client)
+            exit_watch = asyncio.create_task(self._supervised(partial(self._termination.watch_exit, client)))
+            try:
+                await self._termination.run(client)
+            finally:
+                exit_watch.cancel()
         except Exception as error:
             self._fail_with(error)
             await self._termination.kill_after_fault(client)
-
-    async def _terminate(self, client: Client) -> None:
-        exit_watch = asyncio.create_task(self._supervised(partial(self._termination.watch_exit, client)))
-        try:
-            await self._termination.run(client)
-        finally:
-            exit_watch.cancel()
 
     async def _supervised(self, part: Callable[[], Awaitable[None]]) -> None:
         """Run a background task. If it fails, the run stops, because otherwise it might never end."""
@@ -253,12 +242,7 @@ class Execution:
 
     def _fail_with(self, error: Exception) -> None:
         """Stop the run after a fault in one of its tasks. For the run's own loop."""
-        log.error(
-            "run %s failed because of a fault",
-            self._context.run_id,
-            exc_info=error,
-            extra={"event": "run_failed", "run_id": self._context.run_id},
-        )
+        self._log.error("failed because of a fault", exc_info=error, event="run_failed")
         if self._reason is None:
             self._reason = fault(error)
         self._events.stop.set()
@@ -351,18 +335,19 @@ class Execution:
             self._progress.note_denial(answer)
         return answer
 
-    def _outcome(self, error: BaseException | None) -> Outcome:
+    def _outcome(self, error: BaseException | None, stderr: str) -> Outcome:
         """Return how the run ended.
 
         Args:
             error: the exception that the SDK raised, if any.
+            stderr: the end of Claude Code's stderr.
         """
         outcome = self._progress.outcome(
             self._reason, over=self._events.over.is_set(), unanswered=self._follow_ups.unanswered
         )
         if outcome is not None:
             return outcome
-        code, message = explain(error, self._stderr, self._cli_config.max_message_bytes)
+        code, message = explain(error, stderr, self._cli_config.max_message_bytes)
         if code == "EXECUTION_ERROR":
             self._log.error("%r", error, exc_info=error, event="run_failed")
         return Outcome(RunStatus.ERROR, code, message)

@@ -34,13 +34,7 @@ from claude_agent_sdk import (
 
 from ccm.models import Answer, Question
 
-__all__ = [
-    "AgentDefinition",
-    "ClaudeAgentOptions",
-    "Client",
-    "explain",
-    "permission_callback",
-]
+__all__ = ["AgentDefinition", "ClaudeAgentOptions", "Client", "explain", "permission_callback"]
 
 log = logging.getLogger(__name__)
 

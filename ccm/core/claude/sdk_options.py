@@ -57,11 +57,7 @@ def private_file(directory: Path, name: str, text: str) -> str:
 
 
 def sdk_arguments(
-    options: Mapping[str, Any],
-    *,
-    permission_mode: str,
-    setting_sources: tuple[str, ...],
-    directory: Path,
+    options: Mapping[str, Any], *, permission_mode: str, setting_sources: tuple[str, ...], directory: Path
 ) -> dict[str, Any]:
     """Return the keyword arguments for a run's options.
 
@@ -123,12 +119,12 @@ def _read_settings(file: Path) -> dict[str, Any]:
 
 
 def _system_prompt(prompt: Any, arguments: dict[str, Any], directory: Path) -> None:
-    if isinstance(prompt, str):
-        prompt = {"type": "custom", "prompt": prompt}
     if prompt is None:
         # The SDK's default is an empty prompt, with which the agent does not behave like Claude Code.
-        arguments["system_prompt"] = dict(CLAUDE_CODE_PROMPT)
-    elif prompt["type"] == "custom":
+        prompt = CLAUDE_CODE_PROMPT
+    elif isinstance(prompt, str):
+        prompt = {"type": "custom", "prompt": prompt}
+    if prompt["type"] == "custom":
         path = private_file(directory, "system-prompt.txt", prompt["prompt"])
         arguments["system_prompt"] = {"type": "file", "path": path}
         if "snapshot" in prompt:

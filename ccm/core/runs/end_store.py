@@ -10,7 +10,7 @@ from typing import Any
 
 from ccm.core.claude.outcome import Outcome
 from ccm.core.problems import Problems
-from ccm.core.runs.transitions import AfterCommit, RunTransitions
+from ccm.core.runs.transitions import UNSTORABLE, AfterCommit, RunTransitions
 from ccm.core.storage.writer import Writer
 from ccm.db.driver.transaction import Transaction
 from ccm.errors import ShuttingDown, Unavailable
@@ -34,11 +34,7 @@ class EndStore:
     """
 
     def __init__(
-        self,
-        writer: Writer,
-        transitions: RunTransitions,
-        problems: Problems,
-        perform: Callable[[AfterCommit], None],
+        self, writer: Writer, transitions: RunTransitions, problems: Problems, perform: Callable[[AfterCommit], None]
     ) -> None:
         self._writer = writer
         self._transitions = transitions
@@ -126,7 +122,8 @@ class EndStore:
 
     def _end_row_only(self, run: Run, _values: Mapping[str, Any], transaction: Transaction) -> AfterCommit:
         """End a run by its row alone, because `_end` has failed. Which run starts next is decided separately."""
-        return self._transitions.end_row_only(transaction, run) | AfterCommit(dispatch_failed=True)
+        ended = self._transitions.end_row_only(transaction, run.id, UNSTORABLE)
+        return ended | AfterCommit(changed=(run.session_id,), dispatch_failed=True)
 
 
 def columns(outcome: Outcome) -> dict[str, Any]:

@@ -157,17 +157,14 @@ class RunManager:
             Unavailable: the database is not writable.
         """
         for run_id in self._writer.write(self._transitions.unfinished):
-            log.warning(
-                "run %s interrupted when the previous service exited",
-                run_id,
-                extra={"event": "run_interrupted", "run_id": run_id},
-            )
+            run_log = RunLog(log, run_id)
+            run_log.warning("interrupted when the previous service exited", event="run_interrupted")
             try:
                 self._recover(run_id)
             except Unavailable:
                 raise
             except Exception:
-                RunLog(log, run_id).exception(
+                run_log.exception(
                     "cannot store its full end, writing only its status and the error", event="run_recovery_failed"
                 )
                 self._recover_row_only(run_id)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ccm.core.approvals.requests import Approvals
 from ccm.core.claude.outcome import Outcome
 from ccm.core.claude.run_context import CLIConfig, RunContext
+from ccm.core.policy import workdir
+from ccm.core.policy.options import check_policy
 from ccm.core.run_log import RunLog
 from ccm.core.runs.transitions import Start
 from ccm.core.storage.writer import Writer
@@ -19,6 +21,7 @@ from ccm.core.transcripts.store import Mirror
 from ccm.errors import Forbidden, StorageError
 from ccm.json_text import storable, to_json_text
 from ccm.models import Image, Message, Run, RunStatus
+from ccm.settings.settings import Settings
 from ccm.timestamps import timestamp
 
 if TYPE_CHECKING:
@@ -32,35 +35,36 @@ class Preparation:
 
     Args:
         cli_config: the Claude Code to run.
+        settings: those of the service, which may have changed since a run was accepted.
         environ: the environment that agents inherit.
         transcripts: the transcripts of runs, on this host and in the database.
         approvals: passes permission requests on to clients.
         writer: stores messages.
-        allow: raises `Forbidden` if the settings no longer allow a run that is about to begin.
     """
 
     def __init__(
         self,
         cli_config: CLIConfig,
+        settings: Settings,
         environ: Mapping[str, str],
-        transcripts: TranscriptFiles,
         *,
+        transcripts: TranscriptFiles,
         approvals: Approvals,
         writer: Writer,
-        allow: Callable[[Run], None],
     ) -> None:
         self._cli_config = cli_config
+        self._settings = settings
         self._environ = environ
         self._transcripts = transcripts
         self._approvals = approvals
         self._writer = writer
-        self._allow = allow
 
     def check(self, start: Start) -> Outcome | None:
         """Put the parent's transcript in place. Return how the run ends if it cannot begin."""
         try:
-            # A restart while it was waiting may have changed the settings.
-            self._allow(start.run)
+            # A restart while the run was waiting may have changed the settings.
+            check_policy(start.run.options.value, self._settings)
+            workdir.check_roots(start.run.cwd, self._settings.allowed_roots)
         except Forbidden as error:
             return Outcome(RunStatus.ERROR, error.code, error.message)
         return None if start.parent is None else self._provide_transcript(start.parent, start.run)

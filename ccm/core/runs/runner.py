@@ -89,7 +89,6 @@ class Runner:
         self._all_ended = threading.Condition(self._lock)
         # The runs that have begun and whose end is not stored yet, by id.
         self._ongoing: dict[str, OngoingRun] = {}
-        self._stopping = False
         # The number of catch-ups since side effects were last performed without a fault.
         self._catch_ups = 0
         # The ids of the runs that the last catch-up tried to begin.
@@ -97,7 +96,7 @@ class Runner:
 
     @property
     def stopping(self) -> bool:
-        return self._stopping
+        return not self._transitions.open
 
     def stop(self, deadline: float) -> bool:
         """Interrupt every run and wait until their ends are stored. Waiting runs stay in the queue for the next start.
@@ -109,7 +108,6 @@ class Runner:
             False if the ends of some runs were not stored by then.
         """
         with self._lock:
-            self._stopping = True
             self._transitions.open = False
             ongoing = dict(self._ongoing)
         try:
@@ -210,8 +208,7 @@ class Runner:
         self._writer.call_later(pause, self._submit_catch_up)
 
     def _submit_catch_up(self) -> None:
-        work = self._fail_and_redispatch if self._catch_ups >= MAX_CATCH_UPS else self._redispatch
-        self._writer.submit(work, self.perform).future.add_done_callback(self._retry_catch_up)
+        self._writer.submit(self._redispatch, self.perform).future.add_done_callback(self._retry_catch_up)
 
     def _retry_catch_up(self, caught_up: Future[AfterCommit]) -> None:
         error = caught_up.exception()
@@ -220,15 +217,14 @@ class Runner:
             self._attempt(self.catch_up, "cannot start waiting runs")
 
     def _redispatch(self, transaction: Transaction) -> AfterCommit:
-        after_commit = self._transitions.dispatch_again(transaction)
-        self._redispatched = {start.run.id for start in after_commit.starts}
-        return after_commit
-
-    def _fail_and_redispatch(self, transaction: Transaction) -> AfterCommit:
-        # Only runs of an earlier catch-up: runs that this transaction starts have had no chance to begin yet.
-        not_begun = self._redispatched.difference(self._ongoing)
-        failed = self._transitions.fail_started(transaction, not_begun, NOT_BEGUN)
-        return failed | self._redispatch(transaction)
+        failed = AfterCommit()
+        if self._catch_ups >= MAX_CATCH_UPS:
+            # Only runs of an earlier catch-up: runs that this transaction starts have had no chance to begin yet.
+            not_begun = self._redispatched.difference(self._ongoing)
+            failed = self._transitions.fail_started(transaction, not_begun, NOT_BEGUN)
+        redispatched = self._transitions.dispatch_again(transaction)
+        self._redispatched = {start.run.id for start in redispatched.starts}
+        return failed | redispatched
 
     def _begin(self, start: Start) -> None:
         """Hand a run to a thread of the pool. End the run if that fails."""
@@ -238,7 +234,7 @@ class Runner:
                 if run.id in self._ongoing:
                     return
                 ongoing = self._ongoing[run.id] = OngoingRun()
-                stopping = self._stopping
+                stopping = self.stopping
             if stopping:
                 ongoing.stop(SHUT_DOWN)
             self._pool.submit(partial(self._own, start, ongoing), partial(self._fail_to_begin, run))
@@ -250,12 +246,7 @@ class Runner:
 
         The run stays in `_ongoing` until its end is stored, so that it does not begin after all.
         """
-        log.error(
-            "run %s cannot begin, ending it",
-            run.id,
-            exc_info=error,
-            extra={"event": "run_begin_failed", "run_id": run.id},
-        )
+        RunLog(log, run.id).error("cannot begin, ending it", exc_info=error, event="run_begin_failed")
         self._ends.submit(run, columns_of_fault(error), self._forget)
 
     # ---- in the run's thread
@@ -272,7 +263,7 @@ class Runner:
             outcome, transcript = self._execute(start, ongoing)
             values = columns(outcome) | transcript
         except BaseException as error:
-            log.exception("run %s failed because of a fault", run.id, extra={"event": "run_failed", **ids})
+            RunLog(log, run.id).exception("failed because of a fault", event="run_failed", extra=ids)
             values = columns_of_fault(error) | transcript
         if not self._ends.store(run, values):
             # The run stays in `_ongoing`, so that it does not begin again.
@@ -302,13 +293,11 @@ class Runner:
         execution: Execution | None = None
         try:
             self._reaper.watch(run.id)
-            refusal = self._preparation.check(start)
-            if refusal is None:
+            outcome = self._preparation.check(start)
+            if outcome is None:
                 execution = self._preparation.make_execution(start, mirror)
                 ongoing.attach(execution)
                 outcome = execution.run()
-            else:
-                outcome = refusal
         except BaseException as error:
             RunLog(log, run.id).exception("its execution failed", event="run_failed")
             outcome = fault(error)

@@ -184,14 +184,11 @@ class RunTransitions:
                 raise
             except Exception:
                 RunLog(log, run.id).exception("cannot store its end as %s", state["status"], event="run_end_failed")
-        return self.end_row_only(transaction, run)
+        return self.end_row_only(transaction, run.id, UNSTORABLE) | AfterCommit(changed=(run.session_id,))
 
-    def end_row_only(self, transaction: Transaction, run: Run) -> AfterCommit:
-        """End a run in error by writing to its row alone, because the rest of its end cannot be stored."""
-        after_commit = self._end_row_only(transaction, run.id, "EXECUTION_ERROR", UNSTORABLE)
-        return after_commit | AfterCommit(changed=(run.session_id,))
-
-    def _end_row_only(self, transaction: Transaction, run_id: str, code: str, message: str) -> AfterCommit:
+    def end_row_only(
+        self, transaction: Transaction, run_id: str, message: str, code: str = "EXECUTION_ERROR"
+    ) -> AfterCommit:
         """End a run in error without reading its row or its session, because their content may be the fault."""
         runs.end_alone(transaction, run_id, code, message)
         return AfterCommit(changed=(run_id, EVENTS))
@@ -258,12 +255,8 @@ class RunTransitions:
                 raise
             except Exception:
                 # It would stay the first in the queue, and no run behind it would ever start.
-                log.exception(
-                    "run %s cannot be started, ending it",
-                    next_id,
-                    extra={"event": "run_start_failed", "run_id": next_id},
-                )
-                after_commit |= self._end_row_only(transaction, next_id, "EXECUTION_ERROR", UNSTARTABLE)
+                RunLog(log, next_id).exception("cannot be started, ending it", event="run_start_failed")
+                after_commit |= self.end_row_only(transaction, next_id, UNSTARTABLE)
         return after_commit
 
     def _start(self, transaction: Transaction, run_id: str) -> AfterCommit:
@@ -305,7 +298,7 @@ class RunTransitions:
 
     def recover_row_only(self, transaction: Transaction, run_id: str) -> AfterCommit:
         """End such a run without reading its row, its session or its transcript."""
-        return self._end_row_only(transaction, run_id, "INTERRUPTED", UNRECOVERABLE)
+        return self.end_row_only(transaction, run_id, UNRECOVERABLE, "INTERRUPTED")
 
 
 def not_resumable(session: Session, why: str) -> SessionNotResumable:

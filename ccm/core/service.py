@@ -53,6 +53,9 @@ class Service:
 
     Args:
         environ: the environment that agents inherit.
+
+    Attributes:
+        queries, runs, approvals, input: what clients ask for, once the service has been started.
     """
 
     def __init__(self, settings: Settings, environ: Mapping[str, str] | None = None) -> None:
@@ -66,6 +69,7 @@ class Service:
         self.ceilings = Ceilings(settings.max_turns, settings.max_budget_usd, settings.run_timeout)
         self._cli_config = CLIConfig(
             cli_path=settings.cli_path or bundled_cli(),
+            environ=self._environ,
             permission_mode=settings.permission_mode,
             setting_sources=settings.setting_sources,
             max_message_bytes=settings.max_message_bytes,
@@ -73,14 +77,6 @@ class Service:
             open_files=file_limits.limit(),  # before the server raises it
         )
         self.notifier = Notifier()
-        self.queries: Queries
-        self.runs: RunManager
-        self.approvals: Approvals
-        self.input: Input
-        self._runner: Runner
-        self._writer: Writer
-        self._dispatcher: Dispatcher
-        self._storage_health: StorageHealth
         self.problems = Problems()
         # Closes what a start has opened, the last part first.
         self._parts = ExitStack()
@@ -144,12 +140,7 @@ class Service:
         transitions = RunTransitions(settings.max_concurrent_runs, settings.max_queued_runs, outbox, approvals)
         self.approvals = Approvals(self._writer, self.notifier, approvals, timeout=settings.approval_timeout)
         preparation = Preparation(
-            self._cli_config,
-            settings,
-            self._environ,
-            transcripts=transcripts,
-            approvals=self.approvals,
-            writer=self._writer,
+            self._cli_config, settings, transcripts=transcripts, approvals=self.approvals, writer=self._writer
         )
         self._runner = Runner(
             self._writer,

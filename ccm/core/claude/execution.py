@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -61,7 +61,6 @@ class Execution:
         self,
         context: RunContext,
         cli_config: CLIConfig,
-        environ: Mapping[str, str],
         record: Callable[[dict[str, Any]], Awaitable[int]],
         mirror: Mirror | None = None,
         *,
@@ -72,7 +71,6 @@ class Execution:
         self._ask = None if ask is None else partial(self._ask_and_wait, ask)
         self._context = context
         self._cli_config = cli_config
-        self._environ = environ
         self._record = record
         self._time_limit = cli_config.ceilings.time_limit(context.timeout_ms)
         self._clock = RunClock(self._time_limit.seconds)
@@ -173,9 +171,7 @@ class Execution:
         with ExitStack() as stack:
             try:
                 directory = stack.enter_context(run_directory(self._context.run_id))
-                options = sdk_options(
-                    self._context, self._cli_config, self._environ, directory, self._mirror, ask=self._ask
-                )
+                options = sdk_options(self._context, self._cli_config, directory, self._mirror, ask=self._ask)
             except UnusableOptionsError as unusable:
                 return Outcome(RunStatus.ERROR, "OPTIONS_UNUSABLE", str(unusable))
             except OSError as error:

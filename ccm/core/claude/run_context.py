@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,10 +28,12 @@ class CLIConfig:
     """The Claude Code to run, and the settings of all runs.
 
     Args:
+        environ: the environment that agents inherit.
         open_files: the agents' limit of open files; None for the service's own.
     """
 
     cli_path: Path
+    environ: Mapping[str, str] = field(repr=False)
     permission_mode: str
     setting_sources: tuple[str, ...]
     max_message_bytes: int

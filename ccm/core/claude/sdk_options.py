@@ -142,18 +142,11 @@ def _system_prompt(prompt: Any, arguments: dict[str, Any], directory: Path) -> N
 
 
 def sdk_options(
-    context: RunContext,
-    cli_config: CLIConfig,
-    environ: Mapping[str, str],
-    directory: Path,
-    mirror: Mirror | None,
-    *,
-    ask: Ask | None = None,
+    context: RunContext, cli_config: CLIConfig, directory: Path, mirror: Mirror | None, *, ask: Ask | None = None
 ) -> ClaudeAgentOptions:
     """Return the SDK's options of a run.
 
     Args:
-        environ: the environment that its agent inherits.
         directory: the run's private directory.
         ask: answers permission requests; without it Claude Code does not send any.
 
@@ -169,7 +162,7 @@ def sdk_options(
     )
     # The recorded messages must include the user's, so that they form the whole conversation.
     arguments["extra_args"]["replay-user-messages"] = None
-    inherited = {name: value for name, value in environ.items() if name not in arguments["env"]}
+    inherited = {name: value for name, value in cli_config.environ.items() if name not in arguments["env"]}
     arguments["env"] |= {
         **launch_environment(
             cli_config.cli_path, context.run_id, inherited, directory / STDERR_FILE, cli_config.open_files

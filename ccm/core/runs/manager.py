@@ -236,7 +236,6 @@ class RunManager:
         if not os.path.isdir(cwd):
             raise not_resumable(session, f"its directory {cwd} no longer exists")
         if not self._transcripts.can_provide(parent, cwd, options):
-            why = "is neither on this host nor complete in the database"
-            if not parent.has_transcript:
-                why = "was never written"
+            missing = "is neither on this host nor complete in the database"
+            why = missing if parent.has_transcript else "was never written"
             raise not_resumable(session, f"the transcript of run {parent.id} {why}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,6 @@ class Preparation:
     Args:
         cli_config: the Claude Code to run.
         settings: those of the service, which may have changed since a run was accepted.
-        environ: the environment that agents inherit.
         transcripts: the transcripts of runs, on this host and in the database.
         approvals: passes permission requests on to clients.
         writer: stores messages.
@@ -46,7 +46,6 @@ class Preparation:
         self,
         cli_config: CLIConfig,
         settings: Settings,
-        environ: Mapping[str, str],
         *,
         transcripts: TranscriptFiles,
         approvals: Approvals,
@@ -54,7 +53,6 @@ class Preparation:
     ) -> None:
         self._cli_config = cli_config
         self._settings = settings
-        self._environ = environ
         self._transcripts = transcripts
         self._approvals = approvals
         self._writer = writer
@@ -86,23 +84,21 @@ class Preparation:
             resume_at=run.fork_at_message,
         )
         ask = partial(self._approvals.ask, run) if run.approvals else None
-        return Execution(context, self._cli_config, self._environ, self._record(run), mirror, ask=ask)
+        return Execution(context, self._cli_config, self._record(run), mirror, ask=ask)
 
     def _record(self, run: Run) -> Callable[[dict[str, Any]], Any]:
         """Return a function that numbers the messages of a run and hands them to the writer."""
-        index = 0
+        indexes = itertools.count()
 
         async def record(raw: dict[str, Any]) -> int:
-            nonlocal index
             message = Message(
                 run_id=run.id,
                 session_id=run.session_id,
-                index=index,
                 type=storable(raw.get("type")) or "unknown",
                 json=to_json_text(raw),
                 created_at=timestamp(),
+                index=next(indexes),
             )
-            index += 1
             await self._writer.append(message)
             return message.index
 

@@ -175,8 +175,7 @@ class RunTransitions:
 
         A run that stayed `running` would occupy its session and its worker, and block waiting clients, for ever.
         """
-        failed = {"status": RunStatus.ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": UNSTORABLE}
-        for state in (values, failed):
+        for state in (values, error_columns("EXECUTION_ERROR", UNSTORABLE)):
             try:
                 with transaction.savepoint():
                     return self.end(transaction, run, state)
@@ -232,7 +231,7 @@ class RunTransitions:
     def fail_started(self, transaction: Transaction, run_ids: Collection[str], reason: str) -> AfterCommit:
         """End started runs that no thread executes."""
         after_commit = AfterCommit()
-        values = {"status": RunStatus.ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": reason}
+        values = error_columns("EXECUTION_ERROR", reason)
         for run in runs.started(transaction, self._owner):
             if run.id in run_ids:
                 after_commit |= self.end_or_fail(transaction, run, values)
@@ -267,8 +266,7 @@ class RunTransitions:
         self._outbox.enqueue(transaction, EventType.RUN_STARTED, run)
         if run.mode != RunMode.FRESH and parent is None:
             message = "The run that this one continues left no transcript."
-            values = {"status": RunStatus.ERROR, "errorCode": "SESSION_NOT_RESUMABLE", "errorMessage": message}
-            return self.end(transaction, run, values)
+            return self.end(transaction, run, error_columns("SESSION_NOT_RESUMABLE", message))
         return AfterCommit(starts=(self._make_start(transaction, run),), changed=(run.id, run.session_id, EVENTS))
 
     def _make_start(self, transaction: Transaction, run: Run) -> Start:
@@ -277,12 +275,10 @@ class RunTransitions:
 
     def _parent(self, transaction: Transaction, run: Run) -> Run | None:
         """Return the run whose transcript this one continues. A resumed session's head is read now, at the start."""
-        if run.mode == RunMode.FORK and run.parent_run_id is not None:
-            return runs.get(transaction, run.parent_run_id)
+        parent_id = run.parent_run_id
         if run.mode == RunMode.RESUME:
-            head = sessions.get(transaction, run.session_id).head_run_id
-            return None if head is None else runs.get(transaction, head)
-        return None
+            parent_id = sessions.get(transaction, run.session_id).head_run_id
+        return None if parent_id is None else runs.get(transaction, parent_id)
 
     def unfinished(self, transaction: Transaction) -> list[str]:
         """Return the ids of the runs that an earlier service left unfinished, in the order of their acceptance."""
@@ -299,6 +295,11 @@ class RunTransitions:
     def recover_row_only(self, transaction: Transaction, run_id: str) -> AfterCommit:
         """End such a run without reading its row, its session or its transcript."""
         return self.end_row_only(transaction, run_id, UNRECOVERABLE, "INTERRUPTED")
+
+
+def error_columns(code: str, message: str | None) -> dict[str, Any]:
+    """Return the columns of a run that ended in error."""
+    return {"status": RunStatus.ERROR, "errorCode": code, "errorMessage": message}
 
 
 def not_resumable(session: Session, why: str) -> SessionNotResumable:

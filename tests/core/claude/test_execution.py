@@ -69,6 +69,7 @@ class Run:
         environ = {"PATH": os.environ["PATH"], "HOME": str(folder), **(environ or {})}
         settings: dict[str, Any] = {
             "cli_path": stand_in_cli(folder),
+            "environ": environ,
             "permission_mode": "default",
             "setting_sources": (),
             "max_message_bytes": 2**20,
@@ -82,7 +83,7 @@ class Run:
             options={},
             timeout_ms=timeout_ms,
         )
-        self.execution = Execution(context, CLIConfig(**settings | claude), environ, self._record, mirror)
+        self.execution = Execution(context, CLIConfig(**settings | claude), self._record, mirror)
         self.outcome: Outcome | None = None
         self._thread = threading.Thread(target=self._run)
 

@@ -146,7 +146,7 @@ def stream(run_id: str, query: StreamQuery) -> Response:
     if cursor.text == END:
         raise cursor.error(f"{END} is for a {HEADER} after the run has ended; this one is '{run.status}'.")
     index = cursor.check(run, cursor.index())
-    return event_stream(lambda subscription: subscription.run(run.id, index), lambda _: "")
+    return event_stream(lambda stream: stream.run(run.id, index), lambda _: "")
 
 
 @route(blueprint, "POST", "/<run_id>/input", body=InputBody, returns=TakenIn, status=(202,))

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from ccm import models
 from ccm.core.queries import Queries, Shown
 from ccm.core.storage.notifier import EVENTS, POLL_INTERVAL, Notifier
 from ccm.errors import Unavailable
-from ccm.models import Run
+from ccm.models import Event, Run
 
 T = TypeVar("T")
 
@@ -85,7 +84,7 @@ class Stream:
                 return
             seq, after = run.seq, -1
 
-    def events(self, after: int) -> Iterator[Sequence[models.Event] | None]:
+    def events(self, after: int) -> Iterator[Sequence[Event] | None]:
         """Stream the events of all runs after the event with id `after`, until the service stops."""
         while True:
             events = yield from self._next(EVENTS, partial(self._queries.events, after))

@@ -116,7 +116,7 @@ class EndStore:
         return self._transitions.end_or_fail(transaction, run, values) | self._transitions.dispatch(transaction)
 
     def _end_row_only(self, run: Run, _values: Mapping[str, Any], transaction: Transaction) -> AfterCommit:
-        """End a run by its row alone, because `_end` has failed. Which run starts next is decided separately."""
+        """End only the row of a run, because `_end` has failed. Which run starts next is decided separately."""
         ended = self._transitions.end_row_only(transaction, run.id, UNSTORABLE)
         return ended | AfterCommit(changed=(run.session_id,), dispatch_failed=True)
 

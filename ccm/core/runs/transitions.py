@@ -171,7 +171,7 @@ class RunTransitions:
         return after_commit
 
     def end_or_fail(self, transaction: Transaction, run: Run, values: Mapping[str, Any]) -> AfterCommit:
-        """Store the final state of a run. If that fails, end the run in error, by its row alone if need be.
+        """Store the final state of a run. If that fails, end the run in error, at worst only its row.
 
         A run that stayed `running` would occupy its session and its worker, and block waiting clients, for ever.
         """

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -57,8 +56,8 @@ class Approvals:
         self._notifier = notifier
         self._transitions = transitions
         self._timeout = timeout
-        self._lock = threading.Lock()
-        # The approvals that runs are waiting for, by id. Resolved in the writer's thread.
+        # The approvals that runs are waiting for, by id. Resolved in the writer's thread. No lock is needed: each use
+        # is a single operation of the dictionary.
         self._waiters: dict[str, Future[Approval]] = {}
 
     def check_workers(self) -> None:
@@ -83,8 +82,7 @@ class Approvals:
         """
         approval_id = str(uuid.uuid4())
         waiter: Future[Approval] = Future()
-        with self._lock:
-            self._waiters[approval_id] = waiter
+        self._waiters[approval_id] = waiter
         try:
             return (await self._ask(approval_id, run, question, waiter)).answer
         except asyncio.CancelledError:
@@ -100,8 +98,7 @@ class Approvals:
             self._withdraw(approval_id)
             return Answer(allow=False, message=NOT_STORED)
         finally:
-            with self._lock:
-                del self._waiters[approval_id]
+            del self._waiters[approval_id]
 
     async def _ask(self, approval_id: str, run: Run, question: Question, waiter: Future[Approval]) -> Approval:
         """Store a permission request and return the approval once it is no longer pending."""
@@ -194,15 +191,13 @@ class Approvals:
             self._notifier.notify((approval.run_id, approval.session_id, EVENTS, APPROVALS))
 
     def _resolve_waiter(self, approval: Approval) -> None:
-        with self._lock:
-            waiter = self._waiters.get(approval.id)
+        waiter = self._waiters.get(approval.id)
         if waiter is not None and not waiter.done():
             waiter.set_result(approval)
 
     def catch_up(self) -> None:
         """Pass the stored approvals to the waiting runs, after a fault that prevented it."""
-        with self._lock:
-            waiting = list(self._waiters)
+        waiting = list(self._waiters)
         if waiting:
             read = self._writer.submit(lambda transaction: [approvals.find(transaction, key) for key in waiting])
             read.future.add_done_callback(self._resolve_waiters)

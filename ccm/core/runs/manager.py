@@ -21,7 +21,7 @@ from ccm.core.problems import Problems
 from ccm.core.run_log import RunLog
 from ccm.core.runs.request import Accepted, RunRequest
 from ccm.core.runs.runner import Runner
-from ccm.core.runs.transitions import AfterCommit, RunTransitions, not_resumable
+from ccm.core.runs.transitions import UNRECOVERABLE, AfterCommit, RunTransitions, not_resumable
 from ccm.core.storage.writer import Writer
 from ccm.core.transcripts.files import TranscriptFiles
 from ccm.db import runs, sessions
@@ -190,8 +190,9 @@ class RunManager:
         )
 
     def _recover_row_only(self, run_id: str) -> None:
+        end = partial(self._transitions.end_row_only, run_id=run_id, message=UNRECOVERABLE, code="INTERRUPTED")
         try:
-            self._writer.write(partial(self._transitions.recover_row_only, run_id=run_id), self._runner.perform)
+            self._writer.write(end, self._runner.perform)
         except Unavailable:
             raise
         except Exception as error:

@@ -217,27 +217,19 @@ class RunTransitions:
         """
         try:
             with transaction.savepoint():
-                return self._dispatch(transaction, include_started=transaction.uncertain)
+                return self.dispatch_again(transaction, include_started=transaction.uncertain)
         except StorageDown:
             raise
         except Exception:
             log.exception("cannot decide which waiting runs start, retrying", extra={"event": "dispatch_failed"})
             return AfterCommit(dispatch_failed=True)
 
-    def dispatch_again(self, transaction: Transaction) -> AfterCommit:
-        """Do the same after a fault. The result includes every started run, because some may never have begun."""
-        return self._dispatch(transaction, include_started=True)
+    def dispatch_again(self, transaction: Transaction, *, include_started: bool = True) -> AfterCommit:
+        """Decide the same as `dispatch`, after a fault. Another fault is raised.
 
-    def fail_started(self, transaction: Transaction, run_ids: Collection[str], reason: str) -> AfterCommit:
-        """End started runs that no thread executes."""
-        after_commit = AfterCommit()
-        values = error_columns("EXECUTION_ERROR", reason)
-        for run in runs.started(transaction, self._owner):
-            if run.id in run_ids:
-                after_commit |= self.end_or_fail(transaction, run, values)
-        return after_commit
-
-    def _dispatch(self, transaction: Transaction, *, include_started: bool) -> AfterCommit:
+        Args:
+            include_started: the result includes every started run, because some may never have begun.
+        """
         after_commit = AfterCommit(dispatched=True)
         if include_started:
             # The previous attempt may have committed starts whose side effects were never performed.
@@ -256,6 +248,15 @@ class RunTransitions:
                 # It would stay the first in the queue, and no run behind it would ever start.
                 RunLog(log, next_id).exception("cannot be started, ending it", event="run_start_failed")
                 after_commit |= self.end_row_only(transaction, next_id, UNSTARTABLE)
+        return after_commit
+
+    def fail_started(self, transaction: Transaction, run_ids: Collection[str], reason: str) -> AfterCommit:
+        """End started runs that no thread executes."""
+        after_commit = AfterCommit()
+        values = error_columns("EXECUTION_ERROR", reason)
+        for run in runs.started(transaction, self._owner):
+            if run.id in run_ids:
+                after_commit |= self.end_or_fail(transaction, run, values)
         return after_commit
 
     def _start(self, transaction: Transaction, run_id: str) -> AfterCommit:
@@ -291,10 +292,6 @@ class RunTransitions:
             transcript: the values of `hasTranscript` and `transcriptStored`.
         """
         return self.end(transaction, runs.get(transaction, run_id), {**runs.INTERRUPTED, **transcript})
-
-    def recover_row_only(self, transaction: Transaction, run_id: str) -> AfterCommit:
-        """End such a run without reading its row, its session or its transcript."""
-        return self.end_row_only(transaction, run_id, UNRECOVERABLE, "INTERRUPTED")
 
 
 def error_columns(code: str, message: str | None) -> dict[str, Any]:

@@ -37,11 +37,12 @@ CORE = {
         "lineage",
         "worker_pool",
         "problems",
+        "run_log",
     },
     "archive": {"claude"},
-    "approvals": {"webhooks", "storage"},
+    "approvals": {"webhooks", "storage", "run_log"},
     "transcripts": {"claude", "storage"},
-    "claude": {"policy"},
+    "claude": {"policy", "run_log"},
     "policy": set(),
     "webhooks": {"storage", "worker_pool", "problems"},
     "streams": {"queries", "storage"},
@@ -50,6 +51,7 @@ CORE = {
     "storage": {"problems"},
     "worker_pool": {"problems"},
     "problems": set(),
+    "run_log": set(),
 }
 # The only modules that may import a third-party package or sqlite3.
 OWNERS = {

@@ -143,7 +143,7 @@ def stream(run_id: str, query: StreamQuery) -> Response:
     if cursor.text == END:
         raise cursor.error(f"{END} is for a {HEADER} after the run has ended; this one is '{run.status}'.")
     index = cursor.check(run, cursor.index())
-    return event_stream(lambda subscription: subscription.run(run.id, index), lambda _: "")
+    return event_stream(lambda stream: stream.run(run.id, index), lambda _: "")
 
 
 @Route(blueprint, "POST", "/<run_id>/input", body=InputBody, returns=TakenIn, status=(202,))
@@ -181,8 +181,8 @@ def _begin(mode: RunMode, query: WaitQuery, body: RunBody, accept: Callable[[Run
         prompt=body.prompt,
         images=body.pictures(),
         options=options,
-        stored=body.run_fields(),
-        described=body.session_fields(),
+        run_fields=body.run_fields(),
+        session_fields=body.session_fields(),
         created_by=g.client,
         idempotency_key=key,
     )

@@ -68,7 +68,7 @@ def stream(session_id: str, query: StreamQuery) -> Response:
     """Stream the same messages as Server-Sent Events, run after run, including later runs."""
     session = service().queries.session(session_id)
     seq, index = _start(session, last_event(query.after))
-    return event_stream(lambda subscription: subscription.session(session.id, seq, index), lambda run_id: f"{run_id}:")
+    return event_stream(lambda stream: stream.session(session.id, seq, index), lambda run_id: f"{run_id}:")
 
 
 @Route(blueprint, "GET", "/<session_id>/runs", query=PageQuery, returns=list[Run])

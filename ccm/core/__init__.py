@@ -7,5 +7,5 @@ the database of another program, has SQL of its own.
 - `approvals`, `transcripts`
 - `claude` (one Claude Code process), `policy` (what the settings allow), `webhooks`
 - `streams`, `queries` and `lineage` (reads)
-- `storage` (writes and notifications), `worker_pool`, `problems`
+- `storage` (writes and notifications), `worker_pool`, `problems`, `run_log`
 """

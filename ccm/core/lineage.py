@@ -1,4 +1,4 @@
-"""The line of runs that forms a session, the runs that it continues, and the places where a fork can branch off."""
+"""The runs that form a session, the runs that it continues, and the places where a fork can branch off."""
 
 from __future__ import annotations
 
@@ -30,36 +30,27 @@ class ForkPoint:
     index: int | None = None
 
 
-def own_line(transaction: Transaction, session: Session) -> list[Segment]:
-    """Return a segment for each run of a session, in order, up to its present end."""
-    return _to_present_ends(runs.links(transaction, session.id))
-
-
-def _to_present_ends(links: Sequence[runs.Link]) -> list[Segment]:
-    """Return a segment for each run, up to the first that has not ended.
+def session_segments(transaction: Transaction, session: Session, *, with_ancestors: bool) -> list[Segment]:
+    """Return a segment for each run of a session, in order, up to the first that has not ended.
 
     Runs queued behind that one are left out: a reader that continues after them would miss its later messages.
+
+    Args:
+        with_ancestors: put the runs that the session continues in front, each up to the point of continuation.
     """
+    own = runs.links(transaction, session.id)
     segments: list[Segment] = []
-    for link in links:
+    for link in own:
         segments.append(Segment(link.id, -1, link.message_count - 1))
         if link.status == RunStatus.RUNNING:
             break
-    return segments
-
-
-def line(transaction: Transaction, session: Session) -> list[Segment]:
-    """Return the segments of a session, preceded by those of its ancestors, each up to the point of continuation."""
-    own = runs.links(transaction, session.id)
-    segments = _to_present_ends(own)
-    ancestors: list[Segment] = []
-    child = own[0] if own else None
+    child = own[0] if own and with_ancestors else None
     while child is not None and child.parent_run_id is not None:
         parent = runs.get_link(transaction, child.parent_run_id)
         end = parent.message_count - 1 if child.fork_at_index is None else child.fork_at_index
-        ancestors.append(Segment(parent.id, -1, end))
+        segments.insert(0, Segment(parent.id, -1, end))
         child = parent
-    return ancestors[::-1] + segments
+    return segments
 
 
 def find_fork_point(
@@ -83,7 +74,7 @@ def find_fork_point(
             return ForkPoint(run)
         return _message_in(transaction, [Segment(run.id, -1, run.message_count - 1)], at_message)
     if at_message is not None:
-        return _message_in(transaction, line(transaction, session), at_message)
+        return _message_in(transaction, session_segments(transaction, session, with_ancestors=True), at_message)
     if session.head_run_id is None:
         raise SessionNotResumable(f"Session {session.id} has no ended run with a transcript yet that could be forked.")
     return ForkPoint(runs.get(transaction, session.head_run_id))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import wraps
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
-from ccm.core.lineage import ForkPoint, Segment, find_fork_point, line, own_line
+from ccm.core.lineage import ForkPoint, Segment, find_fork_point, session_segments
 from ccm.db import approvals, deliveries, events, messages, runs, sessions
 from ccm.db.driver.database import Database
 from ccm.db.driver.transaction import Transaction
@@ -206,7 +206,7 @@ class Queries:
             ValidationError: `after` names a run or a message that is not part of this history.
         """
         session = sessions.get(transaction, session_id)
-        segments = line(transaction, session) if with_ancestors else own_line(transaction, session)
+        segments = session_segments(transaction, session, with_ancestors=with_ancestors)
         if after is None:
             return session, segments
         run_id, index = after

@@ -14,13 +14,12 @@ from ccm.core.approvals.requests import Approvals
 from ccm.core.approvals.transitions import ApprovalTransitions
 from ccm.core.claude.locations import bundled_cli
 from ccm.core.claude.run_context import CLIConfig
-from ccm.core.policy import workdir
 from ccm.core.policy.ceilings import Ceilings
-from ccm.core.policy.permitted_options import check_options
 from ccm.core.problems import Problems
 from ccm.core.queries import Queries
 from ccm.core.runs.input import Input
 from ccm.core.runs.manager import RunManager
+from ccm.core.runs.preparation import Preparation
 from ccm.core.runs.runner import Runner
 from ccm.core.runs.transitions import RunTransitions
 from ccm.core.storage.health import StorageHealth
@@ -37,7 +36,6 @@ from ccm.db.driver.database import Database
 from ccm.db.driver.lock import ServiceLock
 from ccm.db.driver.migrate import migrate
 from ccm.errors import DatabaseRefused, Unavailable
-from ccm.models import Run
 from ccm.settings.settings import Settings, unknown_variables
 
 log = logging.getLogger(__name__)
@@ -55,6 +53,9 @@ class Service:
 
     Args:
         environ: the environment that agents inherit.
+
+    Attributes:
+        queries, runs, approvals, input: what clients ask for, once the service has been started.
     """
 
     def __init__(self, settings: Settings, environ: Mapping[str, str] | None = None) -> None:
@@ -68,6 +69,7 @@ class Service:
         self.ceilings = Ceilings(settings.max_turns, settings.max_budget_usd, settings.run_timeout)
         self._cli_config = CLIConfig(
             cli_path=settings.cli_path or bundled_cli(),
+            environ=self._environ,
             permission_mode=settings.permission_mode,
             setting_sources=settings.setting_sources,
             max_message_bytes=settings.max_message_bytes,
@@ -75,14 +77,6 @@ class Service:
             open_files=file_limits.limit(),  # before the server raises it
         )
         self.notifier = Notifier()
-        self.queries: Queries
-        self.runs: RunManager
-        self.approvals: Approvals
-        self.input: Input
-        self._runner: Runner
-        self._writer: Writer
-        self._dispatcher: Dispatcher
-        self._storage_health: StorageHealth
         self.problems = Problems()
         # Closes what a start has opened, the last part first.
         self._parts = ExitStack()
@@ -105,22 +99,19 @@ class Service:
             sqlite_file.prepare(self.settings.url)
             self._service_lock.acquire()
             self._parts.callback(self._service_lock.release)
-            try:
+            with ExitStack() as undo:
+                undo.callback(self._parts.close)
                 if not sqlite_file.check(self.settings.url):
                     log.warning(
                         "the database is too large to be checked whole in %.0f seconds; no damage was found so far",
                         sqlite_file.CHECK_TIMEOUT,
                         extra={"event": "database_check_incomplete"},
                     )
-                with ExitStack() as undo:
+                try:
                     self._open(undo)
-                    undo.pop_all()  # from now on `end_runs` stops the parts
-            except Unavailable as error:
-                self._parts.close()
-                raise DatabaseRefused(f"The database cannot be written: {error.message}") from None
-            except BaseException:
-                self._parts.close()
-                raise
+                except Unavailable as error:
+                    raise DatabaseRefused(f"The database cannot be written: {error.message}") from None
+                undo.pop_all()  # from now on `end_runs` stops the parts
             self._started = True
 
     def _open(self, undo: ExitStack) -> None:
@@ -141,34 +132,24 @@ class Service:
         self._parts.callback(reader.close)
         self.queries = Queries(reader)
         self._writer = Writer(
-            writable,
-            self.notifier,
-            settings.message_budget_bytes,
-            on_refused=self._refused,
-            problems=self.problems,
+            writable, self.notifier, settings.message_budget_bytes, on_refused=self._refused, problems=self.problems
         )
         transcripts = TranscriptFiles(TranscriptStore(self._writer, reader), self._environ)
         outbox = Outbox(service=settings.webhook_url is not None)
         approvals = ApprovalTransitions(outbox, settings.max_concurrent_runs)
         transitions = RunTransitions(settings.max_concurrent_runs, settings.max_queued_runs, outbox, approvals)
-        self.approvals = Approvals(
-            self._writer,
-            self.notifier,
-            approvals,
-            workers=settings.max_concurrent_runs,
-            timeout=settings.approval_timeout,
+        self.approvals = Approvals(self._writer, self.notifier, approvals, timeout=settings.approval_timeout)
+        preparation = Preparation(
+            self._cli_config, settings, transcripts=transcripts, approvals=self.approvals, writer=self._writer
         )
         self._runner = Runner(
             self._writer,
             self.notifier,
-            self._cli_config,
             transcripts,
             transitions,
-            approvals=self.approvals,
+            preparation=preparation,
             problems=self.problems,
             workers=settings.max_concurrent_runs,
-            allow=self._check_allowed,
-            environ=self._environ,
         )
         self.runs = RunManager(self._writer, transitions, self._runner, transcripts, self.problems)
         addresses = Addresses(settings.webhook_url, settings.webhook_allow, settings.webhook_secret)
@@ -207,15 +188,6 @@ class Service:
             )
         else:
             log.debug("the Claude Agent SDK is imported")
-
-    def _check_allowed(self, run: Run) -> None:
-        """Check a run against the settings of this service, which may have changed since it was accepted.
-
-        Raises:
-            Forbidden: the settings do not allow it.
-        """
-        check_options(run.options.value, self.settings)
-        workdir.check_roots(run.cwd, self.settings.allowed_roots)
 
     def _refused(self, run_id: str, error: BaseException) -> None:
         self._runner.refused(run_id, error)

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from ccm import models
 from ccm.core.queries import Queries, Shown
 from ccm.core.storage.notifier import EVENTS, POLL_INTERVAL, Notifier
 from ccm.errors import Unavailable
-from ccm.models import Run
+from ccm.models import Event, Run
 
 T = TypeVar("T")
 
@@ -40,11 +39,11 @@ class ApprovalState:
 
 
 # A Run means that it has ended; None means that nothing has happened for a while.
-Event = Messages | ApprovalState | Run | None
+StreamItem = Messages | ApprovalState | Run | None
 
 
-class Subscription:
-    """The stream of one reader: everything in order, each message once. It ends early when the reader disconnects.
+class Stream:
+    """What one reader follows: everything in order, each message once. It ends early when the reader disconnects.
 
     Every event is read from the database, so replayed and live data cannot disagree.
 
@@ -61,7 +60,7 @@ class Subscription:
         self._gone = gone
         self._silence = silence
 
-    def run(self, run_id: str, after: int) -> Iterator[Event]:
+    def run(self, run_id: str, after: int) -> Iterator[StreamItem]:
         """Stream a run: its pending approvals, then messages and changes of approvals, and the run once it has ended.
 
         It ends without the run only if the service stops before the run has started.
@@ -72,7 +71,7 @@ class Subscription:
         """
         yield from self._run(run_id, run_id, after)
 
-    def session(self, session_id: str, seq: int | None, after: int) -> Iterator[Event]:
+    def session(self, session_id: str, seq: int | None, after: int) -> Iterator[StreamItem]:
         """Stream the runs of a session one after another, future runs included, until the service stops.
 
         Args:
@@ -85,7 +84,7 @@ class Subscription:
                 return
             seq, after = run.seq, -1
 
-    def events(self, after: int) -> Iterator[Sequence[models.Event] | None]:
+    def events(self, after: int) -> Iterator[Sequence[Event] | None]:
         """Stream the events of all runs after the event with id `after`, until the service stops."""
         while True:
             events = yield from self._next(EVENTS, partial(self._queries.events, after))
@@ -94,7 +93,7 @@ class Subscription:
             yield events
             after = events[-1].id
 
-    def _run(self, key: str, run_id: str, after: int) -> Generator[Event, None, bool]:
+    def _run(self, key: str, run_id: str, after: int) -> Generator[StreamItem, None, bool]:
         """Stream a run, with any key to be notified by. Return whether its end was reached."""
         snapshot = yield from self._next(key, partial(self._queries.approval_snapshot, run_id, after))
         if snapshot is None:

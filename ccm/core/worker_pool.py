@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
 
 from ccm.core.problems import Problems
 
@@ -15,13 +15,6 @@ log = logging.getLogger(__name__)
 
 # The pause after a fault in the pool's own code (seconds), so that a persistent fault does not take a whole core.
 FAULT_DELAY = 0.1
-
-
-class Job(NamedTuple):
-    """A function for a thread to call, and the handler of its exception."""
-
-    work: Callable[[], None]
-    failed: Callable[[BaseException], None]
 
 
 class WorkerPool:
@@ -39,7 +32,7 @@ class WorkerPool:
         self._workers = workers
         self._problems = problems
         self._name = name
-        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)
         self._started = 0
 
@@ -59,14 +52,14 @@ class WorkerPool:
             # Start the thread before queueing the job: a refused job must not run when a thread becomes idle later.
             threading.Thread(target=self._loop, args=(name,), name=name, daemon=True).start()
             self._started += 1
-        self._jobs.put(Job(work, failed))
+        self._jobs.put(partial(self._run, work, failed))
 
     def _loop(self, name: str) -> None:
         """Run jobs forever: a thread that ended would reduce the size of the pool."""
         failures = 0
         while True:
             try:
-                self._run_next()
+                self._jobs.get()()
                 failures = 0
                 self._problems.clear(name)
             except BaseException as error:
@@ -82,11 +75,10 @@ class WorkerPool:
                     self._problems.report(name, "a worker thread fails repeatedly", error)
                 time.sleep(FAULT_DELAY)
 
-    def _run_next(self) -> None:
-        job = self._jobs.get()
+    def _run(self, work: Callable[[], None], failed: Callable[[BaseException], None]) -> None:
         try:
-            job.work()
+            work()
         except BaseException as error:
-            job.failed(error)
+            failed(error)
         finally:
             self._idle.release()

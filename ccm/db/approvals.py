@@ -72,7 +72,7 @@ def count_other_waiting_runs(transaction: Transaction, run_id: str) -> int:
 
 
 def insert(transaction: Transaction, row: Mapping[str, Any]) -> None:
-    """Insert a new approval. `row` has every column but `seq`."""
+    """Insert a new approval. `row` has every column that is not null, but for `seq`."""
     transaction.insert("ccr_approvals", row)
 
 

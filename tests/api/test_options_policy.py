@@ -18,7 +18,7 @@ import pytest
 from claude_agent_sdk import AgentDefinition, ClaudeAgentOptions, ClaudeSDKClient, CLIConnectionError
 
 from ccm.api.http.options_body import ARGUMENTS_OF_OPTIONS, OWNED_ARGUMENTS, SERVICE_OWNED, Agent, Options
-from ccm.core.claude.options import RENAMED, sdk_arguments
+from ccm.core.claude.sdk_options import RENAMED, sdk_arguments
 
 # Options that are translated, and the SDK's options that carry them. (The SDK's own `sandbox` would put the settings
 # beside it into an argument.)
@@ -167,7 +167,6 @@ def give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Give:
             permission_mode="acceptEdits",
             setting_sources=("project",),
             directory=tmp_path,
-            agent=AgentDefinition,
         )
         for name in ("arguments", "environment", "input"):
             (tmp_path / name).unlink(missing_ok=True)

@@ -16,13 +16,13 @@ from urllib.parse import quote, urlencode
 
 import pydantic
 import pytest
-from claude_agent_sdk import AgentDefinition, ClaudeAgentOptions
+from claude_agent_sdk import ClaudeAgentOptions
 from claude_agent_sdk._internal.transport.subprocess_cli import SubprocessCLITransport
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ccm.api.http.options_body import Options
-from ccm.core.claude.options import sdk_arguments
+from ccm.core.claude.sdk_options import sdk_arguments
 from ccm.json_text import to_json_text
 from tests.api.conftest import folder_of
 from tests.api.in_process import InProcessService
@@ -282,7 +282,6 @@ def test_any_accepted_options_make_a_command_line(tmp_path: Path, examples: int)
             permission_mode="default",
             setting_sources=(),
             directory=tmp_path,
-            agent=AgentDefinition,
         )
         transport = SubprocessCLITransport("", ClaudeAgentOptions(cli_path="claude", **arguments))
         words = [*transport._build_command(), *arguments["env"], *arguments["env"].values()]

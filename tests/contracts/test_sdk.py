@@ -34,9 +34,9 @@ from claude_agent_sdk._internal.sessions import _sanitize_path
 from claude_agent_sdk._internal.transport.subprocess_cli import SubprocessCLITransport
 
 from ccm.core.claude.locations import bundled_cli, project_name
-from ccm.core.claude.options import RENAMED
 from ccm.core.claude.run_context import user_message
 from ccm.core.claude.sdk import Client, explain
+from ccm.core.claude.sdk_options import RENAMED
 from ccm.core.transcripts.store import Mirror
 
 SESSION = "6f3a0a5e-3a35-4a44-8b8e-0a1f4a3f1a11"

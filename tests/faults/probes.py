@@ -34,6 +34,7 @@ OTHER_THREADS = "webhook"
 # Modules whose functions only compute, or log.
 PURE_MODULES = frozenset(
     (
+        "ccm.core.run_log",
         *("builtins", "logging", "typing", "types", "dataclasses", "enum", "copy", "math", "string", "unicodedata"),
         *("re", "_sre", "functools", "_functools", "itertools", "collections", "_collections", "_collections_abc"),
         *("operator", "_operator", "struct", "_struct", "contextlib", "_contextvars", "datetime", "_datetime"),

@@ -163,7 +163,7 @@ class Stage:
         return None
 
     def start_run(self, prompt: str, **fields: Any) -> Run | None:
-        request = RunRequest(mode=RunMode.FRESH, prompt=prompt, stored=fields)
+        request = RunRequest(mode=RunMode.FRESH, prompt=prompt, run_fields=fields)
         accepted: Accepted | None = self.ask(lambda: self.service.runs.start(request, self.project), "start")
         return None if accepted is None else self.watch(accepted.run)
 

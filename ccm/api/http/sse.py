@@ -11,7 +11,7 @@ from ccm import models
 from ccm.api.http.cursor import END
 from ccm.api.http.extensions import service
 from ccm.api.http.request_limiter import client_gone, hold_open
-from ccm.core.streams import ApprovalState, Event, Messages, Subscription
+from ccm.core.streams import ApprovalState, Messages, Stream, StreamItem
 
 # The delay before a browser reconnects (milliseconds).
 RETRY_DELAY_MS = 1_000
@@ -23,17 +23,17 @@ HEADERS = {
 }
 
 
-def event_stream(follow: Callable[[Subscription], Iterator[Event]], prefix: Callable[[str], str]) -> Response:
+def event_stream(follow: Callable[[Stream], Iterator[StreamItem]], prefix: Callable[[str], str]) -> Response:
     """Stream the events of a run or a session.
 
     Args:
-        follow: returns the events of a subscription.
+        follow: returns the events of a stream.
         prefix: returns the part of an event's id before the index, given the run id.
 
     Raises:
         SlotsTaken: no slot is free.
     """
-    return _stream(lambda subscription: _frames(follow(subscription), prefix))
+    return _stream(lambda stream: _frames(follow(stream), prefix))
 
 
 def feed(after: int) -> Response:
@@ -45,11 +45,11 @@ def feed(after: int) -> Response:
     Raises:
         SlotsTaken: no slot is free.
     """
-    return _stream(lambda subscription: _feed_frames(subscription.events(after), after))
+    return _stream(lambda stream: _feed_frames(stream.events(after), after))
 
 
-def _stream(frames: Callable[[Subscription], Iterator[bytes]]) -> Response:
-    body = frames(Subscription(service().queries, service().notifier, client_gone()))
+def _stream(frames: Callable[[Stream], Iterator[bytes]]) -> Response:
+    body = frames(Stream(service().queries, service().notifier, client_gone()))
     return hold_open(Response(body, headers=HEADERS, content_type="text/event-stream"))
 
 
@@ -71,7 +71,7 @@ def _feed_frames(events: Iterable[Sequence[models.Event] | None], after: int) ->
             yield "".join(frames).encode("ascii")
 
 
-def _frames(events: Iterable[Event], prefix: Callable[[str], str]) -> Iterator[bytes]:
+def _frames(events: Iterable[StreamItem], prefix: Callable[[str], str]) -> Iterator[bytes]:
     # Sent at once, because waitress sends the headers with the first bytes of the body.
     yield f": connected\nretry: {RETRY_DELAY_MS}\n\n".encode("ascii")
     for event in events:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
+from typing import TypeVar
 
 from ccm.core.approvals.transitions import ApprovalTransitions
+from ccm.core.run_log import RunLog
 from ccm.core.storage.notifier import APPROVALS, EVENTS, Notifier
 from ccm.core.storage.writer import Writer
 from ccm.db import approvals
@@ -24,6 +25,8 @@ from ccm.errors import ApprovalResolved, ApprovalsForbidden, Unavailable, Valida
 from ccm.models import Answer, Approval, Question, Resolution, Run
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # How often a waiting run checks whether the wait is over, in case the notification was lost (seconds).
 POLL_INTERVAL = 1.0
@@ -45,21 +48,17 @@ class Approvals:
         writer: stores every change.
         notifier: notifies subscribers when an approval is requested or resolved.
         transitions: takes the decisions.
-        workers: the number of runs that execute at once.
         timeout: how long to wait for an answer if the run's request sets no time (seconds).
     """
 
-    def __init__(
-        self, writer: Writer, notifier: Notifier, transitions: ApprovalTransitions, *, workers: int, timeout: float
-    ) -> None:
+    def __init__(self, writer: Writer, notifier: Notifier, transitions: ApprovalTransitions, *, timeout: float) -> None:
         self._writer = writer
         self._notifier = notifier
         self._transitions = transitions
-        self._workers = workers
         self._timeout = timeout
-        self._lock = threading.Lock()
-        # By approval id. Resolved in the writer's thread.
-        self._waiters: dict[str, _Waiter] = {}
+        # The approvals that runs are waiting for, by id. Resolved in the writer's thread. No lock is needed: each use
+        # is a single operation of the dictionary.
+        self._waiters: dict[str, Future[Approval]] = {}
 
     def check_workers(self) -> None:
         """Check that a run with approvals can be accepted.
@@ -67,7 +66,7 @@ class Approvals:
         Raises:
             Forbidden: APPROVALS_FORBIDDEN: the only worker would be waiting, so each request would be denied.
         """
-        if self._workers == 1:
+        if self._transitions.workers == 1:
             raise ApprovalsForbidden(
                 "approvals: a run that waits for an approval occupies its worker, and CCM_MAX_CONCURRENT_RUNS gives "
                 "this service only one. Set it to 2 or more.",
@@ -82,9 +81,8 @@ class Approvals:
         While storage is down the request waits, like the run's messages.
         """
         approval_id = str(uuid.uuid4())
-        waiter = _Waiter()
-        with self._lock:
-            self._waiters[approval_id] = waiter
+        waiter: Future[Approval] = Future()
+        self._waiters[approval_id] = waiter
         try:
             return (await self._ask(approval_id, run, question, waiter)).answer
         except asyncio.CancelledError:
@@ -92,50 +90,34 @@ class Approvals:
             self._withdraw(approval_id)
             raise
         except Exception:
-            log.exception(
-                "run %s: cannot store a permission request, denying it",
-                run.id,
-                extra={"event": "approval_failed", "run_id": run.id, "approval_id": approval_id},
+            RunLog(log, run.id).exception(
+                "cannot store a permission request, denying it",
+                event="approval_failed",
+                extra={"approval_id": approval_id},
             )
             self._withdraw(approval_id)
             return Answer(allow=False, message=NOT_STORED)
         finally:
-            with self._lock:
-                del self._waiters[approval_id]
+            del self._waiters[approval_id]
 
-    async def _ask(self, approval_id: str, run: Run, question: Question, waiter: _Waiter) -> Approval:
+    async def _ask(self, approval_id: str, run: Run, question: Question, waiter: Future[Approval]) -> Approval:
         """Store a permission request and return the approval once it is no longer pending."""
         seconds = self._timeout if run.approval_timeout_ms is None else run.approval_timeout_ms / 1000
         approval = await self._store(
-            partial(
-                self._transitions.ask,
-                approval_id=approval_id,
-                run_id=run.id,
-                question=question,
-                seconds=seconds,
-            )
+            partial(self._transitions.ask, approval_id=approval_id, run_id=run.id, question=question, seconds=seconds)
         )
-        return await self._wait(approval_id, waiter, seconds) if approval.pending else approval
-
-    async def _wait(self, approval_id: str, waiter: _Waiter, seconds: float) -> Approval:
+        if not approval.pending:
+            return approval
         try:
             async with asyncio.timeout(seconds):
-                return await waiter.wait()
+                return await _result(waiter)
         except TimeoutError:
             # An answer may have been stored meanwhile; then it counts.
-            return await self._store(partial(self._time_out, approval_id))
-
-    def _time_out(self, approval_id: str, transaction: Transaction) -> Approval:
-        self._transitions.time_out(transaction, approval_id)
-        return approvals.get(transaction, approval_id)
+            return await self._store(partial(self._transitions.time_out, approval_id=approval_id))
 
     async def _store(self, work: Callable[[Transaction], Approval]) -> Approval:
         """Store a change, however long that takes. The loop keeps running, so that the run can be cancelled."""
-        write = self._writer.submit(work, self._publish)
-        stored = _Signal()
-        write.future.add_done_callback(lambda _: stored.set())
-        await stored.wait(write.future.done)
-        return write.future.result()
+        return await _result(self._writer.submit(work, self._publish).future)
 
     def _withdraw(self, approval_id: str) -> None:
         """Expire an approval whose run no longer waits for it.
@@ -191,7 +173,9 @@ class Approvals:
             won = resolved or (won and transaction.uncertain)
             approval = approvals.get(transaction, approval_id)
             if not won:
-                raise ApprovalResolved(f"Approval {approval_id} {_resolution(approval)}", approval.to_json())
+                resolution = RESOLUTIONS[Resolution(str(approval.resolution))]
+                how = resolution.format(at=approval.resolved_at, status=approval.status)
+                raise ApprovalResolved(f"Approval {approval_id} {how}", approval.to_json())
             return approval
 
         return self._writer.write(work, self._publish)
@@ -207,15 +191,13 @@ class Approvals:
             self._notifier.notify((approval.run_id, approval.session_id, EVENTS, APPROVALS))
 
     def _resolve_waiter(self, approval: Approval) -> None:
-        with self._lock:
-            waiter = self._waiters.get(approval.id)
-        if waiter is not None:
-            waiter.resolve(approval)
+        waiter = self._waiters.get(approval.id)
+        if waiter is not None and not waiter.done():
+            waiter.set_result(approval)
 
     def catch_up(self) -> None:
         """Pass the stored approvals to the waiting runs, after a fault that prevented it."""
-        with self._lock:
-            waiting = list(self._waiters)
+        waiting = list(self._waiters)
         if waiting:
             read = self._writer.submit(lambda transaction: [approvals.find(transaction, key) for key in waiting])
             read.future.add_done_callback(self._resolve_waiters)
@@ -234,45 +216,18 @@ class Approvals:
                 self._resolve_waiter(approval)
 
 
-def _resolution(approval: Approval) -> str:
-    return RESOLUTIONS[Resolution(str(approval.resolution))].format(at=approval.resolved_at, status=approval.status)
+async def _result(future: Future[T]) -> T:
+    """Wait in a run's event loop for a future that another thread completes, and return its result."""
+    loop = asyncio.get_running_loop()
+    done = asyncio.Event()
 
+    def wake(_: Future[T]) -> None:
+        with suppress(RuntimeError):  # the run has ended meanwhile, and its loop is closed
+            loop.call_soon_threadsafe(done.set)
 
-class _Signal:
-    """Wakes a run's event loop from another thread. Created in that loop."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._event = asyncio.Event()
-
-    def set(self) -> None:
-        """Wake the loop, from any thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._event.set)
-        except RuntimeError:
-            log.debug("the waiting run has ended", extra={"event": "waiter_gone"})
-
-    async def wait(self, condition: Callable[[], bool]) -> None:
-        """Wait until a condition is true. It is checked at each signal, and periodically in case a signal is lost."""
-        while not condition():
-            with suppress(TimeoutError):
-                async with asyncio.timeout(POLL_INTERVAL):
-                    await self._event.wait()
-
-
-class _Waiter:
-    """Waits in a run's event loop until its approval is resolved."""
-
-    def __init__(self) -> None:
-        self._signal = _Signal()
-        self._approval: Approval | None = None
-
-    def resolve(self, approval: Approval) -> None:
-        """End the wait, from any thread."""
-        self._approval = approval
-        self._signal.set()
-
-    async def wait(self) -> Approval:
-        await self._signal.wait(lambda: self._approval is not None)
-        assert self._approval is not None  # noqa: S101  # for mypy
-        return self._approval
+    future.add_done_callback(wake)
+    while not future.done():
+        with suppress(TimeoutError):
+            async with asyncio.timeout(POLL_INTERVAL):
+                await done.wait()
+    return future.result()

@@ -20,6 +20,10 @@ from ccm.timestamps import timestamp
 # The text that the model reads if the client gives no reason.
 UNEXPLAINED = "The user does not allow this."
 TOO_LATE = "Nobody has answered in time, so this is denied."
+NO_WORKER = (
+    "Denied without being asked: at least one of this service's {workers} workers (CCM_MAX_CONCURRENT_RUNS) must stay "
+    "free, and all others are waiting for approvals already."
+)
 
 
 class ApprovalTransitions:
@@ -32,7 +36,7 @@ class ApprovalTransitions:
 
     def __init__(self, outbox: Outbox, workers: int) -> None:
         self._outbox = outbox
-        self._workers = workers
+        self.workers = workers
 
     def ask(
         self, transaction: Transaction, approval_id: str, run_id: str, question: Question, *, seconds: float
@@ -66,23 +70,17 @@ class ApprovalTransitions:
             "decisionReason": storable(question.decision_reason),
             "agentId": storable(question.agent_id),
             "status": ApprovalStatus.PENDING,
-            "resolution": None,
-            "updatedInputJson": None,
             "remember": 0,
-            "message": None,
             "interrupt": 0,
-            "decidedBy": None,
             "createdAt": now,
             "expiresAt": timestamp(seconds),
-            "resolvedAt": None,
         }
         # A waiting run occupies its worker. If all workers were waiting, no other run would start until an answer.
-        if approvals.count_other_waiting_runs(transaction, run.id) >= self._workers - 1:
-            message = _no_worker_message(self._workers)
+        if approvals.count_other_waiting_runs(transaction, run.id) >= self.workers - 1:
             row |= {
                 "status": ApprovalStatus.DENIED,
                 "resolution": Resolution.NO_WORKER,
-                "message": message,
+                "message": NO_WORKER.format(workers=self.workers),
                 "resolvedAt": now,
             }
         approvals.insert(transaction, row)
@@ -110,13 +108,11 @@ class ApprovalTransitions:
             },
         )
 
-    def time_out(self, transaction: Transaction, approval_id: str) -> bool:
-        """Deny a pending approval because nobody answered in time. Returns False if it is not pending."""
-        return self._resolve(
-            transaction,
-            approval_id,
-            {"status": ApprovalStatus.DENIED, "resolution": Resolution.TIMED_OUT, "message": TOO_LATE},
-        )
+    def time_out(self, transaction: Transaction, approval_id: str) -> Approval:
+        """Deny an approval because nobody answered in time, unless it is no longer pending. Returns it."""
+        values = {"status": ApprovalStatus.DENIED, "resolution": Resolution.TIMED_OUT, "message": TOO_LATE}
+        self._resolve(transaction, approval_id, values)
+        return approvals.get(transaction, approval_id)
 
     def expire(self, transaction: Transaction, approval_id: str) -> bool:
         """Expire a pending approval because its run no longer waits for it. Returns False if it is not pending."""
@@ -141,10 +137,3 @@ class ApprovalTransitions:
         kind = EventType.APPROVAL_REQUESTED if approval.pending else EventType.APPROVAL_RESOLVED
         self._outbox.enqueue(transaction, kind, runs.get(transaction, approval.run_id), approval.to_json())
         return approval
-
-
-def _no_worker_message(workers: int) -> str:
-    return (
-        f"Denied without being asked: at least one of this service's {workers} workers (CCM_MAX_CONCURRENT_RUNS) must "
-        "stay free, and all others are waiting for approvals already."
-    )

@@ -1,7 +1,7 @@
 """One Claude Code process: its options, its input, its messages and its end.
 
 `Execution.run` starts the process, records each message that it writes, and returns the run's `Outcome`. It is called
-in a thread of its own and owns that thread's event loop. Other threads use `send`, `cancel`, `fail` and `stop`.
+in a thread of its own and owns that thread's event loop. Other threads use `send` and `stop`.
 
 Guarantees:
 

@@ -6,9 +6,9 @@ import asyncio
 import logging
 import threading
 import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,16 @@ from typing import Any
 import sniffio
 
 from ccm.core.claude import termination
-from ccm.core.claude.input_queue import REPLAY_BYTES, FollowUp, InputQueue, being_started
-from ccm.core.claude.options import UnusableOptionsError, sdk_options
-from ccm.core.claude.outcome import LOGIN_ADVICE, Outcome, Progress, cost
+from ccm.core.claude.input_queue import FollowUp, InputQueue, being_started, run_ending
+from ccm.core.claude.outcome import LOGIN_ADVICE, Outcome, Progress, cost, fault
 from ccm.core.claude.processes import end_marked
 from ccm.core.claude.run_clock import RunClock
-from ccm.core.claude.run_context import Ask, CLIConfig, Mirror, RunContext
+from ccm.core.claude.run_context import Ask, CLIConfig, Mirror, RunContext, user_message
 from ccm.core.claude.run_directory import read_stderr, run_directory
 from ccm.core.claude.run_events import RunEvents
 from ccm.core.claude.sdk import Client, explain
-from ccm.errors import NotTakenIn, RunEnding, TooLarge
+from ccm.core.claude.sdk_options import UnusableOptionsError, sdk_options
+from ccm.core.run_log import RunLog
 from ccm.json_text import to_json_text
 from ccm.models import Answer, Question, RunStatus
 
@@ -49,7 +49,7 @@ class ForeignOutputError(Exception):
 class Execution:
     """One run from its start to its end.
 
-    `run` is called once. `send`, `cancel`, `fail` and `stop` may be called from any thread at any time.
+    `run` is called once. `send` and `stop` may be called from any thread at any time.
 
     Args:
         record: stores a message and returns its index. Called in the run's own loop; the agent waits while it waits.
@@ -61,17 +61,16 @@ class Execution:
         self,
         context: RunContext,
         cli_config: CLIConfig,
-        environ: Mapping[str, str],
         record: Callable[[dict[str, Any]], Awaitable[int]],
         mirror: Mirror | None = None,
         *,
         ask: Ask | None = None,
     ) -> None:
+        self._log = RunLog(log, context.run_id)
         self._mirror = mirror
         self._ask = None if ask is None else partial(self._ask_and_wait, ask)
         self._context = context
         self._cli_config = cli_config
-        self._environ = environ
         self._record = record
         self._time_limit = cli_config.ceilings.time_limit(context.timeout_ms)
         self._clock = RunClock(self._time_limit.seconds)
@@ -80,22 +79,15 @@ class Execution:
         self._events = RunEvents()
         self._progress = Progress()
         self._termination = termination.Termination(
-            context.run_id,
-            self._events,
-            recording=lambda: self._recording,
-            storing=lambda: self._recording or (mirror is not None and mirror.busy),
-            stop_requested=lambda: self._reason is not None,
-            before_stop=self._progress.note_stop,
+            context.run_id, self._events, self._progress, mirror, stop_requested=lambda: self._reason is not None
         )
-        self._recording = False
         self._bytes_after_exit = 0
-        self._prompt = {**context.user_message(), "uuid": str(uuid.uuid4())}
-        self._follow_ups = InputQueue(self._prompt, self._keep)
+        self._prompt = user_message(context.sdk_session_id, context.prompt, context.images)
+        self._follow_ups = InputQueue(self._prompt, self._keep, self._events, cli_config.max_message_bytes, self._log)
         self._settling: asyncio.TimerHandle | None = None
         # Why the run stops. The first reason counts.
         self._reason: Outcome | None = None
-        self._stderr = ""
-        self._disconnected = True
+        self._disconnect_failed = False
         # Whether every process of the run has ended, except those that may remain.
         self.processes_ended = False
 
@@ -106,21 +98,13 @@ class Execution:
 
     # ---- from any thread
 
-    def cancel(self) -> None:
-        """Stop the run; it ends as `cancelled` unless it is over before."""
-        self.stop(Outcome(RunStatus.CANCELLED))
-
-    def fail(self, code: str, message: str) -> None:
-        """Stop the run; it ends as `error` unless it is over before."""
-        self.stop(Outcome(RunStatus.ERROR, code, message))
-
     def send(self, follow_up: FollowUp) -> None:
         """Send a user's message to Claude Code. `follow_up.taken_in` tells whether it was accepted."""
         with self._lock:
             if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._admit, follow_up)
+                self._loop.call_soon_threadsafe(self._follow_ups.admit, follow_up)
             elif self._events.over.is_set() or self._events.stream_ended.is_set():
-                follow_up.refuse(_ending())
+                follow_up.refuse(run_ending())
             else:
                 follow_up.refuse(being_started())
 
@@ -145,10 +129,8 @@ class Execution:
         finally:
             self._end_processes()
         results = self._progress.results
-        return Outcome(
-            status=outcome.status,
-            error_code=outcome.error_code,
-            error_message=outcome.error_message,
+        return replace(
+            outcome,
             result=results[-1] if results else None,
             cost_usd=cost(results, fresh=self._context.resume is None),
             duration_ms=round((time.monotonic() - started) * 1000),
@@ -156,20 +138,12 @@ class Execution:
 
     def _end_processes(self) -> None:
         """End the processes of the run that did not end by themselves."""
-        if self._reason is None and self._events.over.is_set() and self._disconnected:
-            self.processes_ended = True
-            return
         try:
-            end_marked(self._context.run_id)
+            if self._reason is not None or self._disconnect_failed or not self._events.over.is_set():
+                end_marked(self._context.run_id)
             self.processes_ended = True
         except Exception:
-            log.exception(
-                "run %s: cannot find its processes", self._context.run_id, extra=self._extra("process_search_failed")
-            )
-
-    def _extra(self, event: str) -> dict[str, str]:
-        """Return the fields of a log record about this run."""
-        return {"event": event, "run_id": self._context.run_id}
+            self._log.exception("cannot find its processes", event="process_search_failed")
 
     async def _run(self) -> Outcome:
         # The SDK uses anyio, which detects the kind of event loop several times per message. Setting it saves that.
@@ -186,7 +160,7 @@ class Execution:
             self._events.stream_ended.set()
             with self._lock:
                 self._loop = None
-            self._follow_ups.refuse(_ending())
+            self._follow_ups.close()
 
     async def _run_claude(self) -> Outcome:
         missing = self._cli_config.missing()
@@ -197,22 +171,14 @@ class Execution:
         with ExitStack() as stack:
             try:
                 directory = stack.enter_context(run_directory(self._context.run_id))
-                options = sdk_options(
-                    self._context, self._cli_config, self._environ, directory, self._mirror, ask=self._ask
-                )
+                options = sdk_options(self._context, self._cli_config, directory, self._mirror, ask=self._ask)
             except UnusableOptionsError as unusable:
                 return Outcome(RunStatus.ERROR, "OPTIONS_UNUSABLE", str(unusable))
             except OSError as error:
-                log.error(  # noqa: TRY400  # the reason is enough
-                    "run %s: cannot write its temporary directory: %s",
-                    self._context.run_id,
-                    error,
-                    extra=self._extra("run_directory_failed"),
-                )
+                self._log.error("cannot write its temporary directory: %s", error, event="run_directory_failed")
                 return Outcome(RunStatus.ERROR, "TMPDIR_NOT_WRITABLE", TMPDIR_ADVICE.format(error.strerror))
             raised = await self._converse(Client(options))
-            self._stderr = read_stderr(directory)
-        return self._outcome(raised)
+            return self._outcome(raised, read_stderr(directory))
 
     async def _converse(self, client: Client) -> BaseException | None:
         """Start Claude Code, read its messages, and end it. Returns the exception that the SDK raised, if any."""
@@ -233,11 +199,7 @@ class Execution:
         try:
             self._events.stream_ended.set()
         except Exception:
-            log.exception(
-                "run %s: cannot note the end of its stream",
-                self._context.run_id,
-                extra=self._extra("stream_end_failed"),
-            )
+            self._log.exception("cannot note the end of its stream", event="stream_end_failed")
 
     async def _receive(self, client: Client) -> None:
         sending: asyncio.Task[None] | None = None
@@ -245,7 +207,7 @@ class Execution:
             await client.connect()
             self._events.connected.set()
             if not self._events.stop.is_set():
-                sending = asyncio.create_task(self._supervised(partial(self._write, client)))
+                sending = asyncio.create_task(self._supervised(partial(self._write_input, client)))
                 await client.receive_raw(self._take)
         finally:
             self._events.stream_ended.set()
@@ -255,17 +217,14 @@ class Execution:
     async def _end(self, client: Client) -> None:
         """End Claude Code. If that fails, kill it, because nothing else would end it."""
         try:
-            await self._terminate(client)
+            exit_watch = asyncio.create_task(self._supervised(partial(self._termination.watch_exit, client)))
+            try:
+                await self._termination.run(client)
+            finally:
+                exit_watch.cancel()
         except Exception as error:
             self._fail_with(error)
-            await self._termination.kill(client)
-
-    async def _terminate(self, client: Client) -> None:
-        exit_watch = asyncio.create_task(self._supervised(partial(self._termination.watch_exit, client)))
-        try:
-            await self._termination.run(client)
-        finally:
-            exit_watch.cancel()
+            await self._termination.kill_after_fault(client)
 
     async def _supervised(self, part: Callable[[], Awaitable[None]]) -> None:
         """Run a background task. If it fails, the run stops, because otherwise it might never end."""
@@ -274,82 +233,38 @@ class Execution:
         except Exception as error:
             self._fail_with(error)
 
+    def _fail(self, code: str, message: str) -> None:
+        self.stop(Outcome(RunStatus.ERROR, code, message))
+
     def _fail_with(self, error: Exception) -> None:
         """Stop the run after a fault in one of its tasks. For the run's own loop."""
-        log.error(
-            "run %s failed because of a fault",
-            self._context.run_id,
-            exc_info=error,
-            extra=self._extra("run_failed"),
-        )
+        self._log.error("failed because of a fault", exc_info=error, event="run_failed")
         if self._reason is None:
-            self._reason = Outcome(RunStatus.ERROR, "EXECUTION_ERROR", f"{type(error).__name__}: {error}")
+            self._reason = fault(error)
         self._events.stop.set()
 
     async def _keep_time(self) -> None:
         """Stop the run when its time is used up, unless it is ending already."""
         await self._clock.run_out()
-        if not any(event.is_set() for event in (self._events.over, self._events.exited, self._events.stream_ended)):
-            self.fail("TIMEOUT", self._time_limit.message)
+        if not self._events.ending:
+            self._fail("TIMEOUT", self._time_limit.message)
 
     async def _disconnect(self, client: Client) -> None:
         try:
             await client.disconnect()
         except Exception:
             # The run is over and its outcome is known. Remaining processes are ended by their mark.
-            log.exception(
-                "run %s: cannot disconnect from Claude Code",
-                self._context.run_id,
-                extra=self._extra("disconnect_failed"),
-            )
-            self._disconnected = False
+            self._log.exception("cannot disconnect from Claude Code", event="disconnect_failed")
+            self._disconnect_failed = True
 
-    # ---- input
-
-    def _admit(self, follow_up: FollowUp) -> None:
-        try:
-            self._queue_or_refuse(follow_up)
-        except Exception:
-            log.exception("run %s: cannot queue a message", self._context.run_id, extra=self._extra("follow_up_failed"))
-            message = "A fault prevented the message from being sent; the service's log has the reason. Try again."
-            follow_up.refuse(NotTakenIn(message))
-
-    def _queue_or_refuse(self, follow_up: FollowUp) -> None:
-        """Queue a message for Claude Code, or refuse it.
-
-        The check and the insertion are one step of the loop, so the run cannot end in between. A queued message is
-        either accepted by Claude Code or refused at the end of the run.
-        """
-        largest = self._cli_config.max_message_bytes - REPLAY_BYTES
-        if self._events.ending:
-            follow_up.refuse(_ending())
-        elif self._follow_ups.size + follow_up.size > largest:
-            # Claude Code replays messages that share a turn as one, and a message over the limit ends the run.
-            follow_up.refuse(
-                TooLarge(
-                    f"The message and those that are not answered yet have more than {largest} bytes in all; "
-                    "CCM_MAX_MESSAGE_BYTES sets the limit. Send it when they are answered."
-                )
-            )
-        else:
-            self._follow_ups.add(follow_up)
-
-    async def _write(self, client: Client) -> None:
+    async def _write_input(self, client: Client) -> None:
         """Write the prompt and the later messages in order. Only this task waits if Claude Code reads slowly."""
         try:
-            await client.query(self._messages())
+            await client.query(self._follow_ups.messages())
         except Exception as error:
             # If Claude Code is exiting, its last messages and its exit give a better reason.
             if not await self._events.stream_ends_within(termination.CLOSE_TIMEOUT) and not self._events.ending:
-                self.fail("CLI_CRASHED", f"Claude Code no longer accepts input: {error}")
-
-    async def _messages(self) -> AsyncIterator[dict[str, Any]]:
-        yield self._prompt
-        while True:
-            message = await self._follow_ups.next()
-            if self._events.ending:
-                return
-            yield message
+                self._fail("CLI_CRASHED", f"Claude Code no longer accepts input: {error}")
 
     # ---- output
 
@@ -366,17 +281,12 @@ class Execution:
         elif kind == "system" and subtype == "mirror_error":
             # The SDK reports a fault of this service's storage. The transcript is read from its file instead.
             reason = message.get("error") or "no reason is given"
-            log.warning(
-                "run %s: its transcript could not be mirrored: %s",
-                self._context.run_id,
-                reason,
-                extra=self._extra("transcript_mirror_failed"),
-            )
+            self._log.warning("its transcript could not be mirrored: %s", reason, event="transcript_mirror_failed")
         elif not await self._follow_ups.handle(message):
             await self._keep(message)
         self._progress.note(message)
         if self._progress.login_refused:
-            self.fail("AUTHENTICATION_FAILED", LOGIN_ADVICE)
+            self._fail("AUTHENTICATION_FAILED", LOGIN_ADVICE)
         if self._progress.idle:
             if not self._follow_ups.in_flight:
                 self._events.over.set()
@@ -395,16 +305,15 @@ class Execution:
             raise ForeignOutputError("another process is writing to the output of Claude Code, which has exited")
 
     async def _keep(self, message: dict[str, Any]) -> int:
-        self._recording = True
+        self._termination.recording = True
         try:
             return await self._record(message)
         finally:
-            self._recording = False
-            self._termination.note_stored()
+            self._termination.note_recorded()
 
     async def _ask_and_wait(self, ask: Ask, question: Question) -> Answer:
         """Return the answer to a permission request. The wait does not count towards the run's time limit."""
-        asking = asyncio.create_task(_awaited(ask(question)))
+        asking = asyncio.ensure_future(ask(question))
         stop = asyncio.create_task(self._events.stop.wait())
         try:
             with self._clock.paused():
@@ -422,26 +331,19 @@ class Execution:
             self._progress.note_denial(answer)
         return answer
 
-    def _outcome(self, error: BaseException | None) -> Outcome:
+    def _outcome(self, error: BaseException | None, stderr: str) -> Outcome:
         """Return how the run ended.
 
         Args:
             error: the exception that the SDK raised, if any.
+            stderr: the end of Claude Code's stderr.
         """
         outcome = self._progress.outcome(
             self._reason, over=self._events.over.is_set(), unanswered=self._follow_ups.unanswered
         )
         if outcome is not None:
             return outcome
-        code, message = explain(error, self._stderr, self._cli_config.max_message_bytes)
+        code, message = explain(error, stderr, self._cli_config.max_message_bytes)
         if code == "EXECUTION_ERROR":
-            log.error("run %s: %r", self._context.run_id, error, exc_info=error, extra=self._extra("run_failed"))
+            self._log.error("%r", error, exc_info=error, event="run_failed")
         return Outcome(RunStatus.ERROR, code, message)
-
-
-def _ending() -> RunEnding:
-    return RunEnding("The run is ending and takes no more messages. Resume its session instead.")
-
-
-async def _awaited(answer: Awaitable[Answer]) -> Answer:
-    return await answer

@@ -1,6 +1,6 @@
-"""The messages that clients send to a started run, and their state in Claude Code.
+"""A run's input: its prompt, the messages that clients send to it later, and the state of these in Claude Code.
 
-Claude Code puts such a message into a queue of its own and reports its state under its uuid: with messages of type
+Claude Code puts a later message into a queue of its own and reports its state under its uuid: with messages of type
 `command_lifecycle` (`queued`, `started`, `completed`, ...), and by replaying the message when the model gets it. Older
 versions only replay it. The message is recorded at the first of these reports, so every recorded message was accepted.
 Later reports change its state and are not recorded.
@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any
 
-from ccm.errors import CCMError, RunEnding, RunNotStarted
+from ccm.core.claude.run_events import RunEvents
+from ccm.core.run_log import RunLog
+from ccm.errors import CCMError, NotTakenIn, RunEnding, RunNotStarted, TooLarge
 from ccm.json_text import to_json_text
 
 COMPLETED = "completed"
@@ -39,9 +40,9 @@ class FollowUp:
     """
 
     def __init__(self, message: dict[str, Any]) -> None:
-        self.uuid = str(uuid.uuid4())
-        self.message = {**message, "uuid": self.uuid}
-        self.size = len(to_json_text(self.message))
+        self.uuid: str = message["uuid"]
+        self.message = message
+        self.size = len(to_json_text(message))
         self.taken_in: Future[int] = Future()
         self.recorded = False
         self.replayed = False
@@ -70,14 +71,27 @@ class FollowUp:
 
 
 class InputQueue:
-    """The follow-ups of one run. For its own loop only.
+    """The input of one run: its prompt and its follow-ups. For its own loop only.
 
     Args:
-        prompt: the run's first message, with a uuid.
+        prompt: the run's first message.
         record: stores a message and returns its index; may wait.
+        events: those of the run.
+        max_message_bytes: the largest message that the run survives.
+        log: the run's log.
     """
 
-    def __init__(self, prompt: dict[str, Any], record: Callable[[dict[str, Any]], Awaitable[int]]) -> None:
+    def __init__(
+        self,
+        prompt: dict[str, Any],
+        record: Callable[[dict[str, Any]], Awaitable[int]],
+        events: RunEvents,
+        max_message_bytes: int,
+        log: RunLog,
+    ) -> None:
+        self._log = log
+        self._events = events
+        self._largest = max_message_bytes - REPLAY_BYTES
         self._prompt = prompt
         self._prompt_recorded = False
         self._record = record
@@ -99,18 +113,41 @@ class InputQueue:
         """The size of the follow-ups in flight (bytes)."""
         return sum(follow_up.size for follow_up in self._known.values() if follow_up.end is None)
 
-    def add(self, follow_up: FollowUp) -> None:
-        """Queue a follow-up. It is in flight from now on."""
-        self._unwritten.put_nowait(follow_up)
-        self._known[follow_up.uuid] = follow_up
+    def admit(self, follow_up: FollowUp) -> None:
+        """Queue a message for Claude Code, or refuse it.
 
-    async def next(self) -> dict[str, Any]:
-        """Return the next message to write, in the order of `add`. Waits for one."""
+        The check and the insertion are one step of the loop, so the run cannot end in between. A queued message is in
+        flight until Claude Code accepts it or it is refused at the end of the run.
+        """
+        try:
+            if self._events.ending:
+                follow_up.refuse(run_ending())
+            elif self.size + follow_up.size > self._largest:
+                # Claude Code replays messages that share a turn as one, and a message over the limit ends the run.
+                message = (
+                    f"The message and those that are not answered yet have more than {self._largest} bytes in all; "
+                    "CCM_MAX_MESSAGE_BYTES sets the limit. Send it when they are answered."
+                )
+                follow_up.refuse(TooLarge(message))
+            else:
+                self._unwritten.put_nowait(follow_up)
+                self._known[follow_up.uuid] = follow_up
+        except Exception:
+            self._log.exception("cannot queue a message", event="follow_up_failed")
+            message = "A fault prevented the message from being sent; the service's log has the reason. Try again."
+            follow_up.refuse(NotTakenIn(message))
+
+    async def messages(self) -> AsyncIterator[dict[str, Any]]:
+        """Yield the prompt, then the follow-ups in the order of their admission, until the run ends."""
+        yield self._prompt
         while True:
             follow_up = await self._unwritten.get()
-            if follow_up.begin_writing():
-                return follow_up.message
-            del self._known[follow_up.uuid]
+            if not follow_up.begin_writing():
+                del self._known[follow_up.uuid]
+            elif self._events.ending:
+                return
+            else:
+                yield follow_up.message
 
     async def handle(self, message: dict[str, Any]) -> bool:
         """Update the state of the follow-up that a message of Claude Code's is about.
@@ -151,10 +188,14 @@ class InputQueue:
             known.refuse(RunEnding(f"Claude Code did not accept the message: it is {state!r}."))
         return True
 
-    def refuse(self, error: CCMError) -> None:
+    def close(self) -> None:
         """Refuse every follow-up that was not accepted, because the run is over."""
         for follow_up in self._known.values():
-            follow_up.refuse(error)
+            follow_up.refuse(run_ending())
+
+
+def run_ending() -> RunEnding:
+    return RunEnding("The run is ending and takes no more messages. Resume its session instead.")
 
 
 def being_started() -> RunNotStarted:

@@ -35,6 +35,11 @@ class Outcome:
     duration_ms: int | None = None
 
 
+def fault(error: BaseException) -> Outcome:
+    """Return the outcome of a run that failed because of a fault of the service."""
+    return Outcome(RunStatus.ERROR, "EXECUTION_ERROR", f"{type(error).__name__}: {error}")
+
+
 class Progress:
     """The state of a run, collected from its messages so far. For the run's own event loop."""
 
@@ -115,14 +120,9 @@ class Progress:
                 RunStatus.ERROR, "APPROVAL_DENIED", f"An approval was denied with interrupt: {self._denied.message}"
             )
         code, text = error_code(result, self._api_error), error_text(result)
-        return Outcome(
-            RunStatus.ERROR, code, _sentences(text, LOGIN_ADVICE) if code == "AUTHENTICATION_FAILED" else text
-        )
-
-
-def _sentences(text: str, advice: str) -> str:
-    """Join two texts as sentences. Adds a full stop to the first if needed."""
-    return f"{text} {advice}" if text.endswith((".", "!", "?")) else f"{text}. {advice}"
+        if code == "AUTHENTICATION_FAILED":
+            text += f" {LOGIN_ADVICE}" if text.endswith((".", "!", "?")) else f". {LOGIN_ADVICE}"
+        return Outcome(RunStatus.ERROR, code, text)
 
 
 def cost(results: Sequence[Mapping[str, Any]], *, fresh: bool) -> float | None:

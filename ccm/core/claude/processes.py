@@ -12,6 +12,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from ccm.core.run_log import RunLog
+
 log = logging.getLogger(__name__)
 
 LAUNCH_SCRIPT = Path(__file__).with_name("launch_claude.sh")
@@ -28,11 +30,9 @@ def launcher() -> str:
     Without `setpriv` (Linux only) agents outlive a killed service. Without `setsid` Ctrl-C at the terminal ends them.
     """
     words = []
-    setsid = shutil.which("setsid")
-    if setsid:
+    if setsid := shutil.which("setsid"):
         words += [setsid]
-    setpriv = shutil.which("setpriv")
-    if setpriv and sys.platform == "linux":
+    if sys.platform == "linux" and (setpriv := shutil.which("setpriv")):
         words += [setpriv, "--pdeathsig", "TERM", "--"]
     return " ".join(words)
 
@@ -99,6 +99,7 @@ def end_marked(run_id: str, seconds: float = 5.0, holding: str | None = None) ->
         seconds: how long to wait until they have ended.
         holding: as for `marked`.
     """
+    run_log = RunLog(log, run_id)
     deadline = time.monotonic() + seconds
     pids = marked(run_id, holding)
     reported: set[int] = set()
@@ -110,19 +111,9 @@ def end_marked(run_id: str, seconds: float = 5.0, holding: str | None = None) ->
                 continue
             except PermissionError:
                 if pid not in reported:
-                    log.warning(
-                        "run %s: no permission to end process %d",
-                        run_id,
-                        pid,
-                        extra={"event": "kill_refused", "run_id": run_id},
-                    )
+                    run_log.warning("no permission to end process %d", pid, event="kill_refused")
                 reported.add(pid)
         time.sleep(0.01)
         pids = marked(run_id, holding)
     if pids:
-        log.error(
-            "run %s: processes %s have not ended",
-            run_id,
-            ", ".join(map(str, pids)),
-            extra={"event": "kill_failed", "run_id": run_id},
-        )
+        run_log.error("processes %s have not ended", ", ".join(map(str, pids)), event="kill_failed")

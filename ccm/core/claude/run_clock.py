@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+
+from ccm.core.claude.run_events import first
 
 
 class RunClock:
@@ -45,6 +47,4 @@ class RunClock:
         """Return when the time is used up."""
         while self.left > 0:
             self._resumed.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(None if self._pauses else self.left):
-                    await self._resumed.wait()
+            await first(self._resumed, within=None if self._pauses else self.left)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,10 +28,12 @@ class CLIConfig:
     """The Claude Code to run, and the settings of all runs.
 
     Args:
+        environ: the environment that agents inherit.
         open_files: the agents' limit of open files; None for the service's own.
     """
 
     cli_path: Path
+    environ: Mapping[str, str] = field(repr=False)
     permission_mode: str
     setting_sources: tuple[str, ...]
     max_message_bytes: int
@@ -66,12 +69,9 @@ class RunContext:
     resume: str | None = None
     resume_at: str | None = None
 
-    def user_message(self) -> dict[str, Any]:
-        return user_message(self.sdk_session_id, self.prompt, self.images)
-
 
 def user_message(sdk_session_id: str, prompt: str, images: Sequence[Image]) -> dict[str, Any]:
-    """Return a user's message in the format that Claude Code reads."""
+    """Return a user's message in the format that Claude Code reads, with a uuid of its own."""
     pictures = [
         {"type": "image", "source": {"type": "base64", "media_type": image.media_type, "data": image.data}}
         for image in images
@@ -81,4 +81,5 @@ def user_message(sdk_session_id: str, prompt: str, images: Sequence[Image]) -> d
         "message": {"role": "user", "content": [*pictures, {"type": "text", "text": prompt}]},
         "parent_tool_use_id": None,
         "session_id": sdk_session_id,
+        "uuid": str(uuid.uuid4()),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 
@@ -32,17 +31,15 @@ class RunEvents:
 
     async def stream_ends_within(self, seconds: float) -> bool:
         """Wait for the end of the stream. Returns False if `seconds` passed first."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self.stream_ended.wait()
+        await first(self.stream_ended, within=seconds)
         return self.stream_ended.is_set()
 
 
-async def first(*events: asyncio.Event) -> None:
-    """Wait until one of the events is set."""
+async def first(*events: asyncio.Event, within: float | None = None) -> None:
+    """Wait until one of the events is set, or until `within` seconds have passed."""
     tasks = [asyncio.create_task(event.wait()) for event in events]
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(tasks, timeout=within, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in tasks:
             task.cancel()

@@ -34,13 +34,7 @@ from claude_agent_sdk import (
 
 from ccm.models import Answer, Question
 
-__all__ = [
-    "AgentDefinition",
-    "ClaudeAgentOptions",
-    "Client",
-    "explain",
-    "permission_callback",
-]
+__all__ = ["AgentDefinition", "ClaudeAgentOptions", "Client", "explain", "permission_callback"]
 
 log = logging.getLogger(__name__)
 
@@ -53,32 +47,29 @@ class _Tap:
 
     Args:
         take: awaited for each message; the SDK reads nothing meanwhile.
-        earlier: the messages that arrived before the tap was set.
     """
 
-    def __init__(self, take: Callable[[dict[str, Any]], Awaitable[None]], earlier: list[dict[str, Any]]) -> None:
+    def __init__(self, take: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
         self._take = take
-        self._earlier = earlier
-        # Messages of the SDK's own, which it sends without waiting.
-        self._own_messages: list[dict[str, Any]] = []
+        # Messages that came in without waiting: before the tap was set, or from the SDK itself.
+        self._pending: list[dict[str, Any]] = []
         self._caught_up = asyncio.Event()
         self.ended = asyncio.Event()
         self.error: Exception | None = None
 
     async def catch_up(self) -> None:
-        """Process the earlier messages. Later ones wait until that is done."""
-        for message in self._earlier:
-            await self._process(message)
+        """Process the messages that arrived before the tap was set. Later ones wait until that is done."""
+        await self.process_pending()
         self._caught_up.set()
 
     async def send(self, message: dict[str, Any]) -> None:
         if not self._caught_up.is_set():
             await self._caught_up.wait()
-        await self.process_own_messages()
+        await self.process_pending()
         await self._process(message)
 
-    async def process_own_messages(self) -> None:
-        messages, self._own_messages = self._own_messages, []
+    async def process_pending(self) -> None:
+        messages, self._pending = self._pending, []
         for message in messages:
             await self._process(message)
 
@@ -89,8 +80,8 @@ class _Tap:
             await self._take(message)
 
     def send_nowait(self, message: dict[str, Any]) -> None:
-        """Take a message of the SDK's own: a transcript could not be mirrored, or the stream has ended."""
-        self._own_messages.append(message)
+        """Take a message without waiting. The SDK's own say that a transcript was not mirrored, or the stream ended."""
+        self._pending.append(message)
 
     def close(self) -> None:
         self.ended.set()
@@ -110,19 +101,18 @@ class Client(ClaudeSDKClient):
         query = self._query
         if query is None:
             raise CLIConnectionError("not connected")
-        earlier: list[dict[str, Any]] = []
-        tap = _Tap(take, earlier)
+        tap = _Tap(take)
         stream, query._message_send = query._message_send, tap
         await asyncio.sleep(0)  # the reader may be about to send: a stream that is closed meanwhile would fail the run
         with contextlib.suppress(anyio.WouldBlock, anyio.EndOfStream):
             while True:
-                earlier.append(query._message_receive.receive_nowait())
+                tap.send_nowait(query._message_receive.receive_nowait())
         if stream.statistics().open_send_streams == 0:
             tap.close()  # the SDK's reader has ended already
         stream.close()
         await tap.catch_up()
         await tap.ended.wait()
-        await tap.process_own_messages()
+        await tap.process_pending()
         if tap.error is not None:
             raise tap.error
 

@@ -9,9 +9,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from ccm.core.claude.outcome import Progress
 from ccm.core.claude.processes import end_marked
+from ccm.core.claude.run_context import Mirror
 from ccm.core.claude.run_events import RunEvents, first
 from ccm.core.claude.sdk import Client
+from ccm.core.run_log import RunLog
 
 log = logging.getLogger(__name__)
 
@@ -39,35 +42,37 @@ class Termination:
     Args:
         run_id: the mark of the run's processes.
         events: shared with the run's other tasks.
-        recording: whether the reader is waiting for a message to be stored.
-        storing: whether any of Claude Code's output is being stored.
+        progress: is told when a run that is not over is about to be stopped.
+        mirror: receives the transcript, if it is stored.
         stop_requested: whether a reason to stop has been given.
-        before_stop: called once when a run that is not over is about to be stopped.
+
+    Attributes:
+        recording: the reader is waiting for a message to be stored.
+        closed_by_itself: Claude Code closed its output itself after its last message.
     """
 
     def __init__(
         self,
         run_id: str,
         events: RunEvents,
+        progress: Progress,
+        mirror: Mirror | None,
         *,
-        recording: Callable[[], bool],
-        storing: Callable[[], bool],
         stop_requested: Callable[[], bool],
-        before_stop: Callable[[], None],
     ) -> None:
         self._run_id = run_id
         self._events = events
-        self._recording = recording
-        self._storing = storing
+        self._progress = progress
+        self._mirror = mirror
         self._stop_requested = stop_requested
-        self._before_stop = before_stop
+        self.recording = False
+        self.closed_by_itself = False
         # When some output was last being stored.
         self._last_activity = time.monotonic()
-        # Whether Claude Code closed its output itself after its last message.
-        self.closed_by_itself = False
 
-    def note_stored(self) -> None:
-        """Note that a message was stored just now."""
+    def note_recorded(self) -> None:
+        """Note that the reader's message was stored just now."""
+        self.recording = False
         if not self._events.exited.is_set():  # after that, the output may be another process's
             self._last_activity = time.monotonic()
 
@@ -80,9 +85,9 @@ class Termination:
             await events.stream_ends_within(CLOSE_TIMEOUT)
             return
         if events.stop.is_set() and not events.over.is_set():
-            self._before_stop()
+            self._progress.note_stop()
             # The interrupt needs a reader: it would hang while the reader waits for storage.
-            if events.connected.is_set() and not self._recording():
+            if events.connected.is_set() and not self.recording:
                 with suppress(Exception):
                     async with asyncio.timeout(INTERRUPT_TIMEOUT):
                         await client.interrupt()
@@ -95,7 +100,7 @@ class Termination:
         if (events.over.is_set() or events.exited.is_set()) and await self._closes():
             self.closed_by_itself = events.over.is_set()
             return
-        await self._force(client)
+        await self._terminate_or_kill(client)
 
     async def watch_exit(self, client: Client) -> None:
         """Free the output when Claude Code has exited: a tool that holds it open would prevent the run's end."""
@@ -107,8 +112,11 @@ class Termination:
         if not await events.stream_ends_within(EXIT_DELAY):
             await self._free_output(client, cut_off=code != 0 and not events.over.is_set())
 
-    async def kill(self, client: Client) -> None:
-        """Kill Claude Code and its tools. Blocks the loop, which has nothing else to do, so no thread is needed."""
+    async def kill_after_fault(self, client: Client) -> None:
+        """Kill Claude Code and its tools until the stream ends, because `run` has failed.
+
+        Blocks the loop, which has nothing else to do, so no thread is needed.
+        """
         for _ in range(KILL_TRIES):
             if self._events.stream_ended.is_set():
                 return
@@ -117,14 +125,10 @@ class Termination:
                 end_marked(self._run_id)
                 await self._events.stream_ends_within(EXIT_DELAY)
             except Exception:
-                log.exception(
-                    "run %s: cannot kill Claude Code",
-                    self._run_id,
-                    extra={"event": "kill_failed", "run_id": self._run_id},
-                )
+                RunLog(log, self._run_id).exception("cannot kill Claude Code", event="kill_failed")
                 await asyncio.sleep(EXIT_DELAY)
 
-    async def _force(self, client: Client) -> None:
+    async def _terminate_or_kill(self, client: Client) -> None:
         events = self._events
         while not events.stream_ended.is_set() and self._silence() < SILENT_TIMEOUT:
             client.signal(signal.SIGTERM)
@@ -143,9 +147,7 @@ class Termination:
         """Return when the run is over, must stop, or has lost Claude Code."""
         events = self._events
         while not events.ending:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(STOP_CHECK_INTERVAL):
-                    await first(events.over, events.stop, events.stream_ended, events.exited)
+            await first(events.over, events.stop, events.stream_ended, events.exited, within=STOP_CHECK_INTERVAL)
             if self._stop_requested():
                 events.stop.set()
 
@@ -166,6 +168,10 @@ class Termination:
             if events.stop.is_set() or not waits:
                 return False
         return True
+
+    def _storing(self) -> bool:
+        """Return whether any of Claude Code's output is being stored."""
+        return self.recording or (self._mirror is not None and self._mirror.busy)
 
     def _silence(self) -> float:
         """Return the seconds since any output was last being stored."""

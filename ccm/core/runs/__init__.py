@@ -16,5 +16,6 @@ Failures:
 - Storage is down: a start gets 503, a started run waits for storage, and its end is retried until it is stored.
 - The service dies: at the next start, started runs end as `INTERRUPTED` and are never run again; waiting runs start.
 - A side effect fails: `Runner.catch_up` decides again, and ends a run that still cannot begin as `EXECUTION_ERROR`.
-- One row is unusable: that run ends in error, by its row alone if need be; other runs and the service are unaffected.
+- One row is unusable: that run ends in error, if need be by an update that reads nothing of it; other runs and the
+  service are unaffected.
 """

@@ -10,12 +10,12 @@ from typing import Any
 
 from ccm.core.claude.outcome import Outcome
 from ccm.core.problems import Problems
-from ccm.core.runs.transitions import AfterCommit, RunTransitions
+from ccm.core.runs.transitions import UNSTORABLE, AfterCommit, RunTransitions, error_columns
 from ccm.core.storage.writer import Writer
 from ccm.db.driver.transaction import Transaction
 from ccm.errors import ShuttingDown, Unavailable
 from ccm.json_text import storable, to_json_text
-from ccm.models import Run, RunStatus
+from ccm.models import Run
 
 # Delays between attempts to store an end after a fault (seconds).
 FIRST_DELAY = 0.1
@@ -34,11 +34,7 @@ class EndStore:
     """
 
     def __init__(
-        self,
-        writer: Writer,
-        transitions: RunTransitions,
-        problems: Problems,
-        perform: Callable[[AfterCommit], None],
+        self, writer: Writer, transitions: RunTransitions, problems: Problems, perform: Callable[[AfterCommit], None]
     ) -> None:
         self._writer = writer
         self._transitions = transitions
@@ -115,18 +111,14 @@ class EndStore:
         """End a run and decide which starts next. A run of which a message was refused ends in error."""
         refusal = self._writer.broken.get(run.id)
         if refusal is not None:
-            message = f"A message of this run cannot be stored: {refusal}."
-            values = {
-                **values,
-                "status": RunStatus.ERROR,
-                "errorCode": "EXECUTION_ERROR",
-                "errorMessage": storable(message),
-            }
+            message = storable(f"A message of this run cannot be stored: {refusal}.")
+            values = {**values, **error_columns("EXECUTION_ERROR", message)}
         return self._transitions.end_or_fail(transaction, run, values) | self._transitions.dispatch(transaction)
 
     def _end_row_only(self, run: Run, _values: Mapping[str, Any], transaction: Transaction) -> AfterCommit:
-        """End a run by its row alone, because `_end` has failed. Which run starts next is decided separately."""
-        return self._transitions.end_row_only(transaction, run) | AfterCommit(dispatch_failed=True)
+        """End only the row of a run, because `_end` has failed. Which run starts next is decided separately."""
+        ended = self._transitions.end_row_only(transaction, run.id, UNSTORABLE)
+        return ended | AfterCommit(changed=(run.session_id,), dispatch_failed=True)
 
 
 def columns(outcome: Outcome) -> dict[str, Any]:
@@ -144,5 +136,4 @@ def columns(outcome: Outcome) -> dict[str, Any]:
 
 def columns_of_fault(error: BaseException) -> dict[str, Any]:
     """Return the columns of a run that ended because of a fault."""
-    message = storable(f"{type(error).__name__}: {error}")
-    return {"status": RunStatus.ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": message}
+    return error_columns("EXECUTION_ERROR", storable(f"{type(error).__name__}: {error}"))

@@ -18,9 +18,10 @@ from ccm.core.claude.processes import end_marked
 from ccm.core.claude.run_directory import remove_directories
 from ccm.core.lineage import ForkPoint
 from ccm.core.problems import Problems
+from ccm.core.run_log import RunLog
 from ccm.core.runs.request import Accepted, RunRequest
 from ccm.core.runs.runner import Runner
-from ccm.core.runs.transitions import AfterCommit, RunTransitions, not_resumable
+from ccm.core.runs.transitions import UNRECOVERABLE, AfterCommit, RunTransitions, not_resumable
 from ccm.core.storage.writer import Writer
 from ccm.core.transcripts.files import TranscriptFiles
 from ccm.db import runs, sessions
@@ -68,7 +69,7 @@ class RunManager:
         """
         session_id = str(uuid.uuid4())
         row = self._row(request, session_id, session_id, cwd)
-        return self._submit(row, request, new_session={"parentSessionId": None, "forkedFromRunId": None})
+        return self._submit(row, request, new_session={})
 
     def resume(self, request: RunRequest, session: Session, head: Run | None) -> Accepted:
         """Accept a run that continues a session.
@@ -156,20 +157,15 @@ class RunManager:
             Unavailable: the database is not writable.
         """
         for run_id in self._writer.write(self._transitions.unfinished):
-            log.warning(
-                "run %s interrupted when the previous service exited",
-                run_id,
-                extra={"event": "run_interrupted", "run_id": run_id},
-            )
+            run_log = RunLog(log, run_id)
+            run_log.warning("interrupted when the previous service exited", event="run_interrupted")
             try:
                 self._recover(run_id)
             except Unavailable:
                 raise
             except Exception:
-                log.exception(
-                    "run %s: cannot recover it fully, ending it by its row alone",
-                    run_id,
-                    extra={"event": "run_recovery_failed", "run_id": run_id},
+                run_log.exception(
+                    "cannot store its full end, writing only its status and the error", event="run_recovery_failed"
                 )
                 self._recover_row_only(run_id)
         try:
@@ -186,11 +182,7 @@ class RunManager:
             remove_directories(run_id)
         except Exception:
             # Remaining processes or files must not prevent the run's end from being stored.
-            log.exception(
-                "run %s: cannot remove its remaining processes and files",
-                run_id,
-                extra={"event": "run_cleanup_failed", "run_id": run_id},
-            )
+            RunLog(log, run_id).exception("cannot remove its remaining processes and files", event="run_cleanup_failed")
         run = self._writer.write(lambda transaction: runs.get(transaction, run_id))
         transcript = self._transcripts.complete_copy(run)
         self._writer.write(
@@ -198,8 +190,9 @@ class RunManager:
         )
 
     def _recover_row_only(self, run_id: str) -> None:
+        end = partial(self._transitions.end_row_only, run_id=run_id, message=UNRECOVERABLE, code="INTERRUPTED")
         try:
-            self._writer.write(partial(self._transitions.recover_row_only, run_id=run_id), self._runner.perform)
+            self._writer.write(end, self._runner.perform)
         except Unavailable:
             raise
         except Exception as error:
@@ -212,15 +205,11 @@ class RunManager:
             "id": str(uuid.uuid4()),
             "sessionId": session_id,
             "sdkSessionId": sdk_session_id,
-            "parentSessionId": None,
-            "parentRunId": None,
-            "forkAtMessage": None,
-            "forkAtIndex": None,
             "mode": request.mode,
             "status": RunStatus.RUNNING,
             "cwd": cwd,
             "imageCount": len(request.images),
-            **Run.to_columns({**request.stored, "prompt": request.prompt, "options": request.options}),
+            **Run.to_columns({**request.run_fields, "prompt": request.prompt, "options": request.options}),
             "idempotencyKey": None if request.idempotency_key is None else request.idempotency_key.text,
             "requestDigest": None if request.idempotency_key is None else request.idempotency_key.digest,
             "createdBy": request.created_by,
@@ -248,7 +237,6 @@ class RunManager:
         if not os.path.isdir(cwd):
             raise not_resumable(session, f"its directory {cwd} no longer exists")
         if not self._transcripts.is_available(parent, cwd, options):
-            why = "is neither on this host nor complete in the database"
-            if not parent.has_transcript:
-                why = "was never written"
+            missing = "is neither on this host nor complete in the database"
+            why = missing if parent.has_transcript else "was never written"
             raise not_resumable(session, f"the transcript of run {parent.id} {why}")

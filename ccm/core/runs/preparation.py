@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ccm.core.approvals.requests import Approvals
 from ccm.core.claude.outcome import Outcome
 from ccm.core.claude.run_context import CLIConfig, RunContext
+from ccm.core.policy import workdir
+from ccm.core.policy.permitted_options import check_options
+from ccm.core.run_log import RunLog
 from ccm.core.runs.transitions import Start
 from ccm.core.storage.writer import Writer
 from ccm.core.transcripts.files import TranscriptFiles
@@ -18,6 +22,7 @@ from ccm.core.transcripts.store import Mirror
 from ccm.errors import Forbidden, StorageError
 from ccm.json_text import storable, to_json_text
 from ccm.models import Image, Message, Run, RunStatus
+from ccm.settings.settings import Settings
 from ccm.timestamps import timestamp
 
 if TYPE_CHECKING:
@@ -31,36 +36,36 @@ class Preparation:
 
     Args:
         cli_config: the Claude Code to run.
-        environ: the environment that agents inherit.
+        settings: those of the service, which may have changed since a run was accepted.
         transcripts: the transcripts of runs, on this host and in the database.
         approvals: passes permission requests on to clients.
         writer: stores messages.
-        allow: raises `Forbidden` if the settings no longer allow a run that is about to begin.
     """
 
     def __init__(
         self,
         cli_config: CLIConfig,
-        environ: Mapping[str, str],
-        transcripts: TranscriptFiles,
+        settings: Settings,
         *,
+        transcripts: TranscriptFiles,
         approvals: Approvals,
         writer: Writer,
-        allow: Callable[[Run], None],
     ) -> None:
         self._cli_config = cli_config
-        self._environ = environ
+        self._settings = settings
         self._transcripts = transcripts
         self._approvals = approvals
         self._writer = writer
-        self._allow = allow
 
     def check(self, start: Start) -> Outcome | None:
         """Put the parent's transcript in place. Return how the run ends if it cannot begin."""
-        refusal = self._check_allowed(start.run)
-        if refusal is None and start.parent is not None:
-            refusal = self._provide_transcript(start.parent, start.run)
-        return refusal
+        try:
+            # A restart while the run was waiting may have changed the settings.
+            check_options(start.run.options.value, self._settings)
+            workdir.check_roots(start.run.cwd, self._settings.allowed_roots)
+        except Forbidden as error:
+            return Outcome(RunStatus.ERROR, error.code, error.message)
+        return None if start.parent is None else self._provide_transcript(start.parent, start.run)
 
     def make_execution(self, start: Start, mirror: Mirror) -> Execution:
         # Imported here because the SDK takes longer to import than the rest of a start.
@@ -79,35 +84,25 @@ class Preparation:
             resume_at=run.fork_at_message,
         )
         ask = partial(self._approvals.ask, run) if run.approvals else None
-        return Execution(context, self._cli_config, self._environ, self._record(run), mirror, ask=ask)
+        return Execution(context, self._cli_config, self._record(run), mirror, ask=ask)
 
     def _record(self, run: Run) -> Callable[[dict[str, Any]], Any]:
         """Return a function that numbers the messages of a run and hands them to the writer."""
-        index = 0
+        indexes = itertools.count()
 
         async def record(raw: dict[str, Any]) -> int:
-            nonlocal index
             message = Message(
                 run_id=run.id,
                 session_id=run.session_id,
-                index=index,
                 type=storable(raw.get("type")) or "unknown",
                 json=to_json_text(raw),
                 created_at=timestamp(),
+                index=next(indexes),
             )
-            index += 1
             await self._writer.append(message)
             return message.index
 
         return record
-
-    def _check_allowed(self, run: Run) -> Outcome | None:
-        """Return how the run ends if the settings forbid it: a restart while it was waiting may have changed them."""
-        try:
-            self._allow(run)
-        except Forbidden as error:
-            return Outcome(RunStatus.ERROR, error.code, error.message)
-        return None
 
     def _provide_transcript(self, parent: Run, run: Run) -> Outcome | None:
         """Put the parent's transcript where Claude Code finds it. Return how the run ends if that is impossible."""
@@ -116,11 +111,8 @@ class Preparation:
                 return None
             reason = "it is neither on this host nor complete in the database"
         except (OSError, StorageError) as error:
-            log.exception(
-                "run %s: cannot write the transcript of run %s to a file",
-                run.id,
-                parent.id,
-                extra={"event": "transcript_restore_failed", "run_id": run.id},
+            RunLog(log, run.id).exception(
+                "cannot write the transcript of run %s to a file", parent.id, event="transcript_restore_failed"
             )
             reason = f"it could not be written to a file: {error}"
         message = f"The transcript of run {parent.id}, which this run continues, is missing: {reason}."

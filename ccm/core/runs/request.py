@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -27,16 +26,16 @@ class RunRequest:
     """A validated request for a run.
 
     Args:
-        stored: further fields to store with the run unchanged, under their names in the API.
-        described: the same for the session that the run opens.
+        run_fields: further fields to store with the run unchanged, under their names in the API.
+        session_fields: the same for the session that the run opens.
     """
 
     mode: RunMode
     prompt: str
     images: tuple[Image, ...] = ()
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    stored: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    described: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    run_fields: Mapping[str, Any] = field(default_factory=dict)
+    session_fields: Mapping[str, Any] = field(default_factory=dict)
     if_busy: IfBusy = IfBusy.REJECT
     created_by: str | None = None
     idempotency_key: IdempotencyKey | None = None

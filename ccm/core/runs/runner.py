@@ -11,19 +11,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ccm.core.approvals.requests import Approvals
 from ccm.core.claude.input_queue import FollowUp
-from ccm.core.claude.outcome import Outcome
+from ccm.core.claude.outcome import Outcome, fault
 from ccm.core.claude.processes import end_marked
 from ccm.core.claude.reaper import Reaper
-from ccm.core.claude.run_context import CLIConfig
 from ccm.core.problems import Problems
+from ccm.core.run_log import RunLog
 from ccm.core.runs.end_store import FIRST_DELAY, MAX_DELAY, EndStore, columns, columns_of_fault
 from ccm.core.runs.ongoing_run import OngoingRun
 from ccm.core.runs.preparation import Preparation
@@ -59,38 +58,30 @@ class Runner:
     Args:
         writer: stores every change.
         notifier: notifies subscribers when a run has started or ended.
-        cli_config: the Claude Code to run.
         transcripts: the transcripts of runs, on this host and in the database.
         transitions: decides how runs end and which start next.
-        approvals: passes permission requests on to clients.
+        preparation: prepares the execution of a run.
         problems: receives faults that cannot be handled.
         workers: the number of runs that execute at once.
-        allow: raises `Forbidden` if the settings no longer allow a run that is about to begin.
-        environ: the environment that agents inherit.
     """
 
     def __init__(
         self,
         writer: Writer,
         notifier: Notifier,
-        cli_config: CLIConfig,
         transcripts: TranscriptFiles,
         transitions: RunTransitions,
         *,
-        approvals: Approvals,
+        preparation: Preparation,
         problems: Problems,
         workers: int,
-        allow: Callable[[Run], None],
-        environ: Mapping[str, str],
     ) -> None:
         self._writer = writer
         self._notifier = notifier
         self._transcripts = transcripts
         self._transitions = transitions
         self._problems = problems
-        self._preparation = Preparation(
-            cli_config, environ, transcripts, approvals=approvals, writer=writer, allow=allow
-        )
+        self._preparation = preparation
         self._ends = EndStore(writer, transitions, problems, self.perform)
         self._pool = WorkerPool(workers, problems)
         self._reaper = Reaper()
@@ -98,7 +89,6 @@ class Runner:
         self._all_ended = threading.Condition(self._lock)
         # The runs that have begun and whose end is not stored yet, by id.
         self._ongoing: dict[str, OngoingRun] = {}
-        self._stopping = False
         # The number of catch-ups since side effects were last performed without a fault.
         self._catch_ups = 0
         # The ids of the runs that the last catch-up tried to begin.
@@ -106,7 +96,7 @@ class Runner:
 
     @property
     def stopping(self) -> bool:
-        return self._stopping
+        return not self._transitions.open
 
     def stop(self, deadline: float) -> bool:
         """Interrupt every run and wait until their ends are stored. Waiting runs stay in the queue for the next start.
@@ -118,7 +108,6 @@ class Runner:
             False if the ends of some runs were not stored by then.
         """
         with self._lock:
-            self._stopping = True
             self._transitions.open = False
             ongoing = dict(self._ongoing)
         try:
@@ -199,11 +188,10 @@ class Runner:
         try:
             step()
         except Exception:
-            extra = {"event": "runner_step_failed"}
             if run_id is None:
-                log.exception("%s", failure, extra=extra)
+                log.exception("%s", failure, extra={"event": "runner_step_failed"})
             else:
-                log.exception("run %s: %s", run_id, failure, extra={**extra, "run_id": run_id})
+                RunLog(log, run_id).exception("%s", failure, event="runner_step_failed")
             return False
         return True
 
@@ -220,8 +208,7 @@ class Runner:
         self._writer.call_later(pause, self._submit_catch_up)
 
     def _submit_catch_up(self) -> None:
-        work = self._fail_and_redispatch if self._catch_ups >= MAX_CATCH_UPS else self._redispatch
-        self._writer.submit(work, self.perform).future.add_done_callback(self._retry_catch_up)
+        self._writer.submit(self._redispatch, self.perform).future.add_done_callback(self._retry_catch_up)
 
     def _retry_catch_up(self, caught_up: Future[AfterCommit]) -> None:
         error = caught_up.exception()
@@ -230,15 +217,14 @@ class Runner:
             self._attempt(self.catch_up, "cannot start waiting runs")
 
     def _redispatch(self, transaction: Transaction) -> AfterCommit:
-        after_commit = self._transitions.dispatch_again(transaction)
-        self._redispatched = {start.run.id for start in after_commit.starts}
-        return after_commit
-
-    def _fail_and_redispatch(self, transaction: Transaction) -> AfterCommit:
-        # Only runs of an earlier catch-up: runs that this transaction starts have had no chance to begin yet.
-        not_begun = self._redispatched.difference(self._ongoing)
-        failed = self._transitions.fail_started(transaction, not_begun, NOT_BEGUN)
-        return failed | self._redispatch(transaction)
+        failed = AfterCommit()
+        if self._catch_ups >= MAX_CATCH_UPS:
+            # Only runs of an earlier catch-up: runs that this transaction starts have had no chance to begin yet.
+            not_begun = self._redispatched.difference(self._ongoing)
+            failed = self._transitions.fail_started(transaction, not_begun, NOT_BEGUN)
+        redispatched = self._transitions.dispatch_again(transaction)
+        self._redispatched = {start.run.id for start in redispatched.starts}
+        return failed | redispatched
 
     def _begin(self, start: Start) -> None:
         """Hand a run to a thread of the pool. End the run if that fails."""
@@ -248,7 +234,7 @@ class Runner:
                 if run.id in self._ongoing:
                     return
                 ongoing = self._ongoing[run.id] = OngoingRun()
-                stopping = self._stopping
+                stopping = self.stopping
             if stopping:
                 ongoing.stop(SHUT_DOWN)
             self._pool.submit(partial(self._own, start, ongoing), partial(self._fail_to_begin, run))
@@ -260,12 +246,7 @@ class Runner:
 
         The run stays in `_ongoing` until its end is stored, so that it does not begin after all.
         """
-        log.error(
-            "run %s cannot begin, ending it",
-            run.id,
-            exc_info=error,
-            extra={"event": "run_begin_failed", "run_id": run.id},
-        )
+        RunLog(log, run.id).error("cannot begin, ending it", exc_info=error, event="run_begin_failed")
         self._ends.submit(run, columns_of_fault(error), self._forget)
 
     # ---- in the run's thread
@@ -282,14 +263,12 @@ class Runner:
             outcome, transcript = self._execute(start, ongoing)
             values = columns(outcome) | transcript
         except BaseException as error:
-            log.exception("run %s failed because of a fault", run.id, extra={"event": "run_failed", **ids})
+            RunLog(log, run.id).exception("failed because of a fault", event="run_failed", extra=ids)
             values = columns_of_fault(error) | transcript
         if not self._ends.store(run, values):
             # The run stays in `_ongoing`, so that it does not begin again.
-            log.error(
-                "run %s: its end is not stored; the next start reports it as INTERRUPTED",
-                run.id,
-                extra={"event": "run_end_lost", **ids},
+            RunLog(log, run.id).error(
+                "its end is not stored; the next start reports it as INTERRUPTED", event="run_end_lost", extra=ids
             )
             return
         self._forget(run.id)
@@ -314,16 +293,14 @@ class Runner:
         execution: Execution | None = None
         try:
             self._reaper.watch(run.id)
-            refusal = self._preparation.check(start)
-            if refusal is None:
+            outcome = self._preparation.check(start)
+            if outcome is None:
                 execution = self._preparation.make_execution(start, mirror)
                 ongoing.attach(execution)
                 outcome = execution.run()
-            else:
-                outcome = refusal
         except BaseException as error:
-            log.exception("run %s: its execution failed", run.id, extra={"event": "run_failed", "run_id": run.id})
-            outcome = Outcome(RunStatus.ERROR, "EXECUTION_ERROR", f"{type(error).__name__}: {error}")
+            RunLog(log, run.id).exception("its execution failed", event="run_failed")
+            outcome = fault(error)
         if execution is None or execution.processes_ended:
             self._attempt(lambda: self._reaper.release(run.id), "cannot write to the reaper", run.id)
         else:
@@ -337,10 +314,8 @@ class Runner:
             end_marked(run_id)
             self._reaper.release(run_id)
         except Exception:
-            log.exception(
-                "run %s: cannot find its processes, leaving them to the reaper",
-                run_id,
-                extra={"event": "process_search_failed", "run_id": run_id},
+            RunLog(log, run_id).exception(
+                "cannot find its processes, leaving them to the reaper", event="process_search_failed"
             )
             self._attempt(lambda: self._reaper.end(run_id), "cannot write to the reaper", run_id)
 

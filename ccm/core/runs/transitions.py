@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ccm.core.approvals.transitions import ApprovalTransitions
+from ccm.core.run_log import RunLog
 from ccm.core.runs.request import Accepted, IfBusy, RunRequest
 from ccm.core.storage.notifier import APPROVALS, EVENTS
 from ccm.core.webhooks.outbox import Outbox
@@ -128,7 +129,7 @@ class RunTransitions:
             session = {
                 "id": session_id,
                 "cwd": row["cwd"],
-                **Session.to_columns({"title": None, "metadata": None, **request.described}),
+                **Session.to_columns({"title": None, "metadata": None, **request.session_fields}),
                 "firstRunAt": row["createdAt"],
                 "lastRunAt": row["createdAt"],
                 "lastRunSeq": seq,
@@ -170,32 +171,23 @@ class RunTransitions:
         return after_commit
 
     def end_or_fail(self, transaction: Transaction, run: Run, values: Mapping[str, Any]) -> AfterCommit:
-        """Store the final state of a run. If that fails, end the run in error, by its row alone if need be.
+        """Store the final state of a run. If that fails, end the run in error, at worst only its row.
 
         A run that stayed `running` would occupy its session and its worker, and block waiting clients, for ever.
         """
-        failed = {"status": RunStatus.ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": UNSTORABLE}
-        for state in (values, failed):
+        for state in (values, error_columns("EXECUTION_ERROR", UNSTORABLE)):
             try:
                 with transaction.savepoint():
                     return self.end(transaction, run, state)
             except StorageDown:
                 raise
             except Exception:
-                log.exception(
-                    "run %s: cannot store its end as %s",
-                    run.id,
-                    state["status"],
-                    extra={"event": "run_end_failed", "run_id": run.id},
-                )
-        return self.end_row_only(transaction, run)
+                RunLog(log, run.id).exception("cannot store its end as %s", state["status"], event="run_end_failed")
+        return self.end_row_only(transaction, run.id, UNSTORABLE) | AfterCommit(changed=(run.session_id,))
 
-    def end_row_only(self, transaction: Transaction, run: Run) -> AfterCommit:
-        """End a run in error by writing to its row alone, because the rest of its end cannot be stored."""
-        after_commit = self._end_row_only(transaction, run.id, "EXECUTION_ERROR", UNSTORABLE)
-        return after_commit | AfterCommit(changed=(run.session_id,))
-
-    def _end_row_only(self, transaction: Transaction, run_id: str, code: str, message: str) -> AfterCommit:
+    def end_row_only(
+        self, transaction: Transaction, run_id: str, message: str, code: str = "EXECUTION_ERROR"
+    ) -> AfterCommit:
         """End a run in error without reading its row or its session, because their content may be the fault."""
         runs.end_row_only(transaction, run_id, code, message)
         return AfterCommit(changed=(run_id, EVENTS))
@@ -225,27 +217,19 @@ class RunTransitions:
         """
         try:
             with transaction.savepoint():
-                return self._dispatch(transaction, include_started=transaction.uncertain)
+                return self.dispatch_again(transaction, include_started=transaction.uncertain)
         except StorageDown:
             raise
         except Exception:
             log.exception("cannot decide which waiting runs start, retrying", extra={"event": "dispatch_failed"})
             return AfterCommit(dispatch_failed=True)
 
-    def dispatch_again(self, transaction: Transaction) -> AfterCommit:
-        """Do the same after a fault. The result includes every started run, because some may never have begun."""
-        return self._dispatch(transaction, include_started=True)
+    def dispatch_again(self, transaction: Transaction, *, include_started: bool = True) -> AfterCommit:
+        """Decide the same as `dispatch`, after a fault. Another fault is raised.
 
-    def fail_started(self, transaction: Transaction, run_ids: Collection[str], reason: str) -> AfterCommit:
-        """End started runs that no thread executes."""
-        after_commit = AfterCommit()
-        values = {"status": RunStatus.ERROR, "errorCode": "EXECUTION_ERROR", "errorMessage": reason}
-        for run in runs.started(transaction, self._owner):
-            if run.id in run_ids:
-                after_commit |= self.end_or_fail(transaction, run, values)
-        return after_commit
-
-    def _dispatch(self, transaction: Transaction, *, include_started: bool) -> AfterCommit:
+        Args:
+            include_started: the result includes every started run, because some may never have begun.
+        """
         after_commit = AfterCommit(dispatched=True)
         if include_started:
             # The previous attempt may have committed starts whose side effects were never performed.
@@ -262,12 +246,17 @@ class RunTransitions:
                 raise
             except Exception:
                 # It would stay the first in the queue, and no run behind it would ever start.
-                log.exception(
-                    "run %s cannot be started, ending it",
-                    next_id,
-                    extra={"event": "run_start_failed", "run_id": next_id},
-                )
-                after_commit |= self._end_row_only(transaction, next_id, "EXECUTION_ERROR", UNSTARTABLE)
+                RunLog(log, next_id).exception("cannot be started, ending it", event="run_start_failed")
+                after_commit |= self.end_row_only(transaction, next_id, UNSTARTABLE)
+        return after_commit
+
+    def fail_started(self, transaction: Transaction, run_ids: Collection[str], reason: str) -> AfterCommit:
+        """End started runs that no thread executes."""
+        after_commit = AfterCommit()
+        values = error_columns("EXECUTION_ERROR", reason)
+        for run in runs.started(transaction, self._owner):
+            if run.id in run_ids:
+                after_commit |= self.end_or_fail(transaction, run, values)
         return after_commit
 
     def _start(self, transaction: Transaction, run_id: str) -> AfterCommit:
@@ -278,8 +267,7 @@ class RunTransitions:
         self._outbox.enqueue(transaction, EventType.RUN_STARTED, run)
         if run.mode != RunMode.FRESH and parent is None:
             message = "The run that this one continues left no transcript."
-            values = {"status": RunStatus.ERROR, "errorCode": "SESSION_NOT_RESUMABLE", "errorMessage": message}
-            return self.end(transaction, run, values)
+            return self.end(transaction, run, error_columns("SESSION_NOT_RESUMABLE", message))
         return AfterCommit(starts=(self._make_start(transaction, run),), changed=(run.id, run.session_id, EVENTS))
 
     def _make_start(self, transaction: Transaction, run: Run) -> Start:
@@ -288,12 +276,10 @@ class RunTransitions:
 
     def _parent(self, transaction: Transaction, run: Run) -> Run | None:
         """Return the run whose transcript this one continues. A resumed session's head is read now, at the start."""
-        if run.mode == RunMode.FORK and run.parent_run_id is not None:
-            return runs.get(transaction, run.parent_run_id)
+        parent_id = run.parent_run_id
         if run.mode == RunMode.RESUME:
-            head = sessions.get(transaction, run.session_id).head_run_id
-            return None if head is None else runs.get(transaction, head)
-        return None
+            parent_id = sessions.get(transaction, run.session_id).head_run_id
+        return None if parent_id is None else runs.get(transaction, parent_id)
 
     def unfinished(self, transaction: Transaction) -> list[str]:
         """Return the ids of the runs that an earlier service left unfinished, in the order of their acceptance."""
@@ -307,9 +293,10 @@ class RunTransitions:
         """
         return self.end(transaction, runs.get(transaction, run_id), {**runs.INTERRUPTED, **transcript})
 
-    def recover_row_only(self, transaction: Transaction, run_id: str) -> AfterCommit:
-        """End such a run without reading its row, its session or its transcript."""
-        return self._end_row_only(transaction, run_id, "INTERRUPTED", UNRECOVERABLE)
+
+def error_columns(code: str, message: str | None) -> dict[str, Any]:
+    """Return the columns of a run that ended in error."""
+    return {"status": RunStatus.ERROR, "errorCode": code, "errorMessage": message}
 
 
 def not_resumable(session: Session, why: str) -> SessionNotResumable:

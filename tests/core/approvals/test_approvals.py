@@ -42,7 +42,7 @@ class Desk:
         self.notifier = Notifier()
         self.writer = Writer(database, self.notifier, 2**20, lambda _run, _error: None)
         transitions = ApprovalTransitions(Outbox(service=False), 8)
-        self.approvals = Approvals(self.writer, self.notifier, transitions, workers=8, timeout=60)
+        self.approvals = Approvals(self.writer, self.notifier, transitions, timeout=60)
         with database.transaction() as transaction:
             now = timestamp()
             session = {"id": "s", "cwd": "/", "metadataJson": "{}", "firstRunAt": now, "lastRunAt": now}

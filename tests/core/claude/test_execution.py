@@ -25,6 +25,7 @@ from ccm.core.claude.run_events import first
 from ccm.core.claude.termination import Termination
 from ccm.core.policy.ceilings import Ceilings
 from ccm.core.transcripts.store import Mirror
+from ccm.models import RunStatus
 from tests.conftest import stand_in_cli
 from tests.waiting import until
 
@@ -68,6 +69,7 @@ class Run:
         environ = {"PATH": os.environ["PATH"], "HOME": str(folder), **(environ or {})}
         settings: dict[str, Any] = {
             "cli_path": stand_in_cli(folder),
+            "environ": environ,
             "permission_mode": "default",
             "setting_sources": (),
             "max_message_bytes": 2**20,
@@ -81,7 +83,7 @@ class Run:
             options={},
             timeout_ms=timeout_ms,
         )
-        self.execution = Execution(context, CLIConfig(**settings | claude), environ, self._record, mirror)
+        self.execution = Execution(context, CLIConfig(**settings | claude), self._record, mirror)
         self.outcome: Outcome | None = None
         self._thread = threading.Thread(target=self._run)
 
@@ -100,6 +102,9 @@ class Run:
     def start(self) -> Run:
         self._thread.start()
         return self
+
+    def cancel(self) -> None:
+        self.execution.stop(Outcome(RunStatus.CANCELLED))
 
     def end(self, left: Sequence[str] = ()) -> Outcome:
         """Wait for the end and check which processes remain.
@@ -360,7 +365,7 @@ def broken(*_: object, **__: object) -> None:
     ("owner", "part"),
     [
         *((Termination, part) for part in ("run", "watch_exit", "_free_output")),
-        *((Execution, part) for part in ("_keep_time", "_write")),
+        *((Execution, part) for part in ("_keep_time", "_write_input")),
     ],
 )
 def test_a_failed_task_ends_the_run(
@@ -370,7 +375,7 @@ def test_a_failed_task_ends_the_run(
     run = Run(tmp_path, {"count": 1, "hold": True, "ignore_interrupt": True, "tool": 300}).start()
     if part == "_free_output":
         until(lambda: run.messages)
-        run.execution.cancel()
+        run.cancel()
     outcome = run.end()
 
     assert (outcome.status, outcome.error_code) in (("error", "EXECUTION_ERROR"), ("cancelled", None))
@@ -406,7 +411,7 @@ def test_a_run_ends_with_its_processes_if_the_sdk_does_not_end_the_stream(
 
 def test_a_cancel_before_the_start_cancels_the_run(tmp_path: Path) -> None:
     run = Run(tmp_path, {"count": 1})
-    run.execution.cancel()
+    run.cancel()
 
     assert end_of(run) == ("cancelled", "None")
 
@@ -414,7 +419,7 @@ def test_a_cancel_before_the_start_cancels_the_run(tmp_path: Path) -> None:
 def test_an_interrupt_ends_a_run(tmp_path: Path) -> None:
     run = Run(tmp_path, {"count": 1, "hold": True}).start()
     until(lambda: run.messages)
-    run.execution.cancel()
+    run.cancel()
     outcome = run.end()
 
     assert outcome.status == "cancelled"
@@ -426,7 +431,7 @@ def test_a_cli_that_ignores_the_interrupt_is_terminated(tmp_path: Path, monkeypa
     monkeypatch.setattr("ccm.core.claude.termination.INTERRUPT_TIMEOUT", 0.2)
     run = Run(tmp_path, {"count": 1, "hold": True, "ignore_interrupt": True, "tool": 300}).start()
     until(lambda: run.messages)
-    run.execution.cancel()
+    run.cancel()
 
     assert end_of(run) == ("cancelled", "None")
 
@@ -439,7 +444,7 @@ def test_a_cli_that_ignores_the_terminate_too_is_killed(tmp_path: Path, monkeypa
     stubborn.chmod(0o755)
     run = Run(tmp_path, {"count": 1, "hold": True, "ignore_interrupt": True}, cli_path=stubborn).start()
     until(lambda: run.messages)
-    run.execution.cancel()
+    run.cancel()
 
     assert end_of(run) == ("cancelled", "None")
 
@@ -449,7 +454,7 @@ def test_a_cancel_under_back_pressure_ends_the_process(tmp_path: Path) -> None:
     run.gate = asyncio.Event()
     run.start()
     until(lambda: run.messages)
-    run.execution.cancel()
+    run.cancel()
     until(lambda: not is_there(run))
 
     loop = run.execution._loop
@@ -461,8 +466,8 @@ def test_a_cancel_under_back_pressure_ends_the_process(tmp_path: Path) -> None:
 def test_a_run_ends_with_the_first_reason_to_stop(tmp_path: Path) -> None:
     run = Run(tmp_path, {"count": 1, "hold": True}).start()
     until(lambda: run.messages)
-    run.execution.fail("INTERRUPTED", "The service was shut down.")
-    run.execution.cancel()
+    run.execution.stop(Outcome(RunStatus.ERROR, "INTERRUPTED", "The service was shut down."))
+    run.cancel()
     outcome = run.end()
 
     assert (outcome.status, outcome.error_code, outcome.error_message) == (
@@ -600,7 +605,7 @@ def test_a_cancel_before_the_time_is_up_counts(tmp_path: Path) -> None:
     run = Run(tmp_path, {"count": 1, "hold": True})
     time_runs_out_with(run, run.execution._events.stop).start()
     until(lambda: run.messages)
-    run.execution.cancel()
+    run.cancel()
 
     assert end_of(run) == ("cancelled", "None")
 
@@ -609,7 +614,7 @@ def test_a_cancel_after_the_time_is_up_is_too_late(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("ccm.core.claude.termination.INTERRUPT_TIMEOUT", 0.2)
     run = Run(tmp_path, {"count": 1, "hold": True, "ignore_interrupt": True}, timeout_ms=500).start()
     until(run.execution._events.stop.is_set)
-    run.execution.cancel()
+    run.cancel()
 
     assert end_of(run) == ("error", "TIMEOUT")
 
@@ -662,7 +667,7 @@ def test_the_cli_runs_in_a_session_of_its_own(tmp_path: Path) -> None:
     until(lambda: run.messages)
     (claude,) = marked(run.run_id)
     assert os.getsid(claude) == claude
-    run.execution.cancel()
+    run.cancel()
     run.end()
 
 
@@ -678,7 +683,7 @@ def test_a_cancel_while_the_cli_never_answers_ends_its_children_too(
     mute.chmod(0o755)
     run = Run(tmp_path, "x", cli_path=mute).start()
     until(lambda: len(marked(run.run_id)) == 2)
-    run.execution.cancel()
+    run.cancel()
 
     assert end_of(run) == ("cancelled", "None")
 

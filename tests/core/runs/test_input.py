@@ -185,7 +185,7 @@ def test_a_cancel_ends_a_run_that_does_not_read_its_input(tmp_path: Path, monkey
     monkeypatch.setattr("ccm.core.claude.termination.INTERRUPT_TIMEOUT", 0.3)
     run = begun(tmp_path, {"deaf": True, "seconds": LONG})
     follow_up = send(run, "x" * 1_000_000)
-    run.execution.cancel()
+    run.cancel()
 
     assert end_of(run) == ("cancelled", "None")
     assert refusal(follow_up) == "RUN_ENDING"
@@ -200,7 +200,7 @@ def test_a_withdrawn_message_is_dropped_unless_it_was_written(tmp_path: Path) ->
     assert [first.withdraw(), second.withdraw()] == [False, True]
     assert second.message == {}
     assert run.execution._follow_ups.size == first.size
-    run.execution.cancel()
+    run.cancel()
     assert end_of(run) == ("cancelled", "None")
 
 
@@ -211,7 +211,7 @@ def test_messages_that_together_exceed_the_limit_are_refused(tmp_path: Path) -> 
     assert [index(follow_up) for follow_up in follow_ups[:2]] == [2, 3]
     with pytest.raises(TooLarge, match="those that are not answered yet"):
         index(follow_ups[2])
-    run.execution.cancel()
+    run.cancel()
     assert end_of(run) == ("cancelled", "None")
 
 
@@ -235,7 +235,7 @@ def test_a_run_that_is_over_refuses_messages(tmp_path: Path) -> None:
 def test_a_stopping_run_refuses_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ccm.core.claude.termination.INTERRUPT_TIMEOUT", 0.3)
     run = begun(tmp_path, {"hold": True, "ignore_interrupt": True})
-    run.execution.cancel()
+    run.cancel()
     follow_up = send(run, "wait")
 
     assert refusal(follow_up) == "RUN_ENDING"
@@ -260,7 +260,7 @@ def test_a_cancel_drops_queued_messages_but_not_their_record(tmp_path: Path) -> 
     run = begun(tmp_path, {"hold": True})
     for n in range(2):
         index(send(run, f"number {n}"))
-    run.execution.cancel()
+    run.cancel()
     outcome = run.end()
 
     assert outcome.status == "cancelled"
@@ -272,7 +272,7 @@ def test_a_cancel_drops_queued_messages_but_not_their_record(tmp_path: Path) -> 
 def test_a_cancel_counts_if_the_turn_succeeded_but_a_message_is_queued(tmp_path: Path) -> None:
     run = begun(tmp_path, {"hold": True, "finishes": True})
     index(send(run, "never answered"))
-    run.execution.cancel()
+    run.cancel()
     outcome = run.end()
 
     assert outcome.status == "cancelled"
@@ -282,7 +282,7 @@ def test_a_cancel_counts_if_the_turn_succeeded_but_a_message_is_queued(tmp_path:
 
 def test_a_cancel_is_too_late_if_the_turn_succeeded_and_nothing_is_queued(tmp_path: Path) -> None:
     run = begun(tmp_path, {"hold": True, "finishes": True})
-    run.execution.cancel()
+    run.cancel()
 
     assert end_of(run) == ("completed", "None")
 
@@ -293,7 +293,7 @@ def test_under_back_pressure_a_message_waits_and_a_cancel_works(tmp_path: Path) 
     run.start()
     until(lambda: run.messages)
     follow_up = send(run, "Is it stored?")
-    run.execution.cancel()
+    run.cancel()
     until(lambda: not is_there(run))
 
     loop = run.execution._loop

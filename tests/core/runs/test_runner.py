@@ -257,7 +257,7 @@ def test_waiting_runs_start_when_the_fault_that_prevented_it_is_over(
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(transitions, "_dispatch", fail)
+        patch.setattr(transitions, "dispatch_again", fail)
         run = start(service, project)
         until(service.problems.sentences)
         assert service.problems.sentences() == ["waiting runs cannot be started"]

@@ -7,7 +7,7 @@ private files, because every user of the host can read a process's arguments, an
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,7 @@ def private_file(directory: Path, name: str, text: str) -> str:
 
 
 def sdk_arguments(
-    options: Mapping[str, Any],
-    *,
-    permission_mode: str,
-    setting_sources: tuple[str, ...],
-    directory: Path,
-    agent: Callable[..., Any],
+    options: Mapping[str, Any], *, permission_mode: str, setting_sources: tuple[str, ...], directory: Path
 ) -> dict[str, Any]:
     """Return the keyword arguments for a run's options.
 
@@ -71,7 +66,6 @@ def sdk_arguments(
         permission_mode: the default.
         setting_sources: the default. Always passed on, because the SDK's `skills` would otherwise widen it silently.
         directory: the run's own directory, for private files.
-        agent: the SDK's `AgentDefinition`.
 
     Raises:
         UnusableOptionsError: the settings file cannot be read.
@@ -79,12 +73,10 @@ def sdk_arguments(
     arguments: dict[str, Any] = {
         "permission_mode": permission_mode,
         "setting_sources": list(setting_sources),
-        "extra_args": {},
-        "env": {},
+        "extra_args": dict(options.get("extraArgs", {})),
+        "env": dict(options.get("env", {})),
     }
     arguments |= {RENAMED[name]: value for name, value in options.items() if name in RENAMED}
-    arguments["extra_args"] |= options.get("extraArgs", {})
-    arguments["env"] |= options.get("env", {})
     _system_prompt(options.get("systemPrompt"), arguments, directory)
     if "thinking" in options:
         thinking = dict(options["thinking"])
@@ -92,7 +84,7 @@ def sdk_arguments(
             thinking["budget_tokens"] = thinking.pop("budgetTokens")
         arguments["thinking"] = thinking
     if "agents" in options:
-        arguments["agents"] = {name: agent(**definition) for name, definition in options["agents"].items()}
+        arguments["agents"] = {name: AgentDefinition(**definition) for name, definition in options["agents"].items()}
     _settings(options, arguments, directory)
     if "mcpServers" in options:
         text = json.dumps({"mcpServers": options["mcpServers"]})
@@ -127,12 +119,12 @@ def _read_settings(file: Path) -> dict[str, Any]:
 
 
 def _system_prompt(prompt: Any, arguments: dict[str, Any], directory: Path) -> None:
-    if isinstance(prompt, str):
-        prompt = {"type": "custom", "prompt": prompt}
     if prompt is None:
         # The SDK's default is an empty prompt, with which the agent does not behave like Claude Code.
-        arguments["system_prompt"] = dict(CLAUDE_CODE_PROMPT)
-    elif prompt["type"] == "custom":
+        prompt = CLAUDE_CODE_PROMPT
+    elif isinstance(prompt, str):
+        prompt = {"type": "custom", "prompt": prompt}
+    if prompt["type"] == "custom":
         path = private_file(directory, "system-prompt.txt", prompt["prompt"])
         arguments["system_prompt"] = {"type": "file", "path": path}
         if "snapshot" in prompt:
@@ -150,18 +142,11 @@ def _system_prompt(prompt: Any, arguments: dict[str, Any], directory: Path) -> N
 
 
 def sdk_options(
-    context: RunContext,
-    cli_config: CLIConfig,
-    environ: Mapping[str, str],
-    directory: Path,
-    mirror: Mirror | None,
-    *,
-    ask: Ask | None = None,
+    context: RunContext, cli_config: CLIConfig, directory: Path, mirror: Mirror | None, *, ask: Ask | None = None
 ) -> ClaudeAgentOptions:
     """Return the SDK's options of a run.
 
     Args:
-        environ: the environment that its agent inherits.
         directory: the run's private directory.
         ask: answers permission requests; without it Claude Code does not send any.
 
@@ -174,11 +159,10 @@ def sdk_options(
         permission_mode=cli_config.permission_mode if ask is None else "default",
         setting_sources=cli_config.setting_sources,
         directory=directory,
-        agent=AgentDefinition,
     )
     # The recorded messages must include the user's, so that they form the whole conversation.
     arguments["extra_args"]["replay-user-messages"] = None
-    inherited = {name: value for name, value in environ.items() if name not in arguments["env"]}
+    inherited = {name: value for name, value in cli_config.environ.items() if name not in arguments["env"]}
     arguments["env"] |= {
         **launch_environment(
             cli_config.cli_path, context.run_id, inherited, directory / STDERR_FILE, cli_config.open_files

@@ -99,7 +99,8 @@ class _Channel(Channel):
         """
         if super().check_client_disconnected():
             return True
-        descriptor = self.socket.fileno()
+        socket = self.socket
+        descriptor = -1 if socket is None else socket.fileno()
         if descriptor < 0:  # closed by the listener's thread
             return True
         poll = select.poll()

@@ -126,6 +126,7 @@ def test_enqueued_runs_execute_one_after_another(client: Client, project: Path) 
     assert ended[0]["endedAt"] <= ended[1]["startedAt"] <= ended[1]["endedAt"] <= ended[2]["startedAt"]
 
 
+@pytest.mark.main_job
 def test_interrupt_cancels_the_busy_and_the_queued_runs(client: Client, project: Path) -> None:
     first = client.start(project, "Hello.")
     busy = client.resume(first["sessionId"], SLOW, wait=0)

@@ -19,6 +19,7 @@ from claude_agent_sdk import ToolPermissionContext
 
 from ccm.core.approvals.requests import Approvals
 from ccm.core.approvals.transitions import ApprovalTransitions
+from ccm.core.runs.transitions import RunTransitions
 from ccm.core.storage.notifier import APPROVALS, EVENTS, Notifier
 from ccm.core.storage.writer import Writer
 from ccm.core.webhooks.outbox import Outbox
@@ -137,6 +138,17 @@ def test_a_withdrawn_request_expires(desk: Desk, reader: Database) -> None:
     until(lambda: [status for _, status in stored(reader)] == ["expired"])
     assert events(reader)[-1] == ("approval.resolved", "expired", 0)
     assert desk.approvals._waiters == {}
+
+
+def test_the_end_of_a_run_expires_its_requests(desk: Desk, reader: Database) -> None:
+    desk.ask()
+    until(lambda: stored(reader))
+    approvals = ApprovalTransitions(Outbox(service=False), 8)
+    transitions = RunTransitions(workers=8, queue_limit=8, outbox=Outbox(service=False), approvals=approvals)
+    # As after a kill of the service: no thread of the run is left to withdraw its requests.
+    desk.writer.write(lambda transaction: transitions.recover(transaction, "r", {}))
+
+    assert [status for _, status in stored(reader)] == ["expired"]
 
 
 def test_a_request_that_cannot_be_stored_is_denied_and_logged(

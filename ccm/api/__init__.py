@@ -1,4 +1,4 @@
-"""The HTTP API, one file per family of URLs. The only Flask importer.
+"""The HTTP API, one file per family of URLs. Within ccm/, only `cli` and server/server.py import Flask too.
 
 Views parse a request, call the core and answer. Each request is admitted, gets a request id and is logged here.
 """

@@ -1,4 +1,4 @@
-"""`/api/runs`: start, resume, fork, cancel and further input; runs, their webhooks, their messages listed and live."""
+"""`/api/runs`: start, resume, fork, cancel, follow-ups; runs, their deliveries, their messages listed and live."""
 
 from __future__ import annotations
 

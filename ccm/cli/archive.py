@@ -1,4 +1,4 @@
-"""`flask export`, `flask import` and `flask prune`: the recorded history leaves, enters or is deleted."""
+"""`flask export`, `flask import` and `flask prune`: recorded history is written out, read in or deleted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The database of the commands: opened to be read beside a running service, or to be written alone; `flask migrate`."""
+"""Opens the database for the commands: to read beside a service, or to write while none runs; `flask migrate`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""The core layer: what the service does, without Flask and without SQL. Only `archive/bun`, which reads
-the database of another program, has SQL of its own.
+"""The core layer: what the service does, without Flask and without SQL.
 
-`service` wires the parts together. Imports go one way, from top to bottom (tests/test_floors.py has the exact rules):
+Only `archive/bun`, which reads the database of another program, has SQL of its own.
+
+`service` wires the parts together. Imports go one way, from top to bottom and within a line from left to right
+(tests/test_floors.py has the exact rules):
 
 - `runs` (accept, start and end runs) and `archive` (export, import, prune)
 - `approvals`, `transcripts`

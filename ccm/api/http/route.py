@@ -1,6 +1,7 @@
 """The decorator that declares a route: its parameters, its body and its response.
 
-The declaration validates each request. It is also meant for the description of the API.
+The declaration validates each request. What it says about the response is not checked at run time; it is meant for a
+description of the API.
 """
 
 from __future__ import annotations

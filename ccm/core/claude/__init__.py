@@ -5,9 +5,9 @@ in a thread of its own and owns that thread's event loop. Other threads use `sen
 
 Guarantees:
 
-- The run ends: when Claude Code has given a result and is idle, or through a stop, the time limit or the exit of the
-  process. `Termination` closes the input of a run that is over. It interrupts, terminates and kills one that must stop,
-  each with a time limit. While storage is slow, a run that is over may take longer to end.
+- Every run ends: when Claude Code has given a result and is idle, or through a stop, the time limit or the exit of the
+  process. `Termination` closes the input of a run that is over. A run that must stop is interrupted, then terminated,
+  then killed; each step has a time limit. While storage is slow, a run that is over may take longer to end.
 - No process of the run remains, except background processes that the agent left behind in a run that ended by itself.
   Every process inherits a mark (CCM_RUN_ID) by which it is found; the `Reaper` ends them if the service is killed.
 - Messages are recorded unchanged and in order, except those that only this service asked for (session states and the

@@ -1,7 +1,7 @@
 """The life of a run: acceptance, start, execution, end.
 
-A run is `waiting` (`running` without `startedAt`), then started (`running` with `startedAt`), then ended (`completed`,
-`error` or `cancelled`). A cancel ends a waiting run at once and asks a started one to stop.
+A run is waiting (its status is `running`, without `startedAt`), then started (`running` with `startedAt`), then ended
+(`completed`, `error` or `cancelled`). A cancel ends a waiting run at once and asks a started one to stop.
 
 Guarantees:
 
@@ -16,6 +16,6 @@ Failures:
 - Storage is down: a start gets 503, a started run waits for storage, and its end is retried until it is stored.
 - The service dies: at the next start, started runs end as `INTERRUPTED` and are never run again; waiting runs start.
 - A side effect fails: `Runner.catch_up` decides again, and ends a run that still cannot begin as `EXECUTION_ERROR`.
-- One row is unusable: that run ends in error, if need be by an update that reads nothing of it; other runs and the
-  service are unaffected.
+- The row of a run is unusable: that run ends in error, if need be by an update that does not read the row; other runs
+  and the service are unaffected.
 """

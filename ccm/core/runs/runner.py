@@ -3,7 +3,8 @@
 The owner is `Runner._own`, in a thread of the pool. Whatever fails on the way (Claude Code, the file system, our own
 code), it ends the run's processes and stores the run's end. That frees the worker and notifies waiting clients.
 
-The runs that this process holds in memory only copy what is stored. They are updated after the commit.
+The database decides; memory follows it. A run is entered here (`OngoingRun`) after the commit of its start, and removed
+after the commit of its end.
 """
 
 from __future__ import annotations

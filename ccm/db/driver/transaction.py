@@ -14,7 +14,7 @@ from typing import Any
 from ccm.db.driver.errors import storage_error
 from ccm.errors import StorageDown
 
-# How many rows go to SQLite in one call. `last_answer` is updated after each call.
+# How many rows go to SQLite in one call. `Database.last_answer` is updated after each call.
 ROWS_AT_ONCE = 50
 NAMED_PARAMETER = re.compile(r"(?<![:\w]):([A-Za-z]\w*)")
 

@@ -42,7 +42,7 @@ def session(session_id: str) -> Response:
 def describe(session_id: str, body: SessionBody) -> Response:
     """Change a session's title and metadata."""
     given = body.model_dump(exclude_unset=True)
-    return json_response(service().runs.describe_session(session_id, given).to_json())
+    return json_response(service().runs.update_session(session_id, given).to_json())
 
 
 @Route(blueprint, "GET", "/<session_id>/messages", query=SessionMessagesQuery, returns=Messages)

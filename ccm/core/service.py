@@ -190,7 +190,7 @@ class Service:
             log.debug("the Claude Agent SDK is imported")
 
     def _refused(self, run_id: str, error: BaseException) -> None:
-        self._runner.refused(run_id, error)
+        self._runner.fail_unrecorded(run_id, error)
 
     def _catch_up(self) -> None:
         """Redo from the database what follows a commit, after a fault has interrupted it."""

@@ -83,7 +83,9 @@ class Execution:
         )
         self._bytes_after_exit = 0
         self._prompt = user_message(context.sdk_session_id, context.prompt, context.images)
-        self._follow_ups = InputQueue(self._prompt, self._keep, self._events, cli_config.max_message_bytes, self._log)
+        self._follow_ups = InputQueue(
+            self._prompt, self._record_message, self._events, cli_config.max_message_bytes, self._log
+        )
         self._settling: asyncio.TimerHandle | None = None
         # Why the run stops. The first reason counts.
         self._reason: Outcome | None = None
@@ -208,7 +210,7 @@ class Execution:
             self._events.connected.set()
             if not self._events.stop.is_set():
                 sending = asyncio.create_task(self._supervised(partial(self._write_input, client)))
-                await client.receive_raw(self._take)
+                await client.receive_raw(self._handle_message)
         finally:
             self._events.stream_ended.set()
             if sending is not None:
@@ -268,7 +270,7 @@ class Execution:
 
     # ---- output
 
-    async def _take(self, message: dict[str, Any]) -> None:
+    async def _handle_message(self, message: dict[str, Any]) -> None:
         if message.get("command_uuid") == self._prompt["uuid"]:
             return  # the prompt's replay and its result say the same
         if self._events.exited.is_set():
@@ -283,7 +285,7 @@ class Execution:
             reason = message.get("error") or "no reason is given"
             self._log.warning("its transcript could not be mirrored: %s", reason, event="transcript_mirror_failed")
         elif not await self._follow_ups.handle(message):
-            await self._keep(message)
+            await self._record_message(message)
         self._progress.note(message)
         if self._progress.login_refused:
             self._fail("AUTHENTICATION_FAILED", LOGIN_ADVICE)
@@ -304,7 +306,7 @@ class Execution:
         if self._bytes_after_exit > PIPE_BYTES + self._cli_config.max_message_bytes:
             raise ForeignOutputError("another process is writing to the output of Claude Code, which has exited")
 
-    async def _keep(self, message: dict[str, Any]) -> int:
+    async def _record_message(self, message: dict[str, Any]) -> int:
         self._termination.recording = True
         try:
             return await self._record(message)

@@ -130,7 +130,7 @@ class RunManager:
         self._runner.cancel(run_id)
         return self._writer.write(work, lambda done: self._runner.perform(done[1]))[0]
 
-    def describe_session(self, session_id: str, values: Mapping[str, Any]) -> Session:
+    def update_session(self, session_id: str, values: Mapping[str, Any]) -> Session:
         """Change a session's `title` or `metadata`, or both.
 
         Raises:

@@ -1,7 +1,7 @@
 """Executes runs whose start is decided. Each has one owner until its end is stored.
 
-The owner is `Runner._own`, in a thread of the pool. Whatever fails on the way (Claude Code, the file system, our own
-code), it ends the run's processes and stores the run's end. That frees the worker and notifies waiting clients.
+The owner is `Runner._execute_to_end`, in a thread of the pool. Whatever fails on the way (Claude Code, the file system,
+our own code), it ends the run's processes and stores the run's end. That frees the worker and notifies waiting clients.
 
 The database decides; memory follows it. A run is entered here (`OngoingRun`) after the commit of its start, and removed
 after the commit of its end.
@@ -140,7 +140,7 @@ class Runner:
             except TimeoutError as late:
                 write.give_up(late)  # storage is down, so nothing can have been decided
 
-    def refused(self, run_id: str, error: BaseException) -> None:
+    def fail_unrecorded(self, run_id: str, error: BaseException) -> None:
         """Fail a run because one of its messages cannot be stored: its record would have a gap."""
         self._stop(
             run_id, Outcome(RunStatus.ERROR, "EXECUTION_ERROR", f"A message of this run cannot be stored: {error}.")
@@ -238,7 +238,7 @@ class Runner:
                 stopping = self.stopping
             if stopping:
                 ongoing.stop(SHUT_DOWN)
-            self._pool.submit(partial(self._own, start, ongoing), partial(self._fail_to_begin, run))
+            self._pool.submit(partial(self._execute_to_end, start, ongoing), partial(self._fail_to_begin, run))
         except Exception as error:
             self._fail_to_begin(run, error)
 
@@ -252,7 +252,7 @@ class Runner:
 
     # ---- in the run's thread
 
-    def _own(self, start: Start, ongoing: OngoingRun) -> None:
+    def _execute_to_end(self, start: Start, ongoing: OngoingRun) -> None:
         """Take a run from its start to its stored end, whatever fails on the way."""
         run = start.run
         ids = {"run_id": run.id, "session_id": run.session_id}

@@ -20,7 +20,6 @@ from ccm.testing.service_process import ServiceProcess
 from tests.client import Client
 from tests.conftest import stand_in_cli
 from tests.faults.exempt import EXEMPTIONS, STORAGE
-from tests.readme import README
 
 ROOT = Path(__file__).parents[2]
 SERVED = Path(__file__).with_name("served.py")
@@ -93,7 +92,7 @@ def test_every_run_ends_after_any_fault(
 
 def test_exemptions_name_calls_and_have_reasons() -> None:
     for exemption in EXEMPTIONS:
-        source = README.parent.joinpath(*exemption.module.split(".")).with_suffix(".py").read_text(encoding="utf-8")
+        source = ROOT.joinpath(*exemption.module.split(".")).with_suffix(".py").read_text(encoding="utf-8")
         assert f"{exemption.text}(" in source
         whole = exemption.module in (*STORAGE, "ccm.core.service")
         assert exemption.text or (whole and exemption.modes == ("always",))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
+import sys
 
 from ccm.errors import BadSetting, OutOfDescriptors
 
@@ -37,6 +39,17 @@ def raise_limit() -> int:
     if soft < highest:
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
     return max(soft, highest)
+
+
+def lower(pid: int, files: int) -> None:
+    """Lower the limit of another process to the one that this service was started with.
+
+    Some programs cannot cope with many thousands, which the service needs for itself. Linux only.
+    """
+    if sys.platform == "linux":
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another user; it runs with any limit
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (files, hard))
 
 
 def connections_that_fit(files: int, runs: int) -> int:

@@ -31,13 +31,16 @@ from claude_agent_sdk import (
 )
 from claude_agent_sdk._internal.query import Query
 from claude_agent_sdk._internal.sessions import _sanitize_path
+from claude_agent_sdk._internal.transport import subprocess_cli
 from claude_agent_sdk._internal.transport.subprocess_cli import SubprocessCLITransport
+from claude_agent_sdk.types import _configure_can_use_tool
 
 from ccm.core.claude.locations import bundled_cli, project_name
 from ccm.core.claude.run_context import user_message
-from ccm.core.claude.sdk import Client, explain
+from ccm.core.claude.sdk import Client, explain, permission_callback
 from ccm.core.claude.sdk_options import RENAMED
 from ccm.core.transcripts.store import Mirror
+from ccm.models import Answer, Question
 
 SESSION = "6f3a0a5e-3a35-4a44-8b8e-0a1f4a3f1a11"
 
@@ -145,10 +148,48 @@ def test_the_reader_uses_only_the_methods_of_the_tap() -> None:
     assert calls == {"send", "send_nowait", "close"}, "_Tap replaces the stream and has only these three methods"
 
 
-def test_the_transport_has_a_process() -> None:
+@pytest.mark.parametrize(
+    ("name", "used"),
+    [
+        ("_process", "Client signals and waits for it"),
+        *((name, "_Transport.connect sets it") for name in ("_stdin_stream", "_stdout_stream", "_ready")),
+        *((name, "_Transport.connect reads it") for name in ("_cwd", "_options")),
+    ],
+)
+def test_the_transport_has_the_attribute(name: str, used: str) -> None:
     transport = SubprocessCLITransport(prompt="", options=ClaudeAgentOptions())
 
-    assert "_process" in vars(transport), "SubprocessCLITransport._process is missing: Client signals and waits for it"
+    assert name in vars(transport), f"SubprocessCLITransport.{name} is missing: {used}"
+
+
+@pytest.mark.parametrize("name", ["CLAUDE_CODE_ENTRYPOINT", "CLAUDE_AGENT_SDK_VERSION", "PWD", "_ACTIVE_CHILDREN.add"])
+def test_the_transport_starts_its_process_as_ours(name: str) -> None:
+    assert name in inspect.getsource(SubprocessCLITransport.connect), f"_Transport.connect has {name}, as the SDK had"
+
+
+def test_the_transport_sets_no_variable_that_ours_lacks() -> None:
+    source = inspect.getsource(SubprocessCLITransport.connect)
+    found = set(re.findall(r"process_env\[(\w+|\"\w+\")\]", source))
+
+    assert found == {
+        "EXPLICIT_CLIENT_APP_ENV",  # the option client_app, which is never set
+        "DERIVED_CLIENT_APP_ENV",  # for a later CLI
+        "key",  # OpenTelemetry, which is not installed
+        "_SDK_READS_SESSION_STATE_ENV",
+        '"CLAUDE_CODE_ENABLE_SDK_FILE_CHECKPOINTING"',  # an option that is never set
+        '"PWD"',
+    }, "_Transport.connect sets the variables of SubprocessCLITransport.connect: compare them"
+    assert subprocess_cli._SDK_READS_SESSION_STATE_ENV == "CLAUDE_CODE_SDK_READS_SESSION_STATE"
+
+
+async def refuse(_question: Question) -> Answer:
+    return Answer(allow=False)
+
+
+def test_the_client_gives_its_transport_the_permission_tool() -> None:
+    configured = _configure_can_use_tool(ClaudeAgentOptions(can_use_tool=permission_callback(refuse)))
+
+    assert configured.permission_prompt_tool_name == "stdio", "_Transport sets it, because the client no longer can"
 
 
 @pytest.mark.parametrize(

@@ -161,14 +161,16 @@ def test_the_limit_is_raised_for_the_service_but_not_for_its_agents(
     serve: ServeFunction, home: Path, project: Path, tmp_path: Path
 ) -> None:
     agent = tmp_path / "agent"
-    agent.write_text(f'#!/bin/sh\nulimit -Sn > {tmp_path}/limit\nexec {stand_in_cli(home)} "$@"\n')
+    # The service lowers the limit when it has started the program.
+    wait = 'until [ "$(ulimit -Sn)" = 400 ]; do :; done'
+    agent.write_text(f'#!/bin/sh\n{wait}\necho lowered > {tmp_path}/limit\nexec {stand_in_cli(home)} "$@"\n')
     agent.chmod(0o755)
     service = serve(*limited("-Sn", "400"), CCM_CLI_PATH=agent)
 
     soft, hard = resource.prlimit(service.process.pid, resource.RLIMIT_NOFILE)
     assert soft == hard
     assert Client(service.url).start(project, "hello")["status"] == "completed"
-    assert (tmp_path / "limit").read_text() == "400\n"
+    assert (tmp_path / "limit").read_text() == "lowered\n"
 
 
 def test_a_start_without_descriptors_is_refused_and_not_stored(serve: ServeFunction, home: Path, project: Path) -> None:

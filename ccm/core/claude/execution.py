@@ -18,12 +18,12 @@ import sniffio
 from ccm.core.claude import termination
 from ccm.core.claude.input_queue import FollowUp, InputQueue, being_started, run_ending
 from ccm.core.claude.outcome import LOGIN_ADVICE, Outcome, Progress, cost, fault
-from ccm.core.claude.processes import end_marked
+from ccm.core.claude.processes import end_marked, inherited, launch_prefix
 from ccm.core.claude.run_clock import RunClock
 from ccm.core.claude.run_context import Ask, CLIConfig, Mirror, RunContext, user_message
-from ccm.core.claude.run_directory import read_stderr, run_directory
+from ccm.core.claude.run_directory import STDERR_FILE, read_stderr, run_directory
 from ccm.core.claude.run_events import RunEvents
-from ccm.core.claude.sdk import Client, explain
+from ccm.core.claude.sdk import Client, Launch, explain
 from ccm.core.claude.sdk_options import UnusableOptionsError, sdk_options
 from ccm.core.run_log import RunLog
 from ccm.json_text import to_json_text
@@ -179,7 +179,13 @@ class Execution:
             except OSError as error:
                 self._log.error("cannot write its temporary directory: %s", error, event="run_directory_failed")
                 return Outcome(RunStatus.ERROR, "TMPDIR_NOT_WRITABLE", TMPDIR_ADVICE.format(error.strerror))
-            raised = await self._converse(Client(options))
+            launch = Launch(
+                launch_prefix(),
+                inherited(self._cli_config.environ),
+                directory / STDERR_FILE,
+                self._cli_config.open_files,
+            )
+            raised = await self._converse(Client.launching(options, launch))
             return self._outcome(raised, read_stderr(directory))
 
     async def _converse(self, client: Client) -> BaseException | None:

@@ -16,43 +16,29 @@ from ccm.core.run_log import RunLog
 
 log = logging.getLogger(__name__)
 
-LAUNCH_SCRIPT = Path(__file__).with_name("launch_claude.sh")
 # Every process of a run inherits this variable: a tool may leave Claude Code's process group, but not its environment.
 RUN_MARK = "CCM_RUN_ID"
 # Variables that are hidden from the agent: the service's settings, and the access to its database.
 HIDDEN_PREFIXES = ("CCM_", "PG")
 HIDDEN_NAMES = ("DATABASE_URL", "DATABASE_PATH")
+# What a Claude Code or an SDK passes on to the programs that it starts, if the service itself is one of them.
+OUTER_SESSION = ("CLAUDECODE", "CLAUDE_AGENT_SDK_DERIVED_CLIENT_APP")
 
 
-def launcher() -> str:
-    """Return the command prefix that separates Claude Code from the service; empty if the system has no such programs.
+def launch_prefix() -> tuple[str, ...]:
+    """Return the command that executes Claude Code so that the kernel ends it when the service dies.
 
-    Without `setpriv` (Linux only) agents outlive a killed service. Without `setsid` Ctrl-C at the terminal ends them.
+    It is empty if the system has no `setpriv` (Linux only): then agents outlive a killed service.
     """
-    words = []
-    if setsid := shutil.which("setsid"):
-        words += [setsid]
-    if sys.platform == "linux" and (setpriv := shutil.which("setpriv")):
-        words += [setpriv, "--pdeathsig", "TERM", "--"]
-    return " ".join(words)
+    setpriv = shutil.which("setpriv") if sys.platform == "linux" else None
+    return () if setpriv is None else (setpriv, "--pdeathsig", "TERM", "--")
 
 
-def launch_environment(
-    claude: Path, run_id: str, environ: Mapping[str, str], stderr: Path, open_files: int | None = None
-) -> dict[str, str]:
-    """Return the variables that the launch script reads, and the mark of the run."""
-    hidden = [
-        name
-        for name in environ
-        if (name.startswith(HIDDEN_PREFIXES) or name in HIDDEN_NAMES) and name != RUN_MARK and name.isidentifier()
-    ]
+def inherited(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of the service that an agent inherits: not its settings, nor the access to its database."""
+    hidden = (*HIDDEN_NAMES, *OUTER_SESSION)
     return {
-        "CCM_LAUNCHER": launcher(),
-        "CCM_CLAUDE": str(claude),
-        "CCM_STDERR": str(stderr),
-        "CCM_HIDDEN": " ".join(hidden),
-        "CCM_OPEN_FILES": "" if open_files is None else str(open_files),
-        RUN_MARK: run_id,
+        name: value for name, value in environ.items() if name not in hidden and not name.startswith(HIDDEN_PREFIXES)
     }
 
 

@@ -1,9 +1,9 @@
 """A small process beside the service that ends the processes of agents when the service is killed.
 
-If the service dies, the kernel signals Claude Code (launch_claude.sh), which ends its tools. That misses a tool in a
-process session of its own (setsid) if Claude Code was killed as well or was just starting the tool. The reaper
-therefore knows which runs have started. When its input ends, because the service has ended, it kills every process with
-the mark of one of them.
+If the service dies, the kernel signals Claude Code (`processes.launch_prefix`), which ends its tools. That misses a
+tool in a process session of its own (setsid) if Claude Code was killed as well or was just starting the tool. The
+reaper therefore knows which runs have started. When its input ends, because the service has ended, it kills every
+process with the mark of one of them.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def run_directory(run_id: str) -> Iterator[Path]:
     """
     directory = Path(tempfile.mkdtemp(prefix=f"ccm-{run_id}-"))
     try:
-        # Created here, where a failure has a reason: the shell that starts Claude Code would exit without one.
+        # Created here, where a failure is told from one of Claude Code's start.
         (directory / STDERR_FILE).touch(mode=0o600)
         yield directory
     finally:

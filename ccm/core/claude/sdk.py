@@ -12,11 +12,13 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import anyio
+from anyio.streams.text import TextReceiveStream, TextSendStream
 from claude_agent_sdk import (
     AgentDefinition,
     ClaudeAgentOptions,
@@ -30,8 +32,11 @@ from claude_agent_sdk import (
     ProcessError,
     ResultError,
     ToolPermissionContext,
+    __version__,
 )
+from claude_agent_sdk._internal.transport import subprocess_cli
 
+from ccm import file_limits
 from ccm.models import Answer, Question
 
 __all__ = ["AgentDefinition", "ClaudeAgentOptions", "Client", "explain", "permission_callback"]
@@ -87,8 +92,79 @@ class _Tap:
         self.ended.set()
 
 
+@dataclass(frozen=True)
+class Launch:
+    """How the CLI's process is started.
+
+    Args:
+        prefix: the program, with its arguments, that executes the CLI.
+        environ: the variables that the CLI inherits, apart from those in the SDK's options.
+        stderr: the file that takes its stderr.
+        open_files: its limit of open files; None for the service's own.
+    """
+
+    prefix: tuple[str, ...]
+    environ: Mapping[str, str]
+    stderr: Path
+    open_files: int | None = None
+
+
+class _Transport(subprocess_cli.SubprocessCLITransport):
+    """Starts the CLI as `Launch` says, without a shell, whose start would take longer than all the rest.
+
+    The SDK itself would pass on all variables of the service, among them its secrets, and would stop reading a stderr
+    pipe at the first byte that is not UTF-8, so that the run would hang once the pipe is full. In a process session of
+    its own the CLI does not get the Ctrl-C at the service's terminal.
+    """
+
+    def __init__(self, options: ClaudeAgentOptions, launch: Launch) -> None:
+        # As the SDK does for its own transport: permission requests are asked as control requests.
+        tool = None if options.can_use_tool is None else "stdio"
+        super().__init__("", replace(options, permission_prompt_tool_name=tool))
+        self._launch = launch
+
+    async def connect(self) -> None:
+        """Start the process.
+
+        Raises:
+            CLIConnectionError: it cannot be started.
+        """
+        if self._process is not None:
+            return
+        environ = {
+            "CLAUDE_CODE_ENTRYPOINT": "sdk-py",
+            "CLAUDE_CODE_SDK_READS_SESSION_STATE": "1",  # the SDK reads from it when a run is over
+            **self._launch.environ,
+            **self._options.env,
+            "CLAUDE_AGENT_SDK_VERSION": __version__,
+            "PWD": str(self._cwd),
+        }
+        try:
+            with self._launch.stderr.open("wb") as stderr:
+                self._process = await anyio.open_process(
+                    [*self._launch.prefix, *self._build_command()],
+                    stderr=stderr,
+                    cwd=self._cwd,
+                    env=environ,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise CLIConnectionError(str(error)) from error
+        subprocess_cli._ACTIVE_CHILDREN.add(self._process)  # those that are left get SIGTERM when the service exits
+        if self._launch.open_files is not None:
+            file_limits.lower(self._process.pid, self._launch.open_files)
+        self._stdin_stream = TextSendStream(self._process.stdin)  # type: ignore[arg-type]  # pipes by default
+        self._stdout_stream = TextReceiveStream(self._process.stdout)  # type: ignore[arg-type]
+        self._ready = True
+
+
 class Client(ClaudeSDKClient):
     """The SDK's client, extended by raw messages, the CLI's process and its pipes."""
+
+    @classmethod
+    def launching(cls, options: ClaudeAgentOptions, launch: Launch) -> Client:
+        """Return a client that starts the CLI as `launch` says."""
+        return cls(options, transport=_Transport(options, launch))
 
     async def receive_raw(self, take: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
         """Pass each message to `take`, as the CLI sent it, until the stream ends.

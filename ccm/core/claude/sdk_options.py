@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ccm.core.claude.processes import LAUNCH_SCRIPT, launch_environment
+from ccm.core.claude.processes import RUN_MARK
 from ccm.core.claude.run_context import Ask, CLIConfig, Mirror, RunContext
-from ccm.core.claude.run_directory import STDERR_FILE
 from ccm.core.claude.sdk import AgentDefinition, ClaudeAgentOptions, permission_callback
 
 CLAUDE_CODE_PROMPT = {"type": "preset", "preset": "claude_code"}
@@ -162,11 +161,8 @@ def sdk_options(
     )
     # The recorded messages must include the user's, so that they form the whole conversation.
     arguments["extra_args"]["replay-user-messages"] = None
-    inherited = {name: value for name, value in cli_config.environ.items() if name not in arguments["env"]}
     arguments["env"] |= {
-        **launch_environment(
-            cli_config.cli_path, context.run_id, inherited, directory / STDERR_FILE, cli_config.open_files
-        ),
+        RUN_MARK: context.run_id,
         # Shows when a run is over: the first result is not the end while agents work in the background.
         "CLAUDE_CODE_EMIT_SESSION_STATE_EVENTS": "1",
         # Claude Code leaves files in its temporary directory; here they are removed with the run's.
@@ -174,7 +170,7 @@ def sdk_options(
     }
     return ClaudeAgentOptions(
         cwd=context.cwd,
-        cli_path=LAUNCH_SCRIPT,
+        cli_path=cli_config.cli_path,
         session_id=context.sdk_session_id,
         resume=context.resume,
         fork_session=context.resume is not None,

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import uuid
-from pathlib import Path
 
-from ccm.core.claude.processes import RUN_MARK, end_marked, launch_environment, marked
+from ccm.core.claude.processes import RUN_MARK, end_marked, inherited, marked
 
 
 def test_marked_processes_are_found_and_ended_in_any_session() -> None:
@@ -31,9 +30,13 @@ def test_marked_processes_are_found_and_ended_in_any_session() -> None:
 
 
 def test_the_services_variables_are_hidden_from_the_agent() -> None:
-    environ = {"CCM_X": "1", "PGHOST": "h", "DATABASE_URL": "u", "PATH": "/bin", RUN_MARK: "outer", "CCM_BAD-NAME": "1"}
-    launch = launch_environment(Path("/claude"), "inner", environ, Path("/stderr"))
+    hidden = {
+        "CCM_X": "1",
+        "PGHOST": "h",
+        "DATABASE_URL": "u",
+        RUN_MARK: "outer",
+        "CCM_BAD-NAME": "1",
+        "CLAUDECODE": "1",
+    }
 
-    assert set(launch["CCM_HIDDEN"].split()) == {"CCM_X", "PGHOST", "DATABASE_URL"}
-    assert launch[RUN_MARK] == "inner"
-    assert launch["CCM_CLAUDE"] == "/claude"
+    assert inherited(hidden | {"PATH": "/bin", "HOME": "/root"}) == {"PATH": "/bin", "HOME": "/root"}

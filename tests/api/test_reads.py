@@ -704,6 +704,7 @@ def test_the_index_lists_every_endpoint(one_worker: Client) -> None:
         "DELETE /api/runs/:runId",
         "GET /api/runs/:runId/messages",
         "GET /api/runs/:runId/stream",
+        "GET /api/approvals/:approvalId",
         "GET /api/sessions",
         "GET /api/sessions/:sessionId",
         "PATCH /api/sessions/:sessionId",

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 from flask import Response
 
-from ccm import models
 from ccm.api.http.cursor import END
 from ccm.api.http.extensions import service
 from ccm.api.http.request_limiter import client_gone, hold_open
-from ccm.core.streams import ApprovalState, Messages, Stream, StreamItem
+from ccm.core.streams import ApprovalState, Events, Messages, Stream, StreamItem
 
 # The delay before a browser reconnects (milliseconds).
 RETRY_DELAY_MS = 1_000
@@ -49,7 +48,7 @@ def feed(after: int) -> Response:
 
 
 def _stream(frames: Callable[[Stream], Iterator[bytes]]) -> Response:
-    body = frames(Stream(service().queries, service().notifier, client_gone()))
+    body = frames(Stream(service().queries, service().shared_reads, client_gone()))
     return hold_open(Response(body, headers=HEADERS, content_type="text/event-stream"))
 
 
@@ -60,15 +59,14 @@ def no_more_events() -> Response:
     return response
 
 
-def _feed_frames(events: Iterable[Sequence[models.Event] | None], after: int) -> Iterator[bytes]:
+def _feed_frames(events: Iterable[Events | None], after: int) -> Iterator[bytes]:
     # An id alone is no event, but a browser reconnects with it, so that a stream from `now` misses nothing either.
     yield f": connected\nretry: {RETRY_DELAY_MS}\nid: {after}\n\n".encode("ascii")
     for batch in events:
         if batch is None:
             yield KEEP_ALIVE
         else:
-            frames = (f"event: {event.type}\nid: {event.id}\ndata: {event.json}\n\n" for event in batch)
-            yield "".join(frames).encode("ascii")
+            yield _render(batch)
 
 
 def _frames(events: Iterable[StreamItem], prefix: Callable[[str], str]) -> Iterator[bytes]:
@@ -78,12 +76,23 @@ def _frames(events: Iterable[StreamItem], prefix: Callable[[str], str]) -> Itera
         if event is None:
             yield KEEP_ALIVE
         elif isinstance(event, Messages):
-            start = f"event: message\nid: {prefix(event.run_id)}"
-            # A stored text is one line of ASCII.
-            yield "".join(f"{start}{index}\ndata: {text}\n\n" for index, text in event.numbered).encode("ascii")
+            yield _render(event, prefix(event.run_id))
         elif isinstance(event, ApprovalState):
             # Without an id, because that would be a message's index. A client that reconnects gets the state again.
             yield f"event: approval\ndata: {json.dumps(event.shown)}\n\n".encode("ascii")
         else:
             data = json.dumps(event.to_json())
             yield f"event: end\nid: {prefix(event.id)}{END}\ndata: {data}\n\n".encode("ascii")
+
+
+def _render(batch: Messages | Events, prefix: str = "") -> bytes:
+    """Return the frames of a batch, rendered once for all clients with the same prefix."""
+    rendered = batch.rendered.get(prefix)
+    if rendered is None:
+        # A stored text is one line of ASCII.
+        if isinstance(batch, Messages):
+            frames = (f"event: message\nid: {prefix}{index}\ndata: {text}\n\n" for index, text in batch.numbered)
+        else:
+            frames = (f"event: {event.type}\nid: {event.id}\ndata: {event.json}\n\n" for event in batch.events)
+        rendered = batch.rendered[prefix] = "".join(frames).encode("ascii")
+    return rendered

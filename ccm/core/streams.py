@@ -172,6 +172,8 @@ class Stream:
 
     def events(self, after: int) -> Iterator[Events | None]:
         """Stream the events of all runs after the event with id `after`, until the service stops."""
+        if self._gone():
+            return
         place: Place = (after,)
         with self._shared.join(EVENTS, place) as group:
             while True:
@@ -184,7 +186,8 @@ class Stream:
     def _run(self, run_id: str, after: int) -> Generator[StreamItem, None, bool]:
         """Stream a run. Return whether its end was reached."""
         snapshot = yield from self._next(run_id, partial(self._queries.approval_snapshot, run_id, after))
-        if snapshot is None:
+        # Never wait for a client that has left: more abandoned requests may be queued behind this one.
+        if snapshot is None or self._gone():
             return False
         yield from map(ApprovalState, snapshot.approvals)
         place: Place = (after,) if snapshot.through is None else (after, snapshot.through)

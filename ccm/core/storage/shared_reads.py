@@ -18,9 +18,11 @@ from ccm.core.storage.notifier import POLL_INTERVAL, RELY_INTERVAL, Notifier
 
 Place = tuple[int, ...]
 
-# How long a group waits after a read before it reads again (seconds). The first data after a longer silence is read at
-# once; under load more data comes with each read, instead of more reads.
+# How long a group waits after a read before it reads again (seconds), and how long for each of its followers, because
+# waking them costs more than the read. The first data after a longer silence is read at once. Under load more data
+# comes with each read, instead of more reads.
 READ_INTERVAL = 0.05
+WAKE_INTERVAL = 0.001
 # How many parts a group keeps for followers that come back from sending late, and their bytes: none but the newest may
 # exceed them. None is kept for longer than POLL_INTERVAL after the last read.
 KEPT_PARTS = 8
@@ -76,8 +78,8 @@ class Group(Generic[P]):
         # When the group last read, and when it may read again, as `time.monotonic()`.
         self._last_read = self._next_read = 0.0
         self._lock = threading.Lock()
-        # One event for each waiting follower that does not lead.
-        self._waiting: set[threading.Event] = set()
+        # A lock for each waiting follower that does not lead.
+        self._waiting: set[threading.Lock] = set()
         notified.set()  # nothing has been read yet
 
     def next(
@@ -91,28 +93,30 @@ class Group(Generic[P]):
             gone: returns whether the client has disconnected, which also ends the wait.
         """
         deadline = time.monotonic() + seconds
-        woken = threading.Event()
-        try:
-            while True:
-                woken.clear()
-                with self._lock:
-                    self._waiting.add(woken)  # before looking, so that no part is missed
+        while True:
+            # Released once to wake this follower. A lock is the cheapest thing to wait for.
+            woken = threading.Lock()
+            woken.acquire()
+            with self._lock:
+                self._waiting.add(woken)  # before looking, so that no part is missed
+            try:
                 is_behind = is_before(place, self._place)
                 part = self._find(place)
                 if part is None and (is_behind or self._notifier.closed):
                     part = read(place)
-                if part is None and self._leading.acquire(blocking=False):
+                if part is not None or self._notifier.closed:
+                    return part
+                if self._leading.acquire(blocking=False):
                     with self._lock:
                         self._waiting.discard(woken)
-                    part = self._lead(place, read, deadline, gone)
-                now = time.monotonic()
-                # Never wait for a client that has left: more abandoned requests may be queued behind this one.
-                if part is not None or now >= deadline or self._notifier.closed or gone():
-                    return part
-                woken.wait(min(POLL_INTERVAL, deadline - now))
-        finally:
-            with self._lock:
-                self._waiting.discard(woken)
+                    return self._lead(place, read, deadline, gone)
+                remaining = deadline - time.monotonic()
+                # The client is not checked at each part: if it has left, the next one cannot be sent.
+                if remaining <= 0 or (not woken.acquire(timeout=min(POLL_INTERVAL, remaining)) and gone()):
+                    return None
+            finally:
+                with self._lock:
+                    self._waiting.discard(woken)
 
     def _find(self, place: Place) -> P | None:
         """Return what follows a place in the parts that are kept."""
@@ -159,7 +163,7 @@ class Group(Generic[P]):
         if part.more:
             self._notified.set()
         else:
-            self._next_read = self._last_read + READ_INTERVAL
+            self._next_read = self._last_read + max(READ_INTERVAL, self.followers * WAKE_INTERVAL)
         kept, size = [part], part.size
         for older in reversed(self._parts[-KEPT_PARTS + 1 :]):
             size += older.size
@@ -175,7 +179,7 @@ class Group(Generic[P]):
         with self._lock:
             for woken in list(self._waiting)[:count]:
                 self._waiting.discard(woken)
-                woken.set()
+                woken.release()
 
 
 class SharedReads:

@@ -35,18 +35,6 @@ class Messages:
 
 
 @dataclass(frozen=True)
-class Events:
-    """Events of any runs in order. All streams at the same place yield the same object.
-
-    Attributes:
-        rendered: as in Messages.
-    """
-
-    events: Sequence[Event]
-    rendered: dict[str, bytes] = field(default_factory=dict, compare=False)
-
-
-@dataclass(frozen=True)
 class ApprovalState:
     """An approval at the moment when it was requested or resolved, as the API shows it.
 
@@ -109,22 +97,22 @@ class _EventsPart:
     """A part of the stream of all events. Its places are the id of an event."""
 
     start: Place
-    events: Events
+    events: Sequence[Event]
     more: bool
 
     @property
     def end(self) -> Place:
-        return (self.events.events[-1].id,)
+        return (self.events[-1].id,)
 
     @property
     def size(self) -> int:
-        return sum(len(event.json) for event in self.events.events)
+        return sum(len(event.json) for event in self.events)
 
     def rest(self, place: Place) -> _EventsPart | None:
         if place == self.start:
             return self
-        events = [event for event in self.events.events if event.id > place[0]]
-        return _EventsPart(place, Events(events), self.more) if events else None
+        events = [event for event in self.events if event.id > place[0]]
+        return _EventsPart(place, events, self.more) if events else None
 
 
 class Stream:
@@ -170,7 +158,7 @@ class Stream:
                 return
             seq, after = run.seq, -1
 
-    def events(self, after: int) -> Iterator[Events | None]:
+    def events(self, after: int) -> Iterator[Sequence[Event] | None]:
         """Stream the events of all runs after the event with id `after`, until the service stops."""
         if self._gone():
             return
@@ -181,7 +169,7 @@ class Stream:
                 if part is None:
                     return
                 yield part.events
-                place = part.end
+                place, part = part.end, None  # many wait for long, and a part may be large
 
     def _run(self, run_id: str, after: int) -> Generator[StreamItem, None, bool]:
         """Stream a run. Return whether its end was reached."""
@@ -201,7 +189,7 @@ class Stream:
                     yield part.ended
                     return True
                 yield from part.items()
-                place = part.end
+                place, part = part.end, None
 
     def _read_run(self, run_id: str, place: Place) -> _RunPart | None:
         batch = self._queries.next_batch(run_id, *place)
@@ -209,7 +197,7 @@ class Stream:
 
     def _read_events(self, place: Place) -> _EventsPart | None:
         batch = self._queries.events(*place)
-        return None if batch is None else _EventsPart(place, Events(batch.events), batch.more)
+        return None if batch is None else _EventsPart(place, batch.events, batch.more)
 
     def _run_after(self, session_id: str, seq: int | None) -> Run | None:
         return next(iter(self._queries.session_runs(session_id, limit=1, after=seq)), None)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from ccm.core.queries import Queries
+from ccm.core.queries import Batch, Queries
 from ccm.core.storage.notifier import Notifier
 from ccm.core.storage.shared_reads import SharedReads
 from ccm.core.streams import Messages, Stream, StreamItem
@@ -204,3 +205,46 @@ def test_the_end_of_a_run_is_sent_although_its_messages_are_gone(
         transaction.execute("DELETE FROM ccr_run_messages")
 
     assert [shown(event) for event in Stream(queries, storage.shared, never).run(run_id, -1)] == [run_id]
+
+
+def test_streams_at_the_same_place_get_the_same_messages(
+    queries: Queries, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = storage.run()
+    storage.say(run_id, 0, 1)
+    reads: list[tuple[int, ...]] = []
+    next_batch = queries.next_batch
+
+    def count(run_id: str, *place: int) -> Batch | None:
+        reads.append(place)
+        return next_batch(run_id, *place)
+
+    monkeypatch.setattr(queries, "next_batch", count)
+    whole = [Stream(queries, storage.shared, never).run(run_id, -1) for _ in range(10)]
+    whole.append(Stream(queries, storage.shared, never).session("S", 0, -1))
+    first = [next(stream) for stream in whole]
+    assert shown(first[0]) == [0, 1]
+    assert all(messages is first[0] for messages in first)
+    assert reads == [(-1,)]
+
+    part = Stream(queries, storage.shared, never).run(run_id, 0)
+    assert shown(next(part)) == [1]
+    storage.say(run_id, 2)
+    storage.end(run_id)
+    assert [shown(next(stream)) for stream in [part, *whole]] == [[2]] * 12
+    assert [shown(next(stream)) for stream in [part, *whole]] == [run_id] * 12
+    assert reads == [(-1,), (1,), (2,)]
+
+
+def test_a_waiting_stream_holds_no_messages(
+    queries: Queries, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ccm.core.storage.shared_reads.POLL_INTERVAL", 0.01)
+    run_id = storage.run()
+    storage.say(run_id, 0)
+    events = Stream(queries, storage.shared, never, silence=0.1).run(run_id, -1)
+    messages = next(events)
+    assert isinstance(messages, Messages)
+    reference = weakref.ref(messages)
+    del messages
+    assert any(next(events) is None and reference() is None for _ in range(50))

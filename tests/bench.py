@@ -38,6 +38,7 @@ from ccm.testing.service_process import ServiceProcess, credential_free_environm
 from ccm.timestamps import timestamp
 from tests.client import Client
 from tests.conftest import stand_in_cli
+from tests.followers import Followed, Readers, cpu_seconds
 from tests.programs import resident_memory
 
 MESSAGE = json.dumps({"type": "assistant", "uuid": str(uuid.uuid4()), "message": {"content": "x" * 1400}})
@@ -164,6 +165,41 @@ class Bench:
                 client.run(run["id"])
             busy = [timed(lambda: client.start(self.project, "hello", wait=0)) for _ in range(self.rounds * 4)]
         print(f"POST to 202: p50 {median(idle):.1f} ms idle, {median(busy):.1f} ms with 8 runs in progress and a queue")
+
+    # ---- followers
+
+    def measure_followers(self, clients: int = 150, rate: int = 500) -> None:
+        with self.service(CCM_CLI_PATH=self.cli) as service:
+            nobody = self.follow(service, 0, rate)
+            followed = self.follow(service, clients, rate)
+        print(
+            f"{clients} clients on one run of {rate} messages/s: lag p50 {median(followed.lags):.0f} ms, "
+            f"max {max(followed.lags):.0f} ms; service CPU {followed.cpu:.0%} of a core, {nobody.cpu:.0%} without "
+            f"them; plain request p99 {followed.plain:.1f} ms, {nobody.plain:.1f} ms without them"
+        )
+
+    def follow(self, service: ServiceProcess, clients: int, rate: int) -> Followed:
+        """Follow a run, and send plain requests meanwhile."""
+        client = Client(service.url)
+        count = int(rate * self.seconds * 4)
+        before = client.start(self.project, json.dumps({"hold": True, "count": 1}), wait=0)
+        while not client.run(before["id"], wait=0)["messageCount"]:
+            time.sleep(0.01)
+        script = json.dumps({"count": count, "rate": rate, "pad": 200})
+        run = client.resume(before["sessionId"], script, wait=0, ifBusy="enqueue")
+        readers = Readers(service.url, f"/api/runs/{run['id']}/stream", clients)
+        client.delete(f"/api/runs/{before['id']}")
+        plain = []
+        begun, cpu = time.monotonic(), cpu_seconds(service.process.pid)
+        readers.start()
+        while (ended := client.run(run["id"], wait=0))["status"] == "running":
+            plain.append(timed(lambda: client.get("/api/runs", limit=1)))
+            time.sleep(0.05)  # so that they hardly count in the CPU time
+        readers.join()
+        seconds, cpu = time.monotonic() - begun, cpu_seconds(service.process.pid) - cpu
+        assert ended["status"] == "completed", ended
+        readers.check(ended["messageCount"])
+        return Followed(readers.lags, cpu / seconds, statistics.quantiles(plain, n=100)[-1])
 
     # ---- reads
 

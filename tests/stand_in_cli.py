@@ -3,15 +3,15 @@
 
 It speaks the CLI's side of stream-json on its standard streams. The prompt is JSON:
 
-    {"messages": [...], "count": N, "pad": BYTES, "raw": "...", "exit": CODE, "stderr": "...", "states": false,
-     "hold": true, "ignore_interrupt": true, "tool": SECONDS, "server": SECONDS, "late": "...", "result": {...},
-     "ask": [{"tool_name": "...", "input": {...}, ...}], "at_once": true,
+    {"messages": [...], "count": N, "pad": BYTES, "rate": N, "raw": "...", "exit": CODE, "stderr": "...",
+     "states": false, "hold": true, "ignore_interrupt": true, "tool": SECONDS, "server": SECONDS, "late": "...",
+     "result": {...}, "ask": [{"tool_name": "...", "input": {...}, ...}], "at_once": true,
      "seconds": N, "merges": true, "lifecycle": false, "deaf": true, "finishes": true}
 
-It writes `messages` unchanged, then `count` assistant messages of `pad` bytes, then a result, and `late` once the input
-is closed. A `tool` process inherits the output, a `server` process does not. The CLI requests permission for each item
-of `ask`, in turn or all `at_once`, and writes each answer as a message of type `answered`. Any other prompt makes one
-short turn.
+It writes `messages` unchanged, then `count` assistant messages of `pad` bytes (`rate` of them a second, each with the
+time at which it is written, as `sentAt`), then a result, and `late` once the input is closed. A `tool` process inherits
+the output, a `server` process does not. The CLI requests permission for each item of `ask`, in turn or all `at_once`,
+and writes each answer as a message of type `answered`. Any other prompt makes one short turn.
 
 A turn lasts `seconds`, or until an interrupt if it is on `hold`. A message that arrives during a turn is queued for a
 turn of its own; with `merges` it joins the current turn, as after a tool. The CLI replays each message and, if it has
@@ -302,8 +302,15 @@ def write_messages(script: dict[str, Any]) -> None:
     """Write a turn's messages, except the result."""
     for message in script.get("messages", []):
         write(message)
-    for _ in range(script.get("count", 0)):
-        write(assistant("x" * script.get("pad", 100)))
+    begun = time.monotonic()
+    for number in range(script.get("count", 0)):
+        message = assistant("x" * script.get("pad", 100))
+        if "rate" in script:
+            time.sleep(max(0, begun + number / script["rate"] - time.monotonic()))
+            message["sentAt"] = time.time()
+        write(message)
+        if "rate" in script:
+            sys.stdout.flush()
     if "stderr" in script:
         sys.stderr.write(script["stderr"] + "\n")
         sys.stderr.flush()

@@ -36,11 +36,24 @@ class Batch(NamedTuple):
         messages: each with its index.
         approvals: those requested or resolved, each with the id of its event.
         ended: the run, once it has ended and everything before its end has been read.
+        more: the next part is stored already, unless something other than the service has deleted it.
     """
 
     messages: list[tuple[int, str]]
     approvals: Sequence[tuple[int, Shown]]
     ended: Run | None
+    more: bool
+
+
+class EventBatch(NamedTuple):
+    """The next part of the stream of all events.
+
+    Attributes:
+        more: the next part is stored already.
+    """
+
+    events: list[Event]
+    more: bool
 
 
 class ApprovalSnapshot(NamedTuple):
@@ -282,17 +295,20 @@ class Queries:
             texts = messages.texts(transaction, run_id, after, indexes[-1])
             numbered = list(zip(indexes, texts, strict=True))
         changes = () if after_event is None else approvals.changes(transaction, run_id, after_event)
+        has_ended = link.status != RunStatus.RUNNING
         if numbered or changes:
-            return Batch(numbered, changes, None)
-        return None if link.status == RunStatus.RUNNING else Batch([], (), runs.get(transaction, run_id))
+            more = has_ended or (bool(numbered) and numbered[-1][0] < rest.through)
+            return Batch(numbered, changes, None, more)
+        return Batch([], (), runs.get(transaction, run_id), more=False) if has_ended else None
 
     # ---- events and deliveries
 
     @_query
-    def events(self, transaction: Transaction, after: int) -> list[Event] | None:
+    def events(self, transaction: Transaction, after: int) -> EventBatch | None:
         """Return the next events after one, a bounded number of bytes; None if there is none yet."""
-        ids = _first_chunk(events.sizes(transaction, after, CHUNK_EVENTS))
-        return events.read(transaction, after, ids[-1]) if ids else None
+        sizes = events.sizes(transaction, after, CHUNK_EVENTS + 1)
+        ids = _first_chunk(sizes[:CHUNK_EVENTS])
+        return EventBatch(events.read(transaction, after, ids[-1]), len(ids) < len(sizes)) if ids else None
 
     @_query
     def last_event(self, transaction: Transaction) -> int:

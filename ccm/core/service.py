@@ -24,6 +24,7 @@ from ccm.core.runs.runner import Runner
 from ccm.core.runs.transitions import RunTransitions
 from ccm.core.storage.health import StorageHealth
 from ccm.core.storage.notifier import Notifier
+from ccm.core.storage.shared_reads import SharedReads
 from ccm.core.storage.writer import Writer
 from ccm.core.transcripts.files import TranscriptFiles
 from ccm.core.transcripts.store import TranscriptStore
@@ -77,6 +78,7 @@ class Service:
             open_files=file_limits.limit(),  # before the server raises it
         )
         self.notifier = Notifier()
+        self.shared_reads = SharedReads(self.notifier)
         self.problems = Problems()
         # Closes what a start has opened, the last part first.
         self._parts = ExitStack()

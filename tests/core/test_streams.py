@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from ccm.core.queries import Queries
+from ccm.core.queries import Batch, Queries
 from ccm.core.storage.notifier import Notifier
+from ccm.core.storage.shared_reads import SharedReads
 from ccm.core.streams import Messages, Stream, StreamItem
 from ccm.db import messages, runs, sessions
 from ccm.db.driver.database import Database
@@ -26,6 +28,7 @@ class Storage:
     def __init__(self, writable: Database, notifier: Notifier) -> None:
         self._writable = writable
         self.notifier = notifier
+        self.shared = SharedReads(notifier)
         self._seq = 0
 
     def run(self) -> str:
@@ -96,7 +99,7 @@ def after(seconds: float, action: Callable[[], None]) -> None:
 
 def test_silence_is_reported_until_a_message_arrives(queries: Queries, storage: Storage) -> None:
     run_id = storage.run()
-    events = map(shown, Stream(queries, storage.notifier, never, silence=0.01).run(run_id, -1))
+    events = map(shown, Stream(queries, storage.shared, never, silence=0.01).run(run_id, -1))
 
     assert [next(events) for _ in range(3)] == [None] * 3
     storage.say(run_id, 0, 1)
@@ -108,7 +111,7 @@ def test_silence_is_reported_until_a_message_arrives(queries: Queries, storage: 
 
 def test_a_notification_delivers_new_messages_at_once(queries: Queries, storage: Storage) -> None:
     run_id = storage.run()
-    events = map(shown, Stream(queries, storage.notifier, never, silence=60).run(run_id, -1))
+    events = map(shown, Stream(queries, storage.shared, never, silence=60).run(run_id, -1))
     after(0.05, lambda: storage.say(run_id, 0))
     assert next(events) == [0]
     after(0.05, lambda: storage.end(run_id))
@@ -120,7 +123,7 @@ def test_a_long_run_arrives_in_batches(queries: Queries, storage: Storage) -> No
     storage.say(run_id, *range(20), size=100_000)
     storage.say(run_id, 20, size=1_000_000)
     storage.end(run_id)
-    batches = list(map(shown, Stream(queries, storage.notifier, never).run(run_id, 4)))
+    batches = list(map(shown, Stream(queries, storage.shared, never).run(run_id, 4)))
 
     assert batches[-1] == run_id
     assert [index for batch in batches[:-1] for index in batch] == list(range(5, 21))  # type: ignore[attr-defined]
@@ -129,14 +132,14 @@ def test_a_long_run_arrives_in_batches(queries: Queries, storage: Storage) -> No
 
 def test_a_stream_ends_when_its_reader_disconnects(queries: Queries, storage: Storage, notifier: Notifier) -> None:
     run_id = storage.run()
-    assert rest(Stream(queries, storage.notifier, lambda: True, silence=0.01).run(run_id, -1)) == []
-    assert rest(Stream(queries, storage.notifier, lambda: True, silence=0.01).session("S", 0, -1)) == []
+    assert rest(Stream(queries, storage.shared, lambda: True, silence=0.01).run(run_id, -1)) == []
+    assert rest(Stream(queries, storage.shared, lambda: True, silence=0.01).session("S", 0, -1)) == []
     assert notifier._subscribers == {}
 
 
 def test_a_stream_that_is_closed_early_leaves_nothing_behind(queries: Queries, storage: Storage) -> None:
     run_id = storage.run()
-    events: Iterator[StreamItem] = Stream(queries, storage.notifier, never, silence=0.01).run(run_id, -1)
+    events: Iterator[StreamItem] = Stream(queries, storage.shared, never, silence=0.01).run(run_id, -1)
     next(events)
     events.close()  # type: ignore[attr-defined]
     assert storage.notifier._subscribers == {}
@@ -154,17 +157,17 @@ def test_everything_stored_is_sent_before_the_service_stops(
         storage.end(second)
         notifier.close()
 
-    session = Stream(queries, storage.notifier, never, silence=60).session("S", 0, -1)
+    session = Stream(queries, storage.shared, never, silence=60).session("S", 0, -1)
     assert [shown(next(session)), shown(next(session))] == [[0], first]
     after(0.05, stop)
     assert rest(session) == [[0, 1], second]
-    assert rest(Stream(queries, storage.notifier, never, silence=60).run(third, -1)) == []
+    assert rest(Stream(queries, storage.shared, never, silence=60).run(third, -1)) == []
 
 
 def test_a_session_stream_includes_future_runs(queries: Queries, storage: Storage) -> None:
     first = storage.run()
     storage.end(first)
-    events = map(shown, Stream(queries, storage.notifier, never, silence=60).session("S", 0, -1))
+    events = map(shown, Stream(queries, storage.shared, never, silence=60).session("S", 0, -1))
     assert next(events) == first
 
     def go_on() -> None:
@@ -179,7 +182,7 @@ def test_a_stream_outlasts_a_database_that_is_down(
 ) -> None:
     run_id = storage.run()
     storage.say(run_id, 0)
-    events = map(shown, Stream(queries, storage.notifier, never).run(run_id, -1))
+    events = map(shown, Stream(queries, storage.shared, never).run(run_id, -1))
     transaction = reader.transaction
 
     def away(uncertain: bool = False) -> object:
@@ -201,4 +204,47 @@ def test_the_end_of_a_run_is_sent_although_its_messages_are_gone(
     with writable.transaction() as transaction:
         transaction.execute("DELETE FROM ccr_run_messages")
 
-    assert [shown(event) for event in Stream(queries, storage.notifier, never).run(run_id, -1)] == [run_id]
+    assert [shown(event) for event in Stream(queries, storage.shared, never).run(run_id, -1)] == [run_id]
+
+
+def test_streams_at_the_same_place_get_the_same_messages(
+    queries: Queries, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = storage.run()
+    storage.say(run_id, 0, 1)
+    reads: list[tuple[int, ...]] = []
+    next_batch = queries.next_batch
+
+    def count(run_id: str, *place: int) -> Batch | None:
+        reads.append(place)
+        return next_batch(run_id, *place)
+
+    monkeypatch.setattr(queries, "next_batch", count)
+    whole = [Stream(queries, storage.shared, never).run(run_id, -1) for _ in range(10)]
+    whole.append(Stream(queries, storage.shared, never).session("S", 0, -1))
+    first = [next(stream) for stream in whole]
+    assert shown(first[0]) == [0, 1]
+    assert all(messages is first[0] for messages in first)
+    assert reads == [(-1,)]
+
+    part = Stream(queries, storage.shared, never).run(run_id, 0)
+    assert shown(next(part)) == [1]
+    storage.say(run_id, 2)
+    storage.end(run_id)
+    assert [shown(next(stream)) for stream in [part, *whole]] == [[2]] * 12
+    assert [shown(next(stream)) for stream in [part, *whole]] == [run_id] * 12
+    assert reads == [(-1,), (1,), (2,)]
+
+
+def test_a_waiting_stream_holds_no_messages(
+    queries: Queries, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ccm.core.storage.shared_reads.POLL_INTERVAL", 0.01)
+    run_id = storage.run()
+    storage.say(run_id, 0)
+    events = Stream(queries, storage.shared, never, silence=0.1).run(run_id, -1)
+    messages = next(events)
+    assert isinstance(messages, Messages)
+    reference = weakref.ref(messages)
+    del messages
+    assert any(next(events) is None and reference() is None for _ in range(50))

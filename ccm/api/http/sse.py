@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 from flask import Response
 
-from ccm import models
 from ccm.api.http.cursor import END
 from ccm.api.http.extensions import service
 from ccm.api.http.request_limiter import client_gone, hold_open
 from ccm.core.streams import ApprovalState, Messages, Stream, StreamItem
+from ccm.models import Event
 
 # The delay before a browser reconnects (milliseconds).
 RETRY_DELAY_MS = 1_000
@@ -49,7 +50,7 @@ def feed(after: int) -> Response:
 
 
 def _stream(frames: Callable[[Stream], Iterator[bytes]]) -> Response:
-    body = frames(Stream(service().queries, service().notifier, client_gone()))
+    body = frames(Stream(service().queries, service().shared_reads, client_gone()))
     return hold_open(Response(body, headers=HEADERS, content_type="text/event-stream"))
 
 
@@ -60,30 +61,43 @@ def no_more_events() -> Response:
     return response
 
 
-def _feed_frames(events: Iterable[Sequence[models.Event] | None], after: int) -> Iterator[bytes]:
+def _feed_frames(batches: Iterable[Sequence[Event] | None], after: int) -> Iterator[bytes]:
     # An id alone is no event, but a browser reconnects with it, so that a stream from `now` misses nothing either.
     yield f": connected\nretry: {RETRY_DELAY_MS}\nid: {after}\n\n".encode("ascii")
-    for batch in events:
-        if batch is None:
-            yield KEEP_ALIVE
-        else:
-            frames = (f"event: {event.type}\nid: {event.id}\ndata: {event.json}\n\n" for event in batch)
-            yield "".join(frames).encode("ascii")
+    yield from map(_feed_frame, batches)
 
 
-def _frames(events: Iterable[StreamItem], prefix: Callable[[str], str]) -> Iterator[bytes]:
+def _feed_frame(batch: Sequence[Event] | None) -> bytes:
+    if batch is None:
+        return KEEP_ALIVE
+    frames = (f"event: {event.type}\nid: {event.id}\ndata: {event.json}\n\n" for event in batch)
+    return "".join(frames).encode("ascii")
+
+
+def _frames(items: Iterable[StreamItem], prefix: Callable[[str], str]) -> Iterator[bytes]:
     # Sent at once, because waitress sends the headers with the first bytes of the body.
     yield f": connected\nretry: {RETRY_DELAY_MS}\n\n".encode("ascii")
-    for event in events:
-        if event is None:
-            yield KEEP_ALIVE
-        elif isinstance(event, Messages):
-            start = f"event: message\nid: {prefix(event.run_id)}"
-            # A stored text is one line of ASCII.
-            yield "".join(f"{start}{index}\ndata: {text}\n\n" for index, text in event.numbered).encode("ascii")
-        elif isinstance(event, ApprovalState):
-            # Without an id, because that would be a message's index. A client that reconnects gets the state again.
-            yield f"event: approval\ndata: {json.dumps(event.shown)}\n\n".encode("ascii")
-        else:
-            data = json.dumps(event.to_json())
-            yield f"event: end\nid: {prefix(event.id)}{END}\ndata: {data}\n\n".encode("ascii")
+    # Unlike a loop, map keeps no item while it waits for the next one.
+    yield from map(partial(_frame, prefix), items)
+
+
+def _frame(prefix: Callable[[str], str], item: StreamItem) -> bytes:
+    if item is None:
+        return KEEP_ALIVE
+    if isinstance(item, Messages):
+        return _render(item, prefix(item.run_id))
+    if isinstance(item, ApprovalState):
+        # Without an id, because that would be a message's index. A client that reconnects gets the state again.
+        return f"event: approval\ndata: {json.dumps(item.shown)}\n\n".encode("ascii")
+    data = json.dumps(item.to_json())
+    return f"event: end\nid: {prefix(item.id)}{END}\ndata: {data}\n\n".encode("ascii")
+
+
+def _render(messages: Messages, prefix: str) -> bytes:
+    """Return the frames of messages, rendered once for all streams with the same prefix."""
+    rendered = messages.rendered.get(prefix)
+    if rendered is None:
+        # A stored text is one line of ASCII.
+        frames = (f"event: message\nid: {prefix}{index}\ndata: {text}\n\n" for index, text in messages.numbered)
+        rendered = messages.rendered[prefix] = "".join(frames).encode("ascii")
+    return rendered

@@ -265,7 +265,9 @@ def parse(line: bytes) -> Entry | None:
         return None
     uuid = value.get("uuid")
     is_plain = isinstance(uuid, str) and uuid.isascii() and uuid.isprintable()
-    return Entry(uuid if is_plain else None, NON_ASCII.sub(lambda char: json.dumps(char[0])[1:-1], text))
+    if not text.isascii():
+        text = NON_ASCII.sub(lambda char: json.dumps(char[0])[1:-1], text)
+    return Entry(uuid if is_plain else None, text)
 
 
 def metadata_file(transcript: Path) -> Path:

@@ -13,7 +13,7 @@ from ccm.errors import BadSetting, OutOfDescriptors
 # For the listening socket, logs, lock files, the database's connections (20 readers with up to 3 files each), up to 16
 # webhooks in progress, and files that libraries open for a moment.
 RESERVED = 126
-# A run's pipes and its event loop, including those that are open only while Claude Code starts.
+# A run's pipes, its event loop and its transcript, including those that are open only while Claude Code starts.
 PER_RUN = 16
 # A connection, and the temporary file for a large body.
 PER_CONNECTION = 2

@@ -67,7 +67,7 @@ def argument(name: str) -> str | None:
 
 
 def transcript(*texts: str) -> None:
-    """Write transcript entries to their file, and mirror them to stdout on request: enough for a resume.
+    """Write transcript entries to their file: enough for a resume.
 
     The first call copies the parent's transcript, as every fork does.
     """
@@ -78,8 +78,6 @@ def transcript(*texts: str) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(entry) + "\n" for entry in entries)
-    if "--session-mirror" in sys.argv:
-        control({"type": "transcript_mirror", "filePath": path, "entries": entries})
 
 
 def copied() -> list[Any]:

@@ -41,7 +41,7 @@ CORE = {
     },
     "archive": {"claude"},
     "approvals": {"webhooks", "storage", "run_log"},
-    "transcripts": {"claude", "storage"},
+    "transcripts": {"claude", "storage", "run_log"},
     "claude": {"policy", "run_log"},
     "policy": set(),
     "webhooks": {"storage", "worker_pool", "problems"},

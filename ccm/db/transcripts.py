@@ -44,20 +44,30 @@ def is_inside(path: str) -> bool:
 
 def append(transaction: Transaction, key: TranscriptKey, entries: Sequence[Entry]) -> None:
     """Append entries, except those whose uuid the transcript has already."""
-    now = time.time_ns() // 1_000_000
-    transcript = find(transaction, key)
-    if transcript is None:
-        transcript = insert(transaction, key, now)
-    else:
-        transaction.update("ccr_transcripts", {"updatedAtMs": now}, "id = :id", id=transcript)
+    transcript = _find_or_insert(transaction, key)
     fresh = _without_known(transaction, transcript, entries)
     insert_at(transaction, transcript, key.sdk_session_id, length(transaction, key), fresh)
+
+
+def extend(transaction: Transaction, key: TranscriptKey, first: int, entries: Sequence[Entry]) -> None:
+    """Insert entries from the index `first` on, without looking for them in the transcript."""
+    insert_at(transaction, _find_or_insert(transaction, key), key.sdk_session_id, first, entries)
 
 
 def replace(transaction: Transaction, key: TranscriptKey, entries: Sequence[Entry]) -> None:
     """Replace all entries of a transcript."""
     transaction.execute(f"DELETE FROM ccr_transcript_entries WHERE {ENTRIES_OF_KEY}", **key._asdict())
     append(transaction, key, entries)
+
+
+def _find_or_insert(transaction: Transaction, key: TranscriptKey) -> int:
+    """Return the id of a transcript, which is about to be written."""
+    now = time.time_ns() // 1_000_000
+    transcript = find(transaction, key)
+    if transcript is None:
+        return insert(transaction, key, now)
+    transaction.update("ccr_transcripts", {"updatedAtMs": now}, "id = :id", id=transcript)
+    return transcript
 
 
 def insert_at(

@@ -25,7 +25,6 @@ from claude_agent_sdk import (
     PermissionUpdate,
     ProcessError,
     ResultError,
-    SessionStore,
     ToolPermissionContext,
     Transport,
 )
@@ -39,7 +38,6 @@ from ccm.core.claude.locations import bundled_cli, project_name
 from ccm.core.claude.run_context import user_message
 from ccm.core.claude.sdk import Client, explain, permission_callback
 from ccm.core.claude.sdk_options import RENAMED
-from ccm.core.transcripts.store import Mirror
 from ccm.models import Answer, Question
 
 SESSION = "6f3a0a5e-3a35-4a44-8b8e-0a1f4a3f1a11"
@@ -322,8 +320,8 @@ def test_the_sdk_has_one_logger() -> None:
         {
             *RENAMED.values(),
             *("agents", "can_use_tool", "cli_path", "cwd", "env", "extra_args", "fork_session", "max_buffer_size"),
-            *("mcp_servers", "resume", "resume_session_at", "session_id", "session_store", "session_store_flush"),
-            *("settings", "system_prompt", "thinking"),
+            *("mcp_servers", "resume", "resume_session_at", "session_id", "settings"),
+            *("system_prompt", "thinking"),
         }
     ),
 )
@@ -381,12 +379,6 @@ def test_a_preset_prompt_does_not_replace_the_system_prompt() -> None:
 def test_the_permission_types_have_the_fields(kind: type, names: set[str]) -> None:
     assert is_dataclass(kind), f"{kind.__name__} is not a dataclass: permission_callback() uses replace()"
     assert names <= {field.name for field in fields(kind)}, f"permission_callback() uses {names} of {kind.__name__}"
-
-
-def test_mirror_matches_the_sdks_session_store() -> None:
-    for name in ("append", "load"):
-        ours, theirs = (list(inspect.signature(getattr(kind, name)).parameters) for kind in (Mirror, SessionStore))
-        assert len(ours) == len(theirs), f"the SDK calls Mirror.{name} with {theirs}"
 
 
 # ---- locations of the program and its files

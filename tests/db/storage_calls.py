@@ -285,6 +285,9 @@ CALLS: dict[str, Call] = {
     "transcripts.append": writes(
         then(lambda t: transcripts.append(t, KEY, ENTRIES), lambda t: transcripts.length(t, KEY)), 3
     ),
+    "transcripts.extend": writes(
+        then(lambda t: transcripts.extend(t, KEY, 2, ENTRIES), lambda t: transcripts.length(t, KEY)), 4
+    ),
     "transcripts.replace": writes(
         then(lambda t: transcripts.replace(t, KEY, ENTRIES), lambda t: _transcript(t, KEY)),
         [one.text for one in ENTRIES],

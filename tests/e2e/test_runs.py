@@ -18,8 +18,8 @@ from ccm.testing.messages_api import MessagesAPI
 from tests.client import Client
 from tests.conftest import ServeFunction
 
-# The control protocol between the CLI and the SDK, and the copies of the transcript.
-NOT_MESSAGES = ("control_request", "control_response", "control_cancel_request", "transcript_mirror")
+# The control protocol between the CLI and the SDK.
+NOT_MESSAGES = ("control_request", "control_response", "control_cancel_request")
 
 
 def _png() -> str:

@@ -20,7 +20,7 @@ from ccm.core.runs.request import RunRequest
 from ccm.core.service import Service
 from ccm.db import transcripts
 from ccm.errors import StorageRejected
-from ccm.models import RunMode
+from ccm.models import Run, RunMode
 from ccm.settings.settings import Settings
 from ccm.testing.messages_api import MessagesAPI
 from tests.client import Client
@@ -31,7 +31,7 @@ from tests.waiting import until
 BASH = {"allowedTools": ["Bash"]}
 SLEEP = '[[tool Bash {"command": "perl -e \'sleep 300\'"}]]'
 SUBAGENT = '[[tool Agent {"description": "x", "prompt": "say [[text hello]]", "subagent_type": "general-purpose"}]]'
-LOCAL_ONLY = ("api-request", "cost-state")
+LOCAL_ONLY = "api-request"
 
 
 def local(home: Path, run: dict[str, Any]) -> Path:
@@ -135,7 +135,7 @@ def test_a_fork_restores_a_deleted_transcript_in_another_directory(
     assert prompts_sent(messages_api, "In the second directory.")[0] == "In the first directory."
 
 
-def test_transcripts_of_subagents_are_mirrored_and_restored(host: Host, project: Path) -> None:
+def test_transcripts_of_subagents_are_stored_and_restored(host: Host, project: Path) -> None:
     client, home = host("here")
     run = client.start(project, f"{SUBAGENT} [[text It said hello.]]", options={"allowedTools": ["Agent"]})
     assert [run["status"], run["transcriptStored"]] == ["completed", True]
@@ -285,28 +285,33 @@ def test_a_resume_stores_little_of_the_copied_transcript(host: Host, project: Pa
 # ---- faults
 
 
-def test_a_mirror_error_is_logged_and_fails_no_run(
+def test_a_transcript_that_cannot_be_stored_fails_no_run(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: object) -> None:
         raise StorageRejected("the table is full of eels")
 
-    monkeypatch.setattr(transcripts, "append", refuse)
+    for name in ("append", "extend"):
+        monkeypatch.setattr(transcripts, name, refuse)
     monkeypatch.setenv("HOME", str(tmp_path))
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     running = Service(Settings(database_path=tmp_path / "m.sqlite", cli_path=stand_in_cli(tmp_path)), environ)
     running.start()
-    try:
-        run = running.runs.start(RunRequest(mode=RunMode.FRESH, prompt="hello"), str(project)).run
-        ended = running.notifier.wait(
+
+    def end(run: Run) -> Run:
+        found = running.notifier.wait(
             run.id, 30, lambda: next((r for r in [running.queries.run(run.id)] if r.ended), None), lambda: False
         )
-        assert ended is not None
-        assert (ended.status, ended.transcript_stored, ended.has_transcript) == ("completed", 0, 1)
-        _, segment = running.queries.run_segment(run.id, -1)
-        recorded = [json.loads(text) for texts in running.queries.chunks([segment], []) for text in texts]
-        assert [message for message in recorded if message.get("subtype") == "mirror_error"] == []
-        assert recorded[-1]["type"] == "result"
-        assert "could not be mirrored: the table is full of eels" in caplog.text
+        assert found is not None
+        return found
+
+    try:
+        first = end(running.runs.start(RunRequest(mode=RunMode.FRESH, prompt="hello"), str(project)).run)
+        session = running.queries.session(first.session_id)
+        # The file on this host is enough.
+        second = end(running.runs.resume(RunRequest(mode=RunMode.RESUME, prompt="on"), session, first).run)
+        for ended in (first, second):
+            assert (ended.status, ended.transcript_stored, ended.has_transcript) == ("completed", 0, 1)
+        assert "transcript is not stored: StorageRejected: the table is full of eels" in caplog.text
     finally:
         running.close()

@@ -139,6 +139,8 @@ class Stage:
             cli_path=self.base / "claude",
             max_concurrent_runs=self.workers,
         )
+        # Of this process, because the SDK passes its variables on to Claude Code, whose transcripts are read.
+        os.environ["HOME"] = str(self.home)
         self.service = Service(settings, {"PATH": os.environ["PATH"], "HOME": str(self.home)})
         return self.service
 

@@ -20,9 +20,9 @@ from ccm.core.claude.input_queue import FollowUp, InputQueue, being_started, run
 from ccm.core.claude.outcome import LOGIN_ADVICE, Outcome, Progress, cost, fault
 from ccm.core.claude.processes import end_marked, inherited, launch_prefix
 from ccm.core.claude.run_clock import RunClock
-from ccm.core.claude.run_context import Ask, CLIConfig, Mirror, RunContext, user_message
+from ccm.core.claude.run_context import Ask, CLIConfig, RunContext, Transcript, user_message
 from ccm.core.claude.run_directory import STDERR_FILE, read_stderr, run_directory
-from ccm.core.claude.run_events import RunEvents
+from ccm.core.claude.run_events import RunEvents, first
 from ccm.core.claude.sdk import Client, Launch, explain
 from ccm.core.claude.sdk_options import UnusableOptionsError, sdk_options
 from ccm.core.run_log import RunLog
@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 PIPE_BYTES = 2**20
 # How long an idle Claude Code may leave a message unanswered (seconds). After that the run is over anyway.
 SETTLE_TIMEOUT = 10.0
+# When the transcript of a run without a result is first copied; the delay then doubles up to the interval (seconds).
+FIRST_COPY_DELAY = 1.0
+COPY_INTERVAL = 60.0
 TMPDIR_ADVICE = (
     "Cannot write to the directory for the run's temporary files: {}. Free space in TMPDIR, or set TMPDIR to another "
     "directory, and start the run again."
@@ -53,7 +56,7 @@ class Execution:
 
     Args:
         record: stores a message and returns its index. Called in the run's own loop; the agent waits while it waits.
-        mirror: receives the transcript as it grows. Without one no transcript is stored.
+        transcript: is told when to copy the transcript. Without it nothing is copied during the run.
         ask: returns the answer to a permission request, in the run's own loop. Without one Claude Code does not ask.
     """
 
@@ -62,12 +65,12 @@ class Execution:
         context: RunContext,
         cli_config: CLIConfig,
         record: Callable[[dict[str, Any]], Awaitable[int]],
-        mirror: Mirror | None = None,
+        transcript: Transcript | None = None,
         *,
         ask: Ask | None = None,
     ) -> None:
         self._log = RunLog(log, context.run_id)
-        self._mirror = mirror
+        self._transcript = transcript
         self._ask = None if ask is None else partial(self._ask_and_wait, ask)
         self._context = context
         self._cli_config = cli_config
@@ -79,7 +82,7 @@ class Execution:
         self._events = RunEvents()
         self._progress = Progress()
         self._termination = termination.Termination(
-            context.run_id, self._events, self._progress, mirror, stop_requested=lambda: self._reason is not None
+            context.run_id, self._events, self._progress, stop_requested=lambda: self._reason is not None
         )
         self._bytes_after_exit = 0
         self._prompt = user_message(context.sdk_session_id, context.prompt, context.images)
@@ -92,11 +95,6 @@ class Execution:
         self._disconnect_failed = False
         # Whether every process of the run has ended, except those that may remain.
         self.processes_ended = False
-
-    @property
-    def closed_by_itself(self) -> bool:
-        """Whether Claude Code closed its output itself after its last message."""
-        return self._termination.closed_by_itself
 
     # ---- from any thread
 
@@ -155,10 +153,12 @@ class Execution:
             if self._reason is not None:
                 self._events.stop.set()
         timekeeper = asyncio.create_task(self._supervised(self._keep_time))
+        copying = asyncio.create_task(self._supervised(self._copy_transcript))
         try:
             return await self._run_claude()
         finally:
             timekeeper.cancel()
+            copying.cancel()
             self._events.stream_ended.set()
             with self._lock:
                 self._loop = None
@@ -173,7 +173,7 @@ class Execution:
         with ExitStack() as stack:
             try:
                 directory = stack.enter_context(run_directory(self._context.run_id))
-                options = sdk_options(self._context, self._cli_config, directory, self._mirror, ask=self._ask)
+                options = sdk_options(self._context, self._cli_config, directory, ask=self._ask)
             except UnusableOptionsError as unusable:
                 return Outcome(RunStatus.ERROR, "OPTIONS_UNUSABLE", str(unusable))
             except OSError as error:
@@ -257,6 +257,21 @@ class Execution:
         if not self._events.ending:
             self._fail("TIMEOUT", self._time_limit.message)
 
+    async def _copy_transcript(self) -> None:
+        """Copy the transcript after each result, while Claude Code waits or exits, and from time to time in between.
+
+        What it writes after the last copy is copied after the end of the run.
+        """
+        if self._transcript is None:
+            return
+        delay = FIRST_COPY_DELAY
+        while not self._events.stream_ended.is_set():
+            await first(self._events.result, self._events.stream_ended, within=delay)
+            self._events.result.clear()
+            delay = min(2 * delay, COPY_INTERVAL)
+            if not self._events.stream_ended.is_set():
+                await self._transcript.copy()
+
     async def _disconnect(self, client: Client) -> None:
         try:
             await client.disconnect()
@@ -286,13 +301,11 @@ class Execution:
         kind, subtype = message.get("type"), message.get("subtype")
         if kind == "system" and subtype == "session_state_changed":
             pass  # only this service enables these messages; clients do not get them
-        elif kind == "system" and subtype == "mirror_error":
-            # The SDK reports a fault of this service's storage. The transcript is read from its file instead.
-            reason = message.get("error") or "no reason is given"
-            self._log.warning("its transcript could not be mirrored: %s", reason, event="transcript_mirror_failed")
         elif not await self._follow_ups.handle(message):
             await self._record_message(message)
         self._progress.note(message)
+        if kind == "result":
+            self._events.result.set()
         if self._progress.login_refused:
             self._fail("AUTHENTICATION_FAILED", LOGIN_ADVICE)
         if self._progress.idle:

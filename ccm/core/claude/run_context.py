@@ -15,12 +15,11 @@ from ccm.models import Answer, Image, Question
 Ask = Callable[[Question], Awaitable[Answer]]
 
 
-class Mirror(Protocol):
-    """The SDK's session store for one run (core/transcripts/store.py). Receives the transcript as it grows."""
+class Transcript(Protocol):
+    """The copy of one run's transcript (core/transcripts/copying.py)."""
 
-    @property
-    def busy(self) -> bool:
-        """Whether entries are being stored."""
+    async def copy(self) -> None:
+        """Copy what Claude Code has written since the last copy. A failure is logged."""
 
 
 @dataclass(frozen=True)

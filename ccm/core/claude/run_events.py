@@ -13,6 +13,7 @@ class RunEvents:
     Attributes:
         connected: Claude Code has answered the SDK's first request.
         stop: the run must end early.
+        result: Claude Code has ended a turn; cleared when the transcript is copied.
         over: Claude Code has done everything that it was asked to do.
         exited: its process has exited.
         stream_ended: nothing more will be read from it.
@@ -20,6 +21,7 @@ class RunEvents:
 
     connected: asyncio.Event = field(default_factory=asyncio.Event)
     stop: asyncio.Event = field(default_factory=asyncio.Event)
+    result: asyncio.Event = field(default_factory=asyncio.Event)
     over: asyncio.Event = field(default_factory=asyncio.Event)
     exited: asyncio.Event = field(default_factory=asyncio.Event)
     stream_ended: asyncio.Event = field(default_factory=asyncio.Event)

@@ -85,7 +85,7 @@ class _Tap:
             await self._take(message)
 
     def send_nowait(self, message: dict[str, Any]) -> None:
-        """Take a message without waiting. The SDK's own say that a transcript was not mirrored, or the stream ended."""
+        """Take a message without waiting. The SDK's own say that the stream ended."""
         self._pending.append(message)
 
     def close(self) -> None:

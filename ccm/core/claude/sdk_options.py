@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ccm.core.claude.processes import RUN_MARK
-from ccm.core.claude.run_context import Ask, CLIConfig, Mirror, RunContext
+from ccm.core.claude.run_context import Ask, CLIConfig, RunContext
 from ccm.core.claude.sdk import AgentDefinition, ClaudeAgentOptions, permission_callback
 
 CLAUDE_CODE_PROMPT = {"type": "preset", "preset": "claude_code"}
@@ -141,7 +141,7 @@ def _system_prompt(prompt: Any, arguments: dict[str, Any], directory: Path) -> N
 
 
 def sdk_options(
-    context: RunContext, cli_config: CLIConfig, directory: Path, mirror: Mirror | None, *, ask: Ask | None = None
+    context: RunContext, cli_config: CLIConfig, directory: Path, *, ask: Ask | None = None
 ) -> ClaudeAgentOptions:
     """Return the SDK's options of a run.
 
@@ -176,9 +176,6 @@ def sdk_options(
         fork_session=context.resume is not None,
         resume_session_at=context.resume_at,
         max_buffer_size=cli_config.max_message_bytes,
-        session_store=mirror,  # type: ignore[arg-type]  # it has the methods that the SDK calls
-        # Entries buffered until the end of the turn would be lost if the service were killed.
-        session_store_flush="eager",
         can_use_tool=None if ask is None else permission_callback(ask),
         **arguments,
     )

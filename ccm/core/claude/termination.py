@@ -11,7 +11,6 @@ from contextlib import suppress
 
 from ccm.core.claude.outcome import Progress
 from ccm.core.claude.processes import end_marked
-from ccm.core.claude.run_context import Mirror
 from ccm.core.claude.run_events import RunEvents, first
 from ccm.core.claude.sdk import Client
 from ccm.core.run_log import RunLog
@@ -43,12 +42,10 @@ class Termination:
         run_id: the mark of the run's processes.
         events: shared with the run's other tasks.
         progress: is told when a run that is not over is about to be stopped.
-        mirror: receives the transcript, if it is stored.
         stop_requested: whether a reason to stop has been given.
 
     Attributes:
         recording: the reader is waiting for a message to be stored.
-        closed_by_itself: Claude Code closed its output itself after its last message.
     """
 
     def __init__(
@@ -56,17 +53,14 @@ class Termination:
         run_id: str,
         events: RunEvents,
         progress: Progress,
-        mirror: Mirror | None,
         *,
         stop_requested: Callable[[], bool],
     ) -> None:
         self._run_id = run_id
         self._events = events
         self._progress = progress
-        self._mirror = mirror
         self._stop_requested = stop_requested
         self.recording = False
-        self.closed_by_itself = False
         # When some output was last being stored.
         self._last_activity = time.monotonic()
 
@@ -98,7 +92,6 @@ class Termination:
                 async with asyncio.timeout(CLOSE_TIMEOUT):
                     await client.end_input()
         if (events.over.is_set() or events.exited.is_set()) and await self._closes():
-            self.closed_by_itself = events.over.is_set()
             return
         await self._terminate_or_kill(client)
 
@@ -164,17 +157,13 @@ class Termination:
         """Return whether the stream ends without force. Claude Code gets CLOSE_TIMEOUT, storage as long as it needs."""
         events = self._events
         while not await events.stream_ends_within(CLOSE_TIMEOUT):
-            waits = self._storing() or (events.exited.is_set() and self._silence() < SILENT_TIMEOUT)
+            waits = self.recording or (events.exited.is_set() and self._silence() < SILENT_TIMEOUT)
             if events.stop.is_set() or not waits:
                 return False
         return True
 
-    def _storing(self) -> bool:
-        """Return whether any of Claude Code's output is being stored."""
-        return self.recording or (self._mirror is not None and self._mirror.busy)
-
     def _silence(self) -> float:
         """Return the seconds since any output was last being stored."""
-        if self._storing():
+        if self.recording:
             self._last_activity = time.monotonic()
         return time.monotonic() - self._last_activity

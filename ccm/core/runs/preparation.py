@@ -17,8 +17,8 @@ from ccm.core.policy.permitted_options import check_options
 from ccm.core.run_log import RunLog
 from ccm.core.runs.transitions import Start
 from ccm.core.storage.writer import Writer
+from ccm.core.transcripts.copying import TranscriptCopy
 from ccm.core.transcripts.files import TranscriptFiles
-from ccm.core.transcripts.store import Mirror
 from ccm.errors import Forbidden, StorageError
 from ccm.json_text import storable, to_json_text
 from ccm.models import Image, Message, Run, RunStatus
@@ -67,7 +67,7 @@ class Preparation:
             return Outcome(RunStatus.ERROR, error.code, error.message)
         return None if start.parent is None else self._provide_transcript(start.parent, start.run)
 
-    def make_execution(self, start: Start, mirror: Mirror) -> Execution:
+    def make_execution(self, start: Start, transcript: TranscriptCopy) -> Execution:
         # Imported here because the SDK takes longer to import than the rest of a start.
         from ccm.core.claude.execution import Execution  # noqa: PLC0415
 
@@ -84,7 +84,7 @@ class Preparation:
             resume_at=run.fork_at_message,
         )
         ask = partial(self._approvals.ask, run) if run.approvals else None
-        return Execution(context, self._cli_config, self._record(run), mirror, ask=ask)
+        return Execution(context, self._cli_config, self._record(run), transcript, ask=ask)
 
     def _record(self, run: Run) -> Callable[[dict[str, Any]], Any]:
         """Return a function that numbers the messages of a run and hands them to the writer."""

@@ -290,13 +290,13 @@ class Runner:
             How the run ended, and the values of `hasTranscript` and `transcriptStored`.
         """
         run = start.run
-        mirror = self._transcripts.mirror(run)
+        transcript = self._transcripts.begin_copy(run)
         execution: Execution | None = None
         try:
             self._reaper.watch(run.id)
             outcome = self._preparation.check(start)
             if outcome is None:
-                execution = self._preparation.make_execution(start, mirror)
+                execution = self._preparation.make_execution(start, transcript)
                 ongoing.attach(execution)
                 outcome = execution.run()
         except BaseException as error:
@@ -306,8 +306,7 @@ class Runner:
             self._attempt(lambda: self._reaper.release(run.id), "cannot write to the reaper", run.id)
         else:
             self._end_processes(run.id)
-        complete = execution is not None and execution.closed_by_itself
-        return outcome, self._transcripts.complete_copy(run, mirror, complete=complete)
+        return outcome, transcript.finish()
 
     def _end_processes(self, run_id: str) -> None:
         """End the remaining processes of a run. If this process cannot find them, the reaper ends them."""

@@ -1,4 +1,4 @@
-"""Claude Code's transcripts: mirrored into the database during a run, completed after it, and restored from there.
+"""Claude Code's transcripts: copied from its files into the database, and restored from there.
 
 A run can be continued while its transcript is on this host or complete in the database (`transcriptStored`). A stored
 transcript never loses entries, and an existing file of Claude Code's is never changed: one that lacks stored entries is

@@ -1,7 +1,7 @@
 """Keeps Claude Code's transcript files and their copies in the database consistent.
 
-After a run, a file fills gaps in the mirrored copy. Before a run that continues another, the copy is written to a file
-if this host has none: Claude Code has deleted it, or the run was made on another host.
+During and after a run, its files are copied (core/transcripts/copying.py). Before a run that continues another, the
+copy is written to a file if this host has none: Claude Code has deleted it, or the run was made on another host.
 """
 
 from __future__ import annotations
@@ -14,24 +14,20 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 from ccm.core.claude.locations import find_transcript, transcript_path
 from ccm.core.claude.regular_file import open_regular
-from ccm.core.transcripts.store import Mirror, TranscriptStore, entry
-from ccm.db.transcripts import Entry, TranscriptKey, is_inside
+from ccm.core.transcripts.copying import AGENT_METADATA, TranscriptCopy, metadata_file
+from ccm.core.transcripts.store import TranscriptStore
+from ccm.db.transcripts import TranscriptKey, is_inside
 from ccm.models import Run
 
 log = logging.getLogger(__name__)
 
-# The types of lines that Claude Code does not mirror: bodies of requests, and their costs.
-LOCAL_ONLY = ("api-request", "cost-state")
 UUID = re.compile(rb'"uuid": ?"([^"]+)"')
-# The type of the entry that holds the content of the metadata file beside a subagent's transcript.
-AGENT_METADATA = "agent_metadata"
 
 
 class TranscriptFiles:
@@ -49,43 +45,14 @@ class TranscriptFiles:
         self._locks: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
         self._locks_guard = threading.Lock()
 
-    def mirror(self, run: Run) -> Mirror:
-        """Return the session store that copies a run's transcript while it is written."""
-        return Mirror(self._store, run.sdk_session_id)
+    def begin_copy(self, run: Run) -> TranscriptCopy:
+        """Return the copy of the transcript of a run that is about to begin."""
+        return TranscriptCopy(run, self._store, self._agent_environ(run.options.value))
 
-    def complete_copy(self, run: Run, mirror: Mirror | None = None, *, complete: bool = False) -> dict[str, Any]:
-        """Complete the stored copy of an ended run's transcript.
-
-        Args:
-            mirror: the run's mirror; None if its service has died.
-            complete: Claude Code closed its output itself, so the mirror got every entry.
-
-        Returns:
-            The run's columns `hasTranscript` and `transcriptStored`.
-        """
-        if mirror is not None and mirror.whole and complete:
-            return {"hasTranscript": 1, "transcriptStored": 1}
-        main: Path | None = None
-        try:
-            main = self._find_readable(run)
-            entries = {} if main is None else _read(main, run.sdk_session_id)
-            here = any(entries.values())
-            if here:
-                self._store.merge(entries)
-            # Without a file, the mirrored entries are all there is.
-            mirrored = mirror is None or not mirror.failed
-            stored = here or (mirrored and self._find_main_key(run.sdk_session_id) is not None)
-        except Exception as error:
-            # No fault here may prevent the run's end from being stored.
-            log.warning(
-                "run %s: its transcript is not stored: %s: %s",
-                run.id,
-                type(error).__name__,
-                error,
-                extra={"event": "transcript_store_failed", "run_id": run.id},
-            )
-            here, stored = main is not None, False
-        return {"hasTranscript": int(here or stored), "transcriptStored": int(stored)}
+    def complete_copy(self, run: Run) -> dict[str, Any]:
+        """Complete the copy of a run whose service has died. Returns `hasTranscript` and `transcriptStored`."""
+        environ = self._agent_environ(run.options.value)
+        return TranscriptCopy(run, self._store, environ, stored_before=True).finish()
 
     def is_available(self, parent: Run, cwd: str, options: Mapping[str, Any]) -> bool:
         """Return whether a run in `cwd` with these options can continue `parent`.
@@ -145,23 +112,6 @@ class TranscriptFiles:
     def _agent_environ(self, options: Mapping[str, Any]) -> dict[str, str]:
         return {**self._environ, **options.get("env", {})}
 
-    def _find_readable(self, run: Run) -> Path | None:
-        """Return the run's main transcript file, or None if there is none or this user cannot read it."""
-        try:
-            main = find_transcript(run.cwd, run.sdk_session_id, self._agent_environ(run.options.value))
-            if main is not None:
-                open_regular(main).close()
-        except OSError as error:
-            # The mirrored entries are then all there is.
-            log.warning(
-                "run %s: its transcript cannot be read: %s",
-                run.id,
-                error,
-                extra={"event": "transcript_unreadable", "run_id": run.id},
-            )
-            return None
-        return main
-
     def _find(self, parent: Run, cwd: str, options: Mapping[str, Any]) -> Path | None:
         """Return the parent's transcript file on this host, as a run in `cwd` would find it."""
         environ = self._agent_environ(options)
@@ -207,7 +157,7 @@ class TranscriptFiles:
                 if metadata:
                     content = json.loads(metadata[-1])
                     del content["type"]
-                    _write(_metadata_file(file), [json.dumps(content)], sdk_session_id)
+                    _write(metadata_file(file), [json.dumps(content)], sdk_session_id)
             else:
                 log.warning(
                     "SDK session %s: skipping a transcript with the unsafe path %r",
@@ -221,44 +171,6 @@ class TranscriptFiles:
             extra={"event": "transcript_restored", "sdk_session_id": sdk_session_id},
         )
         return True
-
-
-def _read(main: Path, sdk_session_id: str) -> dict[TranscriptKey, list[Entry]]:
-    """Return the entries of a session's files: its main transcript and those of its subagents."""
-    folder = main.parent / sdk_session_id
-    key = TranscriptKey(sdk_session_id, main.parent.name)
-    files = {key: _entries(main)}
-    for file in sorted(folder.rglob("*.jsonl")):
-        subpath = file.relative_to(folder).with_suffix("").as_posix()
-        files[key._replace(subpath=subpath)] = _metadata(file) + _entries(file)
-    return files
-
-
-def _entries(file: Path) -> list[Entry]:
-    entries = []
-    with TextIOWrapper(open_regular(file), encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                value = json.loads(line)
-            except ValueError:
-                continue  # Claude Code was killed while writing this line, and does not read it either
-            if isinstance(value, dict) and not str(value.get("type")).startswith(LOCAL_ONLY):
-                entries.append(entry(value))
-    return entries
-
-
-def _metadata_file(transcript: Path) -> Path:
-    return transcript.with_suffix(".meta.json")
-
-
-def _metadata(transcript: Path) -> list[Entry]:
-    file = _metadata_file(transcript)
-    try:
-        with open_regular(file) as stream:
-            content = json.loads(stream.read())
-    except (FileNotFoundError, ValueError):
-        return []  # there is no such file, or Claude Code was killed while writing it
-    return [entry({**content, "type": AGENT_METADATA})]
 
 
 def _is_metadata(text: str) -> bool:

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from ccm.core.claude.run_context import CLIConfig, RunContext
 from ccm.core.claude.run_events import first
 from ccm.core.claude.termination import Termination
 from ccm.core.policy.ceilings import Ceilings
-from ccm.core.transcripts.store import Mirror
 from ccm.models import RunStatus
 from tests.conftest import stand_in_cli
 from tests.waiting import until
@@ -34,18 +33,16 @@ SOON = 60.0
 LATE = "a late message"
 
 
-class SlowMirror(Mirror):
-    """A mirror that is slow to store the late message."""
+class Copies:
+    """Counts how often the transcript was to be copied."""
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._appending = 0
+    def __init__(self) -> None:
+        self.count = 0
+        self.enough = threading.Semaphore(0)
 
-    async def append(self, _key: Mapping[str, str], entries: Sequence[Mapping[str, Any]]) -> None:
-        if LATE in str(entries):
-            self._appending += 1
-            await asyncio.sleep(self._seconds)
-            self._appending -= 1
+    async def copy(self) -> None:
+        self.count += 1
+        self.enough.release()
 
 
 class Run:
@@ -56,7 +53,7 @@ class Run:
         folder: Path,
         script: object,
         environ: dict[str, str] | None = None,
-        mirror: Mirror | None = None,
+        transcript: Copies | None = None,
         timeout_ms: int | None = None,
         **claude: Any,
     ) -> None:
@@ -83,7 +80,7 @@ class Run:
             options={},
             timeout_ms=timeout_ms,
         )
-        self.execution = Execution(context, CLIConfig(**settings | claude), self._record, mirror)
+        self.execution = Execution(context, CLIConfig(**settings | claude), self._record, transcript)
         self.outcome: Outcome | None = None
         self._thread = threading.Thread(target=self._run)
 
@@ -296,16 +293,25 @@ def test_a_refused_login_is_reported_in_sentences(tmp_path: Path, text: str, mes
     assert str(outcome.error_message).startswith(message)
 
 
-@pytest.mark.parametrize(("error", "reason"), [("", "no reason is given"), ("the disk is full", "the disk is full")])
-def test_a_mirror_error_is_logged_and_not_recorded(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: str, reason: str
-) -> None:
-    message = {"type": "system", "subtype": "mirror_error", "error": error}
-    run = Run(tmp_path, {"messages": [message], "count": 1})
-    run.end()
+def test_the_transcript_is_copied_after_each_result(tmp_path: Path) -> None:
+    copies = Copies()
+    Run(tmp_path, {"count": 1}, transcript=copies).start().end()
 
-    assert [message["type"] for message in run.messages] == ["assistant", "result"]
-    assert f"could not be mirrored: {reason}" in caplog.text
+    assert copies.count == 1
+
+
+def test_the_transcript_of_a_run_without_a_result_is_copied_from_time_to_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ccm.core.claude.execution.FIRST_COPY_DELAY", 0.01)
+    monkeypatch.setattr("ccm.core.claude.execution.COPY_INTERVAL", 0.02)
+    copies = Copies()
+    run = Run(tmp_path, {"hold": True}, transcript=copies).start()
+    for _ in range(3):
+        assert copies.enough.acquire(timeout=SOON)
+    run.cancel()
+
+    assert run.end().status == "cancelled"
 
 
 def test_an_exit_before_the_first_answer_is_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -480,25 +486,17 @@ def test_a_run_ends_with_the_first_reason_to_stop(tmp_path: Path) -> None:
 # ---- remaining processes
 
 
-@pytest.mark.parametrize("slow", ["the mirror", "the record"])
-def test_background_processes_stay_however_slow_storage_is(
-    slow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_background_processes_stay_however_slow_storage_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("EXIT_DELAY", "CLOSE_TIMEOUT", "TERMINATE_TIMEOUT"):
         monkeypatch.setattr(f"ccm.core.claude.termination.{name}", 0.1)
     seconds = 1.5
-    script = {"count": 1, "server": 300, "late": LATE}
-    if slow == "the mirror":
-        run = Run(tmp_path, script, mirror=SlowMirror(seconds))
-    else:
-        run = Run(tmp_path, script)
-        run.late_seconds = seconds
+    run = Run(tmp_path, {"count": 1, "server": 300, "late": LATE})
+    run.late_seconds = seconds
     outcome = run.end(left=["sleep 300"])
 
     assert outcome.status == "completed"
     assert outcome.duration_ms is not None
     assert outcome.duration_ms > seconds * 1000
-    assert run.execution.closed_by_itself
 
 
 def test_only_processes_that_hold_the_output_open_end_with_the_cli(tmp_path: Path) -> None:

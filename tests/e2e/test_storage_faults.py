@@ -251,8 +251,8 @@ def test_later_damage_is_reported(deploy: DeployFunction, tmp_path: Path) -> Non
     other.close()
     size = path.stat().st_size
     with path.open("r+b") as file:  # not the first pages, which hold the roots of the tables
-        file.seek(size // 2)
-        file.write(b"\xff" * (size // 2))
+        file.seek(size // 4)
+        file.write(b"\xff" * (size * 3 // 4))
 
     answer = deployed.client.get(f"/api/runs/{run_id}/messages", after=2_000)
     assert [answer.status, answer.error["code"]] == [503, "STORAGE_UNAVAILABLE"]

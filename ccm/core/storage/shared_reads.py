@@ -22,9 +22,9 @@ Place = tuple[int, ...]
 # waking them costs more than the read. The first data after a longer silence is read at once. Under load more data
 # comes with each read, instead of more reads.
 READ_INTERVAL = 0.05
-WAKE_INTERVAL = 0.001
+WAKE_INTERVAL = 0.002
 # How many parts a group keeps for followers that come back from sending late, and their bytes: none but the newest may
-# exceed them. None is kept for longer than POLL_INTERVAL after the last read.
+# exceed them. None is kept once a leader has waited for POLL_INTERVAL in vain.
 KEPT_PARTS = 8
 KEPT_BYTES = 2**18
 

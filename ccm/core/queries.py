@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
@@ -248,20 +249,28 @@ class Queries:
         """Yield the JSON texts of the messages in the segments, unparsed, a bounded number of bytes at a time."""
         for segment in segments:
             after = segment.after
+            ends: deque[int] = deque()
             while after < segment.through:
-                texts, after = self._chunk(segment, after, types)
+                texts, after = self._chunk(segment, after, ends, types)
                 if texts:
                     yield texts
 
     @_query
     def _chunk(
-        self, transaction: Transaction, segment: Segment, after: int, types: Sequence[str]
+        self, transaction: Transaction, segment: Segment, after: int, ends: deque[int], types: Sequence[str]
     ) -> tuple[list[str], int]:
-        """Return the next texts of a segment, and the index of the last one."""
-        indexes = _next_indexes(transaction, segment, after)
-        if not indexes:
+        """Return the next texts of a segment, and the index of the last message that was considered.
+
+        Args:
+            ends: the last indexes of the next chunks. Used up, and refilled when there are none: reading the sizes anew
+                for each chunk would take as long as reading the texts.
+        """
+        if not ends:
+            ends.extend(_ends(messages.sizes(transaction, segment.run_id, after, segment.through, CHUNK_MESSAGES)))
+        if not ends:
             return [], segment.through
-        return messages.texts(transaction, segment.run_id, after, indexes[-1], types), indexes[-1]
+        end = ends.popleft()
+        return messages.texts(transaction, segment.run_id, after, end, types), end
 
     @_query
     def next_batch(
@@ -317,6 +326,19 @@ class Queries:
 def _next_indexes(transaction: Transaction, segment: Segment, after: int) -> list[int]:
     """Return the indexes of a segment's next messages: as many as fit a chunk, but at least one if there is one."""
     return _first_chunk(messages.sizes(transaction, segment.run_id, after, segment.through, CHUNK_MESSAGES))
+
+
+def _ends(sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """Return the last index of each chunk of some messages.
+
+    Args:
+        sizes: index and bytes of each message.
+    """
+    ends: list[int] = []
+    while chunk := _first_chunk(sizes):
+        ends.append(chunk[-1])
+        sizes = sizes[len(chunk) :]
+    return ends
 
 
 def _first_chunk(sizes: Sequence[tuple[int, int]]) -> list[int]:

@@ -75,6 +75,7 @@ def _pop_each(chunks: deque[list[str]]) -> Iterator[list[str]]:
 def _array(chunks: Iterable[list[str]]) -> Iterator[bytes]:
     before = "["
     for texts in chunks:
-        yield (before + ",\n".join(texts)).encode("ascii")
+        texts[0] = before + texts[0]  # not before the joined text, which would copy all of it
+        yield ",\n".join(texts).encode("ascii")
         before = ",\n"
     yield b"]\n" if before != "[" else b"[]\n"

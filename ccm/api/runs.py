@@ -118,7 +118,7 @@ def cancel(run_id: str) -> Response:
     return json_response(run.to_json())
 
 
-@Route(blueprint, "GET", "/<run_id>/messages", query=MessagesQuery, returns=Messages)
+@Route(blueprint, "GET", "/<run_id>/messages", query=MessagesQuery, returns=Messages, status=(200, 304))
 def messages(run_id: str, query: MessagesQuery) -> Response:
     """List the SDK messages of a run, in order and unchanged."""
     cursor = Cursor("after", query.after)
@@ -128,7 +128,8 @@ def messages(run_id: str, query: MessagesQuery) -> Response:
     def measure() -> Extent:
         run, segment = queries.run_segment(run_id, index)
         cursor.check(run, index)
-        return Extent([segment], run.ended, lambda segment: str(segment.through))
+        version = f"{run.id} {run.ended_at} {run.message_count}" if run.ended else None
+        return Extent([segment], run.ended, lambda segment: str(segment.through), version)
 
     return message_list(query, run_id, measure)
 

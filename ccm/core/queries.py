@@ -332,13 +332,15 @@ def _ends(sizes: Sequence[tuple[int, int]]) -> list[int]:
     """Return the last index of each chunk of some messages.
 
     Args:
-        sizes: index and bytes of each message.
+        sizes: index and bytes of the next CHUNK_MESSAGES messages.
     """
+    may_continue = len(sizes) == CHUNK_MESSAGES
     ends: list[int] = []
     while chunk := _first_chunk(sizes):
         ends.append(chunk[-1])
         sizes = sizes[len(chunk) :]
-    return ends
+    # The last chunk may have room for messages that follow; many small chunks would make a short list a long one.
+    return ends[:-1] if may_continue and len(ends) > 1 else ends
 
 
 def _first_chunk(sizes: Sequence[tuple[int, int]]) -> list[int]:

@@ -13,6 +13,7 @@ from ccm.core.lineage import ForkPoint, Segment, find_fork_point, session_segmen
 from ccm.db import approvals, deliveries, events, messages, runs, sessions
 from ccm.db.driver.database import Database
 from ccm.db.driver.transaction import Transaction
+from ccm.db.runs import Link
 from ccm.errors import DatabaseClosed, ShuttingDown, StorageError, StorageUnavailable, ValidationError
 from ccm.models import Approval, Delivery, Event, IdempotencyKey, Run, RunStatus, Session
 
@@ -188,10 +189,10 @@ class Queries:
     # ---- messages
 
     @_query
-    def run_segment(self, transaction: Transaction, run_id: str, after: int) -> tuple[Run, Segment]:
-        """Return a run, and its present messages after the one with index `after`."""
-        run = runs.get(transaction, run_id)
-        return run, Segment(run.id, after, run.message_count - 1)
+    def run_segment(self, transaction: Transaction, run_id: str, after: int) -> tuple[Link, Segment]:
+        """Return a run's link, and its present messages after the one with index `after`."""
+        link = runs.get_link(transaction, run_id)
+        return link, Segment(link.id, after, link.message_count - 1)
 
     @_query
     def session_segments(

@@ -17,6 +17,18 @@ def to_json_text(value: Any) -> str:
         return json.dumps(value, ensure_ascii=True, separators=(",", ":"))  # it contains a lone surrogate
 
 
+def from_json_text(text: str) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: the text is not JSON.
+    """
+    try:
+        return pydantic_core.from_json(text)  # several times as fast as json for short texts
+    except ValueError:
+        return json.loads(text)  # it contains a lone surrogate, or is nested deeply
+
+
 def storable(text: object) -> str | None:
     """Replace NUL and lone surrogates, which a database refuses. Return None if the value is not a text."""
     if not isinstance(text, str):

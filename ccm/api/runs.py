@@ -118,7 +118,7 @@ def cancel(run_id: str) -> Response:
     return json_response(run.to_json())
 
 
-@Route(blueprint, "GET", "/<run_id>/messages", query=MessagesQuery, returns=Messages)
+@Route(blueprint, "GET", "/<run_id>/messages", query=MessagesQuery, returns=Messages, status=(200, 304))
 def messages(run_id: str, query: MessagesQuery) -> Response:
     """List the SDK messages of a run, in order and unchanged."""
     cursor = Cursor("after", query.after)
@@ -126,9 +126,10 @@ def messages(run_id: str, query: MessagesQuery) -> Response:
     queries = service().queries
 
     def measure() -> Extent:
-        run, segment = queries.run_segment(run_id, index)
-        cursor.check(run, index)
-        return Extent([segment], run.ended, lambda segment: str(segment.through))
+        link, segment = queries.run_segment(run_id, index)
+        cursor.check(run_id, link.message_count, index)
+        version = f"{run_id} {link.ended_at} {link.message_count}" if link.ended else None
+        return Extent([segment], link.ended, lambda segment: str(segment.through), version)
 
     return message_list(query, run_id, measure)
 
@@ -142,7 +143,7 @@ def stream(run_id: str, query: StreamQuery) -> Response:
         return no_more_events()
     if cursor.text == END:
         raise cursor.error(f"{END} is for a {HEADER} after the run has ended; this one is '{run.status}'.")
-    index = cursor.check(run, cursor.index())
+    index = cursor.check(run.id, run.message_count, cursor.index())
     return event_stream(lambda stream: stream.run(run.id, index), lambda _: "")
 
 

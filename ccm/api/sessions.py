@@ -101,7 +101,7 @@ def _start(session: Session, cursor: Cursor) -> tuple[int | None, int]:
         run = service().queries.run(run_id)
         if run.session_id == session.id:
             if not ended:
-                return run.seq - 1, cursor.check(run, index)
+                return run.seq - 1, cursor.check(run.id, run.message_count, index)
             if run.ended:
                 return run.seq, -1
             raise cursor.error(f"run {run.id} has not ended.")

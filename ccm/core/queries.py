@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
@@ -12,6 +13,7 @@ from ccm.core.lineage import ForkPoint, Segment, find_fork_point, session_segmen
 from ccm.db import approvals, deliveries, events, messages, runs, sessions
 from ccm.db.driver.database import Database
 from ccm.db.driver.transaction import Transaction
+from ccm.db.runs import Link
 from ccm.errors import DatabaseClosed, ShuttingDown, StorageError, StorageUnavailable, ValidationError
 from ccm.models import Approval, Delivery, Event, IdempotencyKey, Run, RunStatus, Session
 
@@ -200,10 +202,10 @@ class Queries:
     # ---- messages
 
     @_query
-    def run_segment(self, transaction: Transaction, run_id: str, after: int) -> tuple[Run, Segment]:
-        """Return a run, and its present messages after the one with index `after`."""
-        run = runs.get(transaction, run_id)
-        return run, Segment(run.id, after, run.message_count - 1)
+    def run_segment(self, transaction: Transaction, run_id: str, after: int) -> tuple[Link, Segment]:
+        """Return a run's link, and its present messages after the one with index `after`."""
+        link = runs.get_link(transaction, run_id)
+        return link, Segment(link.id, after, link.message_count - 1)
 
     @_query
     def session_segments(
@@ -261,20 +263,28 @@ class Queries:
         """Yield the JSON texts of the messages in the segments, unparsed, a bounded number of bytes at a time."""
         for segment in segments:
             after = segment.after
+            ends: deque[int] = deque()
             while after < segment.through:
-                texts, after = self._chunk(segment, after, types)
+                texts, after = self._chunk(segment, after, ends, types)
                 if texts:
                     yield texts
 
     @_query
     def _chunk(
-        self, transaction: Transaction, segment: Segment, after: int, types: Sequence[str]
+        self, transaction: Transaction, segment: Segment, after: int, ends: deque[int], types: Sequence[str]
     ) -> tuple[list[str], int]:
-        """Return the next texts of a segment, and the index of the last one."""
-        indexes = _next_indexes(transaction, segment, after)
-        if not indexes:
+        """Return the next texts of a segment, and the index of the last message that was considered.
+
+        Args:
+            ends: the last indexes of the next chunks. Used up, and refilled when there are none: reading the sizes anew
+                for each chunk would take as long as reading the texts.
+        """
+        if not ends:
+            ends.extend(_ends(messages.sizes(transaction, segment.run_id, after, segment.through, CHUNK_MESSAGES)))
+        if not ends:
             return [], segment.through
-        return messages.texts(transaction, segment.run_id, after, indexes[-1], types), indexes[-1]
+        end = ends.popleft()
+        return messages.texts(transaction, segment.run_id, after, end, types), end
 
     @_query
     def next_batch(
@@ -333,6 +343,21 @@ class Queries:
 def _next_indexes(transaction: Transaction, segment: Segment, after: int) -> list[int]:
     """Return the indexes of a segment's next messages: as many as fit a chunk, but at least one if there is one."""
     return _first_chunk(messages.sizes(transaction, segment.run_id, after, segment.through, CHUNK_MESSAGES))
+
+
+def _ends(sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """Return the last index of each chunk of some messages.
+
+    Args:
+        sizes: index and bytes of the next CHUNK_MESSAGES messages.
+    """
+    may_continue = len(sizes) == CHUNK_MESSAGES
+    ends: list[int] = []
+    while chunk := _first_chunk(sizes):
+        ends.append(chunk[-1])
+        sizes = sizes[len(chunk) :]
+    # The last chunk may have room for messages that follow; many small chunks would make a short list a long one.
+    return ends[:-1] if may_continue and len(ends) > 1 else ends
 
 
 def _first_chunk(sizes: Sequence[tuple[int, int]]) -> list[int]:

@@ -106,13 +106,18 @@ def page(
 
 
 class Link(StoredModel):
-    """The part of a run that its session's history needs."""
+    """The part of a run that its session's history and its messages need, without the texts that may be long."""
 
     id: str
     status: str
     parent_run_id: str | None
     fork_at_index: int | None
     message_count: int
+    ended_at: str | None
+
+    @property
+    def ended(self) -> bool:
+        return self.status != RunStatus.RUNNING
 
 
 _SELECT_LINK = Select(Link, "ccr_runs r", {"messageCount": _MESSAGE_COUNT})

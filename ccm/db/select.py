@@ -41,7 +41,8 @@ class Select(Generic[M]):
 
     def rows(self, transaction: Transaction, clauses: str, **parameters: Any) -> list[M]:
         """Return the instances that the further clauses of the statement select."""
-        return [self._model.from_row(row) for row in transaction.rows(self.sql + clauses, **parameters)]
+        # Tuples, because the columns of the statement are in the model's order.
+        return [self._model.from_row(row) for row in transaction.tuples(self.sql + clauses, **parameters)]
 
     def find(self, transaction: Transaction, clauses: str, **parameters: Any) -> M | None:
         """Return the first instance that the further clauses of the statement select, or None."""

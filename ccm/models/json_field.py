@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from operator import attrgetter
 from typing import Any, Generic, TypeVar, cast, get_args
 
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
+
+from ccm.json_text import from_json_text
 
 T = TypeVar("T")
 
@@ -27,7 +28,7 @@ class JsonText(Generic[T]):
     @property
     def value(self) -> T:
         if self._value is _UNREAD:
-            self._value = json.loads(self.text)
+            self._value = from_json_text(self.text)
         return cast("T", self._value)
 
     def __eq__(self, other: object) -> bool:

@@ -7,7 +7,7 @@ without a column is a method with `@derived`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, Self, TypeVar, cast
 
 from pydantic import AliasGenerator, BaseModel, ConfigDict, GetJsonSchemaHandler, computed_field
@@ -82,10 +82,13 @@ class StoredModel(ResponseModel):
         return described
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> Self:
-        """Create an instance from a row, without validation: stored values were validated when they were written."""
+    def from_row(cls, row: Sequence[Any]) -> Self:
+        """Create an instance from a row, the values of `shape.columns`.
+
+        They are not validated: stored values were validated when they were written.
+        """
         shape = cls.shape
-        values = dict(zip(shape.names, shape.take(row)))  # noqa: B905  # equal lengths; `strict` costs time
+        values = dict(zip(shape.names, row))  # noqa: B905  # equal lengths; `strict` costs time
         for name, read in shape.readers:
             if (value := values[name]) is not None:
                 values[name] = read(value)
@@ -111,7 +114,7 @@ class StoredModel(ResponseModel):
         shape = self.shape
         values = shape.show(self.__dict__ if shape.is_dict_only else self)
         shown = dict(zip(shape.shown, values))  # noqa: B905
-        for name in shape.shown_json:
-            if (stored := shown[name]) is not None:
-                shown[name] = stored.value
+        for name, convert in shape.converted:
+            if (value := shown[name]) is not None:
+                shown[name] = convert(value)
         return shown

@@ -6,6 +6,7 @@ It uses waitress's private parts, as server/connections.py does; tests/contracts
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import logging
 import select
@@ -42,6 +43,9 @@ UNSENT_BYTES = 2**18
 # The poll event for a client that has closed its end, even if requests of it are still unread. Only Linux has it; other
 # systems report broken connections only.
 HANGUP_EVENT: int = getattr(select, "POLLRDHUP", select.POLLHUP)
+# How many heaps the threads share, and glibc's number of that option (M_ARENA_MAX in malloc.h).
+HEAPS = 2
+HEAPS_OPTION = -8
 # Seconds that answers in flight may take when the service stops.
 DRAIN_TIMEOUT = 5.0
 
@@ -108,6 +112,15 @@ class _Channel(Channel):
         return bool(poll.poll(0))
 
 
+def _share_heaps() -> None:
+    """Make the threads share a few heaps, where the C library is glibc.
+
+    It gives them eight per core otherwise, and each keeps the memory of the largest list that it has ever sent.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(HEAPS_OPTION, HEAPS)
+
+
 class Server:
     """A listening server for an app and its service.
 
@@ -119,6 +132,7 @@ class Server:
     """
 
     def __init__(self, app: Flask, service: Service, bound: socket.socket) -> None:
+        _share_heaps()  # before there are threads
         self._service = service
         settings = service.settings
         threads = settings.max_held + PLAIN_THREADS

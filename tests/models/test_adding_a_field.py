@@ -21,7 +21,7 @@ from ccm.db.driver.database import Database
 from ccm.db.select import Select
 from ccm.models.json_field import JsonText
 from ccm.models.stored import StoredModel
-from tests.models.test_stored import GOLDEN
+from tests.models.test_stored import GOLDEN, from_columns
 
 CCM = Path(__file__).parents[2] / "ccm"
 # For each model: its table, its computed columns, and the columns of the table that it lacks.
@@ -42,7 +42,7 @@ ROW = {**GOLDEN[0]["row"], "paintColour": "red", "paintLayersJson": '[{"thin": t
 
 
 def test_an_added_field_is_read_and_shown() -> None:
-    run = Painted.from_row(ROW)
+    run = from_columns(Painted, ROW)
 
     assert (run.paint_colour, run.paint_layers.value) == ("red", [{"thin": True}])
     shown = run.to_json()
@@ -55,12 +55,12 @@ def test_an_added_field_is_read_and_shown() -> None:
 def test_an_added_field_is_selected_and_written() -> None:
     assert 'r."paintColour"' in Select(Painted, "ccr_runs r").sql
     assert 'r."paintLayersJson"' in Select(Painted, "ccr_runs r").sql
-    written = Painted.to_columns(Painted.from_row(ROW).to_json())
+    written = Painted.to_columns(from_columns(Painted, ROW).to_json())
     assert (written["paintColour"], json.loads(written["paintLayersJson"])) == ("red", [{"thin": True}])
 
 
 def test_an_added_field_is_exported_and_imported() -> None:
-    exported = archived(Painted.from_row(ROW))
+    exported = archived(from_columns(Painted, ROW))
     assert (exported["paintColour"], exported["paintLayers"]) == ("red", [{"thin": True}])
 
     read = columns(Line(1, exported), Painted)

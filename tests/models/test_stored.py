@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jsonschema  # type: ignore[import-untyped]
 import pytest
@@ -15,12 +16,18 @@ from ccm.models.stored import StoredModel
 
 # Rows, and the API's answers for them from before the models derived these answers.
 GOLDEN: list[dict[str, Any]] = json.loads(Path(__file__).with_name("golden.json").read_text(encoding="utf-8"))
+M = TypeVar("M", bound=StoredModel)
 MODELS: list[type[StoredModel]] = [models.Run, models.Session, models.Approval, models.Delivery]
+
+
+def from_columns(model: type[M], row: Mapping[str, Any]) -> M:
+    """Return an instance from a row by the names of its columns."""
+    return model.from_row([row[column] for column in model.shape.columns])
 
 
 def read(example: dict[str, Any]) -> StoredModel:
     model: type[StoredModel] = getattr(models, example["model"])
-    return model.from_row(example["row"])
+    return from_columns(model, example["row"])
 
 
 @pytest.mark.parametrize("example", GOLDEN)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from flask import request
 
 from ccm.errors import ValidationError
-from ccm.models import Run
 from ccm.models.fields import RUN_ID
 
 # Replaces the index once a client has received the end of a run.
@@ -61,15 +60,15 @@ class Cursor:
         match = None if self.text is None else AT_END.fullmatch(self.text)
         return None if match is None else match[1]
 
-    def check(self, run: Run, index: int) -> int:
-        """Return the index if the run has that message.
+    def check(self, run_id: str, message_count: int, index: int) -> int:
+        """Return the index if the run, with so many messages, has that message.
 
         Raises:
             ValidationError: it does not, so the client cannot have read it.
         """
-        if index >= run.message_count:
-            last = f"its last one is {run.message_count - 1}" if run.message_count else "it has none"
-            raise self.error(f"run {run.id} has no message {index}; {last}.")
+        if index >= message_count:
+            last = f"its last one is {message_count - 1}" if message_count else "it has none"
+            raise self.error(f"run {run_id} has no message {index}; {last}.")
         return index
 
 

@@ -192,10 +192,14 @@ class Execution:
         """Start Claude Code, read its messages, and end it. Returns the exception that the SDK raised, if any."""
         # Not cancelled before the stream has ended: a cancelled disconnect leaks Claude Code and its tools.
         conversation = asyncio.create_task(self._receive(client))
-        # Without this, the run would wait for ever for a task that failed before it set `stream_ended`.
-        conversation.add_done_callback(self._set_stream_ended)
-        keeper = asyncio.create_task(self._supervised(partial(self._end, client)))
-        await asyncio.wait((keeper,))
+        try:
+            # Without this, the run would wait for ever for a task that failed before it set `stream_ended`.
+            conversation.add_done_callback(self._set_stream_ended)
+            keeper = asyncio.create_task(self._supervised(partial(self._end, client)))
+            await asyncio.wait((keeper,))
+        except BaseException:
+            conversation.cancel()  # otherwise it would start Claude Code when the run has failed already
+            raise
         if not conversation.done():
             # The processes have ended, but the SDK has not noticed it.
             conversation.cancel()

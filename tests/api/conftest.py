@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,13 @@ def folder_of(path: Path, name: str = "project") -> Path:
     folder = path / name
     folder.mkdir()
     return folder
+
+
+@contextmanager
+def umask(mask: int) -> Iterator[None]:
+    """Sets the umask for a block, and for the processes that it starts."""
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)

@@ -7,13 +7,11 @@ sequence that shows that they are in front of it.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import resource
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from ccm.api.http.tokens import Tokens
 from ccm.errors import BadSetting
 from ccm.settings.access import access_warnings, check_access
 from ccm.settings.settings import Settings
-from tests.api.conftest import NOWHERE, connect, folder_of, read_all, write_tokens
+from tests.api.conftest import NOWHERE, connect, folder_of, read_all, umask, write_tokens
 from tests.api.in_process import InProcessClient, InProcessService
 from tests.client import Answer, Client
 from tests.conftest import ServeFunction
@@ -336,16 +334,6 @@ def test_a_missing_token_file_is_logged_once_each_time_it_disappears(
         write_tokens(file, f"alice:{TOKEN}-a\n")
         assert logged() == ["tokens of alice"]
         file.unlink()
-
-
-@contextmanager
-def umask(mask: int) -> Iterator[None]:
-    """Sets the umask for a block."""
-    before = os.umask(mask)
-    try:
-        yield
-    finally:
-        os.umask(before)
 
 
 def test_flask_token_makes_a_token_that_is_admitted(environ: dict[str, str], tmp_path: Path) -> None:

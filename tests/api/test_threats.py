@@ -11,9 +11,9 @@ import os
 import socket
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +31,7 @@ from ccm.settings.access import check_access
 from ccm.settings.settings import Settings
 from ccm.settings.token_file import add_token
 from ccm.testing.service_process import APP, ServiceProcess
-from tests.api.conftest import connect, folder_of, post_head, read_all, refused, script, write_tokens
+from tests.api.conftest import connect, folder_of, post_head, read_all, refused, script, umask, write_tokens
 from tests.api.in_process import InProcessService
 from tests.api.test_fuzzing import LOG_LINE
 from tests.client import Client
@@ -42,16 +42,6 @@ from tests.postgresql import new_database
 TOKEN = "0123456789-a-token-of-the-tests"
 SECRET = "sk-nobody-else-may-read-this"
 MIB = 2**20
-
-
-@contextmanager
-def umask(mask: int) -> Iterator[None]:
-    """Sets the umask for the processes that a block starts."""
-    before = os.umask(mask)
-    try:
-        yield
-    finally:
-        os.umask(before)
 
 
 # ---- secrets

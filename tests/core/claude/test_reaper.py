@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ import pytest
 
 from ccm.core.claude.processes import RUN_MARK, marked
 from ccm.core.claude.reaper import Reaper
+from tests.client import Client
+from tests.conftest import ProgramFunction, ServeFunction, stand_in_cli
 from tests.waiting import until
 
 ROOT = Path(__file__).parents[3]
@@ -102,6 +105,27 @@ def test_an_idle_reaper_ends_with_the_service() -> None:
 
     assert process is not None
     assert process.returncode == 0
+
+
+def test_the_kernel_ends_claude_code_when_the_reaper_is_killed_with_the_service(
+    serve: ServeFunction, home: Path, project: Path, program: ProgramFunction
+) -> None:
+    program("setpriv", "util-linux")
+    service = serve(CCM_CLI_PATH=stand_in_cli(home))
+    client = Client(service.url)
+    run = client.start(project, json.dumps({"count": 1, "deaf": True, "seconds": 300}), wait=0)
+    client.wait_for_message(run["id"], "assistant")
+    tasks = Path(f"/proc/{service.process.pid}/task").glob("*/children")
+    children = {int(pid) for task in tasks for pid in task.read_text().split()}
+    agents = set(marked(run["id"]))
+    assert children & agents, "Claude Code is not a child of the service"
+    reapers = children - agents
+    assert reapers
+
+    for pid in (*reapers, service.process.pid):
+        os.kill(pid, signal.SIGKILL)
+
+    until(lambda: not _alive(run["id"]))
 
 
 def _alive(run_id: str) -> bool:

@@ -224,6 +224,22 @@ def test_a_follower_that_leaves_passes_the_lead_on(
     assert second.result() == Numbers((0,), 1)
 
 
+def test_a_leader_that_is_ahead_wakes_those_for_whom_it_reads(
+    stored: Stored, group: Group[Any], pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_reads, "POLL_INTERVAL", 30)
+    ahead = pool.submit(stored.next, group, 5)
+    until(waiting(group, 0))
+    other = pool.submit(stored.next, group)
+    until(waiting(group, 1))
+    stored.add()
+    until(other.done)
+    assert not ahead.done()
+    assert other.result() == Numbers((0,), 1)
+    stored.add(5)
+    assert ahead.result() == Numbers((5,), 6)
+
+
 def test_a_failed_read_is_repeated_by_the_next_leader(stored: Stored, group: Group[Any]) -> None:
     stored.add()
     stored.faults = [OSError("a fault")]

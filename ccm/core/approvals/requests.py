@@ -11,13 +11,12 @@ import logging
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from functools import partial
-from typing import TypeVar
 
 from ccm.core.approvals.transitions import ApprovalTransitions
 from ccm.core.run_log import RunLog
 from ccm.core.storage.notifier import APPROVALS, EVENTS, Notifier
+from ccm.core.storage.run_loop import result_of
 from ccm.core.storage.writer import Writer
 from ccm.db import approvals
 from ccm.db.driver.transaction import Transaction
@@ -26,10 +25,6 @@ from ccm.models import Answer, Approval, Question, Resolution, Run
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-# How often a waiting run checks whether the wait is over, in case the notification was lost (seconds).
-POLL_INTERVAL = 1.0
 NOT_STORED = "Denied without being asked, because the service could not store the request."
 # The error for an answer that comes too late, by the resolution of the approval.
 RESOLUTIONS = {
@@ -110,14 +105,14 @@ class Approvals:
             return approval
         try:
             async with asyncio.timeout(seconds):
-                return await _result(waiter)
+                return await result_of(waiter)
         except TimeoutError:
             # An answer may have been stored meanwhile; then it counts.
             return await self._store(partial(self._transitions.time_out, approval_id=approval_id))
 
     async def _store(self, work: Callable[[Transaction], Approval]) -> Approval:
         """Store a change, however long that takes. The loop keeps running, so that the run can be cancelled."""
-        return await _result(self._writer.submit(work, self._publish).future)
+        return await result_of(self._writer.submit(work, self._publish).future)
 
     def _withdraw(self, approval_id: str) -> None:
         """Expire an approval whose run no longer waits for it.
@@ -214,20 +209,3 @@ class Approvals:
         for approval in read.result():
             if approval is not None and not approval.pending:  # None: it is not stored yet
                 self._resolve_waiter(approval)
-
-
-async def _result(future: Future[T]) -> T:
-    """Wait in a run's event loop for a future that another thread completes, and return its result."""
-    loop = asyncio.get_running_loop()
-    done = asyncio.Event()
-
-    def wake(_: Future[T]) -> None:
-        with suppress(RuntimeError):  # the run has ended meanwhile, and its loop is closed
-            loop.call_soon_threadsafe(done.set)
-
-    future.add_done_callback(wake)
-    while not future.done():
-        with suppress(TimeoutError):
-            async with asyncio.timeout(POLL_INTERVAL):
-                await done.wait()
-    return future.result()

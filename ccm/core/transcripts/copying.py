@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import json
 import logging
@@ -10,7 +9,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 from ccm.core.claude.locations import find_transcript
 from ccm.core.claude.regular_file import open_regular
 from ccm.core.run_log import RunLog
+from ccm.core.storage.run_loop import result_of
 from ccm.core.transcripts.store import TranscriptStore
 from ccm.db.transcripts import Entry, TranscriptKey
 from ccm.models import Run
@@ -89,8 +88,7 @@ class TranscriptCopy:
         """Store what the files have gained, in the run's event loop. A failure is logged; `finish` then tries again."""
         try:
             for write in self._steps():
-                await _completed(write)
-                write.result()
+                await result_of(write)
         except Exception as error:
             self._start_over()
             self._log.warning(
@@ -207,18 +205,6 @@ class TranscriptCopy:
         self._pending = write
         yield write
         self._pending = None
-
-
-async def _completed(write: Future[int]) -> None:
-    """Wait for a write. Unlike asyncio.wrap_future, cancelling this does not cancel the write."""
-    loop, done = asyncio.get_running_loop(), asyncio.Event()
-
-    def notify(_: Future[int]) -> None:
-        with suppress(RuntimeError):  # the run has ended, and its loop is closed
-            loop.call_soon_threadsafe(done.set)
-
-    write.add_done_callback(notify)
-    await done.wait()
 
 
 def _identity(file: BufferedReader) -> tuple[int, int]:

@@ -126,5 +126,10 @@ def test_a_message_at_the_end_of_a_turn_is_either_answered_or_refused(client: Cl
             assert [answer.status, answer.error["code"]] in ([409, "RUN_ENDING"], [409, "RUN_ALREADY_ENDED"])
         return answer.status
 
+    statuses: set[int] = set()
     with ThreadPoolExecutor(2) as pool:
-        assert set(pool.map(race, range(16))) == {202, 409}
+        for batch in range(10):  # on a busy machine it takes longer to meet both
+            statuses |= set(pool.map(race, range(16 * batch, 16 * (batch + 1))))
+            if statuses == {202, 409}:
+                break
+    assert statuses == {202, 409}

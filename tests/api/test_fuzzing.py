@@ -90,18 +90,21 @@ class World:
     def footprint(self) -> dict[str, int]:
         """The service's threads, descriptors and processes; without its pool of connections to the database."""
         process = Path("/proc", str(self.service.process.pid))
-        children = [child for task in process.glob("task/*/children") for child in task.read_text().split()]
-        return {
-            "threads": len(os.listdir(process / "task")),
-            "descriptors": len([link for link in (process / "fd").iterdir() if ".sqlite" not in os.readlink(link)]),
-            "processes": len(children),
-        }
+        while True:
+            try:
+                children = [child for task in process.glob("task/*/children") for child in task.read_text().split()]
+                links = [os.readlink(link) for link in (process / "fd").iterdir()]
+                return {
+                    "threads": len(os.listdir(process / "task")),
+                    "descriptors": len([link for link in links if ".sqlite" not in link]),
+                    "processes": len(children),
+                }
+            except FileNotFoundError:
+                if not process.exists():
+                    raise  # the service itself has gone, not a descriptor or thread since it was listed
 
     def is_as_before(self, before: dict[str, int]) -> bool:
-        try:
-            return all(count <= before[name] for name, count in self.footprint().items())
-        except FileNotFoundError:
-            return False  # a process or descriptor has gone since it was listed
+        return all(count <= before[name] for name, count in self.footprint().items())
 
     def conversations(self, requests: int) -> list[Conversation]:
         made: list[Conversation] = []

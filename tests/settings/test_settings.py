@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
 from ccm.errors import BadSetting
-from ccm.settings.settings import Settings, unknown_variables, variables
+from ccm.settings.parsers import UNIX_PEER
+from ccm.settings.settings import (
+    PERMISSION_MODES,
+    PRIVILEGED_OPTIONS,
+    PRIVILEGED_PERMISSION_MODES,
+    Settings,
+    unknown_variables,
+    variable_of,
+)
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -179,7 +189,27 @@ def test_an_unknown_variable_gets_a_suggestion() -> None:
 
 
 def test_the_readme_lists_every_setting_with_its_default() -> None:
-    text = README.read_text(encoding="utf-8")
-    for entry in variables():
-        default = entry["default"] if entry["default"].startswith("(") else f"`{entry['default']}`"
-        assert f"| `{entry['variable']}` | {default} | {entry['about']} |" in text
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (.+?) \| (.+) \|$", README.read_text(encoding="utf-8"), re.M)
+    settings = {variable_of(field.name): field for field in dataclasses.fields(Settings)}
+
+    assert [variable for variable, _, _ in rows] == list(settings)
+    for variable, shown, _ in rows:
+        default = settings[variable].default
+        if shown.startswith("(empty"):
+            assert default in (None, "", ())
+        else:
+            assert settings[variable].metadata["parse"](shown.strip("`")) == default
+
+
+@pytest.mark.parametrize(
+    ("variable", "words"),
+    [
+        ("CCM_TRUSTED_PROXY", (UNIX_PEER,)),
+        ("CCM_PRIVILEGED_OPTIONS", PRIVILEGED_OPTIONS),
+        ("CCM_PERMISSION_MODE", PERMISSION_MODES + PRIVILEGED_PERMISSION_MODES),
+    ],
+)
+def test_the_readme_names_the_words_that_a_setting_takes(variable: str, words: tuple[str, ...]) -> None:
+    (row,) = re.findall(rf"^\| `{variable}` \|.*$", README.read_text(encoding="utf-8"), re.M)
+
+    assert [word for word in words if f"`{word}`" not in row] == []

@@ -42,6 +42,12 @@ class CCMError(Exception):
     code: ClassVar[str]
     retry_after: ClassVar[int | None] = None
 
+    def __init_subclass__(cls, *, status: int | None = None, code: str | None = None) -> None:
+        if status is not None:
+            cls.status = status
+        if code is not None:
+            cls.code = code
+
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(message)
         self.message = message
@@ -55,92 +61,88 @@ class CCMError(Exception):
         return {"error": error}
 
 
-class ValidationError(CCMError):
-    status = 400
-    code = "VALIDATION_ERROR"
+class ValidationError(CCMError, status=400, code="VALIDATION_ERROR"):
+    """A header, a parameter or the body of a request is invalid."""
 
 
-class Unauthorized(CCMError):
-    status = 401
-    code = "UNAUTHORIZED"
+class Unauthorized(CCMError, status=401, code="UNAUTHORIZED"):
+    """The request has no accepted token."""
 
 
-class Forbidden(CCMError):
-    status = 403
+class Forbidden(CCMError, status=403):
+    """The operator's settings do not allow it."""
 
 
-class OptionForbidden(Forbidden):
-    code = "OPTION_FORBIDDEN"
+class OptionForbidden(Forbidden, code="OPTION_FORBIDDEN"):
+    """An option is privileged, or above its ceiling."""
 
 
-class CwdForbidden(Forbidden):
-    code = "CWD_FORBIDDEN"
+class CwdForbidden(Forbidden, code="CWD_FORBIDDEN"):
+    """The directory is outside CCM_ALLOWED_ROOTS."""
 
 
-class TimeoutForbidden(Forbidden):
-    code = "TIMEOUT_FORBIDDEN"
+class TimeoutForbidden(Forbidden, code="TIMEOUT_FORBIDDEN"):
+    """`timeoutMs` is above the ceiling."""
 
 
-class ApprovalsForbidden(Forbidden):
-    code = "APPROVALS_FORBIDDEN"
+class ApprovalsForbidden(Forbidden, code="APPROVALS_FORBIDDEN"):
+    """Approvals would take the only worker."""
 
 
-class WebhookForbidden(Forbidden):
-    code = "WEBHOOK_FORBIDDEN"
+class WebhookForbidden(Forbidden, code="WEBHOOK_FORBIDDEN"):
+    """CCM_WEBHOOK_ALLOW does not list the host of `webhookUrl`."""
 
 
-class HostForbidden(Forbidden):
-    code = "HOST_FORBIDDEN"
+class HostForbidden(Forbidden, code="HOST_FORBIDDEN"):
+    """CCM_ALLOWED_HOSTS does not list the Host header."""
 
 
-class OriginForbidden(Forbidden):
-    code = "ORIGIN_FORBIDDEN"
+class OriginForbidden(Forbidden, code="ORIGIN_FORBIDDEN"):
+    """A web page of another origin sends the request."""
 
 
-class NotFound(CCMError):
-    status = 404
+class NotFound(CCMError, status=404):
+    """No resource has this id."""
 
 
-class RunNotFound(NotFound):
-    code = "RUN_NOT_FOUND"
+class RunNotFound(NotFound, code="RUN_NOT_FOUND"):
+    pass
 
 
-class SessionNotFound(NotFound):
-    code = "SESSION_NOT_FOUND"
+class SessionNotFound(NotFound, code="SESSION_NOT_FOUND"):
+    pass
 
 
-class ApprovalNotFound(NotFound):
-    code = "APPROVAL_NOT_FOUND"
+class ApprovalNotFound(NotFound, code="APPROVAL_NOT_FOUND"):
+    pass
 
 
-class Conflict(CCMError):
-    status = 409
+class Conflict(CCMError, status=409):
+    """The state of a run, a session or an approval does not allow it."""
 
 
-class SessionBusy(Conflict):
-    code = "SESSION_BUSY"
+class SessionBusy(Conflict, code="SESSION_BUSY"):
+    """A run of the session has not ended."""
 
 
-class SessionNotResumable(Conflict):
-    code = "SESSION_NOT_RESUMABLE"
+class SessionNotResumable(Conflict, code="SESSION_NOT_RESUMABLE"):
+    """No run can be continued, because there is no transcript."""
 
 
-class RunAlreadyEnded(Conflict):
-    code = "RUN_ALREADY_ENDED"
+class RunAlreadyEnded(Conflict, code="RUN_ALREADY_ENDED"):
+    pass
 
 
-class RunEnding(Conflict):
-    code = "RUN_ENDING"
+class RunEnding(Conflict, code="RUN_ENDING"):
+    """The run takes no more messages."""
 
 
-class RunNotStarted(Conflict):
-    code = "RUN_NOT_STARTED"
+class RunNotStarted(Conflict, code="RUN_NOT_STARTED"):
+    """The run waits for a worker."""
 
 
-class ApprovalResolved(Conflict):
+class ApprovalResolved(Conflict, code="APPROVAL_ALREADY_RESOLVED"):
     """Another answer or the timeout came first. `approval` is its present state, as the API shows it."""
-
-    code = "APPROVAL_ALREADY_RESOLVED"
 
     def __init__(self, message: str, approval: Mapping[str, Any]) -> None:
         super().__init__(message)
@@ -150,61 +152,57 @@ class ApprovalResolved(Conflict):
         return {**super().to_json(), "approval": self.approval}
 
 
-class TooLarge(CCMError):
-    status = 413
-    code = "BODY_TOO_LARGE"
+class TooLarge(CCMError, status=413, code="BODY_TOO_LARGE"):
+    pass
 
 
-class UnsupportedMediaType(CCMError):
-    status = 415
-    code = "UNSUPPORTED_MEDIA_TYPE"
+class UnsupportedMediaType(CCMError, status=415, code="UNSUPPORTED_MEDIA_TYPE"):
+    pass
 
 
-class KeyReused(CCMError):
-    status = 422
-    code = "IDEMPOTENCY_KEY_REUSED"
+class KeyReused(CCMError, status=422, code="IDEMPOTENCY_KEY_REUSED"):
+    """The Idempotency-Key belongs to another request."""
 
 
-class QueueFull(CCMError):
-    status = 429
-    code = "QUEUE_FULL"
+class QueueFull(CCMError, status=429, code="QUEUE_FULL"):
+    """CCM_MAX_QUEUED_RUNS runs wait for a worker."""
+
     retry_after = 5
 
 
-class Unavailable(CCMError):
-    status = 503
+class Unavailable(CCMError, status=503):
+    """It may work later."""
+
     retry_after = 5
 
 
-class ShuttingDown(Unavailable):
-    code = "SHUTTING_DOWN"
-
+class ShuttingDown(Unavailable, code="SHUTTING_DOWN"):
     def __init__(self) -> None:
         super().__init__("The service is shutting down; try again when it is back.")
 
 
-class StorageUnavailable(Unavailable):
-    code = "STORAGE_UNAVAILABLE"
+class StorageUnavailable(Unavailable, code="STORAGE_UNAVAILABLE"):
+    """The database cannot be used; nothing was stored."""
 
 
-class NotTakenIn(Unavailable):
-    code = "NOT_TAKEN_IN"
+class NotTakenIn(Unavailable, code="NOT_TAKEN_IN"):
+    """Claude Code did not take in the message."""
 
 
-class OutcomeUnknown(Unavailable):
-    code = "OUTCOME_UNKNOWN"
+class OutcomeUnknown(Unavailable, code="OUTCOME_UNKNOWN"):
+    """The database may or may not have stored the request."""
 
 
-class StillEnding(Unavailable):
-    code = "STILL_ENDING"
+class StillEnding(Unavailable, code="STILL_ENDING"):
+    """The cancelled run has not ended yet."""
 
 
-class SlotsTaken(Unavailable):
-    code = "SLOTS_TAKEN"
+class SlotsTaken(Unavailable, code="SLOTS_TAKEN"):
+    """No more requests can be held open."""
 
 
-class OutOfDescriptors(Unavailable):
-    code = "OUT_OF_DESCRIPTORS"
+class OutOfDescriptors(Unavailable, code="OUT_OF_DESCRIPTORS"):
+    """A run would need more files than the service may open."""
 
 
 class StartRefused(Exception):

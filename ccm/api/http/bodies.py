@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import difflib
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -27,8 +28,8 @@ KEY_CHARACTERS = 255
 # The largest number of values, names and brackets in a body. Each takes hundreds of bytes in Python, so a body of small
 # ones would take gigabytes.
 BODY_PARTS = 200_000
-# A string in JSON, or an unterminated one at the end.
-JSON_TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+# A string in JSON (or an unterminated one at the end), or a mark outside of strings.
+PART = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[,\[{]', re.DOTALL)
 # Unknown names are truncated to this in messages.
 NAME_CHARACTERS = 100
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", re.ASCII)
@@ -115,10 +116,8 @@ class RunBody(InputBody):
         return value
 
 
-class StartBody(RunBody):
+class StartBody(RunBody, SessionBody):
     cwd: Path
-    title: fields.Title = None
-    metadata: fields.Metadata | None = None
 
 
 class ResumeBody(RunBody):
@@ -126,13 +125,11 @@ class ResumeBody(RunBody):
     ifBusy: IfBusy = IfBusy.REJECT
 
 
-class ForkBody(RunBody):
+class ForkBody(RunBody, SessionBody):
     sessionId: Id
     atRunId: RunId | None = None
     atMessage: Id | None = None
     cwd: Path | None = None
-    title: fields.Title = None
-    metadata: fields.Metadata | None = None
 
 
 class ApprovalBody(Strict):
@@ -194,17 +191,7 @@ def read_body(request: Request, model: type[Body], limit: int) -> Body:
 
 def _has_too_many_parts(data: bytes) -> bool:
     """Return whether JSON has more than BODY_PARTS parts, without parsing it."""
-    parts = at = 0
-    for text in JSON_TEXT.finditer(data):
-        parts += 1 + _count_marks(data, at, text.start())
-        at = text.end()
-        if parts > BODY_PARTS:
-            return True
-    return parts + _count_marks(data, at, len(data)) > BODY_PARTS
-
-
-def _count_marks(data: bytes, start: int, end: int) -> int:
-    return sum(data.count(mark, start, end) for mark in (b",", b"[", b"{"))
+    return any(itertools.islice(PART.finditer(data), BODY_PARTS, None))
 
 
 def idempotency_key(request: Request, body: RunBody) -> IdempotencyKey | None:

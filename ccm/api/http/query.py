@@ -5,9 +5,8 @@ from __future__ import annotations
 import base64
 import contextlib
 import re
-from collections.abc import Callable
 from enum import StrEnum
-from typing import Annotated, Literal, Protocol, Self
+from typing import Annotated, Literal, Protocol, Self, get_args
 
 import pydantic
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
@@ -74,15 +73,6 @@ def _history(text: str) -> str:
     return text
 
 
-def _one_of(allowed: type[StrEnum]) -> Callable[[str], StrEnum]:
-    def check(text: str) -> StrEnum:
-        if text not in tuple(allowed):
-            raise ValueError(f"must be one of {', '.join(allowed)}")
-        return allowed(text)
-
-    return check
-
-
 Limit = Annotated[
     Annotated[int, Field(ge=1, le=HIGHEST_LIMIT)],
     BeforeValidator(_limit),
@@ -129,6 +119,9 @@ class Query(BaseModel):
         except pydantic.ValidationError as error:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
             field, reason = str(first["loc"][0]), first["msg"].removeprefix("Value error, ")
+            if first["type"] == "enum":
+                choices: type[StrEnum] = get_args(cls.model_fields[field].annotation)[0]
+                reason = f"must be one of {', '.join(choices)}"
             raise ValidationError(f"{field}: {reason}.", field=field) from None
 
     def given(self, *names: str) -> dict[str, str]:
@@ -157,14 +150,10 @@ class StreamQuery(Query):
 
 
 class RunsQuery(Query):
-    status: Annotated[RunStatus, BeforeValidator(_one_of(RunStatus))] | None = Field(
-        default=None, description="Runs of this status."
-    )
+    status: RunStatus | None = Field(default=None, description="Runs of this status.")
     sessionId: Text | None = Field(default=None, description="Runs of this session.")
     cwd: Text | None = Field(default=None, description="Runs in this directory.")
-    mode: Annotated[RunMode, BeforeValidator(_one_of(RunMode))] | None = Field(
-        default=None, description="Runs of this mode."
-    )
+    mode: RunMode | None = Field(default=None, description="Runs of this mode.")
     limit: Limit = DEFAULT_LIMIT
     cursor: PageCursor = None
 
@@ -179,9 +168,7 @@ class SessionsQuery(Query):
 
 
 class ApprovalsQuery(Query):
-    status: Annotated[ApprovalStatus, BeforeValidator(_one_of(ApprovalStatus))] | None = Field(
-        default=None, description="Approvals of this status."
-    )
+    status: ApprovalStatus | None = Field(default=None, description="Approvals of this status.")
     runId: Text | None = Field(default=None, description="Approvals of this run.")
     sessionId: Text | None = Field(default=None, description="Approvals of this session.")
     limit: Limit = DEFAULT_LIMIT

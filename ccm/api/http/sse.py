@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import TypeVar
 
 from flask import Response
 
@@ -14,6 +16,7 @@ from ccm.api.http.request_limiter import client_gone, hold_open
 from ccm.core.streams import ApprovalState, Messages, Stream, StreamItem
 from ccm.models import Event
 
+T = TypeVar("T")
 # The delay before a browser reconnects (milliseconds).
 RETRY_DELAY_MS = 1_000
 KEEP_ALIVE = b": still here\n\n"
@@ -34,7 +37,7 @@ def event_stream(follow: Callable[[Stream], Iterator[StreamItem]], prefix: Calla
     Raises:
         SlotsTaken: no slot is free.
     """
-    return _stream(lambda stream: _frames(follow(stream), prefix))
+    return _stream(follow, partial(_frame, prefix))
 
 
 def feed(after: int) -> Response:
@@ -46,11 +49,16 @@ def feed(after: int) -> Response:
     Raises:
         SlotsTaken: no slot is free.
     """
-    return _stream(lambda stream: _feed_frames(stream.events(after), after))
+    # An id alone is no event, but a browser reconnects with it, so that a stream from `now` misses nothing either.
+    return _stream(lambda stream: stream.events(after), _feed_frame, f"id: {after}\n")
 
 
-def _stream(frames: Callable[[Stream], Iterator[bytes]]) -> Response:
-    body = frames(Stream(service().queries, service().shared_reads, client_gone()))
+def _stream(follow: Callable[[Stream], Iterator[T]], frame: Callable[[T], bytes], position: str = "") -> Response:
+    # Sent at once, because waitress sends the headers with the first bytes of the body.
+    opening = f": connected\nretry: {RETRY_DELAY_MS}\n{position}\n".encode("ascii")
+    items = follow(Stream(service().queries, service().shared_reads, client_gone()))
+    # Unlike a loop, map keeps no item while it waits for the next one.
+    body = itertools.chain([opening], map(frame, items))
     return hold_open(Response(body, headers=HEADERS, content_type="text/event-stream"))
 
 
@@ -61,24 +69,11 @@ def no_more_events() -> Response:
     return response
 
 
-def _feed_frames(batches: Iterable[Sequence[Event] | None], after: int) -> Iterator[bytes]:
-    # An id alone is no event, but a browser reconnects with it, so that a stream from `now` misses nothing either.
-    yield f": connected\nretry: {RETRY_DELAY_MS}\nid: {after}\n\n".encode("ascii")
-    yield from map(_feed_frame, batches)
-
-
 def _feed_frame(batch: Sequence[Event] | None) -> bytes:
     if batch is None:
         return KEEP_ALIVE
     frames = (f"event: {event.type}\nid: {event.id}\ndata: {event.json}\n\n" for event in batch)
     return "".join(frames).encode("ascii")
-
-
-def _frames(items: Iterable[StreamItem], prefix: Callable[[str], str]) -> Iterator[bytes]:
-    # Sent at once, because waitress sends the headers with the first bytes of the body.
-    yield f": connected\nretry: {RETRY_DELAY_MS}\n\n".encode("ascii")
-    # Unlike a loop, map keeps no item while it waits for the next one.
-    yield from map(partial(_frame, prefix), items)
 
 
 def _frame(prefix: Callable[[str], str], item: StreamItem) -> bytes:

@@ -56,7 +56,7 @@ CORE = {
 # The only modules that may import a third-party package or sqlite3.
 OWNERS = {
     "flask": {"api", "cli", "server/server.py"},
-    "werkzeug": {"api"},
+    "werkzeug": {"api", "testing"},
     "waitress": {"server"},
     "claude_agent_sdk": {"core/claude/sdk.py"},
     "dataset": {"db/driver/connection_pool.py"},

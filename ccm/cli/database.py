@@ -12,7 +12,7 @@ from ccm.cli.output import exit_on_refusal, print_line
 from ccm.db.driver import sqlite_file
 from ccm.db.driver.database import Database
 from ccm.db.driver.lock import ServiceLock
-from ccm.db.driver.migrate import migrate, pending, read_migrations
+from ccm.db.driver.migrate import Migration, migrate, pending, read_migrations
 from ccm.errors import DatabaseRefused
 from ccm.settings.settings import Settings
 
@@ -83,23 +83,22 @@ def migrate_command(status: bool) -> None:
         if status:
             _print_status(settings)
             return
-        sqlite_file.prepare(settings.url)
-        with closing(Database(settings.url)) as database:
-            missing = pending(database)
-        if missing:
+        if _missing(settings):
             with _open_locked(settings) as database:
                 for migration in migrate(database):
                     print_line(f"applied  {migration}")
         print_line("The schema is up to date.")
 
 
+def _missing(settings: Settings) -> list[Migration]:
+    sqlite_file.prepare(settings.url)
+    with closing(Database(settings.url)) as database:
+        return pending(database)
+
+
 def _print_status(settings: Settings) -> None:
     """Print each migration with its state. Change nothing, and create no database file."""
     known = read_migrations("sqlite" if settings.database_url is None else "postgresql")
-    missing = known
-    if _exists(settings):
-        sqlite_file.prepare(settings.url)
-        with closing(Database(settings.url)) as database:
-            missing = pending(database)
+    missing = _missing(settings) if _exists(settings) else known
     for migration in known:
         print_line(f"{'missing' if migration in missing else 'applied'}  {migration}")

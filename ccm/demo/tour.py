@@ -8,7 +8,6 @@ import shlex
 import signal
 import sys
 import tempfile
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -61,10 +60,7 @@ class Tour:
             home.mkdir()
             project.mkdir()
             api = stack.enter_context(MessagesAPI())
-            environ = credential_free_environment(api.url, str(home)) | {
-                "DATABASE_PATH": str(folder / "db.sqlite"),
-                "LOG_LEVEL": "info",
-            }
+            environ = credential_free_environment(api.url, str(home)) | {"DATABASE_PATH": str(folder / "db.sqlite")}
             if serve:
                 # The port of the README's samples, unless the shell sets another.
                 environ["PORT"] = os.environ.get("PORT") or SERVE_PORT
@@ -124,26 +120,17 @@ class Tour:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"}, method=method)
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback needs no proxy
-        try:
-            with opener.open(request) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as error:
-            raise RuntimeError(f"{method} {path}: {error.read().decode()}") from None
+        with opener.open(request) as response:
+            return json.load(response)
 
     def _tree(self) -> None:
-        runs = sorted(self._send("GET", "/api/runs"), key=lambda run: str(run["createdAt"]))
-        children: dict[str | None, list[dict[str, Any]]] = {}
-        for run in runs:
-            children.setdefault(run["parentRunId"], []).append(run)
-
-        def branch(parent: str | None, depth: int) -> None:
-            for run in children.get(parent, []):
-                prompt = run["prompt"].partition(" [[")[0]
-                line = f"{run['mode']:6}  run {run['id'][:8]}  session {run['sessionId'][:8]}  {prompt}"
-                self._echo("   " + "  " * depth + ("└─ " if depth else "") + line)
-                branch(run["id"], depth + 1)
-
-        branch(None, 0)
+        # Oldest first, which puts each run of the tour below its parent.
+        depths: dict[str | None, int] = {None: -1}
+        for run in reversed(self._send("GET", "/api/runs")):
+            depth = depths[run["id"]] = depths[run["parentRunId"]] + 1
+            prompt = run["prompt"].partition(" [[")[0]
+            line = f"{run['mode']:6}  run {run['id'][:8]}  session {run['sessionId'][:8]}  {prompt}"
+            self._echo("   " + "  " * depth + ("└─ " if depth else "") + line)
 
     def _show_next_steps(self) -> None:
         self._echo(

@@ -8,7 +8,7 @@ without a column is a method with `@derived`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, Self, TypeVar, cast
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 from pydantic import AliasGenerator, BaseModel, ConfigDict, GetJsonSchemaHandler, computed_field
 from pydantic.alias_generators import to_camel
@@ -18,21 +18,12 @@ from pydantic_core import CoreSchema
 from ccm.models.shape import Archive, Shape
 
 T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
 
 _new = object.__new__
 _set = object.__setattr__
 
 
-class Derived(Protocol[T_co]):
-    """A field of the API that is computed from others."""
-
-    def __get__(self, instance: object, owner: type | None = None) -> T_co: ...
-
-
-def derived(
-    *, after: str, description: str, archive: Archive = Archive.BOTH
-) -> Callable[[Callable[[Any], T]], Derived[T]]:
+def derived(*, after: str, description: str, archive: Archive = Archive.BOTH) -> Callable[[Callable[[Any], T]], T]:
     """Decorate a method to make it a field of the API.
 
     Args:
@@ -40,9 +31,10 @@ def derived(
         archive: BOTH exports the field. An import never reads a derived field.
     """
 
-    def decorate(method: Callable[[Any], T]) -> Derived[T]:
+    def decorate(method: Callable[[Any], T]) -> T:
         method.place = (after, archive)  # type: ignore[attr-defined]  # read by Shape
-        return cast("Derived[T]", computed_field(description=description)(property(method)))
+        # A property, of which a type checker need only know the value.
+        return cast("T", computed_field(description=description)(property(method)))
 
     return decorate
 

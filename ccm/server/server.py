@@ -46,6 +46,8 @@ HANGUP_EVENT: int = getattr(select, "POLLRDHUP", select.POLLHUP)
 # How many heaps the threads share, and glibc's number of that option (M_ARENA_MAX in malloc.h).
 HEAPS = 2
 HEAPS_OPTION = -8
+# The byte that wakes the main thread when the listener has ended without being stopped. No signal has this number.
+LISTENER_FAILED = b"\0"
 # Seconds that answers in flight may take when the service stops.
 DRAIN_TIMEOUT = 5.0
 
@@ -165,8 +167,6 @@ class Server:
             clear_untrusted_proxy_headers=False,  # api/http/proxy.py does this, including X-Forwarded-Prefix
         )
         self._stop_requested = False
-        # Whether the listener ended without being stopped.
-        self._listener_failed = False
 
     def run(self, on_ready: Callable[[], None]) -> bool:
         """Serve until SIGTERM or SIGINT, then stop gracefully. A second signal exits at once.
@@ -181,7 +181,7 @@ class Server:
             False if the listener failed, or if runs or writes had to be given up.
         """
         # The kernel may deliver a signal to any thread, but Python's handlers run in the main thread when it next
-        # wakes. A byte on this socket wakes it, whichever thread got the signal.
+        # wakes. A byte on this socket, the signal's number, wakes it, whichever thread got the signal.
         waker, wakes = socket.socketpair()
         wakes.settimeout(0)
         signal.set_wakeup_fd(wakes.fileno())
@@ -194,8 +194,7 @@ class Server:
             except Exception:
                 self._shut_down()
                 raise
-            waker.recv(1)
-            failed = self._listener_failed
+            failed = waker.recv(1) == LISTENER_FAILED
             return self._shut_down() and not failed
         finally:
             signal.set_wakeup_fd(-1)
@@ -204,9 +203,8 @@ class Server:
 
     def _listen(self, wakes: socket.socket) -> None:
         serve(self._server)
-        self._listener_failed = True
         with contextlib.suppress(OSError):  # the service has stopped in the meantime
-            wakes.send(b"\0")
+            wakes.send(LISTENER_FAILED)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self._stop_requested:

@@ -1,8 +1,8 @@
 """Parsers of environment variables: one function for each kind of value.
 
-Each takes the variable's text and returns its value. For an invalid text it raises a ValueError. The message continues
-a sentence that begins with the variable's name, and says what the value must be. The caller adds the text itself,
-except for secrets; their parsers never quote it.
+Each takes the variable's text, and perhaps limits, and returns its value. For an invalid text it raises a ValueError.
+The message continues a sentence that begins with the variable's name, and says what the value must be. The caller adds
+the text itself, except for secrets; their parsers never quote it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import ipaddress
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -34,19 +34,15 @@ SECRET_BYTES = (24, 64)
 UNIX_PATH_BYTES = 107
 
 
-def integer(lowest: int, highest: int) -> Callable[[str], int]:
-    """Return a parser of whole numbers from `lowest` to `highest`, inclusive."""
-
-    def parse(value: str) -> int:
-        try:
-            number = int(value)
-        except ValueError:
-            raise ValueError("must be a whole number") from None
-        if not lowest <= number <= highest:
-            raise ValueError(f"must be from {lowest} to {highest}")
-        return number
-
-    return parse
+def integer(value: str, lowest: int, highest: int) -> int:
+    """Parse a whole number from `lowest` to `highest`, inclusive."""
+    try:
+        number = int(value)
+    except ValueError:
+        raise ValueError("must be a whole number") from None
+    if not lowest <= number <= highest:
+        raise ValueError(f"must be from {lowest} to {highest}")
+    return number
 
 
 def money(value: str) -> float:
@@ -76,35 +72,27 @@ def duration(value: str) -> int:
     return seconds
 
 
-def one_of(*allowed: str) -> Callable[[str], str]:
-    """Return a parser that accepts one of these words."""
-
-    def parse(value: str) -> str:
-        if value not in allowed:
-            raise ValueError(f"must be one of {', '.join(allowed)}")
-        return value
-
-    return parse
+def one_of(value: str, allowed: Sequence[str]) -> str:
+    """Check a word that must be one of those `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"must be one of {', '.join(allowed)}")
+    return value
 
 
 def log_level(value: str) -> str:
     """Parse a level in any case to lower case."""
-    return one_of("debug", "info", "warn", "error")(value.lower())
+    return one_of(value.lower(), ("debug", "info", "warn", "error"))
 
 
-def some_of(*allowed: str, wildcard: bool = False) -> Callable[[str], tuple[str, ...]]:
-    """Return a parser of lists of these words, separated by commas. With `wildcard`, `*` stands for all of them."""
-
-    def parse(value: str) -> tuple[str, ...]:
-        if wildcard and value.strip() == "*":
-            return allowed
-        names = tuple(name.strip() for name in value.split(",") if name.strip())
-        for name in names:
-            if name not in allowed:
-                raise ValueError(f"has {name!r}; it takes any of {', '.join(allowed)}" + (", or *" if wildcard else ""))
-        return names
-
-    return parse
+def some_of(value: str, allowed: tuple[str, ...], wildcard: bool = False) -> tuple[str, ...]:
+    """Parse words that are `allowed`, separated by commas. With `wildcard`, `*` stands for all of them."""
+    if wildcard and value.strip() == "*":
+        return allowed
+    names = tuple(name.strip() for name in value.split(",") if name.strip())
+    for name in names:
+        if name not in allowed:
+            raise ValueError(f"has {name!r}; it takes any of {', '.join(allowed)}" + (", or *" if wildcard else ""))
+    return names
 
 
 def address(value: str) -> str:

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ SECRETS = ("DATABASE_URL", "CCM_API_TOKEN", "CCM_WEBHOOK_URL", "CCM_WEBHOOK_SECR
 RUN_VARIABLES = ("CCM_RUN_ID",)
 
 
-def _setting(default: Any, parser: Callable[[str], Any]) -> Any:
-    return dataclasses.field(default=default, metadata={"parse": parser})
+def _setting(default: Any, parser: Callable[..., Any], **limits: Any) -> Any:
+    """Return a field of Settings. `limits` are the parser's further arguments."""
+    return dataclasses.field(default=default, metadata={"parse": partial(parser, **limits)})
 
 
 def variable_of(setting: str) -> str:
@@ -53,7 +55,7 @@ def variable_of(setting: str) -> str:
 class Settings:
     """The configuration of one service."""
 
-    port: int = _setting(3000, parse.integer(0, 65535))
+    port: int = _setting(3000, parse.integer, lowest=0, highest=65535)
     host: str = _setting("127.0.0.1", parse.address)
     database_path: Path = _setting(Path("db.sqlite"), parse.sqlite_path)
     database_url: str | None = _setting(None, parse.database_url)
@@ -68,21 +70,21 @@ class Settings:
     unix_socket: Path | None = _setting(None, parse.unix_socket)
     unix_socket_mode: int = _setting(0o600, parse.file_mode)
     # Each is a Claude Code process of 100-200 MB that takes a core while it starts.
-    max_concurrent_runs: int = _setting(8, parse.integer(1, 1000))
-    max_queued_runs: int = _setting(1000, parse.integer(0, 1_000_000))
+    max_concurrent_runs: int = _setting(8, parse.integer, lowest=1, highest=1000)
+    max_queued_runs: int = _setting(1000, parse.integer, lowest=0, highest=1_000_000)
     # Each request that is held open has a thread of about 60 KB, and up to 1 MB more while its client reads slowly.
-    max_held: int = _setting(200, parse.integer(1, 4000))
-    max_body_bytes: int = _setting(32 * 2**20, parse.integer(1024, 2**30))
-    max_message_bytes: int = _setting(32 * 2**20, parse.integer(2**16, 2**29))
+    max_held: int = _setting(200, parse.integer, lowest=1, highest=4000)
+    max_body_bytes: int = _setting(32 * 2**20, parse.integer, lowest=1024, highest=2**30)
+    max_message_bytes: int = _setting(32 * 2**20, parse.integer, lowest=2**16, highest=2**29)
     # Messages that may wait in memory for the database, of all runs together.
-    message_budget_bytes: int = _setting(64 * 2**20, parse.integer(2**16, 2**34))
+    message_budget_bytes: int = _setting(64 * 2**20, parse.integer, lowest=2**16, highest=2**34)
     # Empty: any directory.
     allowed_roots: tuple[Path, ...] = _setting((), parse.directories)
-    privileged_options: tuple[str, ...] = _setting((), parse.some_of(*PRIVILEGED_OPTIONS, wildcard=True))
-    permission_mode: str = _setting("acceptEdits", parse.one_of(*PERMISSION_MODES, *PRIVILEGED_PERMISSION_MODES))
-    setting_sources: tuple[str, ...] = _setting(SETTING_SOURCES, parse.some_of(*SETTING_SOURCES))
+    privileged_options: tuple[str, ...] = _setting((), parse.some_of, allowed=PRIVILEGED_OPTIONS, wildcard=True)
+    permission_mode: str = _setting("acceptEdits", parse.one_of, allowed=PERMISSION_MODES + PRIVILEGED_PERMISSION_MODES)
+    setting_sources: tuple[str, ...] = _setting(SETTING_SOURCES, parse.some_of, allowed=SETTING_SOURCES)
     # The ceilings of a run; a request may set less. `run_timeout` is in seconds.
-    max_turns: int | None = _setting(None, parse.integer(1, 1_000_000))
+    max_turns: int | None = _setting(None, parse.integer, lowest=1, highest=1_000_000)
     max_budget_usd: float | None = _setting(None, parse.money)
     run_timeout: int | None = _setting(None, parse.duration)
     # Seconds.

@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 from flask import Response, request
 
 from ccm.api.http.query import Paged, cursor_of
-from ccm.api.http.responses import json_list_response
+from ccm.json_text import to_json_text
 from ccm.models.stored import StoredModel
 
 Item = TypeVar("Item", bound=StoredModel)
@@ -41,4 +41,6 @@ def page(
     if len(items) > size or grows:
         items = items[:size]
         headers = next_link(**({"cursor": cursor_of(position_of(items[-1]))} if items else {}))
-    return json_list_response([item.to_json() for item in items], headers)
+    # Not by `json_response`, which takes twice as long, because it puts spaces between the parts.
+    text = to_json_text([item.to_json() for item in items])
+    return Response(text + "\n", headers=headers, mimetype="application/json")

@@ -6,7 +6,7 @@ import base64
 import contextlib
 import re
 from enum import StrEnum
-from typing import Annotated, Literal, Protocol, Self, get_args
+from typing import Annotated, Literal, Self, get_args
 
 import pydantic
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
@@ -129,13 +129,6 @@ class Query(BaseModel):
         return self.model_dump(include=set(names), exclude_none=True)
 
 
-class Paged(Protocol):
-    """The parameters of a request for a page."""
-
-    limit: int
-    cursor: int | None
-
-
 class PageQuery(Query):
     limit: Limit = DEFAULT_LIMIT
     cursor: PageCursor = None
@@ -174,6 +167,10 @@ class ApprovalsQuery(Query):
     limit: Limit = DEFAULT_LIMIT
     cursor: PageCursor = None
     wait: Wait = 0.0
+
+
+# The parameters of a request for a page.
+Paged = PageQuery | RunsQuery | SessionsQuery | ApprovalsQuery
 
 
 class MessagesQuery(Query):

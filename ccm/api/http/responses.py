@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from ccm.errors import CCMError, StartRefused
-from ccm.json_text import to_json_text
 
 log = logging.getLogger(__name__)
 
@@ -20,11 +19,6 @@ log = logging.getLogger(__name__)
 def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return a JSON response in ASCII, because a lone surrogate in a message cannot be encoded as UTF-8."""
     return Response(json.dumps(body) + "\n", status, headers, mimetype="application/json")
-
-
-def json_list_response(items: Sequence[Any], headers: Mapping[str, str]) -> Response:
-    """Return a long list as `json_response` does, but without spaces between its parts, in half the time."""
-    return Response(to_json_text(items) + "\n", headers=headers, mimetype="application/json")
 
 
 def register_error_handlers(app: Flask) -> None:

@@ -28,10 +28,8 @@ class Tokens:
     def __init__(self, settings: Settings) -> None:
         self._file = settings.api_token_file
         self._lock = threading.Lock()
-        # The file's state when it was last read.
-        self._file_state: tuple[int, ...] | None = None
-        # The errno while the file cannot be read.
-        self._failure: int | None = None
+        # The file's state when it was last read, or the errno while it cannot be read.
+        self._seen: tuple[int, ...] | int | None = None
         self._single = {} if settings.api_token is None else {SINGLE: settings.api_token}
         self._digests = {_digest(token): name for name, token in self._single.items()}
         self.required = settings.has_tokens
@@ -44,27 +42,23 @@ class Tokens:
 
     def _refresh(self, file: Path) -> None:
         with self._lock:
+            seen: tuple[int, ...] | int | None = None
             try:
-                state = _state(file)
-                if state == self._file_state:
-                    return
-                tokens = read_tokens(file)
+                seen = _state(file)
+                if seen != self._seen:
+                    self._use(read_tokens(file))
             except OSError as error:
                 # No token is accepted. Each request tries again, because the reason may pass without a change of the
                 # file, such as too many open files.
-                self._file_state = None
-                if self._failure != error.errno:  # logged once: a line per request would flood the log
-                    self._failure = error.errno
+                seen = error.errno
+                if seen != self._seen:  # logged once: a line per request would flood the log
                     sentence = "no token is accepted, because CCM_API_TOKEN_FILE %s cannot be read: %s"
                     log.warning(sentence, file, error.strerror, extra={"event": "token_file_unreadable"})
                     self._use({})
-                return
             except BadSetting as error:
                 # A typo of the operator must not lock out all clients.
                 log.warning("the tokens stay as they were: %s", error, extra={"event": "token_file_invalid"})
-            else:
-                self._use(tokens)
-            self._file_state, self._failure = state, None
+            self._seen = seen
 
     def _use(self, tokens: dict[str, str]) -> None:
         self._digests = {_digest(token): name for name, token in self._single.items() | tokens.items()}

@@ -22,12 +22,10 @@ from io import BytesIO
 from typing import IO, Any
 
 from waitress import wasyncore
-from waitress.adjustments import Adjustments
 from waitress.buffers import OverflowableBuffer, ReadOnlyFileBasedBuffer
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
 from waitress.server import TcpWSGIServer, UnixWSGIServer
-from waitress.task import ThreadedTaskDispatcher
 from waitress.utilities import Error
 
 from ccm.file_limits import SHORTAGES
@@ -213,26 +211,23 @@ class _UnixServer(_ServerLimits, UnixWSGIServer):  # type: ignore[misc]
     pass
 
 
-def open_server(app: Any, bound: socket.socket, channel: type[Channel], threads: int, **settings: Any) -> Any:
+def open_server(app: Any, bound: socket.socket, channel: type[Channel], **settings: Any) -> Any:
     """Return a waitress server that listens on a bound socket.
 
     Args:
         channel: the class of its connections.
         settings: more of waitress's settings (waitress.adjustments).
     """
-    adjustments = Adjustments(
-        sockets=[bound], channel_timeout=IDLE_TIMEOUT, cleanup_interval=POLL_INTERVAL, threads=threads, **settings
-    )
-    dispatcher = ThreadedTaskDispatcher()
-    dispatcher.set_thread_count(threads)
     server_class = _UnixServer if bound.family == socket.AF_UNIX else _TcpServer
     server = server_class(
         app,
         _sock=bound,
-        dispatcher=dispatcher,
-        adj=adjustments,
         sockinfo=(bound.family, bound.type, bound.proto, bound.getsockname()),
         bind_socket=False,
+        sockets=[bound],
+        channel_timeout=IDLE_TIMEOUT,
+        cleanup_interval=POLL_INTERVAL,
+        **settings,
     )
     server.channel_class = channel
     return server

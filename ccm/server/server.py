@@ -153,7 +153,7 @@ class Server:
             app,
             bound,
             _Channel,
-            threads,
+            threads=threads,
             connection_limit=connections,
             max_request_header_size=MAX_HEADER_BYTES,
             max_request_body_size=settings.max_body_bytes + 1,  # the first size that waitress refuses

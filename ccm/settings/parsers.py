@@ -12,11 +12,14 @@ import ipaddress
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from ccm.settings.token_file import TOKEN
+
+T = TypeVar("T")
 
 HOST_NAME = re.compile(r"[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_-])?|\[[0-9a-f:.]+\]", re.ASCII)
 # The units of a duration, in seconds.
@@ -110,24 +113,26 @@ def token(value: str) -> str:
     return value
 
 
-def hosts(value: str) -> tuple[str, ...]:
-    """Parse host names, separated by commas, to lower case."""
-    names = tuple(name.strip().lower() for name in value.split(","))
-    for name in names:
-        if not HOST_NAME.fullmatch(name):
-            raise ValueError(f"has {name!r}, which is not a host name or address (no port; IPv6 in brackets)")
-    return names
+def each(value: str, item: Callable[[str], T], separator: str | None = ",") -> tuple[T, ...]:
+    """Parse each part of a list with the parser `item`. Without a separator, blanks separate the parts."""
+    return tuple(item(part) for part in value.split(separator))
 
 
-def peers(value: str) -> tuple[str, ...]:
-    """Parse IP addresses and UNIX_PEER, separated by commas; addresses to their canonical form."""
-    names = []
-    for name in (name.strip() for name in value.split(",")):
-        try:
-            names.append(name if name == UNIX_PEER else str(ipaddress.ip_address(name)))
-        except ValueError:
-            raise ValueError(f"has {name!r}, which is neither an IP address nor {UNIX_PEER}") from None
-    return tuple(names)
+def host(value: str) -> str:
+    """Parse one of several host names to lower case."""
+    name = value.strip().lower()
+    if not HOST_NAME.fullmatch(name):
+        raise ValueError(f"has {name!r}, which is not a host name or address (no port; IPv6 in brackets)")
+    return name
+
+
+def peer(value: str) -> str:
+    """Parse one of several IP addresses to its canonical form, or UNIX_PEER."""
+    name = value.strip()
+    try:
+        return name if name == UNIX_PEER else str(ipaddress.ip_address(name))
+    except ValueError:
+        raise ValueError(f"has {name!r}, which is neither an IP address nor {UNIX_PEER}") from None
 
 
 def url_prefix(value: str) -> str:
@@ -155,22 +160,19 @@ def file_mode(value: str) -> int:
     return int(value, 8)
 
 
-def signing_secrets(value: str) -> tuple[bytes, ...]:
-    """Parse secrets for webhooks, separated by spaces, to their keys."""
+def signing_key(value: str) -> bytes:
+    """Parse one of several secrets for webhooks to its key."""
     lowest, highest = SECRET_BYTES
-    keys = []
-    for secret in value.split():
-        try:
-            key = base64.b64decode(secret.removeprefix(SECRET_PREFIX), validate=True)
-        except ValueError:
-            key = b""
-        if not secret.startswith(SECRET_PREFIX) or not lowest <= len(key) <= highest:
-            raise ValueError(
-                f"must be {SECRET_PREFIX} and {lowest} to {highest} random bytes in base64, such as "
-                f'"{SECRET_PREFIX}$(openssl rand -base64 32)"; several during a rotation, separated by spaces'
-            )
-        keys.append(key)
-    return tuple(keys)
+    try:
+        key = base64.b64decode(value.removeprefix(SECRET_PREFIX), validate=True)
+    except ValueError:
+        key = b""
+    if not value.startswith(SECRET_PREFIX) or not lowest <= len(key) <= highest:
+        raise ValueError(
+            f"must be {SECRET_PREFIX} and {lowest} to {highest} random bytes in base64, such as "
+            f'"{SECRET_PREFIX}$(openssl rand -base64 32)"; several during a rotation, separated by spaces'
+        )
+    return key
 
 
 def database_url(value: str) -> str:
@@ -189,15 +191,12 @@ def database_url(value: str) -> str:
     return f"postgresql://{rest}"
 
 
-def directories(value: str) -> tuple[Path, ...]:
-    """Parse existing directories, separated as in PATH; links are resolved."""
-    roots = []
-    for part in value.split(os.pathsep):
-        path = Path(part)
-        if not path.is_absolute() or not path.is_dir():
-            raise ValueError(f"has {part!r}, which is not the absolute path of a directory")
-        roots.append(path.resolve())
-    return tuple(roots)
+def directory(value: str) -> Path:
+    """Parse one of several existing directories; links are resolved."""
+    path = Path(value)
+    if not path.is_absolute() or not path.is_dir():
+        raise ValueError(f"has {value!r}, which is not the absolute path of a directory")
+    return path.resolve()
 
 
 def sqlite_path(value: str) -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Any
 
 from ccm.errors import BadSetting
 from ccm.settings import parsers as parse
-from ccm.settings.webhook_urls import host_patterns, web_address
+from ccm.settings.webhook_urls import host_pattern, web_address
 
 PERMISSION_MODES = ("default", "acceptEdits", "plan", "dontAsk")
 PRIVILEGED_PERMISSION_MODES = ("bypassPermissions", "auto")
@@ -63,9 +64,9 @@ class Settings:
     api_token: str | None = _setting(None, parse.token)
     api_token_file: Path | None = _setting(None, parse.file)
     # In the Host header, with any port.
-    allowed_hosts: tuple[str, ...] = _setting(("localhost", "127.0.0.1", "[::1]"), parse.hosts)
+    allowed_hosts: tuple[str, ...] = _setting(("localhost", "127.0.0.1", "[::1]"), parse.each, item=parse.host)
     # The addresses whose `X-Forwarded-*` headers count.
-    trusted_proxy: tuple[str, ...] = _setting((), parse.peers)
+    trusted_proxy: tuple[str, ...] = _setting((), parse.each, item=parse.peer)
     url_prefix: str = _setting("", parse.url_prefix)
     unix_socket: Path | None = _setting(None, parse.unix_socket)
     unix_socket_mode: int = _setting(0o600, parse.file_mode)
@@ -79,7 +80,7 @@ class Settings:
     # Messages that may wait in memory for the database, of all runs together.
     message_budget_bytes: int = _setting(64 * 2**20, parse.integer, lowest=2**16, highest=2**34)
     # Empty: any directory.
-    allowed_roots: tuple[Path, ...] = _setting((), parse.directories)
+    allowed_roots: tuple[Path, ...] = _setting((), parse.each, item=parse.directory, separator=os.pathsep)
     privileged_options: tuple[str, ...] = _setting((), parse.some_of, allowed=PRIVILEGED_OPTIONS, wildcard=True)
     permission_mode: str = _setting("acceptEdits", parse.one_of, allowed=PERMISSION_MODES + PRIVILEGED_PERMISSION_MODES)
     setting_sources: tuple[str, ...] = _setting(SETTING_SOURCES, parse.some_of, allowed=SETTING_SOURCES)
@@ -91,9 +92,9 @@ class Settings:
     approval_timeout: int = _setting(3600, parse.duration)
     webhook_url: str | None = _setting(None, web_address)
     # The keys that sign webhooks, several during a rotation. Empty: unsigned.
-    webhook_secret: tuple[bytes, ...] = _setting((), parse.signing_secrets)
+    webhook_secret: tuple[bytes, ...] = _setting((), parse.each, item=parse.signing_key, separator=None)
     # The hosts that a request's `webhookUrl` may have. Empty: any host.
-    webhook_allow: tuple[str, ...] = _setting((), host_patterns)
+    webhook_allow: tuple[str, ...] = _setting((), parse.each, item=host_pattern)
     cli_path: Path | None = _setting(None, parse.file)
 
     @classmethod

@@ -51,21 +51,19 @@ def host_of(url: str) -> str:
     return f"{host}:{port}"
 
 
-def host_patterns(value: str) -> tuple[str, ...]:
-    """Return the patterns for `allowed`, which are separated by commas, in lower case.
-
-    Each is a host or `*.` and a domain, with or without a port.
+def host_pattern(text: str) -> str:
+    """Return a pattern for `allowed` in lower case: a host or `*.` and a domain, with or without a port.
 
     Raises:
-        ValueError: one is no such pattern.
+        ValueError: it is no such pattern.
     """
-    for text in value.split(","):
-        if not PATTERN.fullmatch(text.strip().lower()):
-            raise ValueError(
-                f"has {text!r}, which is no host pattern: a name, an address (IPv6 in brackets) or *.example.com, with "
-                "or without :PORT"
-            )
-    return tuple(text.strip().lower() for text in value.split(","))
+    pattern = text.strip().lower()
+    if not PATTERN.fullmatch(pattern):
+        raise ValueError(
+            f"has {text!r}, which is no host pattern: a name, an address (IPv6 in brackets) or *.example.com, with "
+            "or without :PORT"
+        )
+    return pattern
 
 
 def allowed(url: str, patterns: Sequence[str]) -> bool:

@@ -12,6 +12,8 @@ from typing import Any
 
 from ccm.testing.script import Directive
 
+# The type of a streamed piece, and the key of its text, by the type of its content block.
+DELTAS = {"text": ("text_delta", "text"), "tool_use": ("input_json_delta", "partial_json")}
 STRUCTURED_OUTPUT_TOOL = "StructuredOutput"
 
 
@@ -82,12 +84,8 @@ class Answer:
         for index, (start, pieces) in enumerate(self._blocks):
             yield {"type": "content_block_start", "index": index, "content_block": start}
             for piece in pieces:
-                delta = (
-                    {"type": "text_delta", "text": piece}
-                    if start["type"] == "text"
-                    else {"type": "input_json_delta", "partial_json": piece}
-                )
-                yield {"type": "content_block_delta", "index": index, "delta": delta}
+                delta_type, key = DELTAS[start["type"]]
+                yield {"type": "content_block_delta", "index": index, "delta": {"type": delta_type, key: piece}}
             yield {"type": "content_block_stop", "index": index}
         yield {
             "type": "message_delta",

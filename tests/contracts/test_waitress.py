@@ -55,7 +55,6 @@ REQUEST = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\n"
         (Error, "code", "_JsonErrorTask.execute reads it, _OutOfDisk sets it"),
         (Error, "reason", "_JsonErrorTask.execute reads it, _OutOfDisk sets it"),
         (ThreadedTaskDispatcher, "active_count", "Server._shut_down waits until it is 0"),
-        (ThreadedTaskDispatcher, "set_thread_count", "open_server calls it"),
         (ThreadedTaskDispatcher, "shutdown", "Server._shut_down calls it"),
         *(
             (kind, name, used)
@@ -99,7 +98,7 @@ def app(_environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterabl
 def server() -> Iterator[Any]:
     """Create a server that listens but does not run its loop."""
     bound = socket.create_server(("127.0.0.1", 0))
-    server = open_server(app, bound, Channel, 1)
+    server = open_server(app, bound, Channel, threads=1)
     yield server
     wasyncore.close_all(server._map)
     server.task_dispatcher.shutdown(timeout=30)

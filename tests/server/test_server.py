@@ -43,7 +43,7 @@ class Listening:
     def __init__(self) -> None:
         self.bound = socket.create_server(("127.0.0.1", 0))
         self.port: int = self.bound.getsockname()[1]
-        self.server = open_server(self._app, self.bound, Channel, 2, asyncore_use_poll=True)
+        self.server = open_server(self._app, self.bound, Channel, threads=2, asyncore_use_poll=True)
         self.thread = threading.Thread(target=serve, args=(self.server,), daemon=True)
 
     @staticmethod

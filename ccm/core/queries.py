@@ -117,15 +117,16 @@ def _next_part(transaction: Transaction, run_id: str, place: Place) -> Part | No
     # Read the run before its messages: if it has ended, its count is final and all its messages are stored.
     link = runs.get_link(transaction, run_id)
     last = link.message_count - 1
-    numbered: list[tuple[int, str]] = []
+    indexes: list[int] = []
+    texts: list[str] = []
     # There may be fewer messages than the count says if something other than the service has deleted some.
     if after < last and (indexes := _first_chunk(messages.sizes(transaction, run_id, after, last, CHUNK_MESSAGES))):
         texts = messages.texts(transaction, run_id, after, indexes[-1])
-        numbered = list(zip(indexes, texts, strict=True))
-    lists = (numbered, *(approvals.changes(transaction, run_id, event) for event in after_event))
+    changes = [approvals.changes(transaction, run_id, event) for event in after_event]
+    lists = (list(zip(indexes, texts, strict=True)), *changes)
     if any(lists):
-        more = link.ended or (bool(numbered) and numbered[-1][0] < last)
-        return Part(place, lists, sum(len(text) for _, text in numbered), more)
+        more = link.ended or (bool(indexes) and indexes[-1] < last)
+        return Part(place, lists, sum(map(len, texts)), more)
     return Part(place, lists, ended=runs.get(transaction, run_id)) if link.ended else None
 
 

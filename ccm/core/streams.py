@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any, TypeVar
 
 from ccm.core.queries import Queries
@@ -153,8 +152,9 @@ class Stream:
 
 def _items(run_id: str, part: Part) -> Iterator[StreamItem]:
     """Yield the items of a part of a run's stream. A message comes before the approvals that refer to it."""
-    numbered, *approvals = part.lists
+    numbered, *changes = part.lists
     if numbered:
         yield Messages(run_id, numbered, part.rendered)
-    for _, shown in chain(*approvals):
-        yield ApprovalState(shown)
+    for approvals in changes:
+        for _, shown in approvals:
+            yield ApprovalState(shown)

@@ -14,7 +14,7 @@ from ccm.core.archive.exporting import export
 from ccm.core.archive.importing import Importer, Report
 from ccm.core.archive.local_files import LocalFiles
 from ccm.core.archive.sources import open_source
-from ccm.db import archive
+from ccm.db import trees
 from ccm.db.driver.database import Database
 from ccm.errors import CommandRefused, StorageError
 from ccm.settings.parsers import UNITS, seconds_in
@@ -35,7 +35,6 @@ def export_command(session_id: str | None) -> None:
     with exit_on_refusal():
         settings = Settings.from_env(os.environ)
         with open_to_read(settings) as database, database.transaction() as transaction:
-            archive.hold_snapshot(transaction)
             for line in export(transaction, session_id):
                 write(line)
             write("", flush=True)
@@ -53,7 +52,7 @@ def import_command(path: str) -> None:
     with exit_on_refusal():
         settings = Settings.from_env(os.environ)
         files = LocalFiles(os.environ)
-        with open_source(path, files.has_transcript, print_error) as source, open_to_write(settings) as database:
+        with open_source(path, print_error) as source, open_to_write(settings) as database:
             importer = Importer(database, files.has_transcript, print_error)
             try:
                 importer.run(source)
@@ -111,14 +110,14 @@ def _candidates(database: Database, session_id: str | None, age: int | None) -> 
     if age is not None:
         yield from pruning.trees_older_than(database, age, files)
     elif session_id is not None:
-        with database.transaction() as transaction:
-            candidate = pruning.tree_of(transaction, session_id, files)
-        yield candidate
+        yield pruning.tree_of(database, session_id, files)
 
 
 def _release_space(database: Database, deleted: bool) -> None:
+    """Remove the bytes of deleted rows from the database's files."""
     try:
-        pruning.release_space(database, deleted)
+        trees.delete_unused_texts(database)
+        trees.clear(database.url, deleted)
     except StorageError as error:
         raise CommandRefused(
             f"The deleted rows still have their bytes in the database's files: {error}. Once that is resolved, run "

@@ -11,7 +11,7 @@ import click
 from ccm.cli.output import exit_on_refusal, print_line
 from ccm.db.driver import sqlite_file
 from ccm.db.driver.database import Database
-from ccm.db.driver.lock import ServiceLock
+from ccm.db.driver.lock import service_lock
 from ccm.db.driver.migrate import Migration, migrate, pending, read_migrations
 from ccm.errors import DatabaseRefused
 from ccm.settings.settings import Settings
@@ -65,7 +65,7 @@ def open_to_write(settings: Settings) -> Iterator[Database]:
 @contextmanager
 def _open_locked(settings: Settings) -> Iterator[Database]:
     with (
-        ServiceLock(settings.url, LOCK_TIMEOUT),
+        service_lock(settings.url, LOCK_TIMEOUT),
         closing(Database(settings.url, writable=True, pool_size=1)) as database,
     ):
         yield database

@@ -7,15 +7,17 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
+from itertools import dropwhile
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
-from ccm.core.lineage import ForkPoint, Segment, find_fork_point, session_segments
+from ccm.core.lineage import Segment, find_fork_point, session_segments
+from ccm.core.storage.shared_reads import Part, Place
 from ccm.db import approvals, deliveries, events, messages, runs, sessions
 from ccm.db.driver.database import Database
 from ccm.db.driver.transaction import Transaction
 from ccm.db.runs import Link
 from ccm.errors import DatabaseClosed, ShuttingDown, StorageError, StorageUnavailable, ValidationError
-from ccm.models import Approval, Delivery, Event, IdempotencyKey, Run, RunStatus, Session
+from ccm.models import Approval, Delivery, Run, Session
 
 log = logging.getLogger(__name__)
 
@@ -27,322 +29,190 @@ CHUNK_BYTES = 2**18
 CHUNK_MESSAGES = 500
 CHUNK_EVENTS = 100
 
-# An approval as the API shows it.
-Shown = Mapping[str, Any]
-
-
-class Batch(NamedTuple):
-    """The next part of a run's stream.
-
-    Attributes:
-        messages: each with its index.
-        approvals: those requested or resolved, each with the id of its event.
-        ended: the run, once it has ended and everything before its end has been read.
-        more: the next part is stored already, unless something other than the service has deleted it.
-    """
-
-    messages: list[tuple[int, str]]
-    approvals: Sequence[tuple[int, Shown]]
-    ended: Run | None
-    more: bool
-
-
-class EventBatch(NamedTuple):
-    """The next part of the stream of all events.
-
-    Attributes:
-        more: the next part is stored already.
-    """
-
-    events: list[Event]
-    more: bool
-
 
 class ApprovalSnapshot(NamedTuple):
-    """Approvals of a run at one moment.
+    """Approvals of a run at one moment, as the API shows them.
 
     Attributes:
         through: the id of the last event that they include; None if the run never asks for approvals.
     """
 
-    approvals: list[Shown]
+    approvals: list[Mapping[str, Any]]
     through: int | None
 
 
-def _query(method: Callable[Concatenate[Queries, Transaction, P], T]) -> Callable[Concatenate[Queries, P], T]:
-    """Run a method in a transaction of its own. It then also raises Unavailable if the database cannot be read."""
+def _query(read: Callable[Concatenate[Transaction, P], T]) -> Callable[Concatenate[Queries, P], T]:
+    """Return the method that calls a function in a transaction of its own.
 
-    @wraps(method)
-    def read(queries: Queries, /, *args: P.args, **kwargs: P.kwargs) -> T:
+    It then also raises Unavailable if the database cannot be read.
+    """
+
+    @wraps(read)
+    def query(queries: Queries, /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
             with queries.database.transaction() as transaction:
-                return method(queries, transaction, *args, **kwargs)
+                return read(transaction, *args, **kwargs)
         except DatabaseClosed:
             raise ShuttingDown from None
         except StorageError as error:
             log.debug("a read failed: %s", error, extra={"event": "read_failed"})
             raise StorageUnavailable(f"The database cannot be read: {error.summary}. Try again.") from None
 
-    return read
+    return query
 
 
-class Queries:
-    """Reads of committed data. Each is short and returns its connection: no slow client holds a read open."""
+# ---- pages
 
-    def __init__(self, database: Database) -> None:
-        self.database = database
 
-    # ---- runs and sessions
+def _session_runs(transaction: Transaction, session_id: str, *, limit: int, after: int | None) -> list[Run]:
+    """Return the runs of a session after the one with seq `after`, oldest first."""
+    session = sessions.get(transaction, session_id)
+    return runs.page(transaction, {"sessionId": session.id}, limit=limit, after=after, oldest_first=True)
 
-    @_query
-    def run(self, transaction: Transaction, run_id: str) -> Run:
-        """Return a run.
 
-        Raises:
-            RunNotFound: there is no such run.
-        """
-        return runs.get(transaction, run_id)
+def _forks(transaction: Transaction, session_id: str, *, limit: int, after: int | None) -> list[Session]:
+    """Return the forks of a session, latest activity first."""
+    session = sessions.get(transaction, session_id)
+    return sessions.page(transaction, {"parentSessionId": session.id}, limit=limit, after=after)
 
-    @_query
-    def run_of_key(self, transaction: Transaction, key: IdempotencyKey) -> Run | None:
-        """Return the run that a request with this key created, or None.
 
-        Raises:
-            KeyReused: the key belongs to a different request.
-        """
-        return runs.find_by_idempotency_key(transaction, key)
+def _run_approvals(transaction: Transaction, run_id: str, *, limit: int, after: int | None) -> list[Approval]:
+    """Return the approvals of a run after the one with seq `after`, oldest first."""
+    run = runs.get(transaction, run_id)
+    return approvals.page(transaction, {"runId": run.id}, limit=limit, after=after)
 
-    @_query
-    def runs(self, transaction: Transaction, filters: Mapping[str, str], *, limit: int, after: int | None) -> list[Run]:
-        """Return runs after the one with seq `after`, newest first."""
-        return runs.page(transaction, filters, limit=limit, after=after)
 
-    @_query
-    def session(self, transaction: Transaction, session_id: str) -> Session:
-        """Return a session by its id, or by the SDK session id of any of its runs.
+def _deliveries(transaction: Transaction, run_id: str, *, limit: int, after: int | None) -> list[Delivery]:
+    """Return a run's webhook deliveries after the one with id `after`, oldest first."""
+    return deliveries.page(transaction, runs.get(transaction, run_id).id, limit=limit, after=after)
 
-        Raises:
-            SessionNotFound: there is no such session.
-        """
-        return sessions.get(transaction, session_id)
 
-    @_query
-    def sessions(
-        self, transaction: Transaction, filters: Mapping[str, str], *, limit: int, after: int | None
-    ) -> list[Session]:
-        """Return sessions after the one whose last run has seq `after`, latest activity first."""
-        return sessions.page(transaction, filters, limit=limit, after=after)
+# ---- parts of streams
 
-    @_query
-    def session_runs(self, transaction: Transaction, session_id: str, *, limit: int, after: int | None) -> list[Run]:
-        """Return the runs of a session after the one with seq `after`, oldest first."""
-        session = sessions.get(transaction, session_id)
-        return runs.page(transaction, {"sessionId": session.id}, limit=limit, after=after, oldest_first=True)
 
-    @_query
-    def forks(self, transaction: Transaction, session_id: str, *, limit: int, after: int | None) -> list[Session]:
-        """Return the forks of a session, latest activity first."""
-        session = sessions.get(transaction, session_id)
-        return sessions.page(transaction, {"parentSessionId": session.id}, limit=limit, after=after)
+def _approval_snapshot(transaction: Transaction, run_id: str, after: int = -1) -> ApprovalSnapshot:
+    """Return the pending approvals of a run and, for a reader that reconnects, those resolved meanwhile.
 
-    @_query
-    def fork_point(
-        self, transaction: Transaction, session_id: str, at_run_id: str | None, at_message: str | None
-    ) -> ForkPoint:
-        """Return the place where a fork of a session branches off.
+    Args:
+        after: the index of the last message that was read, -1 for none.
+    """
+    if not runs.get(transaction, run_id).approvals:
+        return ApprovalSnapshot([], None)
+    # Read the event first: a change that PostgreSQL commits in between is then sent twice instead of missed.
+    through = approvals.last_event(transaction, run_id)
+    if after < 0:
+        current = approvals.pending(transaction, run_id)
+    else:
+        current = approvals.pending_or_resolved_since(transaction, run_id, after)
+    return ApprovalSnapshot([approval.to_json() for approval in current], through)
 
-        Raises:
-            NotFound: there is no such session or run.
-            SessionNotResumable: the session has no run to fork from yet.
-            ValidationError: the message cannot be forked from; names one that can.
-        """
-        return find_fork_point(transaction, session_id, at_run_id, at_message)
 
-    # ---- approvals
+def _next_part(transaction: Transaction, run_id: str, place: Place) -> Part | None:
+    """Return what follows a place in a run's stream: its messages and approvals, then its end; None if nothing does.
 
-    @_query
-    def approval(self, transaction: Transaction, approval_id: str) -> Approval:
-        """Return an approval.
+    Args:
+        place: the index of a message and, unless approvals are left out, the id of an event.
+    """
+    after, *after_event = place
+    # Read the run before its messages: if it has ended, its count is final and all its messages are stored.
+    link = runs.get_link(transaction, run_id)
+    last = link.message_count - 1
+    indexes: list[int] = []
+    texts: list[str] = []
+    # There may be fewer messages than the count says if something other than the service has deleted some.
+    if after < last and (indexes := _first_chunk(messages.sizes(transaction, run_id, after, last, CHUNK_MESSAGES))):
+        texts = messages.texts(transaction, run_id, after, indexes[-1])
+    changes = [approvals.changes(transaction, run_id, event) for event in after_event]
+    lists = (list(zip(indexes, texts, strict=True)), *changes)
+    if any(lists):
+        more = link.ended or (bool(indexes) and indexes[-1] < last)
+        return Part(place, lists, sum(map(len, texts)), more)
+    return Part(place, lists, ended=runs.get(transaction, run_id)) if link.ended else None
 
-        Raises:
-            ApprovalNotFound: there is no such approval.
-        """
-        return approvals.get(transaction, approval_id)
 
-    @_query
-    def approvals(
-        self, transaction: Transaction, filters: Mapping[str, str], *, limit: int, after: int | None
-    ) -> list[Approval]:
-        """Return approvals after the one with seq `after`, oldest first."""
-        return approvals.page(transaction, filters, limit=limit, after=after)
+def _events(transaction: Transaction, place: Place) -> Part | None:
+    """Return the next events after the one whose id is the place, a bounded number of bytes; None if there are none."""
+    sizes = events.sizes(transaction, place[0], CHUNK_EVENTS + 1)
+    ids = _first_chunk(sizes[:CHUNK_EVENTS])
+    if not ids:
+        return None
+    found = [(event.id, event) for event in events.read(transaction, place[0], ids[-1])]
+    return Part(place, (found,), sum(len(event.json) for _, event in found), more=len(ids) < len(sizes))
 
-    @_query
-    def run_approvals(self, transaction: Transaction, run_id: str, *, limit: int, after: int | None) -> list[Approval]:
-        """Return the approvals of a run after the one with seq `after`, oldest first."""
-        run = runs.get(transaction, run_id)
-        return approvals.page(transaction, {"runId": run.id}, limit=limit, after=after)
 
-    @_query
-    def approval_snapshot(self, transaction: Transaction, run_id: str, after: int = -1) -> ApprovalSnapshot:
-        """Return the pending approvals of a run and, for a reader that reconnects, those resolved meanwhile.
+# ---- messages
 
-        Args:
-            after: the index of the last message that was read, -1 for none.
-        """
-        if not runs.get(transaction, run_id).approvals:
-            return ApprovalSnapshot([], None)
-        # Read the event first: a change that PostgreSQL commits in between is then sent twice instead of missed.
-        through = approvals.last_event(transaction, run_id)
-        if after < 0:
-            current = approvals.pending(transaction, run_id)
-        else:
-            current = approvals.pending_or_resolved_since(transaction, run_id, after)
-        return ApprovalSnapshot([approval.to_json() for approval in current], through)
 
-    # ---- messages
+def _run_segment(transaction: Transaction, run_id: str, after: int) -> tuple[Link, Segment]:
+    """Return a run's link, and its present messages after the one with index `after`."""
+    link = runs.get_link(transaction, run_id)
+    return link, Segment(link.id, after, link.message_count - 1)
 
-    @_query
-    def run_segment(self, transaction: Transaction, run_id: str, after: int) -> tuple[Link, Segment]:
-        """Return a run's link, and its present messages after the one with index `after`."""
-        link = runs.get_link(transaction, run_id)
-        return link, Segment(link.id, after, link.message_count - 1)
 
-    @_query
-    def session_segments(
-        self, transaction: Transaction, session_id: str, after: tuple[str, int] | None, with_ancestors: bool
-    ) -> tuple[Session, list[Segment]]:
-        """Return a session, and the present messages of its runs after a given one.
+def _session_segments(
+    transaction: Transaction, session_id: str, after: tuple[str, int] | None, with_ancestors: bool
+) -> tuple[Session, list[Segment]]:
+    """Return a session, and the present messages of its runs after a given one.
 
-        Args:
-            after: the run and the index of that message; None for all messages.
-            with_ancestors: put the runs that the session continues in front.
+    Args:
+        after: the run and the index of that message; None for all messages.
+        with_ancestors: put the runs that the session continues in front.
 
-        Raises:
-            ValidationError: `after` names a run or a message that is not part of this history.
-        """
-        session = sessions.get(transaction, session_id)
-        segments = session_segments(transaction, session, with_ancestors=with_ancestors)
-        if after is None:
-            return session, segments
-        run_id, index = after
-        places = [place for place, segment in enumerate(segments) if segment.run_id == run_id]
-        if not places:
-            raise ValidationError(f"after: run {run_id} is not part of this history.", field="after")
-        if index > segments[places[0]].through:
-            raise ValidationError(f"after: message {index} of run {run_id} is not in this history.", field="after")
-        rest = segments[places[0] :]
-        return session, [replace(rest[0], after=index), *rest[1:]]
+    Raises:
+        ValidationError: `after` names a run or a message that is not part of this history.
+    """
+    session = sessions.get(transaction, session_id)
+    segments = session_segments(transaction, session, with_ancestors=with_ancestors)
+    if after is None:
+        return session, segments
+    run_id, index = after
+    rest = list(dropwhile(lambda segment: segment.run_id != run_id, segments))
+    if not rest:
+        raise ValidationError(f"after: run {run_id} is not part of this history.", field="after")
+    if index > rest[0].through:
+        raise ValidationError(f"after: message {index} of run {run_id} is not in this history.", field="after")
+    return session, [replace(rest[0], after=index), *rest[1:]]
 
-    @_query
-    def cut(
-        self, transaction: Transaction, segments: Sequence[Segment], types: Sequence[str], limit: int
-    ) -> list[Segment]:
-        """Return the beginning of the segments, up to the `limit`-th message of the given types."""
-        kept: list[Segment] = []
-        wanted = limit
-        for segment in segments:
-            indexes = messages.indexes(
-                transaction, segment.run_id, segment.after, segment.through, types=types, limit=wanted
-            )
-            wanted -= len(indexes)
-            if wanted == 0:
-                kept.append(replace(segment, through=indexes[-1]))
-                return kept
-            kept.append(segment)
-        return kept
 
-    @_query
-    def has_any(self, transaction: Transaction, segments: Sequence[Segment], types: Sequence[str]) -> bool:
-        """Return whether the segments have a message of the given types."""
-        return any(
-            messages.indexes(transaction, segment.run_id, segment.after, segment.through, types=types, limit=1)
-            for segment in segments
+def _cut(transaction: Transaction, segments: Sequence[Segment], types: Sequence[str], limit: int) -> list[Segment]:
+    """Return the beginning of the segments, up to the `limit`-th message of the given types."""
+    kept: list[Segment] = []
+    wanted = limit
+    for segment in segments:
+        indexes = messages.indexes(
+            transaction, segment.run_id, segment.after, segment.through, types=types, limit=wanted
         )
-
-    def chunks(self, segments: Sequence[Segment], types: Sequence[str]) -> Iterator[list[str]]:
-        """Yield the JSON texts of the messages in the segments, unparsed, a bounded number of bytes at a time."""
-        for segment in segments:
-            after = segment.after
-            ends: deque[int] = deque()
-            while after < segment.through:
-                texts, after = self._chunk(segment, after, ends, types)
-                if texts:
-                    yield texts
-
-    @_query
-    def _chunk(
-        self, transaction: Transaction, segment: Segment, after: int, ends: deque[int], types: Sequence[str]
-    ) -> tuple[list[str], int]:
-        """Return the next texts of a segment, and the index of the last message that was considered.
-
-        Args:
-            ends: the last indexes of the next chunks. Used up, and refilled when there are none: reading the sizes anew
-                for each chunk would take as long as reading the texts.
-        """
-        if not ends:
-            ends.extend(_ends(messages.sizes(transaction, segment.run_id, after, segment.through, CHUNK_MESSAGES)))
-        if not ends:
-            return [], segment.through
-        end = ends.popleft()
-        return messages.texts(transaction, segment.run_id, after, end, types), end
-
-    @_query
-    def next_batch(
-        self, transaction: Transaction, run_id: str, after: int, after_event: int | None = None
-    ) -> Batch | None:
-        """Return what follows a message of a run and one of its events; None if there is nothing yet.
-
-        Args:
-            after: the index of that message.
-            after_event: the id of that event; None leaves approvals out.
-        """
-        # Read the run before its messages: if it has ended, its count is final and all its messages are stored.
-        link = runs.get_link(transaction, run_id)
-        rest = Segment(run_id, after, link.message_count - 1)
-        numbered: list[tuple[int, str]] = []
-        # There may be fewer messages than the count says if something other than the service has deleted some.
-        if rest.after < rest.through and (indexes := _next_indexes(transaction, rest, after)):
-            texts = messages.texts(transaction, run_id, after, indexes[-1])
-            numbered = list(zip(indexes, texts, strict=True))
-        changes = () if after_event is None else approvals.changes(transaction, run_id, after_event)
-        has_ended = link.status != RunStatus.RUNNING
-        if numbered or changes:
-            more = has_ended or (bool(numbered) and numbered[-1][0] < rest.through)
-            return Batch(numbered, changes, None, more)
-        return Batch([], (), runs.get(transaction, run_id), more=False) if has_ended else None
-
-    # ---- events and deliveries
-
-    @_query
-    def events(self, transaction: Transaction, after: int) -> EventBatch | None:
-        """Return the next events after one, a bounded number of bytes; None if there is none yet."""
-        sizes = events.sizes(transaction, after, CHUNK_EVENTS + 1)
-        ids = _first_chunk(sizes[:CHUNK_EVENTS])
-        return EventBatch(events.read(transaction, after, ids[-1]), len(ids) < len(sizes)) if ids else None
-
-    @_query
-    def last_event(self, transaction: Transaction) -> int:
-        """Return the id of the newest event, 0 if there is none."""
-        return events.last_id(transaction)
-
-    @_query
-    def last_event_ever(self, transaction: Transaction) -> int:
-        """Return the greatest id that any event has ever had: nobody can have seen a later one."""
-        return events.last_given(transaction)
-
-    @_query
-    def deliveries(self, transaction: Transaction, run_id: str, *, limit: int, after: int | None) -> list[Delivery]:
-        """Return a run's webhook deliveries after the one with id `after`, oldest first.
-
-        Raises:
-            RunNotFound: there is no such run.
-        """
-        return deliveries.page(transaction, runs.get(transaction, run_id).id, limit=limit, after=after)
+        wanted -= len(indexes)
+        if wanted == 0:
+            kept.append(replace(segment, through=indexes[-1]))
+            return kept
+        kept.append(segment)
+    return kept
 
 
-def _next_indexes(transaction: Transaction, segment: Segment, after: int) -> list[int]:
-    """Return the indexes of a segment's next messages: as many as fit a chunk, but at least one if there is one."""
-    return _first_chunk(messages.sizes(transaction, segment.run_id, after, segment.through, CHUNK_MESSAGES))
+def _has_any(transaction: Transaction, segments: Sequence[Segment], types: Sequence[str]) -> bool:
+    """Return whether the segments have a message of the given types."""
+    return any(
+        messages.indexes(transaction, segment.run_id, segment.after, segment.through, types=types, limit=1)
+        for segment in segments
+    )
+
+
+def _chunk(
+    transaction: Transaction, segment: Segment, after: int, ends: deque[int], types: Sequence[str]
+) -> tuple[list[str], int]:
+    """Return the next texts of a segment, and the index of the last message that was considered.
+
+    Args:
+        ends: the last indexes of the next chunks. Used up, and refilled when there are none: reading the sizes anew
+            for each chunk would take as long as reading the texts.
+    """
+    if not ends:
+        ends.extend(_ends(messages.sizes(transaction, segment.run_id, after, segment.through, CHUNK_MESSAGES)))
+    if not ends:
+        return [], segment.through
+    end = ends.popleft()
+    return messages.texts(transaction, segment.run_id, after, end, types), end
 
 
 def _ends(sizes: Sequence[tuple[int, int]]) -> list[int]:
@@ -374,3 +244,47 @@ def _first_chunk(sizes: Sequence[tuple[int, int]]) -> list[int]:
             break
         numbers.append(number)
     return numbers
+
+
+class Queries:
+    """Reads of committed data. Each is short and returns its connection: no slow client holds a read open.
+
+    Each query is the function that is named here, called in a transaction of its own.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    run = _query(runs.get)
+    run_of_key = _query(runs.find_by_idempotency_key)
+    runs = _query(runs.page)
+    session = _query(sessions.get)
+    sessions = _query(sessions.page)
+    session_runs = _query(_session_runs)
+    forks = _query(_forks)
+    fork_point = _query(find_fork_point)
+    approval = _query(approvals.get)
+    approvals = _query(approvals.page)
+    run_approvals = _query(_run_approvals)
+    approval_snapshot = _query(_approval_snapshot)
+    run_segment = _query(_run_segment)
+    session_segments = _query(_session_segments)
+    cut = _query(_cut)
+    has_any = _query(_has_any)
+    next_part = _query(_next_part)
+    last_event = _query(events.last_id)
+    # The greatest id that any event has ever had: nobody can have seen a later one.
+    last_event_ever = _query(events.last_given)
+    events = _query(_events)
+    deliveries = _query(_deliveries)
+    _chunk = _query(_chunk)
+
+    def chunks(self, segments: Sequence[Segment], types: Sequence[str]) -> Iterator[list[str]]:
+        """Yield the JSON texts of the messages in the segments, unparsed, a bounded number of bytes at a time."""
+        for segment in segments:
+            after = segment.after
+            ends: deque[int] = deque()
+            while after < segment.through:
+                texts, after = self._chunk(segment, after, ends, types)
+                if texts:
+                    yield texts

@@ -34,7 +34,7 @@ from ccm.core.webhooks.outbox import Outbox
 from ccm.db import heartbeat
 from ccm.db.driver import sqlite_file
 from ccm.db.driver.database import Database
-from ccm.db.driver.lock import ServiceLock
+from ccm.db.driver.lock import service_lock
 from ccm.db.driver.migrate import migrate
 from ccm.errors import DatabaseRefused, Unavailable
 from ccm.settings.settings import Settings, unknown_variables
@@ -66,7 +66,6 @@ class Service:
         self._started = False
         self._stopped = False
         self._deadline: float | None = None
-        self._service_lock = ServiceLock(settings.url)
         self.ceilings = Ceilings(settings.max_turns, settings.max_budget_usd, settings.run_timeout)
         self._cli_config = CLIConfig(
             cli_path=settings.cli_path or bundled_cli(),
@@ -99,8 +98,7 @@ class Service:
             for sentence in unknown_variables(self._environ):
                 log.warning("%s", sentence)
             sqlite_file.prepare(self.settings.url)
-            self._service_lock.acquire()
-            self._parts.callback(self._service_lock.release)
+            self._parts.enter_context(service_lock(self.settings.url))
             with ExitStack() as undo:
                 undo.callback(self._parts.close)
                 if not sqlite_file.check(self.settings.url):

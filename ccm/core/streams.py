@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from ccm.core.queries import Batch, Queries, Shown
+from ccm.core.queries import Queries
 from ccm.core.storage.notifier import EVENTS, POLL_INTERVAL
-from ccm.core.storage.shared_reads import Place, SharedReads
+from ccm.core.storage.shared_reads import Part, Place, SharedReads
 from ccm.errors import Unavailable
 from ccm.models import Event, Run
 
@@ -23,15 +23,15 @@ KEEPALIVE_INTERVAL = 15.0
 
 @dataclass(frozen=True)
 class Messages:
-    """Messages of a run in order, each with its index. All streams at the same place yield the same object.
+    """Messages of a run in order, each with its index.
 
     Attributes:
-        rendered: what the API sends, by format: rendered once for all clients.
+        rendered: what the API sends, by format: rendered once for all streams at the same place, which share it.
     """
 
     run_id: str
     numbered: Sequence[tuple[int, str]]
-    rendered: dict[str, bytes] = field(default_factory=dict, compare=False)
+    rendered: dict[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -41,78 +41,11 @@ class ApprovalState:
     It has no place in the order of the messages.
     """
 
-    shown: Shown
+    shown: Mapping[str, Any]
 
 
 # A Run means that it has ended; None means that nothing has happened for a while.
 StreamItem = Messages | ApprovalState | Run | None
-
-
-@dataclass(frozen=True)
-class _RunPart:
-    """A part of a run's stream. Its places are the index of a message and, if the run asks for approvals, an event id.
-
-    Attributes:
-        ended: the run, once it has ended; it then has no messages and approvals.
-    """
-
-    start: Place
-    messages: Messages
-    approvals: Sequence[tuple[int, Shown]]
-    ended: Run | None
-    more: bool
-
-    @staticmethod
-    def of(run_id: str, start: Place, batch: Batch) -> _RunPart:
-        return _RunPart(start, Messages(run_id, batch.messages), batch.approvals, batch.ended, batch.more)
-
-    @property
-    def end(self) -> Place:
-        lists = (self.messages.numbered, self.approvals)
-        return tuple(items[-1][0] if items else number for number, items in zip(self.start, lists, strict=False))
-
-    @property
-    def size(self) -> int:
-        return sum(len(text) for _, text in self.messages.numbered)
-
-    def rest(self, place: Place) -> _RunPart | None:
-        if place == self.start or self.ended is not None:
-            return self
-        messages = [message for message in self.messages.numbered if message[0] > place[0]]
-        approvals = [approval for approval in self.approvals if approval[0] > place[1]]
-        if not messages and not approvals:
-            return None
-        return _RunPart(place, Messages(self.messages.run_id, messages), approvals, None, self.more)
-
-    def items(self) -> Iterator[StreamItem]:
-        # A message comes before the approvals that refer to it.
-        if self.messages.numbered:
-            yield self.messages
-        for _, shown in self.approvals:
-            yield ApprovalState(shown)
-
-
-@dataclass(frozen=True)
-class _EventsPart:
-    """A part of the stream of all events. Its places are the id of an event."""
-
-    start: Place
-    events: Sequence[Event]
-    more: bool
-
-    @property
-    def end(self) -> Place:
-        return (self.events[-1].id,)
-
-    @property
-    def size(self) -> int:
-        return sum(len(event.json) for event in self.events)
-
-    def rest(self, place: Place) -> _EventsPart | None:
-        if place == self.start:
-            return self
-        events = [event for event in self.events if event.id > place[0]]
-        return _EventsPart(place, events, self.more) if events else None
 
 
 class Stream:
@@ -134,7 +67,7 @@ class Stream:
         self._gone = gone
         self._silence = silence
 
-    def run(self, run_id: str, after: int) -> Iterator[StreamItem]:
+    def run(self, run_id: str, after: int) -> Generator[StreamItem, None, bool]:
         """Stream a run: its pending approvals, then messages and changes of approvals, and the run once it has ended.
 
         It ends without the run only if the service stops before the run has started.
@@ -142,8 +75,26 @@ class Stream:
         Args:
             after: the index after which to begin, -1 for all messages. From an index on, the approvals resolved since
                 that message come first too.
+
+        Returns: whether the run's end was reached.
         """
-        yield from self._run(run_id, after)
+        snapshot = yield from self._next(run_id, partial(self._queries.approval_snapshot, run_id, after))
+        # Never wait for a client that has left: more abandoned requests may be queued behind this one.
+        if snapshot is None or self._gone():
+            return False
+        yield from map(ApprovalState, snapshot.approvals)
+        place: Place = (after,) if snapshot.through is None else (after, snapshot.through)
+        read = partial(self._queries.next_part, run_id)
+        with self._shared.join(run_id, place) as group:
+            while True:
+                part = yield from self._repeat(partial(group.next, place, read, self._silence, self._gone))
+                if part is None:
+                    return False
+                if part.ended is not None:
+                    yield part.ended
+                    return True
+                yield from _items(run_id, part)
+                place, part = part.end, None
 
     def session(self, session_id: str, seq: int | None, after: int) -> Iterator[StreamItem]:
         """Stream the runs of a session one after another, future runs included, until the service stops.
@@ -154,7 +105,7 @@ class Stream:
         """
         while True:
             run = yield from self._next(session_id, partial(self._run_after, session_id, seq))
-            if run is None or not (yield from self._run(run.id, after)):
+            if run is None or not (yield from self.run(run.id, after)):
                 return
             seq, after = run.seq, -1
 
@@ -165,39 +116,12 @@ class Stream:
         place: Place = (after,)
         with self._shared.join(EVENTS, place) as group:
             while True:
-                part = yield from self._repeat(partial(group.next, place, self._read_events, self._silence, self._gone))
+                wait = partial(group.next, place, self._queries.events, self._silence, self._gone)
+                part = yield from self._repeat(wait)
                 if part is None:
                     return
-                yield part.events
+                yield [event for _, event in part.lists[0]]
                 place, part = part.end, None  # many wait for long, and a part may be large
-
-    def _run(self, run_id: str, after: int) -> Generator[StreamItem, None, bool]:
-        """Stream a run. Return whether its end was reached."""
-        snapshot = yield from self._next(run_id, partial(self._queries.approval_snapshot, run_id, after))
-        # Never wait for a client that has left: more abandoned requests may be queued behind this one.
-        if snapshot is None or self._gone():
-            return False
-        yield from map(ApprovalState, snapshot.approvals)
-        place: Place = (after,) if snapshot.through is None else (after, snapshot.through)
-        read = partial(self._read_run, run_id)
-        with self._shared.join(run_id, place) as group:
-            while True:
-                part = yield from self._repeat(partial(group.next, place, read, self._silence, self._gone))
-                if part is None:
-                    return False
-                if part.ended is not None:
-                    yield part.ended
-                    return True
-                yield from part.items()
-                place, part = part.end, None
-
-    def _read_run(self, run_id: str, place: Place) -> _RunPart | None:
-        batch = self._queries.next_batch(run_id, *place)
-        return None if batch is None else _RunPart.of(run_id, place, batch)
-
-    def _read_events(self, place: Place) -> _EventsPart | None:
-        batch = self._queries.events(*place)
-        return None if batch is None else _EventsPart(place, batch.events, batch.more)
 
     def _run_after(self, session_id: str, seq: int | None) -> Run | None:
         return next(iter(self._queries.session_runs(session_id, limit=1, after=seq)), None)
@@ -224,3 +148,13 @@ class Stream:
             if closed or self._gone():
                 return None
             yield None
+
+
+def _items(run_id: str, part: Part) -> Iterator[StreamItem]:
+    """Yield the items of a part of a run's stream. A message comes before the approvals that refer to it."""
+    numbered, *changes = part.lists
+    if numbered:
+        yield Messages(run_id, numbered, part.rendered)
+    for approvals in changes:
+        for _, shown in approvals:
+            yield ApprovalState(shown)

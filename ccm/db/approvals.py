@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ccm.db.driver.transaction import Transaction
-from ccm.db.select import Select
+from ccm.db.select import Select, existing
 from ccm.errors import ApprovalNotFound
 from ccm.models import Approval, EventType
 
@@ -40,10 +40,7 @@ def get(transaction: Transaction, approval_id: str) -> Approval:
     Raises:
         ApprovalNotFound: there is no such approval.
     """
-    approval = find(transaction, approval_id)
-    if approval is None:
-        raise ApprovalNotFound(f"There is no approval {approval_id}. GET /api/approvals lists them.")
-    return approval
+    return existing(find(transaction, approval_id), "approval", approval_id, ApprovalNotFound)
 
 
 def page(transaction: Transaction, filters: Mapping[str, str], *, limit: int, after: int | None) -> list[Approval]:

@@ -14,6 +14,11 @@ WHERE r.seq > :after AND NOT EXISTS (
     SELECT 1 FROM ccr_runs e WHERE e."sessionId" = r."sessionId" AND e.seq < r.seq)
 ORDER BY r.seq LIMIT :limit
 """
+SAME_OR_LATER = """
+SELECT 1 FROM ccr_runs WHERE seq = :seq
+UNION ALL SELECT 1 FROM ccr_runs WHERE "sessionId" = :session AND seq > :seq
+UNION ALL SELECT 1 FROM ccr_runs WHERE id = :parent AND seq > :seq LIMIT 1
+"""
 # Finds a run that continues a session after one of its runs.
 CONTINUED = """
 SELECT 1 FROM ccr_runs r WHERE r."sessionId" = :session AND r."hasTranscript" = 1
@@ -22,12 +27,6 @@ SELECT 1 FROM ccr_runs r WHERE r."sessionId" = :session AND r."hasTranscript" = 
 
 
 # ---- reading
-
-
-def hold_snapshot(transaction: Transaction) -> None:
-    """Let all reads of a transaction see the same snapshot. Must come first. SQLite does so by itself."""
-    if transaction.dialect == "postgresql":
-        transaction.script("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
 
 
 def find_first_seq(transaction: Transaction) -> int | None:
@@ -58,17 +57,10 @@ def has_idempotency_key(transaction: Transaction, key: str) -> bool:
     return transaction.value('SELECT 1 FROM ccr_runs WHERE "idempotencyKey" = :key', key=key) is not None
 
 
-def find_run_at(transaction: Transaction, seq: int) -> str | None:
-    """Return the id of the run with this seq."""
-    run_id: str | None = transaction.value("SELECT id FROM ccr_runs WHERE seq = :seq", seq=seq)
-    return run_id
-
-
-def find_last_seq_of_session(transaction: Transaction, session_id: str) -> int | None:
-    """Return the seq of a session's newest run."""
-    sql = 'SELECT MAX(seq) FROM ccr_runs WHERE "sessionId" = :id'
-    seq: int | None = transaction.value(sql, id=session_id)
-    return seq
+def is_seq_usable(transaction: Transaction, seq: int, session_id: str, parent_run_id: str | None) -> bool:
+    """Return whether no run has a seq, and it is after those of a session's runs and of a parent run."""
+    later = transaction.value(SAME_OR_LATER, seq=seq, session=session_id, parent=parent_run_id)
+    return later is None
 
 
 def was_continued(transaction: Transaction, session_id: str, parent_run_id: str) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ccm.db.driver.transaction import Transaction
-from ccm.db.select import Select
+from ccm.db.select import Select, existing
 from ccm.errors import KeyReused, RunNotFound
 from ccm.models import IdempotencyKey, Run, RunStatus
 from ccm.models.stored import StoredModel
@@ -53,10 +53,6 @@ INTERRUPTED = {
 }
 
 
-def _not_found(run_id: str) -> RunNotFound:
-    return RunNotFound(f"There is no run {run_id}. GET /api/runs lists them.")
-
-
 def find(transaction: Transaction, run_id: str) -> Run | None:
     """Return a run, or None."""
     return SELECT.find(transaction, "WHERE r.id = :id", id=run_id)
@@ -68,10 +64,7 @@ def get(transaction: Transaction, run_id: str) -> Run:
     Raises:
         RunNotFound: there is no such run.
     """
-    run = find(transaction, run_id)
-    if run is None:
-        raise _not_found(run_id)
-    return run
+    return existing(find(transaction, run_id), "run", run_id, RunNotFound)
 
 
 def find_by_sdk_session(transaction: Transaction, sdk_session_id: str) -> Run | None:
@@ -134,10 +127,7 @@ def get_link(transaction: Transaction, run_id: str) -> Link:
     Raises:
         RunNotFound: there is no such run.
     """
-    link = _SELECT_LINK.find(transaction, "WHERE r.id = :id", id=run_id)
-    if link is None:
-        raise _not_found(run_id)
-    return link
+    return existing(_SELECT_LINK.find(transaction, "WHERE r.id = :id", id=run_id), "run", run_id, RunNotFound)
 
 
 def next_seq(transaction: Transaction) -> int:

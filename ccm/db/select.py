@@ -7,12 +7,25 @@ from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 from ccm.db.driver.transaction import Transaction
+from ccm.errors import NotFound
 from ccm.models.stored import StoredModel
 
+T = TypeVar("T")
 M = TypeVar("M", bound=StoredModel)
 Expressions = Mapping[str, str]
 
 NONE: Expressions = MappingProxyType({})
+
+
+def existing(found: T | None, kind: str, id: str, missing: type[NotFound]) -> T:
+    """Return what was found under an id.
+
+    Raises:
+        NotFound: nothing was found; an instance of `missing`.
+    """
+    if found is None:
+        raise missing(f"There is no {kind} {id}. GET /api/{kind}s lists them.")
+    return found
 
 
 class Select(Generic[M]):

@@ -7,7 +7,7 @@ from typing import Any
 
 from ccm.db import runs
 from ccm.db.driver.transaction import Transaction
-from ccm.db.select import Select
+from ccm.db.select import Select, existing
 from ccm.errors import SessionNotFound
 from ccm.models import Session
 
@@ -30,11 +30,6 @@ _FILTERS = {
 SELECT = Select(Session, "ccr_sessions s", _COMPUTED, filters=_FILTERS, order="lastRunSeq")
 
 
-def not_found(session_id: str) -> SessionNotFound:
-    """Return the error for a missing session."""
-    return SessionNotFound(f"There is no session {session_id}. GET /api/sessions lists them.")
-
-
 def find(transaction: Transaction, session_id: str) -> Session | None:
     """Return a session by its own id, or None."""
     return SELECT.find(transaction, "WHERE s.id = :id", id=session_id)
@@ -50,9 +45,7 @@ def get(transaction: Transaction, session_id: str) -> Session:
     if session is None:
         run = runs.find_by_sdk_session(transaction, session_id)
         session = None if run is None else find(transaction, run.session_id)
-    if session is None:
-        raise not_found(session_id)
-    return session
+    return existing(session, "session", session_id, SessionNotFound)
 
 
 def page(transaction: Transaction, filters: Mapping[str, str], *, limit: int, after: int | None) -> list[Session]:

@@ -7,14 +7,12 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ccm.db.driver.transaction import Transaction, parameter_list
+from ccm.db.driver.transaction import Transaction
 
 # Replaces the transcript's own session id in a stored text, so that the entries that a fork copies have the same texts
 # as the originals. JSON never contains the character itself, only its escape.
 OWN_SESSION = "\x01"
 DIGEST_BYTES = 16
-# The most parameters of one statement; the databases accept about 32,000.
-PARAMETERS = 1_000
 
 # The conditions that select the transcript of a TranscriptKey, and its entries.
 OF_KEY = '"sdkSessionId" = :sdk_session_id AND "projectKey" = :project_key AND subpath = :subpath'
@@ -45,7 +43,12 @@ def is_inside(path: str) -> bool:
 def append(transaction: Transaction, key: TranscriptKey, entries: Sequence[Entry]) -> None:
     """Append entries, except those whose uuid the transcript has already."""
     transcript = _find_or_insert(transaction, key)
-    fresh = _without_known(transaction, transcript, entries)
+    known: set[str | None] = set(uuids(transaction, key))
+    fresh = []
+    for entry in entries:
+        if entry.uuid is None or entry.uuid not in known:
+            fresh.append(entry)
+            known.add(entry.uuid)
     insert_at(transaction, transcript, key.sdk_session_id, length(transaction, key), fresh)
 
 
@@ -63,7 +66,7 @@ def replace(transaction: Transaction, key: TranscriptKey, entries: Sequence[Entr
 def _find_or_insert(transaction: Transaction, key: TranscriptKey) -> int:
     """Return the id of a transcript, which is about to be written."""
     now = time.time_ns() // 1_000_000
-    transcript = find(transaction, key)
+    transcript: int | None = transaction.value(f"SELECT id FROM ccr_transcripts WHERE {OF_KEY}", **key._asdict())
     if transcript is None:
         return insert(transaction, key, now)
     transaction.update("ccr_transcripts", {"updatedAtMs": now}, "id = :id", id=transcript)
@@ -94,22 +97,6 @@ def insert(transaction: Transaction, key: TranscriptKey, updated_at_ms: int) -> 
     return transcript
 
 
-def _without_known(transaction: Transaction, transcript: int, entries: Sequence[Entry]) -> list[Entry]:
-    """Return the entries whose uuid is neither stored nor repeated among them."""
-    uuids = [entry.uuid for entry in entries if entry.uuid is not None]
-    known: set[str | None] = set()
-    for start in range(0, len(uuids), PARAMETERS):
-        names, parameters = parameter_list("uuid", uuids[start : start + PARAMETERS])
-        sql = f'SELECT uuid FROM ccr_transcript_entries WHERE "transcriptId" = :transcript AND uuid IN ({names})'
-        known.update(transaction.column(sql, transcript=transcript, **parameters))
-    fresh = []
-    for entry in entries:
-        if entry.uuid is None or entry.uuid not in known:
-            fresh.append(entry)
-            known.add(entry.uuid)
-    return fresh
-
-
 def length(transaction: Transaction, key: TranscriptKey) -> int:
     """Return how many entries a transcript has; 0 if there is no transcript."""
     sql = f'SELECT COALESCE(MAX("index") + 1, 0) FROM ccr_transcript_entries WHERE {ENTRIES_OF_KEY}'
@@ -120,12 +107,6 @@ def uuids(transaction: Transaction, key: TranscriptKey) -> list[str]:
     """Return the uuids of a transcript's entries, in order."""
     sql = f'SELECT uuid FROM ccr_transcript_entries WHERE uuid IS NOT NULL AND {ENTRIES_OF_KEY} ORDER BY "index"'
     return transaction.column(sql, **key._asdict())
-
-
-def find(transaction: Transaction, key: TranscriptKey) -> int | None:
-    """Return the id of a transcript, or None."""
-    transcript: int | None = transaction.value(f"SELECT id FROM ccr_transcripts WHERE {OF_KEY}", **key._asdict())
-    return transcript
 
 
 def of_session(transaction: Transaction, sdk_session_id: str) -> dict[TranscriptKey, int]:

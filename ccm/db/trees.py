@@ -8,12 +8,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from ccm.db import sessions
 from ccm.db.driver.database import Database
 from ccm.db.driver.errors import storage_error
 from ccm.db.driver.sqlite_file import sqlite_file_path
 from ccm.db.driver.transaction import Transaction
-from ccm.errors import StorageDown
+from ccm.db.select import existing
+from ccm.errors import SessionNotFound, StorageDown
 
 TREE = """
 WITH RECURSIVE tree (id) AS (
@@ -21,9 +21,12 @@ WITH RECURSIVE tree (id) AS (
 """
 RUNS = '"sessionId" IN (SELECT id FROM tree)'
 TRANSCRIPTS = f'"sdkSessionId" IN (SELECT "sdkSessionId" FROM ccr_runs WHERE {RUNS})'
-ROOTS = """
-SELECT id, "lastRunSeq" FROM ccr_sessions WHERE "parentSessionId" IS NULL AND "lastRunSeq" > :after
-ORDER BY "lastRunSeq" LIMIT :limit
+OLDER = """
+WITH RECURSIVE tree (root, id) AS (
+    SELECT id, id FROM ccr_sessions WHERE "parentSessionId" IS NULL
+    UNION ALL SELECT t.root, s.id FROM ccr_sessions s JOIN tree t ON s."parentSessionId" = t.id)
+SELECT t.root FROM tree t JOIN ccr_sessions s ON s.id = t.id
+GROUP BY t.root HAVING MAX(s."lastRunAt") < :time ORDER BY MIN(CASE WHEN s.id = t.root THEN s."lastRunSeq" END)
 """
 ROOT = """
 WITH RECURSIVE line (id, parent) AS (
@@ -34,6 +37,10 @@ SELECT id FROM line WHERE parent IS NULL
 MESSAGES = f"""
 SELECT COUNT(*), COALESCE(SUM(m.size), 0) FROM ccr_runs r JOIN ccr_run_messages m ON m."runId" = r.id
 WHERE r.{RUNS}
+"""
+PLACES = f"""
+{TREE}
+SELECT seq, id, cwd, "sdkSessionId", "optionsJson" FROM ccr_runs WHERE {RUNS} AND seq > :after ORDER BY seq LIMIT :limit
 """
 # Deletes the texts in a range of digests that no transcript uses any more.
 UNUSED_TEXTS = """
@@ -48,6 +55,8 @@ EMPTIED = (
 ROWS = 5_000
 TEXTS = 50_000
 RUNS_AT_ONCE = 500
+# Less than the seq of any run; those of imported runs may be negative.
+BEFORE_ALL = -(2**62)
 # How long to wait for other programs that use the database (seconds).
 CLEAR_TIMEOUT = 10.0
 POSTGRESQL_TABLES = "SELECT tablename FROM pg_tables WHERE schemaname = current_schema() AND tablename ~ '^ccr_'"
@@ -76,9 +85,9 @@ class RunPlace(NamedTuple):
     options_json: str
 
 
-def roots(transaction: Transaction, after: int, limit: int) -> list[tuple[str, int]]:
-    """Return root sessions whose last run has a seq after one, in order, with that seq."""
-    return transaction.tuples(ROOTS, after=after, limit=limit)
+def older_than(transaction: Transaction, time: str) -> list[str]:
+    """Return the roots of the trees whose latest activity is before a time."""
+    return transaction.column(OLDER, time=time)
 
 
 def get_root(transaction: Transaction, session_id: str) -> str:
@@ -87,23 +96,8 @@ def get_root(transaction: Transaction, session_id: str) -> str:
     Raises:
         SessionNotFound: there is no such session.
     """
-    root: str | None = transaction.value(ROOT, id=session_id)
-    if root is None:
-        raise sessions.not_found(session_id)
+    root: str = existing(transaction.value(ROOT, id=session_id), "session", session_id, SessionNotFound)
     return root
-
-
-def get_last_run_at(transaction: Transaction, root: str) -> str:
-    """Return the time of the latest activity in a tree.
-
-    Raises:
-        SessionNotFound: there is no such root.
-    """
-    sql = TREE + 'SELECT MAX(s."lastRunAt") FROM ccr_sessions s JOIN tree t ON t.id = s.id'
-    at: str | None = transaction.value(sql, root=root)
-    if at is None:
-        raise sessions.not_found(root)
-    return at
 
 
 def measure(transaction: Transaction, root: str) -> Tree:
@@ -113,21 +107,23 @@ def measure(transaction: Transaction, root: str) -> Tree:
         SessionNotFound: there is no such root.
     """
     session_ids = transaction.column(TREE + "SELECT id FROM tree", root=root)
+    latest = f'{TREE} SELECT MAX("lastRunAt") FROM ccr_sessions WHERE id IN (SELECT id FROM tree)'
+    at = existing(transaction.value(latest, root=root), "session", root, SessionNotFound)
     run_sql = f"{TREE} SELECT COUNT(*), COALESCE(SUM(CASE status WHEN 'running' THEN 1 ELSE 0 END), 0) FROM ccr_runs"
     runs, not_ended = transaction.tuples(f"{run_sql} WHERE {RUNS}", root=root)[0]
     messages, size = transaction.tuples(TREE + MESSAGES, root=root)[0]
     transcripts = transaction.value(f"{TREE} SELECT COUNT(*) FROM ccr_transcripts WHERE {TRANSCRIPTS}", root=root)
-    at = get_last_run_at(transaction, root)
     return Tree(root, session_ids, int(runs), int(messages), int(size), int(transcripts), at, int(not_ended))
 
 
-def run_places(transaction: Transaction, root: str, after: int) -> list[RunPlace]:
-    """Return the next RUNS_AT_ONCE runs of a tree after a seq, in order."""
-    sql = (
-        f'{TREE} SELECT seq, id, cwd, "sdkSessionId", "optionsJson" FROM ccr_runs WHERE {RUNS} AND seq > :after '
-        "ORDER BY seq LIMIT :limit"
-    )
-    return [RunPlace(*row) for row in transaction.tuples(sql, root=root, after=after, limit=RUNS_AT_ONCE)]
+def run_places(database: Database, root: str) -> Iterator[RunPlace]:
+    """Yield the runs of a tree, without a transaction that stays open."""
+    after: int | None = BEFORE_ALL
+    while after is not None:
+        with database.transaction() as transaction:
+            rows = transaction.tuples(PLACES, root=root, after=after, limit=RUNS_AT_ONCE)
+        yield from map(RunPlace._make, rows)
+        after = rows[-1][0] if rows else None
 
 
 def delete(database: Database, root: str) -> None:
@@ -146,7 +142,7 @@ def delete(database: Database, root: str) -> None:
     with database.transaction() as transaction:
         for statement in EMPTIED:
             transaction.execute(TREE + statement, root=root)
-    for run in _runs(database, root):
+    for run in run_places(database, root):
         for transcript in database.rows(
             'SELECT id FROM ccr_transcripts WHERE "sdkSessionId" = :id', id=run.sdk_session_id
         ):
@@ -159,18 +155,6 @@ def delete(database: Database, root: str) -> None:
             transaction.execute(TREE + of_runs, root=root)
         transaction.execute(f"{TREE} DELETE FROM ccr_runs WHERE {RUNS}", root=root)
         transaction.execute(f"{TREE} DELETE FROM ccr_sessions WHERE id IN (SELECT id FROM tree)", root=root)
-
-
-def _runs(database: Database, root: str) -> Iterator[RunPlace]:
-    """Yield the runs of a tree, without a transaction that stays open."""
-    after = -(2**62)
-    while True:
-        with database.transaction() as transaction:
-            places = run_places(transaction, root, after)
-        if not places:
-            return
-        yield from places
-        after = places[-1].seq
 
 
 def _delete_by_index(database: Database, table: str, owner: str, owner_id: object) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from ccm.core.queries import Batch, Queries
+from ccm.core.queries import Queries
 from ccm.core.storage.notifier import Notifier
-from ccm.core.storage.shared_reads import SharedReads
+from ccm.core.storage.shared_reads import Part, Place, SharedReads
 from ccm.core.streams import Messages, Stream, StreamItem
 from ccm.db import messages, runs, sessions
 from ccm.db.driver.database import Database
@@ -212,19 +212,20 @@ def test_streams_at_the_same_place_get_the_same_messages(
 ) -> None:
     run_id = storage.run()
     storage.say(run_id, 0, 1)
-    reads: list[tuple[int, ...]] = []
-    next_batch = queries.next_batch
+    reads: list[Place] = []
+    next_part = queries.next_part
 
-    def count(run_id: str, *place: int) -> Batch | None:
+    def count(run_id: str, place: Place) -> Part | None:
         reads.append(place)
-        return next_batch(run_id, *place)
+        return next_part(run_id, place)
 
-    monkeypatch.setattr(queries, "next_batch", count)
-    whole = [Stream(queries, storage.shared, never).run(run_id, -1) for _ in range(10)]
+    monkeypatch.setattr(queries, "next_part", count)
+    whole: list[Iterator[StreamItem]] = [Stream(queries, storage.shared, never).run(run_id, -1) for _ in range(10)]
     whole.append(Stream(queries, storage.shared, never).session("S", 0, -1))
     first = [next(stream) for stream in whole]
     assert shown(first[0]) == [0, 1]
-    assert all(messages is first[0] for messages in first)
+    rendered = {id(messages.rendered) for messages in first if isinstance(messages, Messages)}
+    assert len(rendered) == 1, "the messages are rendered again for each stream"
     assert reads == [(-1,)]
 
     part = Stream(queries, storage.shared, never).run(run_id, 0)

@@ -298,42 +298,36 @@ CALLS: dict[str, Call] = {
     "transcripts.insert": writes(lambda t: transcripts.insert(t, transcripts.TranscriptKey("n", "p"), 17), 3),
     "transcripts.length": reads(lambda t: transcripts.length(t, KEY), 2),
     "transcripts.uuids": reads(lambda t: transcripts.uuids(t, KEY), ["u1"]),
-    "transcripts.find": reads(
-        lambda t: [transcripts.find(t, one) for one in (KEY, KEY._replace(subpath="x"))], [1, None]
-    ),
     "transcripts.of_session": reads(lambda t: list(transcripts.of_session(t, "s-sdk")), [KEY, SUBAGENT]),
     "transcripts.sizes": reads(lambda t: transcripts.sizes(t, KEY, -1, 10), [(0, 17), (1, 2)]),
     "transcripts.texts": reads(lambda t: _transcript(t, KEY), ['{"sessionId":"s-sdk"}', "{}"]),
     # ---- archive and trees
-    "archive.hold_snapshot": Call(archive.hold_snapshot, None, untouched=("sqlite", "postgresql")),
     "archive.find_first_seq": reads(archive.find_first_seq, 1),
     "archive.sessions_beyond": reads(lambda t: archive.sessions_beyond(t, 1, 10), [(3, "f"), (4, "o")]),
     "archive.dated_texts": reads(lambda t: archive.dated_texts(t, "r", 0, 10), [(1, AT, '{"n":1}')]),
     "archive.has_idempotency_key": reads(
         lambda t: [archive.has_idempotency_key(t, one) for one in ("key", "no")], [True, False]
     ),
-    "archive.find_run_at": reads(lambda t: [archive.find_run_at(t, seq) for seq in (2, 9)], ["r", None]),
-    "archive.find_last_seq_of_session": reads(
-        lambda t: [archive.find_last_seq_of_session(t, one) for one in ("s", "no")], [2, None]
+    "archive.is_seq_usable": reads(
+        lambda t: [archive.is_seq_usable(t, seq, "s", "w") for seq in (0, 1, 3, 5)], [False, False, False, True]
     ),
     "archive.was_continued": reads(lambda t: archive.was_continued(t, "s", "e"), result=False),
     "archive.complete_run": writes(
         then(lambda t: archive.complete_run(t, "e", {"messageCount": 7}), lambda t: runs.get(t, "e").message_count), 7
     ),
     "heartbeat.beat": writes(_beat, "...", scans=SMALL),
-    "trees.roots": reads(lambda t: trees.roots(t, 0, 10), [("s", 1), ("o", 4)]),
+    "trees.older_than": reads(lambda t: trees.older_than(t, LATER), ["s", "o"], scans=PRUNING),
     "trees.get_root": reads(lambda t: trees.get_root(t, "f"), "s", scans=PRUNING),
-    "trees.get_last_run_at": reads(lambda t: trees.get_last_run_at(t, "s"), AT, scans=PRUNING),
     "trees.measure": reads(
         _measure,
         (["f", "s"], 3, 5, 2, 2),
         scans=PRUNING,
     ),
-    "trees.run_places": reads(lambda t: ids(trees.run_places(t, "s", 1)), ["r", "w"], scans=PRUNING),
 }
 
 # Functions that make their own transactions.
 OPERATIONS: dict[str, Callable[[Database], object]] = {
+    "trees.run_places": lambda database: list(trees.run_places(database, "s")),
     "trees.delete": lambda database: trees.delete(database, "s"),
     "trees.delete_unused_texts": trees.delete_unused_texts,
     "migrate.pending": migrate.pending,

@@ -20,7 +20,6 @@ from ccm.db.driver.database import Database
 from ccm.db.driver.transaction import Transaction
 from ccm.errors import DatabaseDamaged, DatabaseRefused, NotFound, StorageDown
 from ccm.models import IdempotencyKey
-from tests.db import sample
 from tests.db.conftest import perform
 from tests.db.storage_calls import ANY, CALLS, OPERATIONS, Call
 from tests.storage_faults import content, cut_off, damaged, impatient, locked, path_of
@@ -102,8 +101,6 @@ def test_get_raises_where_find_returns_none(sample_url: str) -> None:
         "deliveries.find": (0,),
         "events.find_text": (0,),
         "deliveries.find_disabled_reason": ("nobody", "run"),
-        "transcripts.find": (sample.KEY._replace(subpath="none"),),
-        "archive.find_run_at": (0,),
         "deliveries.find_next_due": ("9",),
     }
     with closing(Database(sample_url)) as database:

@@ -210,7 +210,7 @@ class Stage:
         return self.run(run_id).ended
 
     def has_message(self, run_id: str) -> bool:
-        return self.until(lambda: self.service.queries.next_batch(run_id, -1) is not None)
+        return self.until(lambda: self.service.queries.next_part(run_id, (-1,)) is not None)
 
     def check_ended(self) -> None:
         """Check I1: each stored run ends; and I7: its waiting clients are notified."""

@@ -75,11 +75,20 @@ class Approvals:
 
         While storage is down the request waits, like the run's messages.
         """
+        seconds = self._timeout if run.approval_timeout_ms is None else run.approval_timeout_ms / 1000
         approval_id = str(uuid.uuid4())
+        ask = partial(self._transitions.ask, approval_id=approval_id, run_id=run.id, question=question, seconds=seconds)
         waiter: Future[Approval] = Future()
         self._waiters[approval_id] = waiter
         try:
-            return (await self._ask(approval_id, run, question, waiter)).answer
+            approval = await self._store(ask)
+            if approval.pending:
+                try:
+                    async with asyncio.timeout(seconds):
+                        approval = await result_of(waiter)
+                except TimeoutError:
+                    # An answer may have been stored meanwhile; then it counts.
+                    approval = await self._store(partial(self._transitions.time_out, approval_id=approval_id))
         except asyncio.CancelledError:
             # Claude Code withdraws its request, because the run is interrupted.
             self._withdraw(approval_id)
@@ -94,21 +103,7 @@ class Approvals:
             return Answer(allow=False, message=NOT_STORED)
         finally:
             del self._waiters[approval_id]
-
-    async def _ask(self, approval_id: str, run: Run, question: Question, waiter: Future[Approval]) -> Approval:
-        """Store a permission request and return the approval once it is no longer pending."""
-        seconds = self._timeout if run.approval_timeout_ms is None else run.approval_timeout_ms / 1000
-        approval = await self._store(
-            partial(self._transitions.ask, approval_id=approval_id, run_id=run.id, question=question, seconds=seconds)
-        )
-        if not approval.pending:
-            return approval
-        try:
-            async with asyncio.timeout(seconds):
-                return await result_of(waiter)
-        except TimeoutError:
-            # An answer may have been stored meanwhile; then it counts.
-            return await self._store(partial(self._transitions.time_out, approval_id=approval_id))
+        return approval.answer
 
     async def _store(self, work: Callable[[Transaction], Approval]) -> Approval:
         """Store a change, however long that takes. The loop keeps running, so that the run can be cancelled."""
@@ -120,13 +115,8 @@ class Approvals:
         If the request itself is not stored yet, this write is queued behind it.
         """
 
-        def work(transaction: Transaction) -> Approval | None:
-            if not self._transitions.expire(transaction, approval_id):
-                return None
-            return approvals.get(transaction, approval_id)
-
         try:
-            self._writer.submit(work, lambda expired: None if expired is None else self._publish(expired))
+            self._writer.submit(partial(self._transitions.expire, approval_id=approval_id), self._publish)
         except Unavailable:
             log.debug(
                 "approval %s: the service is stopping; the next start expires it",
@@ -165,7 +155,7 @@ class Approvals:
                 )
             resolved = self._transitions.resolve(transaction, approval_id, answer, decided_by)
             # If the previous attempt may have been committed, the stored answer may be this one.
-            won = resolved or (won and transaction.uncertain)
+            won = resolved is not None or (won and transaction.uncertain)
             approval = approvals.get(transaction, approval_id)
             if not won:
                 resolution = RESOLUTIONS[Resolution(str(approval.resolution))]
@@ -177,17 +167,18 @@ class Approvals:
 
     # ---- after a commit, in the writer's thread
 
-    def _publish(self, approval: Approval) -> None:
-        """Pass a stored approval to the run that waits for it, and notify subscribers."""
+    def _publish(self, approval: Approval | None) -> None:
+        """Pass a stored approval to the run that waits for it, and notify subscribers. None: nothing has changed."""
+        if approval is None:
+            return
         try:
-            if not approval.pending:
-                self._resolve_waiter(approval)
+            self._resolve_waiter(approval)
         finally:
             self._notifier.notify((approval.run_id, approval.session_id, EVENTS, APPROVALS))
 
     def _resolve_waiter(self, approval: Approval) -> None:
         waiter = self._waiters.get(approval.id)
-        if waiter is not None and not waiter.done():
+        if waiter is not None and not approval.pending and not waiter.done():
             waiter.set_result(approval)
 
     def catch_up(self) -> None:
@@ -207,5 +198,5 @@ class Approvals:
             )
             return
         for approval in read.result():
-            if approval is not None and not approval.pending:  # None: it is not stored yet
+            if approval is not None:  # None: it is not stored yet
                 self._resolve_waiter(approval)

@@ -88,8 +88,8 @@ class ApprovalTransitions:
 
     def resolve(
         self, transaction: Transaction, approval_id: str, answer: Answer, decided_by: str | None = None
-    ) -> bool:
-        """Store the answer to a pending approval. Returns False if the approval is not pending.
+    ) -> Approval | None:
+        """Store the answer to a pending approval. Returns the approval, None if it is not pending.
 
         Args:
             decided_by: the name of the client's token.
@@ -111,25 +111,21 @@ class ApprovalTransitions:
     def time_out(self, transaction: Transaction, approval_id: str) -> Approval:
         """Deny an approval because nobody answered in time, unless it is no longer pending. Returns it."""
         values = {"status": ApprovalStatus.DENIED, "resolution": Resolution.TIMED_OUT, "message": TOO_LATE}
-        self._resolve(transaction, approval_id, values)
-        return approvals.get(transaction, approval_id)
+        return self._resolve(transaction, approval_id, values) or approvals.get(transaction, approval_id)
 
-    def expire(self, transaction: Transaction, approval_id: str) -> bool:
-        """Expire a pending approval because its run no longer waits for it. Returns False if it is not pending."""
-        return self._resolve(
-            transaction, approval_id, {"status": ApprovalStatus.EXPIRED, "resolution": Resolution.WITHDRAWN}
-        )
+    def expire(self, transaction: Transaction, approval_id: str) -> Approval | None:
+        """Expire a pending approval because its run no longer waits for it. Returns it, None if it is not pending."""
+        values = {"status": ApprovalStatus.EXPIRED, "resolution": Resolution.WITHDRAWN}
+        return self._resolve(transaction, approval_id, values)
 
     def expire_all(self, transaction: Transaction, run: Run) -> None:
         """Expire the pending approvals of a run that ends."""
         for approval in approvals.pending(transaction, run.id) if run.approvals else ():
             self.expire(transaction, approval.id)
 
-    def _resolve(self, transaction: Transaction, approval_id: str, values: Mapping[str, Any]) -> bool:
+    def _resolve(self, transaction: Transaction, approval_id: str, values: Mapping[str, Any]) -> Approval | None:
         resolved = approvals.resolve(transaction, approval_id, {**values, "resolvedAt": timestamp()})
-        if resolved:
-            self._enqueue_event(transaction, approval_id)
-        return resolved
+        return self._enqueue_event(transaction, approval_id) if resolved else None
 
     def _enqueue_event(self, transaction: Transaction, approval_id: str) -> Approval:
         """Add the event of an approval's current state, and return the approval."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, TypeVar, get_origin
 
 from ccm.core.archive.records import SourceError
@@ -15,6 +15,17 @@ T = TypeVar("T")
 
 # The largest integer. It leaves room for offsets that are added to it, because databases count to 2^63.
 HIGHEST = 2**60
+
+
+# For each type of a field: the words of the error about another value, and the test of a value.
+TYPES: dict[type, tuple[str, Callable[[Any], bool]]] = {
+    str: ("a text that can be stored", lambda value: type(value) is str and storable(value) == value),
+    int: ("a whole number", lambda value: type(value) is int and abs(value) <= HIGHEST),
+    float: ("a number or null", lambda value: type(value) in (int, float)),
+    bool: ("true or false", lambda value: type(value) is bool),
+    dict: ("an object", lambda value: type(value) is dict),
+    list: ("an array of objects", lambda value: type(value) is list and all(type(item) is dict for item in value)),
+}
 
 
 class Line:
@@ -31,58 +42,29 @@ class Line:
     def raw(self, name: str) -> Any:
         return self._fields.get(name)
 
-    def _typed(self, name: str, kind: type[T], wanted: str) -> T:
-        value = self.raw(name)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    def get(self, name: str, kind: type[T]) -> T:
+        wanted, accepts = TYPES[kind]
+        value: T = self.raw(name)
+        if not accepts(value):
             raise self.error(f"{name} must be {wanted}.")
         return value
 
-    def text(self, name: str) -> str:
-        value = self.raw(name)
-        if not isinstance(value, str) or storable(value) != value:
-            raise self.error(f"{name} must be a text that can be stored.")
-        return value
-
     def id(self, name: str) -> str:
-        value = self.text(name)
+        value = self.get(name, str)
         if not RUN_ID.fullmatch(value):
             raise self.error(f"{name} must be an id of letters, digits, '-', '_' and '.'; it is {value[:100]!r}.")
         return value
 
-    def integer(self, name: str) -> int:
-        value = self._typed(name, int, "a whole number")
-        if abs(value) > HIGHEST:
-            raise self.error(f"{name} must be a whole number.")
-        return value
-
     def count(self, name: str) -> int:
-        value = self.integer(name)
+        value = self.get(name, int)
         if value < 0:
             raise self.error(f"{name} must not be negative.")
         return value
 
-    def amount(self, name: str) -> float:
-        value = self.raw(name)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise self.error(f"{name} must be a number or null.")
-        return float(value)
-
-    def flag(self, name: str) -> bool:
-        return self._typed(name, bool, "true or false")
-
     def one_of(self, name: str, allowed: tuple[str, ...]) -> str:
-        value = self.text(name)
+        value = self.get(name, str)
         if value not in allowed:
             raise self.error(f"{name} must be one of {', '.join(allowed)}.")
-        return value
-
-    def mapping(self, name: str) -> dict[str, Any]:
-        return self._typed(name, dict, "an object")
-
-    def mappings(self, name: str) -> list[dict[str, Any]]:
-        value = self._typed(name, list, "an array of objects")
-        if not all(isinstance(item, dict) for item in value):
-            raise self.error(f"{name} must be an array of objects.")
         return value
 
     def json(self, value: object) -> str:
@@ -111,13 +93,11 @@ def _column(line: Line, field: StoredField) -> Any:
     if line.raw(name) is None and (kind.nullable or field.default is not None):
         return kind.written(field.default)
     if kind.is_json:
-        holds_list = get_origin(kind.held) is list
-        return line.json(line.mappings(name) if holds_list else line.mapping(name))
+        return line.json(line.get(name, list if get_origin(kind.held) is list else dict))
     if kind.choices is not None:
         return line.one_of(name, tuple(kind.choices))
     if Mark.ID in kind.notes:
         return line.id(name)
     if Mark.COUNT in kind.notes:
         return line.count(name)
-    readers = {str: line.text, int: line.integer, float: line.amount, bool: line.flag}
-    return kind.written(readers[kind.type](name))
+    return kind.written(kind.type(line.get(name, kind.type)))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ccm.core.archive.records import ArchivedRun, DoesNotFit, Source, SourceError
+from ccm.core.archive.records import ArchivedRun, DoesNotFit, SourceError
 from ccm.core.archive.run_import import RunImport
+from ccm.core.archive.sources import Source
 from ccm.db import archive, runs
 from ccm.db.driver.database import Database
 from ccm.db.driver.transaction import Transaction

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from ccm.core.archive.exporting import FORMAT, VERSION
@@ -38,6 +38,8 @@ class LineSource:
     def __init__(self, stream: BinaryIO, name: str) -> None:
         self._stream = stream
         self._number = 0
+        # The line that was read last.
+        self._line: Line
         try:
             header = self._read()
         except SourceError:
@@ -51,7 +53,7 @@ class LineSource:
             raise header.error(
                 f"the export has version {header.raw('version')!r} and this program knows {VERSION}; update it."
             )
-        self.last_seq = header.integer("lastSeq")
+        self.last_seq = header.get("lastSeq", int)
 
     def _read(self) -> Line | None:
         """Return the next line, None at the end of the file."""
@@ -74,6 +76,7 @@ class LineSource:
             raise SourceError(
                 f"The file ends with line {self._number} and not with a line of type 'end': it is truncated."
             )
+        self._line = line
         return line
 
     def runs(self) -> Iterator[ArchivedRun]:
@@ -87,100 +90,95 @@ class LineSource:
         line = self._next()
         while line.type != "end":
             if line.type == "session":
-                session, line = line, self._next()
+                session = line
                 session_count += 1
+                self._next()
             elif line.type == "run" and session is not None:
-                run = _Run(line, session)
-                parts = run.parts(self._next)
-                yield ArchivedRun(columns(session, Session), run.row(), parts)
+                parts = self._parts(line)
+                yield ArchivedRun(columns(session, Session), _row(line, session), parts)
                 for _ in parts:
                     pass  # skip the parts that the caller has not read
                 run_count += 1
-                line = run.next
             else:
                 raise line.error(f"a line of type {line.type!r} must not be here.")
-        if (line.integer("sessions"), line.integer("runs")) != (session_count, run_count):
+            line = self._line
+        counted = line.get("sessions", int), line.get("runs", int)
+        if counted != (session_count, run_count):
             raise line.error(
-                f"it counts {line.integer('sessions')} sessions and {line.integer('runs')} runs, and the lines "
-                f"before it have {session_count} and {run_count}: a part of the file is missing."
+                f"it counts {counted[0]} sessions and {counted[1]} runs, and the lines before it have {session_count} "
+                f"and {run_count}: a part of the file is missing."
             )
         if self._read() is not None:
             raise SourceError(f"Line {self._number}: there must be nothing after the line of type 'end'.")
 
-
-class _Run:
-    """A run's own line and the lines of its parts. `next` is the line after them, once `parts` is exhausted."""
-
-    def __init__(self, line: Line, session: Line) -> None:
-        self._line = line
-        self._session_id = session.id("sessionId")
-        self._sdk_session_id = line.id("sdkSessionId")
-        self._message_count = line.count("messageCount")
-        self.next = line
-
-    def row(self) -> dict[str, Any]:
-        line = self._line
-        if line.id("sessionId") != self._session_id:
-            raise line.error(f"the run must follow the line of its session {line.id('sessionId')}.")
-        if line.id("runId") in RESERVED_RUN_IDS:
-            raise line.error(f"runId must not be {line.id('runId')!r}.")
-        resumable = line.flag("hasTranscript") or line.flag("transcriptStored")
-        if resumable and not UUID.fullmatch(self._sdk_session_id):
-            raise line.error("sdkSessionId must be a UUID in lower case where there is a transcript.")
-        error = {} if line.raw("error") is None else line.mapping("error")
-        error_line = Line(line.number, error)
-        return {
-            **columns(line, Run),
-            "id": line.id("runId"),
-            "errorCode": error_line.text("code") if error else None,
-            "errorMessage": None if error_line.raw("message") is None else error_line.text("message"),
-        }
-
-    def parts(self, read: Callable[[], Line]) -> Iterator[ArchivedMessage | ArchivedApproval | ArchivedEntries]:
+    def _parts(self, run: Line) -> Iterator[ArchivedMessage | ArchivedApproval | ArchivedEntries]:
+        """Yield the parts of a run. Afterwards `_line` is the line that follows them."""
+        run_id, sdk_session_id, message_count = run.id("runId"), run.id("sdkSessionId"), run.count("messageCount")
         count = 0
-        line = read()
+        line = self._next()
         while line.type in ("message", "approval", "transcript"):
             if line.type == "message":
-                yield self._message(line, count)
+                if line.get("runId", str) != run_id or line.get("index", int) != count:
+                    raise line.error(f"message {count} of run {run_id} should be here.")
+                yield _message(line)
                 count += 1
             elif line.type == "approval":
-                yield self._approval(line)
+                if line.get("runId", str) != run_id:
+                    raise line.error(f"an approval of run {run_id} should be here.")
+                yield _approval(line)
             else:
-                yield self._entries(line)
-            line = read()
-        if count != self._message_count:
+                yield _entries(line, sdk_session_id)
+            line = self._next()
+        if count != message_count:
             raise line.error(
-                f"the run before it has {self._message_count} messages, and the file has {count} of them: a part of it "
-                "is missing."
+                f"the run before it has {message_count} messages, and the file has {count} of them: a part of it is "
+                "missing."
             )
-        self.next = line
 
-    def _message(self, line: Line, index: int) -> ArchivedMessage:
-        if line.text("runId") != self._line.text("runId") or line.integer("index") != index:
-            raise line.error(f"message {index} of run {self._line.text('runId')} should be here.")
-        message = line.mapping("message")
-        return ArchivedMessage(line.text("createdAt"), storable(message.get("type")) or "unknown", line.json(message))
 
-    def _approval(self, line: Line) -> ArchivedApproval:
-        if line.text("runId") != self._line.text("runId"):
-            raise line.error(f"an approval of run {self._line.text('runId')} should be here.")
-        row = columns(line, Approval, without=("resolution",))
-        pending = row["status"] == ApprovalStatus.PENDING
-        resolution = None if pending else line.one_of("resolution", tuple(Resolution))
-        return ArchivedApproval({**row, "id": line.id("approvalId"), "resolution": resolution})
+def _row(line: Line, session: Line) -> dict[str, Any]:
+    """Return the columns of a run."""
+    if line.id("sessionId") != session.id("sessionId"):
+        raise line.error(f"the run must follow the line of its session {line.id('sessionId')}.")
+    if line.id("runId") in RESERVED_RUN_IDS:
+        raise line.error(f"runId must not be {line.id('runId')!r}.")
+    resumable = line.get("hasTranscript", bool) or line.get("transcriptStored", bool)
+    if resumable and not UUID.fullmatch(line.id("sdkSessionId")):
+        raise line.error("sdkSessionId must be a UUID in lower case where there is a transcript.")
+    error = {} if line.raw("error") is None else line.get("error", dict)
+    error_line = Line(line.number, error)
+    return {
+        **columns(line, Run),
+        "id": line.id("runId"),
+        "errorCode": error_line.get("code", str) if error else None,
+        "errorMessage": None if error_line.raw("message") is None else error_line.get("message", str),
+    }
 
-    def _entries(self, line: Line) -> ArchivedEntries:
-        if line.text("sdkSessionId") != self._sdk_session_id or not UUID.fullmatch(self._sdk_session_id):
-            raise line.error("sdkSessionId must be that of the run before it, and a UUID in lower case.")
-        entries = line.mappings("entries")
-        project_key, subpath = line.text("projectKey"), line.text("subpath")
-        # They become file names below Claude Code's own directory.
-        if not is_inside(project_key) or "/" in project_key or (subpath and not is_inside(subpath)):
-            raise line.error("projectKey and subpath must stay within the directory of the transcripts.")
-        return ArchivedEntries(
-            project_key=project_key,
-            subpath=subpath,
-            updated_at_ms=line.count("updatedAtMs"),
-            first_index=line.count("index"),
-            entries=[Entry(storable(entry.get("uuid")), line.json(entry)) for entry in entries],
-        )
+
+def _message(line: Line) -> ArchivedMessage:
+    message = line.get("message", dict)
+    return ArchivedMessage(line.get("createdAt", str), storable(message.get("type")) or "unknown", line.json(message))
+
+
+def _approval(line: Line) -> ArchivedApproval:
+    row = columns(line, Approval, without=("resolution",))
+    pending = row["status"] == ApprovalStatus.PENDING
+    resolution = None if pending else line.one_of("resolution", tuple(Resolution))
+    return ArchivedApproval({**row, "id": line.id("approvalId"), "resolution": resolution})
+
+
+def _entries(line: Line, sdk_session_id: str) -> ArchivedEntries:
+    if line.get("sdkSessionId", str) != sdk_session_id or not UUID.fullmatch(sdk_session_id):
+        raise line.error("sdkSessionId must be that of the run before it, and a UUID in lower case.")
+    entries = line.get("entries", list)
+    project_key, subpath = line.get("projectKey", str), line.get("subpath", str)
+    # They become file names below Claude Code's own directory.
+    if not is_inside(project_key) or "/" in project_key or (subpath and not is_inside(subpath)):
+        raise line.error("projectKey and subpath must stay within the directory of the transcripts.")
+    return ArchivedEntries(
+        project_key=project_key,
+        subpath=subpath,
+        updated_at_ms=line.count("updatedAtMs"),
+        first_index=line.count("index"),
+        entries=[Entry(storable(entry.get("uuid")), line.json(entry)) for entry in entries],
+    )

@@ -10,13 +10,9 @@ from pathlib import Path
 from ccm.core.archive.local_files import LocalFiles, count, remove
 from ccm.db import sessions, trees
 from ccm.db.driver.database import Database
-from ccm.db.driver.transaction import Transaction
 from ccm.db.trees import Tree
 from ccm.errors import CommandRefused
 from ccm.timestamps import timestamp
-
-PAGE = 100
-BEFORE_ALL = -(2**62)
 
 
 @dataclass(frozen=True)
@@ -28,15 +24,16 @@ class Candidate:
     file_count: int
 
 
-def tree_of(transaction: Transaction, session_id: str, files: LocalFiles) -> Candidate:
+def tree_of(database: Database, session_id: str, files: LocalFiles) -> Candidate:
     """Return the tree of a session.
 
     Raises:
         SessionNotFound: there is no such session.
         CommandRefused: a run of it has not ended.
     """
-    session = sessions.get(transaction, session_id)
-    candidate = _candidate(transaction, trees.get_root(transaction, session.id), files)
+    with database.transaction() as transaction:
+        root = trees.get_root(transaction, sessions.get(transaction, session_id).id)
+    candidate = _candidate(database, root, files)
     if candidate.tree.not_ended:
         raise CommandRefused(f"Nothing was deleted: {why_kept(candidate.tree)}")
     return candidate
@@ -52,32 +49,21 @@ def why_kept(tree: Tree) -> str:
 
 def trees_older_than(database: Database, age: int, files: LocalFiles) -> Iterator[Candidate]:
     """Yield the trees whose latest activity is older than `age` seconds, also those with a run that has not ended."""
-    cutoff = timestamp(-age)
-    after = BEFORE_ALL
-    while True:
-        with database.transaction() as transaction:
-            found = trees.roots(transaction, after, PAGE)
-            old = [root for root, _ in found if trees.get_last_run_at(transaction, root) < cutoff]
-        if not found:
-            return
-        after = found[-1][1]
-        for root in old:
-            with database.transaction() as transaction:
-                candidate = _candidate(transaction, root, files)
-            yield candidate
+    with database.transaction() as transaction:
+        roots = trees.older_than(transaction, timestamp(-age))
+    for root in roots:
+        yield _candidate(database, root, files)
 
 
-def _candidate(transaction: Transaction, root: str, files: LocalFiles) -> Candidate:
-    tree = trees.measure(transaction, root)
+def _candidate(database: Database, root: str, files: LocalFiles) -> Candidate:
+    with database.transaction() as transaction:
+        tree = trees.measure(transaction, root)
     sdk_session_ids: list[str] = []
     # All directories, because a run may have written the transcript of another run of the tree to its own directory.
     directories: dict[Path, None] = {}
-    after = BEFORE_ALL
-    while places := trees.run_places(transaction, root, after):
-        for place in places:
-            sdk_session_ids.append(place.sdk_session_id)
-            directories.update(dict.fromkeys(files.directories(place.cwd, _own_environ(place.options_json))))
-        after = places[-1].seq
+    for place in trees.run_places(database, root):
+        sdk_session_ids.append(place.sdk_session_id)
+        directories.update(dict.fromkeys(files.directories(place.cwd, _own_environ(place.options_json))))
     paths = files.of_sessions(sdk_session_ids, directories)
     return Candidate(tree, paths, sum(count(path) for path in paths))
 
@@ -105,13 +91,3 @@ def delete(database: Database, candidate: Candidate) -> None:
                 f"{path} cannot be deleted: {error.strerror}. Its tree of session {candidate.tree.root} is still there."
             ) from None
     trees.delete(database, candidate.tree.root)
-
-
-def release_space(database: Database, deleted: bool) -> None:
-    """Remove the bytes of deleted rows from the database's files.
-
-    Raises:
-        StorageError: the files still hold them.
-    """
-    trees.delete_unused_texts(database)
-    trees.clear(database.url, deleted)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from ccm.db.transcripts import Entry
 from ccm.errors import CommandRefused
@@ -47,7 +47,7 @@ class ArchivedRun:
 
     Args:
         session: the columns that its session has when it is created.
-        row: the columns of the run. `seq` is its position in the source.
+        row: the columns of the run. `seq` is its position in the source. `hasTranscript` is left out if unknown.
         parts: its messages, approvals and transcripts. Valid until the next run is requested.
         spare_id: the SDK session id to use if another run in the database has the run's own. None: refuse the run.
     """
@@ -56,21 +56,6 @@ class ArchivedRun:
     row: dict[str, Any]
     parts: Iterator[ArchivedMessage | ArchivedApproval | ArchivedEntries]
     spare_id: str | None = None
-
-
-class Source(Protocol):
-    """A source of runs, in which each run follows its parent and the earlier runs of its session."""
-
-    @property
-    def last_seq(self) -> int:
-        """The highest `seq` of its runs, as far as known."""
-
-    def runs(self) -> Iterator[ArchivedRun]:
-        """Yield the runs.
-
-        Raises:
-            CommandRefused: the source is unreadable or invalid. The message says where.
-        """
 
 
 class SourceError(CommandRefused):

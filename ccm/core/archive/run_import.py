@@ -12,7 +12,6 @@ from ccm.models import ApprovalStatus, Message, Resolution, RunMode, RunStatus
 
 BATCH_ITEMS = 1_000
 BATCH_BYTES = 8 * 2**20
-ENTRIES_AT_ONCE = 500
 INTERRUPTED = {
     **runs.INTERRUPTED,
     "errorMessage": "This run had not ended when its history was imported. It was not run again; resume or fork its "
@@ -140,13 +139,8 @@ class RunImport:
 
     def _choose_seq(self) -> int:
         """Return its `seq`: that of the source plus the offset if it is free and in order, else the next."""
-        row = self._row
-        wanted = int(row["seq"]) + self._offset
-        before = [archive.find_last_seq_of_session(self._transaction, row["sessionId"])]
-        if self._parent is not None:
-            before.append(self._parent.seq)
-        in_order = all(seq is None or seq < wanted for seq in before)
-        if in_order and archive.find_run_at(self._transaction, wanted) is None:
+        wanted = int(self._row["seq"]) + self._offset
+        if archive.is_seq_usable(self._transaction, wanted, self._row["sessionId"], self._row["parentRunId"]):
             return wanted
         return runs.next_seq(self._transaction)
 
@@ -192,9 +186,7 @@ class RunImport:
         )
         if part.first_index != length:
             raise self._error(f"entry {length} of its transcript {part.subpath!r} is missing")
-        for start in range(0, len(part.entries), ENTRIES_AT_ONCE):
-            some = part.entries[start : start + ENTRIES_AT_ONCE]
-            transcripts.insert_at(self._transaction, transcript, sdk_session_id, length + start, some)
+        transcripts.insert_at(self._transaction, transcript, sdk_session_id, length, part.entries)
         self.transcripts[key] = (transcript, length + len(part.entries))
 
     # ---- its end
@@ -205,6 +197,7 @@ class RunImport:
         local = self._has_transcript(row["cwd"], row["sdkSessionId"])
         if self.interrupted:
             row["endedAt"] = self._last_at or row["startedAt"] or row["createdAt"]
+        if self.interrupted or "hasTranscript" not in row:
             row["hasTranscript"] = int(has_stored or local)
         # The source may say that the transcript is stored without containing it.
         row["transcriptStored"] = int(has_stored and bool(row["transcriptStored"] or self.interrupted))

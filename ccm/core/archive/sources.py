@@ -8,19 +8,22 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from ccm.core.archive.bun.database import BunDatabase
 from ccm.core.archive.bun.source import BunSource
 from ccm.core.archive.lines import LineSource
-from ccm.core.archive.records import Source, SourceError
+from ccm.core.archive.records import SourceError
 from ccm.db.driver.sqlite_file import MAGIC
+
+# A source of runs, in which each run follows its parent and the earlier runs of its session.
+Source = LineSource | BunSource
 
 
 @contextmanager
-def open_source(path: str, has_transcript: Callable[[str, str], bool], warn: Callable[[str], None]) -> Iterator[Source]:
+def open_source(path: str, warn: Callable[[str], None]) -> Iterator[Source]:
     """Open an export or a database of the original service.
 
     Args:
         path: the file; `-` for an export on standard input.
-        has_transcript: returns whether Claude Code has a transcript on this host, given a run's cwd and SDK session id.
         warn: called with a sentence for each thing that is not imported unchanged.
 
     Raises:
@@ -34,8 +37,8 @@ def open_source(path: str, has_transcript: Callable[[str, str], bool], warn: Cal
             file.seek(0)
             yield LineSource(file, path)
             return
-    with closing(BunSource(Path(path), has_transcript, warn)) as source:
-        yield source
+    with closing(BunDatabase(Path(path))) as database:
+        yield BunSource(database, warn)
 
 
 def _open(path: str) -> BinaryIO:

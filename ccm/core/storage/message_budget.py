@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
+from concurrent.futures import Future
 from contextlib import suppress
 
-log = logging.getLogger(__name__)
+from ccm.core.storage.run_loop import result_of
 
 # How often a run that waits for room checks by itself (seconds).
 ROOM_INTERVAL = 1.0
-
-Waiter = tuple[asyncio.AbstractEventLoop, asyncio.Event]
 
 
 class MessageBudget:
@@ -29,30 +27,25 @@ class MessageBudget:
         self._limit = limit
         self._lock = threading.Lock()
         self._charged = 0
-        self._waiters: set[Waiter] = set()
+        self._waiters: set[Future[None]] = set()
 
     async def charge(self, size: int) -> None:
         """Charge the bytes of a message, waiting in the caller's event loop until there is room."""
-        room = asyncio.Event()
-        waiter = asyncio.get_running_loop(), room
-        try:
-            while not self.try_charge(size, waiter):
-                # The wait is bounded: if a fault prevents the wake-up, the run would otherwise wait forever.
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(ROOM_INTERVAL):
-                        await room.wait()
-                room.clear()
-        finally:
-            with self._lock:
-                self._waiters.discard(waiter)
+        room: Future[None] = Future()
+        while not self.try_charge(size, room):
+            # The wait is bounded: if a fault prevents the wake-up, the run would otherwise wait forever.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ROOM_INTERVAL):
+                    await result_of(room)
+                    room = Future()
 
-    def try_charge(self, size: int, waiter: Waiter | None = None) -> bool:
-        """Charge the bytes of a message if they fit. Otherwise return False; `release` then wakes the waiter."""
+    def try_charge(self, size: int, room: Future[None] | None = None) -> bool:
+        """Charge the bytes of a message if they fit. Otherwise return False; `release` then completes `room`."""
         with self._lock:
             # One message always fits. Otherwise a message larger than the budget would wait forever.
             if self._charged and self._charged + size > self._limit:
-                if waiter is not None:
-                    self._waiters.add(waiter)
+                if room is not None:
+                    self._waiters.add(room)
                 return False
             self._charged += size
             return True
@@ -61,9 +54,7 @@ class MessageBudget:
         """Return bytes to the budget and wake the runs that wait for room."""
         with self._lock:
             self._charged -= size
-            waiters, self._waiters = self._waiters, set()
-        for loop, room in waiters:
-            try:
-                loop.call_soon_threadsafe(room.set)
-            except Exception as error:
-                log.debug("cannot wake a run that waits for room, most likely because it has ended: %s", error)
+            for room in self._waiters:
+                if not room.done():  # completed before, if its run was about to look again
+                    room.set_result(None)
+            self._waiters = set()

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Generic, Protocol, Self, TypeVar
+from dataclasses import dataclass, field
+from typing import Any
 
 from ccm.core.storage.notifier import POLL_INTERVAL, RELY_INTERVAL, Notifier
+from ccm.models import Run
 
 Place = tuple[int, ...]
 
@@ -29,29 +31,43 @@ KEPT_PARTS = 8
 KEPT_BYTES = 2**18
 
 
-class Part(Protocol):
-    """What was read after a place.
+@dataclass(frozen=True)
+class Part:
+    """What was read after a place. All followers at the same place get the same part.
 
     Attributes:
-        start, end: the places before and after it.
-        more: more was stored already when it was read.
+        start: the place.
+        lists: for each number of the place, what follows it: in order, each item with its own number.
         size: roughly, in bytes.
+        more: more was stored already when it was read.
+        ended: the run, once it has ended and everything before its end has been read; the lists are then empty.
+        rendered: what the API sends, by format: rendered once for all followers.
     """
 
-    @property
-    def start(self) -> Place: ...
-    @property
-    def end(self) -> Place: ...
-    @property
-    def more(self) -> bool: ...
-    @property
-    def size(self) -> int: ...
+    start: Place
+    lists: tuple[Sequence[tuple[int, Any]], ...]
+    size: int = 0
+    more: bool = False
+    ended: Run | None = None
+    rendered: dict[str, bytes] = field(default_factory=dict, compare=False)
 
-    def rest(self, place: Place) -> Self | None:
+    @property
+    def end(self) -> Place:
+        """The place after it."""
+        return tuple(items[-1][0] if items else number for number, items in zip(self.start, self.lists, strict=True))
+
+    def rest(self, place: Place) -> Part | None:
         """Return what follows a later place: itself at its start, None if nothing does."""
+        if place == self.start or self.ended is not None:
+            return self
+        lists = tuple(
+            [item for item in items if item[0] > number] for number, items in zip(place, self.lists, strict=True)
+        )
+        return Part(place, lists, self.size, self.more) if any(lists) else None
 
 
-P = TypeVar("P", bound=Part)
+# Reads what is stored after a place; None if there is nothing yet.
+Read = Callable[[Place], Part | None]
 
 
 def is_before(place: Place, other: Place) -> bool:
@@ -59,7 +75,7 @@ def is_before(place: Place, other: Place) -> bool:
     return any(here < there for here, there in zip(place, other, strict=True))
 
 
-class Group(Generic[P]):
+class Group:
     """The followers of one key.
 
     Args:
@@ -74,7 +90,7 @@ class Group(Generic[P]):
         self._notifier = notifier
         self._leading = threading.Lock()
         # Replaced and never changed, because all followers read it without a lock. The oldest comes first.
-        self._parts: tuple[P, ...] = ()
+        self._parts: tuple[Part, ...] = ()
         # When the group last read, and when it may read again, as `time.monotonic()`.
         self._last_read = self._next_read = 0.0
         self._lock = threading.Lock()
@@ -82,9 +98,7 @@ class Group(Generic[P]):
         self._waiting: set[threading.Lock] = set()
         notified.set()  # nothing has been read yet
 
-    def next(
-        self, place: Place, read: Callable[[Place], P | None], seconds: float, gone: Callable[[], bool]
-    ) -> P | None:
+    def next(self, place: Place, read: Read, seconds: float, gone: Callable[[], bool]) -> Part | None:
         """Return what follows a place, as soon as there is something.
 
         Args:
@@ -118,16 +132,14 @@ class Group(Generic[P]):
                 with self._lock:
                     self._waiting.discard(woken)
 
-    def _find(self, place: Place) -> P | None:
+    def _find(self, place: Place) -> Part | None:
         """Return what follows a place in the parts that are kept."""
         for part in self._parts:
             if not is_before(place, part.start) and (rest := part.rest(place)) is not None:
                 return rest
         return None
 
-    def _lead(
-        self, place: Place, read: Callable[[Place], P | None], deadline: float, gone: Callable[[], bool]
-    ) -> P | None:
+    def _lead(self, place: Place, read: Read, deadline: float, gone: Callable[[], bool]) -> Part | None:
         """Read for all followers until there is something for this one. Then leave the lead to another one."""
         part = None
         try:
@@ -149,7 +161,7 @@ class Group(Generic[P]):
             # Without a part for them the others sleep on, except the next leader.
             self._wake(1 if part is None else None)
 
-    def _read(self, read: Callable[[Place], P | None]) -> None:
+    def _read(self, read: Read) -> None:
         """Read on from the group's place, for all."""
         self._notified.clear()
         self._last_read = time.monotonic()
@@ -188,10 +200,10 @@ class SharedReads:
     def __init__(self, notifier: Notifier) -> None:
         self.notifier = notifier
         self._lock = threading.Lock()
-        self._groups: dict[str, tuple[Group[Any], ExitStack]] = {}
+        self._groups: dict[str, tuple[Group, ExitStack]] = {}
 
     @contextmanager
-    def join(self, key: str, place: Place) -> Iterator[Group[Any]]:
+    def join(self, key: str, place: Place) -> Iterator[Group]:
         """Be one of the followers of a key, beginning at a place. All followers of a key must read the same kind."""
         with self._lock:
             if key not in self._groups:

@@ -258,7 +258,6 @@ class Writer:
             begun: receives the control writes that the transaction includes; dropped ones are left out.
             one_by_one: insert each message in a savepoint of its own, to find the one that storage refuses.
         """
-        insert = self._insert_one_by_one if one_by_one else messages.insert_many
         with self._database.transaction(self._uncertain) as transaction:
             if self.last_error is not None:
                 _write_heartbeat(transaction)
@@ -269,22 +268,22 @@ class Writer:
                     pending.append(item)
                 elif item.begin():
                     begun.append(item)
-                    insert(transaction, self._insertable(transaction, pending))
+                    self._insert(transaction, pending, one_by_one)
                     pending = []
                     item.run(transaction)
-            insert(transaction, self._insertable(transaction, pending))
+            self._insert(transaction, pending, one_by_one)
 
-    def _insertable(self, transaction: Transaction, batch: list[Message]) -> list[Message]:
-        """Return the messages that are to be inserted, in their order."""
+    def _insert(self, transaction: Transaction, batch: list[Message], one_by_one: bool) -> None:
+        """Insert messages, except those that are stored already and those that follow a refused one of their run."""
         if self.broken:
             # Messages after a refused one are left out, so that a run's indexes never have a gap.
             batch = [message for message in batch if message.run_id not in self.broken]
         if transaction.uncertain:
             stored = {run_id: messages.last_index(transaction, run_id) for run_id in {m.run_id for m in batch}}
             batch = [message for message in batch if message.index > stored[message.run_id]]
-        return batch
-
-    def _insert_one_by_one(self, transaction: Transaction, batch: list[Message]) -> None:
+        if not one_by_one:
+            messages.insert_many(transaction, batch)
+            return
         for message in batch:
             if message.run_id not in self.broken:
                 try:

@@ -108,16 +108,6 @@ class Dispatcher:
     # ---- the thread that finds due deliveries
 
     def _run(self) -> None:
-        while not self._stopped.is_set():
-            try:
-                self._loop()
-            except Exception as error:
-                self._problems.report(PROBLEM, PROBLEM_SENTENCE, error)
-                self._stopped.wait(FAILURE_RETRY_DELAY)
-            else:
-                return
-
-    def _loop(self) -> None:
         """Dispatch due deliveries until the dispatcher stops."""
         with self._notifier.subscribe(EVENTS) as self._wake_up:
             while not self._stopped.is_set():
@@ -171,19 +161,11 @@ class Dispatcher:
                 return False
             self._in_flight[delivery_id] = host
         try:
-            self._pool.submit(partial(self._deliver, delivery_id, host), partial(self._on_failure, delivery_id))
+            self._pool.submit(partial(self._deliver, delivery_id, host), partial(self._failed, delivery_id))
         except BaseException:  # no thread can be started, so the delivery is still due
             self._release(delivery_id)
             raise
         return True
-
-    def _on_failure(self, delivery_id: int, error: BaseException) -> None:
-        log.error(
-            "delivery %d failed unexpectedly, and is still due",
-            delivery_id,
-            exc_info=error,
-            extra={"event": "delivery_errored", "delivery_id": delivery_id},
-        )
 
     def _release(self, delivery_id: int) -> None:
         with self._idle:
@@ -193,27 +175,30 @@ class Dispatcher:
     # ---- the threads that send
 
     def _deliver(self, delivery_id: int, host: str) -> None:
-        """Execute a delivery, and handle all exceptions."""
-        try:
-            answered = self._delivery_executor.deliver(delivery_id)
-            if answered is not None:
-                self._remember(host, answered)
-        except StorageDown as error:
+        answered = self._delivery_executor.deliver(delivery_id)
+        if answered is not None:
+            self._remember(host, answered)
+        self._release(delivery_id)
+        self._wake_up.set()
+
+    def _failed(self, delivery_id: int, error: BaseException) -> None:
+        """Delay a delivery that failed unexpectedly, because it is still due."""
+        delay = POLL_INTERVAL
+        if isinstance(error, StorageDown):
+            delay = STORAGE_RETRY_DELAY
             extra = {"event": "delivery_unreadable", "delivery_id": delivery_id}
             log.debug("delivery %d cannot be read, retrying: %s", delivery_id, error, extra=extra)
-            self._stopped.wait(STORAGE_RETRY_DELAY)
-        except Exception:
-            # It may have been sent, and is still due. Without this delay it would be sent over and over.
-            if not self._stopping:
-                log.exception(
-                    "delivery %d: cannot store the attempt's result; it may be resent",
-                    delivery_id,
-                    extra={"event": "delivery_result_lost", "delivery_id": delivery_id},
-                )
-            self._stopped.wait(POLL_INTERVAL)
-        finally:
-            self._release(delivery_id)
-            self._wake_up.set()
+        elif not self._stopping:
+            # It may have been sent. Without the delay it would be sent over and over.
+            log.error(
+                "delivery %d: cannot store the attempt's result; it may be resent",
+                delivery_id,
+                exc_info=error,
+                extra={"event": "delivery_result_lost", "delivery_id": delivery_id},
+            )
+        self._stopped.wait(delay)
+        self._release(delivery_id)
+        self._wake_up.set()
 
     def _remember(self, host: str, answered: bool) -> None:
         """Remember whether a host answered."""

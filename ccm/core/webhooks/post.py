@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -43,11 +42,17 @@ class Post:
     """
 
     def __init__(self, url: str, headers: Mapping[str, str], body: bytes, seconds: float, tls: ssl.SSLContext) -> None:
-        self._url = url
-        self._headers = headers
+        parts = urlsplit(url)
+        self._path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        self._headers = dict(headers)
         self._body = body
         self._seconds = seconds
-        self._connection = _Connection(url, time.monotonic() + seconds, tls)
+        self._tls = tls if parts.scheme == "https" else None
+        self._channel = _Channel(time.monotonic() + seconds)
+        self._http = http.client.HTTPConnection(parts.hostname or "", parts.port or PORTS[parts.scheme])
+        self._http.default_port = PORTS[parts.scheme]  # omitted from the Host header
+        self._http.response_class = _Response
+        self._http.sock = self._channel  # it has the methods that are used
 
     def send(self) -> Answer:
         """Send the request, and return the answer.
@@ -56,25 +61,23 @@ class Post:
             NoAnswer: the receiver did not answer in time, or not with HTTP.
         """
         try:
-            parts = urlsplit(self._url)
-            path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-            self._connection.connect()
+            self._channel.connect(self._http.host, self._http.port, self._tls)
             # A receiver may answer (410, 413) and close the connection before it has read the whole body.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                self._connection.request("POST", path, self._body, dict(self._headers))
-            with self._connection.getresponse() as response:
+                self._http.request("POST", self._path, self._body, self._headers)
+            with self._http.getresponse() as response:
                 return Answer(response.status, response.getheader("Retry-After"))
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise NoAnswer(self._describe(error)) from None
         finally:
-            self._connection.close()
+            self._channel.close()
 
     def abort(self) -> None:
         """End the request now, from another thread. The receiver may have got it anyway."""
-        self._connection.abort()
+        self._channel.abort()
 
     def _describe(self, error: Exception) -> str:
-        if self._connection.aborted or isinstance(error, TimeoutError):
+        if self._channel.aborted or isinstance(error, TimeoutError):
             return f"no answer within {self._seconds:g} s"
         if isinstance(error, socket.gaierror):
             return f"the host cannot be found: {error.strerror}"
@@ -91,38 +94,7 @@ class Post:
         return f"the answer is no HTTP: {type(error).__name__}"
 
 
-class _DeadlineReader(io.RawIOBase):
-    """A stream from a socket that ends at the deadline.
-
-    A socket's own timeout restarts with every read, so a receiver that sends single bytes would never time out.
-
-    Args:
-        source: the stream of the socket.
-        set_timeout: sets the socket's timeout to the remaining time. Raises TimeoutError if none is left.
-    """
-
-    def __init__(self, source: io.RawIOBase, set_timeout: Callable[[], None]) -> None:
-        self._source = source
-        self._set_timeout = set_timeout
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        self._set_timeout()
-        read: int | None = self._source.readinto(buffer)
-        return read
-
-    def close(self) -> None:
-        self._source.close()
-        super().close()
-
-
 class _Response(http.client.HTTPResponse):
-    def __init__(self, set_timeout: Callable[[], None], sock: socket.socket, method: str | None = None) -> None:
-        super().__init__(sock, method=method)
-        self.fp = io.BufferedReader(_DeadlineReader(self.fp.detach(), set_timeout))
-
     def begin(self) -> None:
         """Read the head of the answer. Skip interim answers (103, Early Hints)."""
         super().begin()
@@ -131,71 +103,88 @@ class _Response(http.client.HTTPResponse):
             super().begin()
 
 
-class _Connection(http.client.HTTPConnection):
-    def __init__(self, url: str, deadline: float, tls: ssl.SSLContext) -> None:
-        parts = urlsplit(url)
-        super().__init__(parts.hostname or "", parts.port or PORTS[parts.scheme])
-        self.default_port = PORTS[parts.scheme]  # omitted from the Host header
-        self._tls = tls if parts.scheme == "https" else None
+class _Channel:
+    """A connection that ends at a deadline, with the methods of a socket that http.client uses.
+
+    A socket's own timeout restarts with every call, so a receiver that sends single bytes would never time out.
+    """
+
+    def __init__(self, deadline: float) -> None:
         self._deadline = deadline
         self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
         self.aborted = False
-        self.response_class = partial(_Response, self._set_timeout)  # type: ignore[assignment]
 
-    def connect(self) -> None:
+    def connect(self, host: str, port: int, tls: ssl.SSLContext | None) -> None:
+        """Connect to the first address that works. Each gets an equal share of the remaining time."""
         # A slow lookup cannot be interrupted. If it passes the deadline, the next step raises TimeoutError.
-        addresses = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        for left, (family, kind, protocol, _, address) in zip(range(len(addresses), 0, -1), addresses, strict=True):
             try:
-                self._connect_to(address, share=left)
+                # Without IPv6 in the kernel this fails for an IPv6 address only. The next address may work.
+                connection = socket.socket(family, kind, protocol)
+                self._use(connection, share=left).connect(address)
                 break
             except OSError:
                 if left == 1 or self.aborted:
                     raise
-        self._set_timeout()
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self._tls is not None:
-            secured = self._tls.wrap_socket(self.sock, server_hostname=self.host, do_handshake_on_connect=False)
+        self._limited().setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if tls is not None:
+            secured = tls.wrap_socket(connection, server_hostname=host, do_handshake_on_connect=False)
             self._use(secured)
             secured.do_handshake()
 
-    def _connect_to(self, info: tuple[Any, ...], share: int) -> None:
-        family, kind, protocol, _, address = info
-        # Without IPv6 in the kernel this fails for an IPv6 address only. The next address may work.
-        connection = socket.socket(family, kind, protocol)
-        try:
-            self._use(connection, share)
-            connection.connect(address)
-        except OSError:
-            connection.close()
-            raise
+    def _use(self, connection: socket.socket, share: int = 1) -> socket.socket:
+        """Make `abort` reach a socket from now on, instead of the one before. Return it, as `_limited` does."""
+        with self._lock:
+            if self._socket is not None:
+                self._socket.close()
+            self._socket = connection
+            if self.aborted:
+                raise TimeoutError
+        return self._limited(share)
 
-    def send(self, data: Any) -> None:
+    def _limited(self, share: int = 1) -> socket.socket:
+        """Return the socket, its next call limited to the remaining time, or a share of it."""
+        remaining = self._deadline - time.monotonic()
+        if self._socket is None or remaining <= 0:
+            raise TimeoutError
+        self._socket.settimeout(remaining / share)
+        return self._socket
+
+    def sendall(self, data: bytes) -> None:
         """Send bytes in chunks, because the timeout of a TLS socket restarts with each call."""
         view = memoryview(data)
         for start in range(0, len(view), CHUNK_BYTES):
-            self._set_timeout()
-            super().send(view[start : start + CHUNK_BYTES])
+            self._limited().sendall(view[start : start + CHUNK_BYTES])
 
-    def _set_timeout(self, share: int = 1) -> None:
-        """Limit the next call of the socket to the remaining time, or a share of it."""
-        remaining = self._deadline - time.monotonic()
-        if remaining <= 0:
-            raise TimeoutError
-        self.sock.settimeout(remaining / share)
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        return io.BufferedReader(_Stream(self.receive))
 
-    def _use(self, connection: socket.socket, share: int = 1) -> None:
-        """Make `abort` reach a socket from now on, and limit it to a share of the remaining time."""
-        with self._lock:
-            self.sock = connection
-            if self.aborted:
-                raise TimeoutError
-        self._set_timeout(share)
+    def receive(self, buffer: Any) -> int:
+        return self._limited().recv_into(buffer)
 
     def abort(self) -> None:
+        """End the connection from another thread."""
         with self._lock:
             self.aborted = True
-            if self.sock is not None:
+            if self._socket is not None:
                 with contextlib.suppress(OSError):  # not connected yet, or no longer
                     # Not the method of the TLS socket, because another thread is using that.
-                    socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._socket is not None:
+                self._socket.close()
+
+
+class _Stream(io.RawIOBase):
+    def __init__(self, receive: Callable[[Any], int]) -> None:
+        self._receive = receive
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self._receive(buffer)

@@ -11,7 +11,8 @@ import logging
 import sqlite3
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import Any, cast
 
 import dataset
 import sqlalchemy
@@ -20,9 +21,6 @@ from sqlalchemy import event
 from ccm.db.driver import sqlite
 from ccm.db.driver.file_watch import FileWatch, OpenFiles
 from ccm.errors import StorageDown
-
-if TYPE_CHECKING:
-    from ccm.db.driver import postgresql
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +46,6 @@ class ConnectionPool:
     ) -> None:
         is_sqlite = watch is not None
         self._writable = writable
-        self._answer_seconds = answer_seconds
         self._statement_seconds = None if answer_seconds is None else answer_seconds * STATEMENT_SHARE
         self._watch = watch
         self._dataset = dataset.connect(
@@ -70,7 +67,15 @@ class ConnectionPool:
             event.listen(self._engine, "begin", self._begin_sqlite)
             event.listen(self._engine, "connect", self._sqlite_opened)
         else:
-            event.listen(self._engine, "do_connect", self._connect_postgresql)
+            from ccm.db.driver import postgresql  # noqa: PLC0415  # imported for PostgreSQL only
+
+            connect = partial(
+                postgresql.connect,
+                writable=writable,
+                answer_seconds=answer_seconds,
+                statement_seconds=self._statement_seconds,
+            )
+            event.listen(self._engine, "do_connect", lambda _dialect, _record, _words, given: connect(**given))
 
     def __str__(self) -> str:
         return self._engine.url.render_as_string(hide_password=True)
@@ -90,18 +95,6 @@ class ConnectionPool:
         # Not through SQLAlchemy, which takes as long for this statement as for a short transaction's others.
         driver_connection = cast(sqlite3.Connection, connection.connection.dbapi_connection)
         driver_connection.execute("BEGIN IMMEDIATE" if self._writable else "BEGIN")
-
-    def _connect_postgresql(
-        self, _dialect: object, _record: object, _words: object, parameters: dict[str, Any]
-    ) -> postgresql.Connection:
-        from ccm.db.driver import postgresql  # noqa: PLC0415  # imported for PostgreSQL only
-
-        return postgresql.connect(
-            writable=self._writable,
-            answer_seconds=self._answer_seconds,
-            statement_seconds=self._statement_seconds,
-            **parameters,
-        )
 
     def take(self) -> OpenFiles:
         """Get a connection for this thread's transaction. Return the files that it has open, for SQLite.

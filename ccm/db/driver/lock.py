@@ -5,11 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Self
 
 from ccm.db.driver.sqlite_file import make_private, sqlite_file_path
 from ccm.errors import DatabaseRefused
@@ -29,46 +28,26 @@ BAD_URL = (
 )
 
 
-class ServiceLock:
-    """The lock of one database, which a service or a command holds while it writes.
+@contextmanager
+def service_lock(url: str, patience: float = 0.0) -> Iterator[None]:
+    """Hold the lock of one database, as a service or a command does while it writes.
 
     Args:
         patience: how long to wait for another holder to finish (seconds).
+
+    Raises:
+        DatabaseRefused: another service or command holds it, or it cannot be accessed.
     """
-
-    def __init__(self, url: str, patience: float = 0.0) -> None:
-        self._url = url
-        self._patience = patience
-        # Releases the lock. None while it is not held.
-        self._drop: Callable[[], None] | None = None
-
-    def acquire(self) -> Self:
-        """Take the lock.
-
-        Raises:
-            DatabaseRefused: another service or command holds it, or it cannot be accessed.
-        """
-        path = sqlite_file_path(self._url)
-        deadline = time.monotonic() + self._patience
-        while True:
-            self._drop = _take_advisory_lock(self._url) if path is None else _take_file_lock(path)
-            if self._drop is not None:
-                return self
-            if time.monotonic() >= deadline:
-                raise DatabaseRefused(TAKEN)
-            time.sleep(RETRY_INTERVAL)
-
-    def release(self) -> None:
-        """Release the lock if it is held."""
-        if self._drop is not None:
-            self._drop()
-            self._drop = None
-
-    def __enter__(self) -> Self:
-        return self.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
+    path = sqlite_file_path(url)
+    deadline = time.monotonic() + patience
+    while (release := _take_advisory_lock(url) if path is None else _take_file_lock(path)) is None:
+        if time.monotonic() >= deadline:
+            raise DatabaseRefused(TAKEN)
+        time.sleep(RETRY_INTERVAL)
+    try:
+        yield
+    finally:
+        release()
 
 
 def _take_file_lock(database: Path) -> Callable[[], None] | None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ccm.core.archive.exporting import export
-from ccm.db import archive, runs, sessions
+from ccm.db import runs, sessions
 from ccm.db.driver.database import Database
 from tests.client import Client
 from tests.conftest import ServeFunction
@@ -121,7 +121,6 @@ def test_an_export_does_not_contain_what_is_written_meanwhile(
 ) -> None:
     fill(writable)
     with reader.transaction() as transaction:
-        archive.hold_snapshot(transaction)
         lines = export(transaction, None)
         beginning = [next(lines), next(lines)]
         add_run(writable, ROOT, 5, [{"type": "late"}], mode="resume", parentRunId=uuid_of(1003))

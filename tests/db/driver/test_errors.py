@@ -7,6 +7,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 from ccm.db import heartbeat
 from ccm.db.driver import sqlite_file
 from ccm.db.driver.database import Database
-from ccm.db.driver.lock import ServiceLock
+from ccm.db.driver.lock import service_lock
 from ccm.db.driver.migrate import migrate
 from ccm.errors import DatabaseDamaged, DatabaseRefused, DatabaseTaken, StorageDown
 from tests.postgresql import PostgreSQLServer
@@ -113,21 +114,22 @@ def test_a_new_connection_retakes_the_right_to_write(postgresql: str) -> None:
 
 def test_a_second_service_is_refused_if_only_the_writer_is_connected(postgresql: str) -> None:
     url = new_database(postgresql, "only_the_writer")
-    service = ServiceLock(url).acquire()
+    service = ExitStack()
+    service.enter_context(service_lock(url))
     writable = Database(url, writable=True, pool_size=1)
     migrate(writable)
     end_connections(url)
     write(writable)
 
-    with ServiceLock(url), pytest.raises(DatabaseRefused, match="Another CC Manager is at work on this database"):
+    with service_lock(url), pytest.raises(DatabaseRefused, match="Another CC Manager is at work on this database"):
         migrate(Database(url, writable=True, pool_size=1))
     writable.close()
-    service.release()
+    service.close()
 
 
 def test_a_command_writes_while_it_holds_the_lock(database_url: str) -> None:
     for _ in range(2):
-        with ServiceLock(database_url, patience=5):
+        with service_lock(database_url, patience=5):
             database = Database(database_url, writable=True, pool_size=1)
             migrate(database)
             write(database)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ccm.db.driver.lock import ServiceLock
+from ccm.db.driver.lock import service_lock
 from ccm.errors import DatabaseRefused
 from tests.client import Client
 from tests.conftest import ServeFunction
@@ -18,32 +18,34 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_a_second_holder_is_refused_until_the_first_releases(database_url: str) -> None:
-    first = ServiceLock(database_url).acquire()
-    with pytest.raises(DatabaseRefused, match="Another CC Manager is at work") as refusal:
-        ServiceLock(database_url).acquire()
-    assert refusal.value.exit_code == 3
+    with service_lock(database_url):
+        with (
+            pytest.raises(DatabaseRefused, match="Another CC Manager is at work") as refusal,
+            service_lock(database_url),
+        ):
+            pass
+        assert refusal.value.exit_code == 3
 
-    first.release()
-    with ServiceLock(database_url):
+    with service_lock(database_url):
         pass
 
 
 def test_the_lock_of_a_killed_holder_is_released(database_url: str) -> None:
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from ccm.db.driver.lock import ServiceLock; "
-        "lock = ServiceLock(sys.argv[2]).acquire(); print('held', flush=True); sys.stdin.read()"
+        "import sys; sys.path.insert(0, sys.argv[1]); from ccm.db.driver.lock import service_lock; "
+        "lock = service_lock(sys.argv[2]); lock.__enter__(); print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(ROOT), database_url], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(DatabaseRefused):
-        ServiceLock(database_url).acquire()
+    with pytest.raises(DatabaseRefused), service_lock(database_url):
+        pass
 
     holder.kill()
     holder.communicate()
-    with ServiceLock(database_url, patience=10):
+    with service_lock(database_url, patience=10):
         pass
 
 
@@ -82,7 +84,7 @@ def test_a_service_is_refused_a_database_with_two_names(
 def test_the_lock_file_is_private_to_its_owner(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        with ServiceLock(f"sqlite:///{tmp_path}/db.sqlite"):
+        with service_lock(f"sqlite:///{tmp_path}/db.sqlite"):
             assert (tmp_path / "db.sqlite.lock").stat().st_mode & 0o777 == 0o600
     finally:
         os.umask(before)

@@ -52,42 +52,31 @@ class BunDatabase:
             raise CommandRefused(
                 f"{path} is a database of CC Manager itself; write it out with flask export, and import that."
             )
+        # If the file uses a log and has none, no process has it open. Then it is opened as immutable: SQLite would
+        # otherwise create a log, which, owned by another user, locks the original service out of its database.
+        log = path.with_name(path.name + "-wal")
+        unused = header[WRITE_VERSION_AT] == WAL_VERSION and not log.exists()
+        options = "mode=ro&immutable=1" if unused else "mode=ro"
         self._path = path
+        self._connection = sqlite3.connect(f"file:{quote(str(path))}?{options}", uri=True, isolation_level=None)
+        self._connection.text_factory = lambda data: data.decode("utf-8", "replace")
         try:
-            self._connection = self._open(header)
-            self._columns = {table: self._columns_of(table) for table in NEEDED}
-        except sqlite3.Error as error:
-            raise CommandRefused(f"{path} cannot be read: {error}.") from None
+            self._begin()
+        except CommandRefused:
+            self.close()
+            raise
+
+    def _begin(self) -> None:
+        for statement in ("BEGIN", "SELECT COUNT(*) FROM sqlite_master"):
+            list(self._rows(statement))
+        self._columns = {table: {row[1] for row in self._rows(f"PRAGMA table_info({table})")} for table in NEEDED}
         for table, needed in NEEDED.items():
             for column in needed:
                 if column not in self._columns[table]:
-                    self.close()
                     raise CommandRefused(
-                        f"{path} is a SQLite database, and not the original service's: it has no column {column} in a "
-                        f"table {table}."
+                        f"{self._path} is a SQLite database, and not the original service's: it has no column {column} "
+                        f"in a table {table}."
                     )
-
-    def _open(self, header: bytes) -> sqlite3.Connection:
-        """Open the file without writing to it. Include its write-ahead log if there is one.
-
-        If the file uses a log and has none, no process has it open. Then it is opened as immutable: SQLite would
-        otherwise create a log, which, owned by another user, locks the original service out of its database.
-        """
-        log = self._path.with_name(self._path.name + "-wal")
-        unused = header[WRITE_VERSION_AT] == WAL_VERSION and not log.exists()
-        options = "mode=ro&immutable=1" if unused else "mode=ro"
-        connection = sqlite3.connect(f"file:{quote(str(self._path))}?{options}", uri=True, isolation_level=None)
-        connection.text_factory = lambda data: data.decode("utf-8", "replace")
-        try:
-            connection.execute("BEGIN")
-            connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
-        except sqlite3.Error:
-            connection.close()
-            raise
-        return connection
-
-    def _columns_of(self, table: str) -> set[str]:
-        return {row[1] for row in self._connection.execute(f"PRAGMA table_info({table})")}
 
     def close(self) -> None:
         self._connection.close()

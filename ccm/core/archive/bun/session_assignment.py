@@ -7,7 +7,7 @@ run continues its session, and further ones become forks.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from ccm.core.archive.bun import values
@@ -21,10 +21,7 @@ UNKNOWN_TIME = "1970-01-01T00:00:00.000Z"
 
 
 class AssignedRun(NamedTuple):
-    """A run with its ids in our database. `parent` is the index of its parent in the list of these runs.
-
-    `made_id` is a generated UUID that no other run has.
-    """
+    """A run with its ids in our database. `made_id` is a generated UUID that no other run has."""
 
     link: BunLink
     created_at: str
@@ -32,12 +29,12 @@ class AssignedRun(NamedTuple):
     made_id: str
     sdk_session_id: str
     session_id: str
-    mode: str
-    parent: int | None
+    mode: RunMode
+    parent: AssignedRun | None
 
 
 def assign_sessions(links: Sequence[BunLink], warn: Callable[[str], None]) -> list[AssignedRun]:
-    """Return the runs in the order of their times, each with its session.
+    """Return the runs in the order of their times, but each after its parent, with its session.
 
     Args:
         warn: called with a sentence for each thing that is not imported unchanged.
@@ -48,52 +45,30 @@ def assign_sessions(links: Sequence[BunLink], warn: Callable[[str], None]) -> li
     for number, link in enumerate(links):
         if session_id := values.text(link.session_id):
             sharing.setdefault(session_id, []).append(number)
-    parents = _without_cycles([_parent(number, link, sharing, warn) for number, link in enumerate(links)])
-    continued: set[int] = set()
-    runs: list[AssignedRun] = []
-    for number, (link, parent) in enumerate(zip(links, parents, strict=True)):
-        if parent is None:
-            mode = RunMode.FRESH
-        elif link.mode == RunMode.FORK or parent in continued:
-            mode = RunMode.FORK
-        else:
-            mode = RunMode.RESUME
-            continued.add(parent)
+    parents = [_parent(number, link, sharing, warn) for number, link in enumerate(links)]
+    order = _parents_first(parents)
+    modes = _modes(links, parents)
+    runs: dict[int, AssignedRun] = {}
+    for number in order:
+        link, mode, above = links[number], modes[number], parents[number]
+        parent = None if above is None else runs[above]
         session_id = values.text(link.session_id)
         shared = sharing.get(session_id, [number])
         made = str(uuid.uuid5(NAMESPACE, str(link.id)))
         fits = RUN_ID.fullmatch(session_id) is not None
-        runs.append(
-            AssignedRun(
-                link=link,
-                created_at=_time(link),
-                run_id=_run_id(link, warn),
-                made_id=made,
-                # Of the runs that share a session id, the last has the transcript, which includes the earlier ones.
-                sdk_session_id=session_id if fits and shared[-1] == number else made,
-                session_id=session_id if fits and shared[0] == number else made,
-                mode=mode,
-                parent=parent,
-            )
+        own = session_id if fits and shared[0] == number else made
+        runs[number] = AssignedRun(
+            link=link,
+            created_at=_time(link),
+            run_id=_run_id(link, warn),
+            made_id=made,
+            # Of the runs that share a session id, the last has the transcript, which includes the earlier ones.
+            sdk_session_id=session_id if fits and shared[-1] == number else made,
+            session_id=parent.session_id if parent is not None and mode == RunMode.RESUME else own,
+            mode=mode,
+            parent=parent,
         )
-    for number in parents_first(runs):
-        resumed = runs[number].parent
-        if runs[number].mode == RunMode.RESUME and resumed is not None:
-            runs[number] = runs[number]._replace(session_id=runs[resumed].session_id)
-    return runs
-
-
-def parents_first(runs: Sequence[AssignedRun]) -> Iterator[int]:
-    """Yield the indexes of the runs in order, but each after its parent's, even if timestamps say otherwise."""
-    done: set[int] = set()
-    for number in range(len(runs)):
-        path = []
-        wanted: int | None = number
-        while wanted is not None and wanted not in done:
-            path.append(wanted)
-            wanted = runs[wanted].parent
-        done.update(path)
-        yield from reversed(path)
+    return list(runs.values())
 
 
 def _time(link: BunLink) -> str:
@@ -114,20 +89,39 @@ def _parent(number: int, link: BunLink, sharing: Mapping[str, list[int]], warn: 
     return next((other for other in reversed(found) if other < number), found[0] if found else None)
 
 
-def _without_cycles(parents: Sequence[int | None]) -> list[int | None]:
-    """Return the parents, with None where a run would be its own ancestor."""
-    kept = list(parents)
-    checked: set[int] = set()
-    for number in range(len(kept)):
-        path: list[int] = []
+def _parents_first(parents: list[int | None]) -> list[int]:
+    """Return the runs in order, but each after its parent, even if timestamps say otherwise.
+
+    Args:
+        parents: the parent of each run. It is set to None where a run would be its own ancestor.
+    """
+    ordered: dict[int, None] = {}
+    for number in range(len(parents)):
+        path: dict[int, None] = {}
         wanted: int | None = number
-        while wanted is not None and wanted not in checked:
-            path.append(wanted)
-            checked.add(wanted)
-            wanted = kept[wanted]
+        while wanted is not None and wanted not in ordered and wanted not in path:
+            path[wanted] = None
+            wanted = parents[wanted]
+        from_the_top = list(reversed(path))
         if wanted in path:
-            kept[path[-1]] = None
-    return kept
+            parents[from_the_top[0]] = None
+        ordered.update(dict.fromkeys(from_the_top))
+    return list(ordered)
+
+
+def _modes(links: Sequence[BunLink], parents: Sequence[int | None]) -> list[RunMode]:
+    """Return the mode of each run: the first run that resumes another continues its session, the others fork it."""
+    modes: list[RunMode] = []
+    continued: set[int] = set()
+    for link, parent in zip(links, parents, strict=True):
+        if parent is None:
+            modes.append(RunMode.FRESH)
+        elif link.mode == RunMode.FORK or parent in continued:
+            modes.append(RunMode.FORK)
+        else:
+            modes.append(RunMode.RESUME)
+            continued.add(parent)
+    return modes
 
 
 def _run_id(link: BunLink, warn: Callable[[str], None]) -> str:

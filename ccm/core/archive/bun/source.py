@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ccm.core.archive.bun import values
-from ccm.core.archive.bun.database import BunDatabase, BunLink
-from ccm.core.archive.bun.session_assignment import UNKNOWN_TIME, AssignedRun, assign_sessions, parents_first
-from ccm.core.archive.records import UUID, ArchivedMessage, ArchivedRun
+from ccm.core.archive.bun.database import BunDatabase
+from ccm.core.archive.bun.session_assignment import UNKNOWN_TIME, AssignedRun, assign_sessions
+from ccm.core.archive.records import ArchivedMessage, ArchivedRun
 from ccm.json_text import storable, to_json_text
 from ccm.models import RunMode, RunStatus
 
@@ -19,37 +17,23 @@ class BunSource:
     """The runs of a Bun database, parents first.
 
     Args:
-        has_transcript: returns whether Claude Code has a transcript on this host, given a run's cwd and SDK session id.
         warn: called with a sentence for each thing that is not imported unchanged.
-
-    Raises:
-        CommandRefused: the file is not the original service's.
     """
 
-    def __init__(self, path: Path, has_transcript: Callable[[str, str], bool], warn: Callable[[str], None]) -> None:
-        self._database = BunDatabase(path)
-        self._has_transcript = has_transcript
+    def __init__(self, database: BunDatabase, warn: Callable[[str], None]) -> None:
+        self._database = database
         self._warn = warn
-        # The total costs of the runs so far, by index. The total of a result includes the runs that it continued.
+        # All runs without their long texts. Kept in memory, because a parent may be anywhere in the table.
+        self._links = list(database.links())
+        self.last_seq = len(self._links)
+        # The total costs of the runs so far, by rowid. The total of a result includes the runs that it continued.
         self._totals: dict[int, float | None] = {}
-
-    def close(self) -> None:
-        self._database.close()
-
-    @cached_property
-    def _links(self) -> list[BunLink]:
-        """All runs without their long texts. Kept in memory, because a parent may be anywhere in the table."""
-        return list(self._database.links())
-
-    @property
-    def last_seq(self) -> int:
-        return len(self._links)
 
     def runs(self) -> Iterator[ArchivedRun]:
         self._database.order_messages()
         runs = assign_sessions([link for link in self._links if link.id is not None], self._warn)
-        for seq, number in enumerate(parents_first(runs), 1):
-            yield self._run(runs, number, seq)
+        for seq, run in enumerate(runs, 1):
+            yield self._run(run, seq)
         if len(runs) < len(self._links):
             self._warn(f"Runs without an id were left out: {len(self._links) - len(runs)}.")
         lost = self._database.orphans()
@@ -58,20 +42,14 @@ class BunSource:
 
     # ---- the columns of a run
 
-    def _run(self, runs: Sequence[AssignedRun], number: int, seq: int) -> ArchivedRun:
-        run = runs[number]
-        parent = None if run.parent is None else runs[run.parent]
+    def _run(self, run: AssignedRun, seq: int) -> ArchivedRun:
+        parent = run.parent
         stored = self._database.run(run.link.rowid)
         result = self._result(run.run_id, stored["result_json"])
-        self._totals[number] = total = values.total(result)
+        self._totals[run.link.rowid] = total = values.total(result)
         cwd = storable(values.text(stored["cwd"])) or ""
         status = stored["status"] if stored["status"] in tuple(RunStatus) else RunStatus.ERROR
         duration = values.whole(stored["duration_ms"])
-        local = (
-            status != RunStatus.RUNNING
-            and bool(UUID.fullmatch(run.sdk_session_id))
-            and self._has_transcript(cwd, run.sdk_session_id)
-        )
         if values.iso_time(stored["created_at"]) is None:
             self._warn(f"Run {run.run_id} has no valid time. It is dated {UNKNOWN_TIME}.")
         error = values.error(status, stored["status"], result)
@@ -101,8 +79,7 @@ class BunSource:
             "resultJson": None if result is None else to_json_text(result),
             "errorCode": error[0],
             "errorMessage": error[1],
-            "costUsd": total if run.parent is None else values.own_cost(total, self._totals.get(run.parent)),
-            "hasTranscript": int(local),
+            "costUsd": values.own_cost(total, self._totals[parent.link.rowid]) if parent else total,
             "transcriptStored": 0,
             "durationMs": duration,
             "createdAt": run.created_at,

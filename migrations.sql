@@ -288,3 +288,10 @@ CREATE TABLE ccr_deliveries (
 CREATE INDEX ccr_deliveries_by_run ON ccr_deliveries ("runId", id);
 CREATE INDEX ccr_deliveries_due ON ccr_deliveries (again, "nextAttemptAt", host, id) WHERE status = 'pending';
 CREATE INDEX ccr_deliveries_pending ON ccr_deliveries (host) WHERE status = 'pending';
+
+-- 0011 compressed events (sqlite)
+-- The body of an event in the form of ccm/db/event_bodies.py; NULL if "eventJson" has it, as in older events.
+ALTER TABLE ccr_events ADD COLUMN compressed BLOB;
+
+-- 0011 compressed events (postgresql)
+ALTER TABLE ccr_events ADD COLUMN compressed BYTEA;

@@ -315,6 +315,21 @@ class Bench:
 
     # ---- writes
 
+    def measure_stored_bytes(self) -> None:
+        path = self.folder / "stored.sqlite"
+        count = 1_000 // self.scale
+        with self.service(DATABASE_PATH=path, CCM_CLI_PATH=self.cli, CCM_MAX_QUEUED_RUNS=count) as service:
+            client = Client(service.url)
+            for run_id in [client.start(self.project, "hello", wait=0)["id"] for _ in range(count)]:
+                assert client.run(run_id)["status"] == "completed"
+        connection = sqlite3.connect(path)
+        connection.execute("VACUUM")
+        # Without the unused parts of pages, so that a few runs are enough.
+        used = dict(connection.execute("SELECT name, SUM(pgsize - unused) FROM dbstat GROUP BY name").fetchall())
+        connection.close()
+        total, events = sum(used.values()) / count, used["ccr_events"] / count
+        print(f"a trivial run, stand-in CLI, in the database: {total:,.0f} bytes, {events:.0f} of them its events")
+
     def measure_writes(self) -> None:
         rows = 50_000 // self.scale
         raw, ours = [], []

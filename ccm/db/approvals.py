@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ccm.db.driver.transaction import Transaction
+from ccm.db.event_bodies import body_of
 from ccm.db.select import Select, existing
 from ccm.errors import ApprovalNotFound
 from ccm.models import Approval, EventType
@@ -21,7 +22,7 @@ WHERE "runId" = :run AND (status = 'pending' OR "resolvedAt" >= COALESCE(
 ORDER BY seq
 """
 CHANGES = f"""
-SELECT id, "eventJson" FROM ccr_events
+SELECT id, "eventJson", compressed FROM ccr_events
 WHERE "runId" = :run AND id > :after AND type IN ('{EventType.APPROVAL_REQUESTED}', '{EventType.APPROVAL_RESOLVED}')
 ORDER BY id LIMIT :limit
 """
@@ -92,4 +93,4 @@ def changes(transaction: Transaction, run_id: str, after: int) -> Sequence[tuple
     Returns: the event's id, and the approval at that moment, as the API shows it.
     """
     rows = transaction.tuples(CHANGES, run=run_id, after=after, limit=CHANGES_AT_ONCE)
-    return [(event_id, json.loads(text)["data"]["approval"]) for event_id, text in rows]
+    return [(event_id, json.loads(body_of(*body))["data"]["approval"]) for event_id, *body in rows]

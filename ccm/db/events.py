@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ccm.db.driver.transaction import Transaction
+from ccm.db.event_bodies import body_of, columns_of
 from ccm.json_text import to_json_text
 from ccm.models import Event, Run
 from ccm.timestamps import timestamp
@@ -30,8 +31,7 @@ def insert(transaction: Transaction, type: str, run: Run, approval: Mapping[str,
     shown = {name: value for name, value in run.to_json().items() if name not in LEFT_OUT}
     data = {"run": shown} if approval is None else {"approval": approval, "run": shown}
     text = to_json_text({"type": type, "timestamp": now, "data": data})
-    row = {"type": type, "runId": run.id, "createdAt": now, "size": len(text), "eventJson": text}
-    transaction.insert("ccr_events", row)
+    transaction.insert("ccr_events", {"type": type, "runId": run.id, "createdAt": now, **columns_of(text)})
 
 
 def last_id(transaction: Transaction) -> int:
@@ -52,11 +52,15 @@ def sizes(transaction: Transaction, after: int, limit: int) -> list[tuple[int, i
 
 def read(transaction: Transaction, after: int, through: int) -> list[Event]:
     """Return the events after one and through another, in order."""
-    sql = 'SELECT id, type, "runId", "eventJson" FROM ccr_events WHERE id > :after AND id <= :through ORDER BY id'
-    return [Event(*row) for row in transaction.tuples(sql, after=after, through=through)]
+    sql = (
+        'SELECT id, type, "runId", "eventJson", compressed FROM ccr_events '
+        "WHERE id > :after AND id <= :through ORDER BY id"
+    )
+    rows = transaction.tuples(sql, after=after, through=through)
+    return [Event(event_id, kind, run_id, body_of(*body)) for event_id, kind, run_id, *body in rows]
 
 
 def find_text(transaction: Transaction, event_id: int) -> str | None:
     """Return the JSON text of an event, or None."""
-    text: str | None = transaction.value('SELECT "eventJson" FROM ccr_events WHERE id = :id', id=event_id)
-    return text
+    sql = 'SELECT "eventJson", compressed FROM ccr_events WHERE id = :id'
+    return next((body_of(*row) for row in transaction.tuples(sql, id=event_id)), None)

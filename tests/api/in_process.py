@@ -95,7 +95,7 @@ class InProcessClient(Client):
 
     def __init__(self, app: WSGIApplication, peer: str = LOOPBACK) -> None:
         super().__init__(ADDRESS)
-        self._app = app
+        self.app = app
         self._peer = peer
 
     def request(
@@ -117,7 +117,7 @@ class InProcessClient(Client):
     def send(self, method: str, target: str, headers: Iterable[tuple[str, str]], body: bytes = b"") -> Answer:
         """Send exactly these headers, of which several may have one name."""
         environ = environ_of(method, target, headers, body, self._peer)
-        chunks, status, answered = run_wsgi_app(self._app, environ, buffered=True)
+        chunks, status, answered = run_wsgi_app(self.app, environ, buffered=True)
         return Answer(int(status.split()[0]), dict(answered), b"".join(chunks))
 
 

@@ -23,6 +23,7 @@ from ccm.core.runs.transitions import RunTransitions
 from ccm.core.storage.notifier import APPROVALS, EVENTS, Notifier
 from ccm.core.storage.writer import Writer
 from ccm.core.webhooks.outbox import Outbox
+from ccm.db import events as feed
 from ccm.db import runs, sessions
 from ccm.db.driver.database import Database
 from ccm.db.driver.migrate import migrate
@@ -91,9 +92,8 @@ def stored(reader: Database) -> list[tuple[str, str]]:
 
 def events(reader: Database) -> list[tuple[str, str, int]]:
     """Return each event's type, with the approval's status and the run's number of pending approvals."""
-    stored_events = [
-        json.loads(row["eventJson"]) for row in reader.rows('SELECT "eventJson" FROM ccr_events ORDER BY id')
-    ]
+    with reader.transaction() as transaction:
+        stored_events = [json.loads(event.json) for event in feed.read(transaction, 0, feed.last_id(transaction))]
     return [
         (event["type"], event["data"]["approval"]["status"], event["data"]["run"]["pendingApprovals"])
         for event in stored_events

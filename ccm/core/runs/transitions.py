@@ -18,6 +18,7 @@ from ccm.core.approvals.transitions import ApprovalTransitions
 from ccm.core.run_log import RunLog
 from ccm.core.runs.request import Accepted, IfBusy, RunRequest
 from ccm.core.storage.notifier import APPROVALS, EVENTS
+from ccm.core.transcripts.copying import TranscriptEnd
 from ccm.core.webhooks.outbox import Outbox
 from ccm.db import messages, runs, sessions
 from ccm.db.driver.transaction import Transaction
@@ -285,13 +286,9 @@ class RunTransitions:
         """Return the ids of the runs that an earlier service left unfinished, in the order of their acceptance."""
         return runs.started_elsewhere(transaction, self._owner)
 
-    def recover(self, transaction: Transaction, run_id: str, transcript: Mapping[str, Any]) -> AfterCommit:
-        """End a run that an earlier service left unfinished.
-
-        Args:
-            transcript: the values of `hasTranscript` and `transcriptStored`.
-        """
-        return self.end(transaction, runs.get(transaction, run_id), {**runs.INTERRUPTED, **transcript})
+    def recover(self, transaction: Transaction, run_id: str, transcript: TranscriptEnd) -> AfterCommit:
+        """End a run that an earlier service left unfinished."""
+        return self.end(transaction, runs.get(transaction, run_id), {**runs.INTERRUPTED, **transcript(transaction)})
 
 
 def error_columns(code: str, message: str | None) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,37 @@ def ended(service: Service, run_id: str) -> Run:
 
 def code_of(run: Run) -> tuple[str, str | None]:
     return run.status, run.error_code
+
+
+# ---- commits
+
+
+def test_a_run_costs_one_commit_at_its_start_and_one_at_its_end(
+    service_for: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, project: Path, tmp_path: Path
+) -> None:
+    """Claude Code writes to its transcript even as it exits."""
+    service = service_for()
+    service.start()
+    settle = service._writer._settle
+    # The run's status after each commit, and how many messages and entries of its transcript are stored.
+    commits: list[tuple[str, int, int]] = []
+
+    def note(*settled: Any) -> None:
+        with closing(sqlite3.connect(tmp_path / "r.sqlite")) as database:
+            (state,) = database.execute(
+                "SELECT status, (SELECT COUNT(*) FROM ccr_run_messages), (SELECT COUNT(*) FROM ccr_transcript_entries)"
+                " FROM ccr_runs"
+            )
+        commits.append(state)
+        settle(*settled)
+
+    monkeypatch.setattr(service._writer, "_settle", note)
+    run = start(service, project, json.dumps({"late": "as it exits"}))
+    assert code_of(ended(service, run.id)) == ("completed", None)
+
+    assert commits[0] == ("running", 0, 0)
+    assert commits[-1] == ("completed", 2, 2)
+    assert all(status == "running" and before != (status, *now) for before, (status, *now) in pairwise(commits[:-1]))
 
 
 # ---- transcripts that cannot be read

@@ -202,7 +202,8 @@ class RunTransitions:
             self._approvals.expire_all(transaction, run)
             ended = runs.get(transaction, run.id)
             self._outbox.enqueue(transaction, RUN_ENDED[ended.status], ended)
-        return AfterCommit(changed=(run.id, run.session_id, EVENTS, *((APPROVALS,) if run.approvals else ())))
+        approvals = (APPROVALS,) if run.approvals else ()
+        return AfterCommit(changed=(run.id, run.session_id, *self._outbox.keys(run), *approvals))
 
     def cancel(self, transaction: Transaction, run: Run) -> AfterCommit:
         """End a waiting run; stop a started one after the commit."""
@@ -269,7 +270,8 @@ class RunTransitions:
         if run.mode != RunMode.FRESH and parent is None:
             message = "The run that this one continues left no transcript."
             return self.end(transaction, run, error_columns("SESSION_NOT_RESUMABLE", message))
-        return AfterCommit(starts=(self._make_start(transaction, run),), changed=(run.id, run.session_id, EVENTS))
+        changed = (run.id, run.session_id, *self._outbox.keys(run))
+        return AfterCommit(starts=(self._make_start(transaction, run),), changed=changed)
 
     def _make_start(self, transaction: Transaction, run: Run) -> Start:
         parent = None if run.parent_run_id is None else runs.get(transaction, run.parent_run_id)

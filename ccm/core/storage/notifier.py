@@ -15,6 +15,8 @@ T = TypeVar("T")
 
 # The key for events of any run.
 EVENTS = "events"
+# The key for deliveries that may be due.
+DELIVERIES = "deliveries"
 # The key for approvals of any run.
 APPROVALS = "approvals"
 # How often a waiting thread checks whether its client is still there (seconds).

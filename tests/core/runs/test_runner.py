@@ -19,6 +19,7 @@ import pytest
 from ccm.core.claude.reaper import Reaper
 from ccm.core.runs.request import RunRequest
 from ccm.core.service import Service
+from ccm.core.storage.notifier import DELIVERIES
 from ccm.core.webhooks.dispatcher import Dispatcher
 from ccm.models import Run, RunMode
 from ccm.settings.settings import Settings
@@ -104,6 +105,19 @@ def test_a_run_costs_one_commit_at_its_start_and_one_at_its_end(
     assert commits[0] == ("running", 0, 0)
     assert commits[-1] == ("completed", 2, 2)
     assert all(status == "running" and before != (status, *now) for before, (status, *now) in pairwise(commits[:-1]))
+
+
+@pytest.mark.parametrize("url", [None, "http://127.0.0.1:9/"])
+def test_only_runs_with_a_webhook_wake_the_dispatcher(
+    service_for: Callable[..., Service], project: Path, url: str | None
+) -> None:
+    service = service_for()
+    service.start()
+    request = RunRequest(mode=RunMode.FRESH, prompt="hello", run_fields={"webhookUrl": url})
+    with service.notifier.subscribe(DELIVERIES) as notified:
+        ended(service, service.runs.start(request, str(project)).run.id)
+
+        assert notified.is_set() == (url is not None)
 
 
 # ---- transcripts that cannot be read

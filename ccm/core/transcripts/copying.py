@@ -33,6 +33,8 @@ LOCAL_ONLY = "api-request"
 AGENT_METADATA = "agent_metadata"
 # How much of a file is stored at a time. The run's event loop does nothing else while it reads that.
 PART_BYTES = 2**20
+# A main file that has gained less than this at a result is copied later: that saves most runs a commit.
+LATER_BYTES = 2**16
 # A longer line is not Claude Code's: a file that has lost its blocks, or that an agent has extended, is one long line.
 MAX_LINE_BYTES = 2**27
 NON_ASCII = re.compile("[^\0-\x7f]")
@@ -91,15 +93,24 @@ class TranscriptCopy:
         self._environ = environ
         self._compare = stored_before
         self._places: dict[TranscriptKey, _Place] = {}
+        # Whether the last copy was left to the next one, or to the end of the run.
+        self._postponed = False
         # The main file. It stays open: if it is deleted during the run, what it has can still be read.
         self._main: BufferedReader | None = None
         self._main_key = TranscriptKey(run.sdk_session_id, "")
         # A write that has not been waited for, with its place. It stays if the run's event loop ends before.
         self._pending: tuple[_Place, Future[int]] | None = None
 
-    async def copy(self) -> None:
-        """Store what the files have gained, in the run's event loop. A failure is logged; `finish` then tries again."""
+    async def copy(self, at_result: bool) -> None:
+        """Store what the files have gained, in the run's event loop. A failure is logged; `finish` then tries again.
+
+        Args:
+            at_result: the run may be about to end. What little the main file has gained is then left to the next copy.
+        """
         try:
+            self._postponed = at_result and not self._postponed and self._gained() < LATER_BYTES
+            if self._postponed:
+                return
             for place, write in self._steps():
                 self._pending = place, self._store.submit(write)
                 await result_of(self._pending[1])
@@ -112,6 +123,12 @@ class TranscriptCopy:
                 error,
                 event="transcript_copy_failed",
             )
+
+    def _gained(self) -> int:
+        """Return the bytes of the main file that have not been read."""
+        path = find_transcript(self._run.cwd, self._run.sdk_session_id, self._environ)
+        place = self._places.get(self._main_key)
+        return (0 if path is None else path.stat().st_size) - (0 if place is None else place.offset)
 
     def finish(self) -> TranscriptEnd:
         """Store the rest after the end of the run, except for the last part, which its end stores.

@@ -40,7 +40,7 @@ class Copied:
             stream.writelines(line if isinstance(line, str) else f"{json.dumps(line)}\n" for line in lines)
 
     def update(self) -> None:
-        asyncio.run(self.copy.copy())
+        asyncio.run(self.copy.copy(at_result=False))
 
     def finish(self) -> dict[str, Any]:
         """End the run, and return the columns that its end stores."""
@@ -73,6 +73,23 @@ def test_each_copy_reads_what_is_new(copied: Copied, monkeypatch: pytest.MonkeyP
     assert copied.finish() == WHOLE
     assert copied.stored() == LINES[:4]
     assert [json.loads(line) for line in read] == LINES[:4]
+
+
+def test_little_waits_at_a_result_for_the_next_copy_or_the_end(copied: Copied) -> None:
+    copied.write(LINES[0])
+    asyncio.run(copied.copy.copy(at_result=True))
+    assert copied.stored() == []
+    asyncio.run(copied.copy.copy(at_result=True))
+    assert copied.stored() == LINES[:1]
+    copied.write({**LINES[1], "text": "x" * copying.LATER_BYTES})
+    asyncio.run(copied.copy.copy(at_result=True))
+    assert len(copied.stored()) == 2
+    copied.write(LINES[2])
+    asyncio.run(copied.copy.copy(at_result=True))
+
+    assert len(copied.stored()) == 2
+    assert copied.finish() == WHOLE
+    assert len(copied.stored()) == 3
 
 
 def test_a_line_is_stored_when_it_is_complete(copied: Copied) -> None:
@@ -210,7 +227,7 @@ def test_a_copy_that_the_end_of_the_run_interrupts_is_continued(copied: Copied, 
         gate.wait()
 
     async def interrupted() -> None:
-        task = asyncio.create_task(copied.copy.copy())
+        task = asyncio.create_task(copied.copy.copy(at_result=False))
         await asyncio.sleep(0)
         task.cancel()
 

@@ -17,7 +17,7 @@ from typing import Any
 from ccm.core.approvals.transitions import ApprovalTransitions
 from ccm.core.run_log import RunLog
 from ccm.core.runs.request import Accepted, IfBusy, RunRequest
-from ccm.core.storage.notifier import APPROVALS, EVENTS
+from ccm.core.storage.notifier import APPROVALS, EVENTS, end_of
 from ccm.core.transcripts.copying import TranscriptEnd
 from ccm.core.webhooks.outbox import Outbox
 from ccm.db import messages, runs, sessions
@@ -191,7 +191,7 @@ class RunTransitions:
     ) -> AfterCommit:
         """End a run in error without reading its row or its session, because their content may be the fault."""
         runs.end_row_only(transaction, run_id, code, message)
-        return AfterCommit(changed=(run_id, EVENTS))
+        return AfterCommit(changed=(run_id, end_of(run_id), EVENTS))
 
     def end(self, transaction: Transaction, run: Run, values: Mapping[str, Any]) -> AfterCommit:
         """Store the final state of a run unless it has ended, and update its session, approvals and events."""
@@ -203,7 +203,7 @@ class RunTransitions:
             ended = runs.get(transaction, run.id)
             self._outbox.enqueue(transaction, RUN_ENDED[ended.status], ended)
         approvals = (APPROVALS,) if run.approvals else ()
-        return AfterCommit(changed=(run.id, run.session_id, *self._outbox.keys(run), *approvals))
+        return AfterCommit(changed=(run.id, end_of(run.id), run.session_id, *self._outbox.keys(run), *approvals))
 
     def cancel(self, transaction: Transaction, run: Run) -> AfterCommit:
         """End a waiting run; stop a started one after the commit."""

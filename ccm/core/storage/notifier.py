@@ -25,6 +25,11 @@ POLL_INTERVAL = 0.5
 RELY_INTERVAL = 5.0
 
 
+def end_of(run_id: str) -> str:
+    """Return the key for the end of a run: who waits only for that need not wake for each of its messages."""
+    return f"end of {run_id}"
+
+
 class Notifier:
     """Wakes subscribers by key: the id of a run or a session, or one of the keys above.
 

@@ -18,7 +18,7 @@ import pytest
 from ccm.core.claude.reaper import Reaper
 from ccm.core.runs.request import RunRequest
 from ccm.core.service import Service
-from ccm.core.storage.notifier import DELIVERIES
+from ccm.core.storage.notifier import DELIVERIES, end_of
 from ccm.core.webhooks.dispatcher import Dispatcher
 from ccm.models import Run, RunMode
 from ccm.settings.settings import Settings
@@ -66,7 +66,7 @@ def ended(service: Service, run_id: str) -> Run:
         run = service.queries.run(run_id)
         return run if run.ended else None
 
-    run = service.notifier.wait(run_id, 60, look, lambda: False)
+    run = service.notifier.wait(end_of(run_id), 60, look, lambda: False)
     assert run is not None, "the run has not ended"
     return run
 

@@ -1,4 +1,4 @@
-"""Benchmarks of the service against the libraries it is built on: `python -m tests.bench [--quick] [NAME ...]`.
+"""Benchmarks of the service against the libraries it is built on: `python -m tests.bench [--quick] [--only NAME]`.
 
 Each measure is paired: both sides run in turn on the same machine, and the medians and their ratio are printed. A
 stand-in CLI that answers at once (tests/stand_in_cli.py) removes the real CLI's half second and its noise; the real CLI
@@ -403,13 +403,19 @@ def read_response(connection: socket.socket) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and less data, as a check that it works")
-    parser.add_argument("names", nargs="*", help="only these measures, such as trivial_run")
+    names = [name.removeprefix("measure_") for name in vars(Bench) if name.startswith("measure_")]
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=names,
+        metavar="NAME",
+        help=f"only this measure; may be repeated: {', '.join(names)}",
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ccm-bench-") as folder, MessagesAPI() as api:
         bench = Bench(Path(folder), arguments.quick, api)
-        for name in [name for name in dir(bench) if name.startswith("measure_")]:
-            if not arguments.names or name.removeprefix("measure_") in arguments.names:
-                getattr(bench, name)()
+        for name in arguments.only or names:
+            getattr(bench, f"measure_{name}")()
 
 
 if __name__ == "__main__":

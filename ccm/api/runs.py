@@ -24,6 +24,7 @@ from ccm.core.policy import workdir
 from ccm.core.policy.permitted_options import check_options, check_webhook
 from ccm.core.runs.input import TakenIn
 from ccm.core.runs.request import Accepted, RunRequest
+from ccm.core.storage.notifier import end_of
 from ccm.errors import RunAlreadyEnded, StillEnding, Unavailable
 from ccm.models import Delivery, Run, RunMode, RunStatus
 from ccm.models.fields import RESERVED_RUN_IDS
@@ -110,7 +111,7 @@ def cancel(run_id: str) -> Response:
     """Cancel a run."""
     run = service().runs.cancel(run_id)
     if not run.ended:
-        run = service().notifier.wait(run.id, CANCEL_TIMEOUT, lambda: _ended(run_id), lambda: False) or run
+        run = service().notifier.wait(end_of(run.id), CANCEL_TIMEOUT, lambda: _ended(run_id), lambda: False) or run
     if not run.ended:
         raise StillEnding(f"Run {run_id} is stopping and has not ended yet; ask again.")
     if run.status != RunStatus.CANCELLED:
@@ -209,4 +210,4 @@ def _ended(run_id: str) -> Run | None:
 def _wait_for_end(run: Run, seconds: float) -> Run:
     if run.ended or not seconds:
         return run
-    return wait_until(run.id, seconds, lambda: _ended(run.id)) or service().queries.run(run.id)
+    return wait_until(end_of(run.id), seconds, lambda: _ended(run.id)) or service().queries.run(run.id)

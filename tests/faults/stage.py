@@ -22,6 +22,7 @@ from typing import Any, Generic, TypeVar
 from ccm.core.claude.processes import marked
 from ccm.core.runs.request import Accepted, RunRequest
 from ccm.core.service import Service
+from ccm.core.storage.notifier import end_of
 from ccm.models import Run, RunMode
 from ccm.settings.settings import Settings
 from tests.faults.probes import Injected, Probes
@@ -174,7 +175,9 @@ class Stage:
 
         def wait() -> Run | None:
             with self.probes.hidden():
-                return self.service.notifier.wait(run.id, 600, lambda: self._ended(run.id), lambda: self._clients_left)
+                return self.service.notifier.wait(
+                    end_of(run.id), 600, lambda: self._ended(run.id), lambda: self._clients_left
+                )
 
         self._waiters[run.id] = Call(wait, "client: waits for a run")
         self._clients.append(self._waiters[run.id])

@@ -15,7 +15,7 @@ from functools import partial
 
 from ccm.core.approvals.transitions import ApprovalTransitions
 from ccm.core.run_log import RunLog
-from ccm.core.storage.notifier import APPROVALS, EVENTS, Notifier
+from ccm.core.storage.notifier import APPROVALS, DELIVERIES, EVENTS, Notifier
 from ccm.core.storage.run_loop import result_of
 from ccm.core.storage.writer import Writer
 from ccm.db import approvals
@@ -174,7 +174,7 @@ class Approvals:
         try:
             self._resolve_waiter(approval)
         finally:
-            self._notifier.notify((approval.run_id, approval.session_id, EVENTS, APPROVALS))
+            self._notifier.notify((approval.run_id, approval.session_id, EVENTS, DELIVERIES, APPROVALS))
 
     def _resolve_waiter(self, approval: Approval) -> None:
         waiter = self._waiters.get(approval.id)

@@ -262,7 +262,7 @@ class Execution:
             self._fail("TIMEOUT", self._time_limit.message)
 
     async def _copy_transcript(self) -> None:
-        """Copy the transcript after each result, while Claude Code waits or exits, and from time to time in between.
+        """Copy the transcript from time to time, and at a result, while Claude Code waits or exits.
 
         What it writes after the last copy is copied after the end of the run.
         """
@@ -271,10 +271,11 @@ class Execution:
         delay = FIRST_COPY_DELAY
         while not self._events.stream_ended.is_set():
             await first(self._events.result, self._events.stream_ended, within=delay)
+            at_result = self._events.result.is_set()
             self._events.result.clear()
             delay = min(2 * delay, COPY_INTERVAL)
             if not self._events.stream_ended.is_set():
-                await self._transcript.copy()
+                await self._transcript.copy(at_result)
 
     async def _disconnect(self, client: Client) -> None:
         try:

@@ -18,8 +18,8 @@ Ask = Callable[[Question], Awaitable[Answer]]
 class Transcript(Protocol):
     """The copy of one run's transcript (core/transcripts/copying.py)."""
 
-    async def copy(self) -> None:
-        """Copy what Claude Code has written since the last copy. A failure is logged."""
+    async def copy(self, at_result: bool) -> None:
+        """Copy what Claude Code has written since the last copy; at a result it may wait. A failure is logged."""
 
 
 @dataclass(frozen=True)

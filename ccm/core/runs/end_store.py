@@ -12,6 +12,7 @@ from ccm.core.claude.outcome import Outcome
 from ccm.core.problems import Problems
 from ccm.core.runs.transitions import UNSTORABLE, AfterCommit, RunTransitions, error_columns
 from ccm.core.storage.writer import Writer
+from ccm.core.transcripts.copying import TranscriptEnd
 from ccm.db.driver.transaction import Transaction
 from ccm.errors import ShuttingDown, Unavailable
 from ccm.json_text import storable, to_json_text
@@ -47,8 +48,11 @@ class EndStore:
         """Stop retrying. Idempotent, from any thread."""
         self._given_up.set()
 
-    def store(self, run: Run, values: Mapping[str, Any]) -> bool:
+    def store(self, run: Run, values: Mapping[str, Any], transcript: TranscriptEnd) -> bool:
         """Store the end of a run and wait until it is committed, however long that takes.
+
+        Args:
+            transcript: stores the rest of its transcript with it.
 
         Returns:
             False if the service gives up before.
@@ -65,9 +69,10 @@ class EndStore:
         key = f"run {run.id}"
         refused = 0
         while True:
-            end = self._end if refused < FULL_END_ATTEMPTS else self._end_row_only
+            full = partial(self._end, run, values, transcript)
+            end = full if refused < FULL_END_ATTEMPTS else partial(self._end_row_only, run)
             try:
-                self._writer.submit(partial(end, run, values), perform).future.result()
+                self._writer.submit(end, perform).future.result()
             except Exception as error:
                 self._problems.report(key, UNSTORED, error)
                 # Unavailable storage is no reason to give up the full end: nothing is wrong with the end itself.
@@ -101,24 +106,33 @@ class EndStore:
                 self._writer.call_later(pause, lambda: self.submit(run, values, settled, failed_attempts + 1))
 
         key = f"run {run.id}"
-        end = self._end if failed_attempts < FULL_END_ATTEMPTS else self._end_row_only
+        full = partial(self._end, run, values, no_transcript)
+        end = full if failed_attempts < FULL_END_ATTEMPTS else partial(self._end_row_only, run)
         try:
-            self._writer.submit(partial(end, run, values), self._perform).future.add_done_callback(check)
+            self._writer.submit(end, self._perform).future.add_done_callback(check)
         except Unavailable:
             settled(run.id)
 
-    def _end(self, run: Run, values: Mapping[str, Any], transaction: Transaction) -> AfterCommit:
+    def _end(
+        self, run: Run, values: Mapping[str, Any], transcript: TranscriptEnd, transaction: Transaction
+    ) -> AfterCommit:
         """End a run and decide which starts next. A run of which a message was refused ends in error."""
         refusal = self._writer.broken.get(run.id)
         if refusal is not None:
             message = storable(f"A message of this run cannot be stored: {refusal}.")
             values = {**values, **error_columns("EXECUTION_ERROR", message)}
+        values = {**values, **transcript(transaction)}
         return self._transitions.end_or_fail(transaction, run, values) | self._transitions.dispatch(transaction)
 
-    def _end_row_only(self, run: Run, _values: Mapping[str, Any], transaction: Transaction) -> AfterCommit:
+    def _end_row_only(self, run: Run, transaction: Transaction) -> AfterCommit:
         """End only the row of a run, because `_end` has failed. Which run starts next is decided separately."""
         ended = self._transitions.end_row_only(transaction, run.id, UNSTORABLE)
         return ended | AfterCommit(changed=(run.session_id,), dispatch_failed=True)
+
+
+def no_transcript(_transaction: Transaction) -> dict[str, Any]:
+    """End the transcript of a run of which none was copied: there is nothing to store."""
+    return {}
 
 
 def columns(outcome: Outcome) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ccm.core.claude.input_queue import FollowUp
 from ccm.core.claude.outcome import Outcome, fault
@@ -24,12 +24,13 @@ from ccm.core.claude.processes import end_marked
 from ccm.core.claude.reaper import Reaper
 from ccm.core.problems import Problems
 from ccm.core.run_log import RunLog
-from ccm.core.runs.end_store import FIRST_DELAY, MAX_DELAY, EndStore, columns, columns_of_fault
+from ccm.core.runs.end_store import FIRST_DELAY, MAX_DELAY, EndStore, columns, columns_of_fault, no_transcript
 from ccm.core.runs.ongoing_run import OngoingRun
 from ccm.core.runs.preparation import Preparation
 from ccm.core.runs.transitions import AfterCommit, RunTransitions, Start
 from ccm.core.storage.notifier import Notifier
 from ccm.core.storage.writer import Writer
+from ccm.core.transcripts.copying import TranscriptEnd
 from ccm.core.transcripts.files import TranscriptFiles
 from ccm.core.worker_pool import WorkerPool
 from ccm.db.driver.transaction import Transaction
@@ -259,14 +260,14 @@ class Runner:
         log.info(
             "run %s started: %s in session %s", run.id, run.mode, run.session_id, extra={"event": "run_started", **ids}
         )
-        transcript: dict[str, Any] = {}
+        transcript: TranscriptEnd = no_transcript
         try:
             outcome, transcript = self._execute(start, ongoing)
-            values = columns(outcome) | transcript
+            values = columns(outcome)
         except BaseException as error:
             RunLog(log, run.id).exception("failed because of a fault", event="run_failed", extra=ids)
-            values = columns_of_fault(error) | transcript
-        if not self._ends.store(run, values):
+            values = columns_of_fault(error)
+        if not self._ends.store(run, values, transcript):
             # The run stays in `_ongoing`, so that it does not begin again.
             RunLog(log, run.id).error(
                 "its end is not stored; the next start reports it as INTERRUPTED", event="run_end_lost", extra=ids
@@ -283,11 +284,11 @@ class Runner:
             extra={"event": "run_ended", **ids},
         )
 
-    def _execute(self, start: Start, ongoing: OngoingRun) -> tuple[Outcome, dict[str, Any]]:
+    def _execute(self, start: Start, ongoing: OngoingRun) -> tuple[Outcome, TranscriptEnd]:
         """Run Claude Code and end its processes.
 
         Returns:
-            How the run ended, and the values of `hasTranscript` and `transcriptStored`.
+            How the run ended, and what stores the rest of its transcript.
         """
         run = start.run
         transcript = self._transcripts.begin_copy(run)

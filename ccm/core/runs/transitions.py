@@ -17,7 +17,8 @@ from typing import Any
 from ccm.core.approvals.transitions import ApprovalTransitions
 from ccm.core.run_log import RunLog
 from ccm.core.runs.request import Accepted, IfBusy, RunRequest
-from ccm.core.storage.notifier import APPROVALS, EVENTS
+from ccm.core.storage.notifier import APPROVALS, EVENTS, end_of
+from ccm.core.transcripts.copying import TranscriptEnd
 from ccm.core.webhooks.outbox import Outbox
 from ccm.db import messages, runs, sessions
 from ccm.db.driver.transaction import Transaction
@@ -190,7 +191,7 @@ class RunTransitions:
     ) -> AfterCommit:
         """End a run in error without reading its row or its session, because their content may be the fault."""
         runs.end_row_only(transaction, run_id, code, message)
-        return AfterCommit(changed=(run_id, EVENTS))
+        return AfterCommit(changed=(run_id, end_of(run_id), EVENTS))
 
     def end(self, transaction: Transaction, run: Run, values: Mapping[str, Any]) -> AfterCommit:
         """Store the final state of a run unless it has ended, and update its session, approvals and events."""
@@ -201,7 +202,8 @@ class RunTransitions:
             self._approvals.expire_all(transaction, run)
             ended = runs.get(transaction, run.id)
             self._outbox.enqueue(transaction, RUN_ENDED[ended.status], ended)
-        return AfterCommit(changed=(run.id, run.session_id, EVENTS, *((APPROVALS,) if run.approvals else ())))
+        approvals = (APPROVALS,) if run.approvals else ()
+        return AfterCommit(changed=(run.id, end_of(run.id), run.session_id, *self._outbox.keys(run), *approvals))
 
     def cancel(self, transaction: Transaction, run: Run) -> AfterCommit:
         """End a waiting run; stop a started one after the commit."""
@@ -268,7 +270,8 @@ class RunTransitions:
         if run.mode != RunMode.FRESH and parent is None:
             message = "The run that this one continues left no transcript."
             return self.end(transaction, run, error_columns("SESSION_NOT_RESUMABLE", message))
-        return AfterCommit(starts=(self._make_start(transaction, run),), changed=(run.id, run.session_id, EVENTS))
+        changed = (run.id, run.session_id, *self._outbox.keys(run))
+        return AfterCommit(starts=(self._make_start(transaction, run),), changed=changed)
 
     def _make_start(self, transaction: Transaction, run: Run) -> Start:
         parent = None if run.parent_run_id is None else runs.get(transaction, run.parent_run_id)
@@ -285,13 +288,9 @@ class RunTransitions:
         """Return the ids of the runs that an earlier service left unfinished, in the order of their acceptance."""
         return runs.started_elsewhere(transaction, self._owner)
 
-    def recover(self, transaction: Transaction, run_id: str, transcript: Mapping[str, Any]) -> AfterCommit:
-        """End a run that an earlier service left unfinished.
-
-        Args:
-            transcript: the values of `hasTranscript` and `transcriptStored`.
-        """
-        return self.end(transaction, runs.get(transaction, run_id), {**runs.INTERRUPTED, **transcript})
+    def recover(self, transaction: Transaction, run_id: str, transcript: TranscriptEnd) -> AfterCommit:
+        """End a run that an earlier service left unfinished."""
+        return self.end(transaction, runs.get(transaction, run_id), {**runs.INTERRUPTED, **transcript(transaction)})
 
 
 def error_columns(code: str, message: str | None) -> dict[str, Any]:

@@ -15,12 +15,19 @@ T = TypeVar("T")
 
 # The key for events of any run.
 EVENTS = "events"
+# The key for deliveries that may be due.
+DELIVERIES = "deliveries"
 # The key for approvals of any run.
 APPROVALS = "approvals"
 # How often a waiting thread checks whether its client is still there (seconds).
 POLL_INTERVAL = 0.5
 # How long it relies on notifications (seconds): if a fault prevents one, the client would otherwise wait forever.
 RELY_INTERVAL = 5.0
+
+
+def end_of(run_id: str) -> str:
+    """Return the key for the end of a run: who waits only for that need not wake for each of its messages."""
+    return f"end of {run_id}"
 
 
 class Notifier:

@@ -7,9 +7,10 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from ccm.core.claude.locations import find_transcript
 from ccm.core.claude.regular_file import open_regular
 from ccm.core.run_log import RunLog
 from ccm.core.storage.run_loop import result_of
-from ccm.core.transcripts.store import TranscriptStore
+from ccm.core.transcripts.store import TranscriptStore, extend, merge
+from ccm.db.driver.transaction import Transaction
 from ccm.db.transcripts import Entry, TranscriptKey
+from ccm.errors import StorageDown
 from ccm.models import Run
 
 log = logging.getLogger(__name__)
@@ -30,9 +33,15 @@ LOCAL_ONLY = "api-request"
 AGENT_METADATA = "agent_metadata"
 # How much of a file is stored at a time. The run's event loop does nothing else while it reads that.
 PART_BYTES = 2**20
+# A main file that has gained less than this at a result is copied later: that saves most runs a commit.
+LATER_BYTES = 2**16
 # A longer line is not Claude Code's: a file that has lost its blocks, or that an agent has extended, is one long line.
 MAX_LINE_BYTES = 2**27
 NON_ASCII = re.compile("[^\0-\x7f]")
+
+# Stores the rest of a transcript in the transaction that ends its run. Returns the run's columns `hasTranscript` and
+# `transcriptStored`.
+TranscriptEnd = Callable[[Transaction], dict[str, Any]]
 
 
 @dataclass
@@ -59,6 +68,12 @@ class _Place:
         return self.offset == 0 or file.read(1) == b"\n"
 
 
+# Stores a part of a file in a transaction of the writer. Returns the new length of its transcript.
+Write = Callable[[Transaction], int]
+# A part of a file: its place and its write.
+Step = tuple[_Place, Write]
+
+
 class TranscriptCopy:
     """The stored copy of one run's transcript. For one thread at a time.
 
@@ -78,17 +93,28 @@ class TranscriptCopy:
         self._environ = environ
         self._compare = stored_before
         self._places: dict[TranscriptKey, _Place] = {}
+        # Whether the last copy was left to the next one, or to the end of the run.
+        self._postponed = False
         # The main file. It stays open: if it is deleted during the run, what it has can still be read.
         self._main: BufferedReader | None = None
         self._main_key = TranscriptKey(run.sdk_session_id, "")
-        # A write that nothing has waited for, because the run's event loop ended before.
-        self._pending: Future[int] | None = None
+        # A write that has not been waited for, with its place. It stays if the run's event loop ends before.
+        self._pending: tuple[_Place, Future[int]] | None = None
 
-    async def copy(self) -> None:
-        """Store what the files have gained, in the run's event loop. A failure is logged; `finish` then tries again."""
+    async def copy(self, at_result: bool) -> None:
+        """Store what the files have gained, in the run's event loop. A failure is logged; `finish` then tries again.
+
+        Args:
+            at_result: the run may be about to end. What little the main file has gained is then left to the next copy.
+        """
         try:
-            for write in self._steps():
-                await result_of(write)
+            self._postponed = at_result and not self._postponed and self._gained() < LATER_BYTES
+            if self._postponed:
+                return
+            for place, write in self._steps():
+                self._pending = place, self._store.submit(write)
+                await result_of(self._pending[1])
+                self._complete_pending()
         except Exception as error:
             self._start_over()
             self._log.warning(
@@ -98,39 +124,71 @@ class TranscriptCopy:
                 event="transcript_copy_failed",
             )
 
-    def finish(self) -> dict[str, Any]:
-        """Store the rest after the end of the run. No fault here may prevent the run's end from being stored.
+    def _gained(self) -> int:
+        """Return the bytes of the main file that have not been read."""
+        path = find_transcript(self._run.cwd, self._run.sdk_session_id, self._environ)
+        place = self._places.get(self._main_key)
+        return (0 if path is None else path.stat().st_size) - (0 if place is None else place.offset)
 
-        Returns:
-            The run's columns `hasTranscript` and `transcriptStored`.
+    def finish(self) -> TranscriptEnd:
+        """Store the rest after the end of the run, except for the last part, which its end stores.
+
+        No fault in it may prevent the run's end from being stored.
         """
+        last: Write | None = None
         try:
-            stored = self._copy_rest()
-            here = stored
+            last = self._copy_rest()
+            main = self._places.get(self._main_key)
+            here = stored = main is not None and main.length > 0
             if not stored:
                 # Without a file, what is stored already is all there is.
                 stored = any(not key.subpath for key in self._store.of_session(self._run.sdk_session_id))
         except Exception as error:
-            self._log.warning(
-                "its transcript is not stored: %s: %s", type(error).__name__, error, event="transcript_store_failed"
-            )
+            self._log_unstored(error)
             here, stored = self._main is not None, False
         finally:
             if self._main is not None:
                 self._main.close()
-        return {"hasTranscript": int(here or stored), "transcriptStored": int(stored)}
+        return partial(self._store_last, last, here or stored, stored)
 
-    def _copy_rest(self) -> bool:
-        """Store what the files have gained. Return whether the main file has any entries."""
+    def _store_last(self, last: Write | None, here: bool, stored: bool, transaction: Transaction) -> dict[str, Any]:
         try:
-            for write in self._steps():
-                write.result()
+            if last is not None:
+                with transaction.savepoint():
+                    last(transaction)
+        except StorageDown:
+            raise
+        except Exception as error:
+            self._log_unstored(error)
+            stored = False
+        return {"hasTranscript": int(here), "transcriptStored": int(stored)}
+
+    def _log_unstored(self, error: Exception) -> None:
+        self._log.warning(
+            "its transcript is not stored: %s: %s", type(error).__name__, error, event="transcript_store_failed"
+        )
+
+    def _copy_rest(self) -> Write | None:
+        """Store what the files have gained, except for the last write, which is returned."""
+        last: Write | None = None
+        try:
+            self._complete_pending()
+            for _, write in self._steps():
+                if last is not None:
+                    self._store.submit(last).result()
+                last = write
         except Exception:
             if self._compare:
                 raise
             self._start_over()  # an earlier write may be the one that failed
             return self._copy_rest()
-        return self._main_key in self._places and self._places[self._main_key].length > 0
+        return last
+
+    def _complete_pending(self) -> None:
+        if self._pending is not None:
+            place, write = self._pending
+            place.length = write.result()
+            self._pending = None
 
     def _start_over(self) -> None:
         """After a failure: compare each file with what is stored when it is next copied."""
@@ -138,10 +196,8 @@ class TranscriptCopy:
         self._pending = None
         self._compare = True
 
-    def _steps(self) -> Iterator[Future[int]]:
-        """Read what the files have gained, part by part. Yields the write of each; the next step needs its result."""
-        if self._pending is not None:
-            yield from self._wait_for(self._pending)
+    def _steps(self) -> Iterator[Step]:
+        """Read what the files have gained, part by part. The writes must be done in this order."""
         path, latest = self._open_main()
         if path is not None and latest is not None:
             if self._main is not None:
@@ -154,7 +210,7 @@ class TranscriptCopy:
         if path is not None:
             yield from self._copy_subagents(path.parent / self._run.sdk_session_id)
 
-    def _copy_subagents(self, folder: Path) -> Iterator[Future[int]]:
+    def _copy_subagents(self, folder: Path) -> Iterator[Step]:
         for path in sorted(folder.rglob("*.jsonl")):
             key = self._main_key._replace(subpath=path.relative_to(folder).with_suffix("").as_posix())
             with open_regular(path) as file:
@@ -169,9 +225,7 @@ class TranscriptCopy:
             self._log.warning("its transcript cannot be read: %s", error, event="transcript_unreadable")
             return None, None
 
-    def _copy_file(
-        self, key: TranscriptKey, file: BufferedReader, metadata: Entry | None = None
-    ) -> Iterator[Future[int]]:
+    def _copy_file(self, key: TranscriptKey, file: BufferedReader, metadata: Entry | None = None) -> Iterator[Step]:
         place = self._places.get(key)
         if place is None and not self._compare:
             place = self._places[key] = _Place(_identity(file))
@@ -185,26 +239,21 @@ class TranscriptCopy:
             place.offset = offset
             yield from self._extend(key, place, entries)
 
-    def _extend(self, key: TranscriptKey, place: _Place, entries: list[Entry]) -> Iterator[Future[int]]:
+    def _extend(self, key: TranscriptKey, place: _Place, entries: list[Entry]) -> Iterator[Step]:
         if entries:
-            write = self._store.extend(key, place.length, entries)
+            write = partial(extend, key=key, length=place.length, entries=entries)
             place.length += len(entries)
-            yield from self._wait_for(write)
+            yield place, write
 
-    def _merge(self, key: TranscriptKey, file: BufferedReader, metadata: Entry | None) -> Iterator[Future[int]]:
+    def _merge(self, key: TranscriptKey, file: BufferedReader, metadata: Entry | None) -> Iterator[Step]:
         """Copy a whole file, of which the database may have a part."""
         parts = list(_parts(file, 0))
         entries = [] if metadata is None else [metadata]
         entries += [entry for part, _ in parts for entry in part]
         if entries:
-            write = self._store.merge(key, entries)
-            yield from self._wait_for(write)
-            self._places[key] = _Place(_identity(file), parts[-1][1] if parts else 0, write.result(), metadata)
-
-    def _wait_for(self, write: Future[int]) -> Iterator[Future[int]]:
-        self._pending = write
-        yield write
-        self._pending = None
+            offset = parts[-1][1] if parts else 0
+            place = self._places[key] = _Place(_identity(file), offset, len(entries), metadata)
+            yield place, partial(merge, key=key, entries=entries)
 
 
 def _identity(file: BufferedReader) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from weakref import WeakValueDictionary
 
 from ccm.core.claude.locations import find_transcript, transcript_path
 from ccm.core.claude.regular_file import open_regular
-from ccm.core.transcripts.copying import AGENT_METADATA, TranscriptCopy, metadata_file
+from ccm.core.transcripts.copying import AGENT_METADATA, TranscriptCopy, TranscriptEnd, metadata_file
 from ccm.core.transcripts.store import TranscriptStore
 from ccm.db.transcripts import TranscriptKey, is_inside
 from ccm.models import Run
@@ -49,8 +49,8 @@ class TranscriptFiles:
         """Return the copy of the transcript of a run that is about to begin."""
         return TranscriptCopy(run, self._store, self._agent_environ(run.options.value))
 
-    def complete_copy(self, run: Run) -> dict[str, Any]:
-        """Complete the copy of a run whose service has died. Returns `hasTranscript` and `transcriptStored`."""
+    def complete_copy(self, run: Run) -> TranscriptEnd:
+        """Complete the copy of a run whose service has died."""
         environ = self._agent_environ(run.options.value)
         return TranscriptCopy(run, self._store, environ, stored_before=True).finish()
 

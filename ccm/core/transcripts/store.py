@@ -20,46 +20,45 @@ T = TypeVar("T")
 CHUNK_ENTRIES = 200
 
 
+def extend(transaction: Transaction, key: TranscriptKey, length: int, entries: Sequence[Entry]) -> int:
+    """Append entries to a transcript of `length` entries, none of which it has. Returns its new length.
+
+    Raises:
+        StorageRejected: the transcript has fewer entries.
+    """
+    before = transcripts.length(transaction, key)
+    if before < length:
+        raise StorageRejected("the entries before these were not stored")
+    if before == length:  # else the previous attempt was committed after all
+        transcripts.extend(transaction, key, length, entries)
+    return length + len(entries)
+
+
+def merge(transaction: Transaction, key: TranscriptKey, entries: Sequence[Entry]) -> int:
+    """Merge all entries of a file into its transcript, of which a part may be stored. Returns its new length.
+
+    A file that contains every stored entry replaces the stored transcript. From any other file only new entries are
+    appended, because the file may be truncated.
+    """
+    has_all = {entry.uuid for entry in entries}.issuperset(transcripts.uuids(transaction, key))
+    (transcripts.replace if has_all else transcripts.append)(transaction, key, entries)
+    return transcripts.length(transaction, key)
+
+
 class TranscriptStore:
-    """Stores transcripts and reads them back. The futures complete when a write is committed, with the new length."""
+    """Stores transcripts and reads them back."""
 
     def __init__(self, writer: Writer, database: Database) -> None:
         self._writer = writer
         self._database = database
 
-    def extend(self, key: TranscriptKey, length: int, entries: Sequence[Entry]) -> Future[int]:
-        """Append entries to a transcript of `length` entries, none of which it has.
+    def submit(self, write: Callable[[Transaction], T]) -> Future[T]:
+        """Queue a write. The future completes when it is committed.
 
         Raises:
             ShuttingDown: nothing is stored.
         """
-
-        def work(transaction: Transaction) -> int:
-            before = transcripts.length(transaction, key)
-            if before < length:
-                raise StorageRejected("the entries before these were not stored")
-            if before == length:  # else the previous attempt was committed after all
-                transcripts.extend(transaction, key, length, entries)
-            return length + len(entries)
-
-        return self._writer.submit(work).future
-
-    def merge(self, key: TranscriptKey, entries: Sequence[Entry]) -> Future[int]:
-        """Merge all entries of a file into its transcript, of which a part may be stored.
-
-        A file that contains every stored entry replaces the stored transcript. From any other file only new entries are
-        appended, because the file may be truncated.
-
-        Raises:
-            ShuttingDown: nothing is stored.
-        """
-
-        def work(transaction: Transaction) -> int:
-            has_all = {entry.uuid for entry in entries}.issuperset(transcripts.uuids(transaction, key))
-            (transcripts.replace if has_all else transcripts.append)(transaction, key, entries)
-            return transcripts.length(transaction, key)
-
-        return self._writer.submit(work).future
+        return self._writer.submit(write).future
 
     def texts(self, key: TranscriptKey) -> Iterator[str]:
         """Yield the JSON texts of a transcript's entries, in order. They are read in chunks.

@@ -14,7 +14,7 @@ from datetime import datetime
 from functools import partial
 
 from ccm.core.problems import Problems
-from ccm.core.storage.notifier import EVENTS, Notifier
+from ccm.core.storage.notifier import DELIVERIES, Notifier
 from ccm.core.webhooks.concurrency_limits import THREADS, ConcurrencyLimits
 from ccm.core.webhooks.delivery_executor import DeliveryExecutor
 from ccm.core.worker_pool import WorkerPool
@@ -48,7 +48,7 @@ class Dispatcher:
 
     Args:
         database: for reads.
-        notifier: notifies EVENTS when a delivery may be due.
+        notifier: notifies DELIVERIES when a delivery may be due.
         delivery_executor: executes deliveries.
         problems: gets failures of the service.
     """
@@ -109,7 +109,7 @@ class Dispatcher:
 
     def _run(self) -> None:
         """Dispatch due deliveries until the dispatcher stops."""
-        with self._notifier.subscribe(EVENTS) as self._wake_up:
+        with self._notifier.subscribe(DELIVERIES) as self._wake_up:
             while not self._stopped.is_set():
                 self._wake_up.clear()
                 # Checked first, because a delivery that ends meanwhile may make another one due.

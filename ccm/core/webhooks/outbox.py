@@ -1,6 +1,6 @@
 """Stores deliveries together with the states that they report, and the outcomes of their attempts.
 
-All methods run in the writer's thread, inside a transaction. Each commit is followed by a notification of EVENTS.
+All methods run in the writer's thread, inside a transaction. Each commit is followed by a notification of `keys`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ccm.core.storage.notifier import DELIVERIES, EVENTS
 from ccm.core.webhooks.retry import MAX_DELAY, DeliveryOutcome
 from ccm.db import deliveries, events
 from ccm.db.driver.transaction import Transaction
@@ -36,6 +37,10 @@ class Outbox:
         self._service = service
         # The reason why the service's address was disabled, None while it is not.
         self._disabled_reason: str | None = None
+
+    def keys(self, run: Run) -> tuple[str, ...]:
+        """Return the keys to notify after the commit of a run's event. Without a webhook nothing can be due."""
+        return (EVENTS,) if run.webhook_url is None and not self._service else (EVENTS, DELIVERIES)
 
     def enqueue(self, transaction: Transaction, type: str, run: Run, approval: Mapping[str, Any] | None = None) -> None:
         """Store an event, and its deliveries if events of this type are delivered.

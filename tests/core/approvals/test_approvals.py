@@ -19,6 +19,7 @@ from claude_agent_sdk import ToolPermissionContext
 
 from ccm.core.approvals.requests import Approvals
 from ccm.core.approvals.transitions import ApprovalTransitions
+from ccm.core.runs.end_store import no_transcript
 from ccm.core.runs.transitions import RunTransitions
 from ccm.core.storage.notifier import APPROVALS, EVENTS, Notifier
 from ccm.core.storage.writer import Writer
@@ -146,7 +147,7 @@ def test_the_end_of_a_run_expires_its_requests(desk: Desk, reader: Database) -> 
     approvals = ApprovalTransitions(Outbox(service=False), 8)
     transitions = RunTransitions(workers=8, queue_limit=8, outbox=Outbox(service=False), approvals=approvals)
     # As after a kill of the service: no thread of the run is left to withdraw its requests.
-    desk.writer.write(lambda transaction: transitions.recover(transaction, "r", {}))
+    desk.writer.write(lambda transaction: transitions.recover(transaction, "r", no_transcript))
 
     assert [status for _, status in stored(reader)] == ["expired"]
 

@@ -40,7 +40,7 @@ class Copies:
         self.count = 0
         self.enough = threading.Semaphore(0)
 
-    async def copy(self) -> None:
+    async def copy(self, at_result: bool) -> None:
         self.count += 1
         self.enough.release()
 

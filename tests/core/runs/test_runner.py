@@ -7,7 +7,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 from ccm.core.claude.reaper import Reaper
 from ccm.core.runs.request import RunRequest
 from ccm.core.service import Service
+from ccm.core.storage.notifier import DELIVERIES, end_of
 from ccm.core.webhooks.dispatcher import Dispatcher
 from ccm.models import Run, RunMode
 from ccm.settings.settings import Settings
@@ -65,13 +66,59 @@ def ended(service: Service, run_id: str) -> Run:
         run = service.queries.run(run_id)
         return run if run.ended else None
 
-    run = service.notifier.wait(run_id, 60, look, lambda: False)
+    run = service.notifier.wait(end_of(run_id), 60, look, lambda: False)
     assert run is not None, "the run has not ended"
     return run
 
 
 def code_of(run: Run) -> tuple[str, str | None]:
     return run.status, run.error_code
+
+
+# ---- commits
+
+
+def test_a_run_costs_one_commit_at_its_start_and_one_at_its_end(
+    service_for: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, project: Path, tmp_path: Path
+) -> None:
+    """Claude Code writes to its transcript even as it exits."""
+    service = service_for()
+    service.start()
+    settle = service._writer._settle
+    # The run's status after each commit, and how many messages and entries of its transcript are stored.
+    commits: list[tuple[str, int, int]] = []
+
+    def note(*settled: Any) -> None:
+        with closing(sqlite3.connect(tmp_path / "r.sqlite")) as database:
+            (state,) = database.execute(
+                "SELECT status, (SELECT COUNT(*) FROM ccr_run_messages), (SELECT COUNT(*) FROM ccr_transcript_entries)"
+                " FROM ccr_runs"
+            )
+        commits.append(state)
+        settle(*settled)
+
+    monkeypatch.setattr(service._writer, "_settle", note)
+    run = start(service, project, json.dumps({"late": "as it exits"}))
+    assert code_of(ended(service, run.id)) == ("completed", None)
+
+    assert commits[0] == ("running", 0, 0)
+    assert commits[-1] == ("completed", 2, 2)
+    # Each commit in between stores messages.
+    assert commits[1:-1] == [("running", stored, 0) for stored in sorted({stored for _, stored, _ in commits[1:-1]})]
+    assert commits[1][1] > 0
+
+
+@pytest.mark.parametrize("url", [None, "http://127.0.0.1:9/"])
+def test_only_runs_with_a_webhook_wake_the_dispatcher(
+    service_for: Callable[..., Service], project: Path, url: str | None
+) -> None:
+    service = service_for()
+    service.start()
+    request = RunRequest(mode=RunMode.FRESH, prompt="hello", run_fields={"webhookUrl": url})
+    with service.notifier.subscribe(DELIVERIES) as notified:
+        ended(service, service.runs.start(request, str(project)).run.id)
+
+        assert notified.is_set() == (url is not None)
 
 
 # ---- transcripts that cannot be read

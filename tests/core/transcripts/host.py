@@ -65,7 +65,12 @@ class Host:
 
     def __init__(self, folder: Path, store: TranscriptStore) -> None:
         self.home = folder
+        self.store = store
         self.files = TranscriptFiles(store, {"HOME": str(folder)})
+
+    def complete_copy(self) -> dict[str, Any]:
+        """Complete the copy as the recovery of the run does, and return the columns that its end stores."""
+        return self.store.submit(self.files.complete_copy(run())).result()
 
     def path(self, cwd: str) -> Path:
         return self.home / ".claude" / "projects" / cwd.replace("/", "-") / f"{SESSION}.jsonl"

@@ -40,7 +40,11 @@ class Copied:
             stream.writelines(line if isinstance(line, str) else f"{json.dumps(line)}\n" for line in lines)
 
     def update(self) -> None:
-        asyncio.run(self.copy.copy())
+        asyncio.run(self.copy.copy(at_result=False))
+
+    def finish(self) -> dict[str, Any]:
+        """End the run, and return the columns that its end stores."""
+        return self.store.submit(self.copy.finish()).result()
 
     def stored(self, subpath: str = "") -> list[Any]:
         return loaded(self.store, ONE._replace(subpath=subpath)) or []
@@ -66,9 +70,26 @@ def test_each_copy_reads_what_is_new(copied: Copied, monkeypatch: pytest.MonkeyP
     copied.update()
     copied.write(LINES[3])
 
-    assert copied.copy.finish() == WHOLE
+    assert copied.finish() == WHOLE
     assert copied.stored() == LINES[:4]
     assert [json.loads(line) for line in read] == LINES[:4]
+
+
+def test_little_waits_at_a_result_for_the_next_copy_or_the_end(copied: Copied) -> None:
+    copied.write(LINES[0])
+    asyncio.run(copied.copy.copy(at_result=True))
+    assert copied.stored() == []
+    asyncio.run(copied.copy.copy(at_result=True))
+    assert copied.stored() == LINES[:1]
+    copied.write({**LINES[1], "text": "x" * copying.LATER_BYTES})
+    asyncio.run(copied.copy.copy(at_result=True))
+    assert len(copied.stored()) == 2
+    copied.write(LINES[2])
+    asyncio.run(copied.copy.copy(at_result=True))
+
+    assert len(copied.stored()) == 2
+    assert copied.finish() == WHOLE
+    assert len(copied.stored()) == 3
 
 
 def test_a_line_is_stored_when_it_is_complete(copied: Copied) -> None:
@@ -81,7 +102,7 @@ def test_a_line_is_stored_when_it_is_complete(copied: Copied) -> None:
     without_newline = copied.stored()
     copied.write("\n", LINES[2], text[:20])
 
-    assert copied.copy.finish() == WHOLE
+    assert copied.finish() == WHOLE
     assert [before, without_newline, copied.stored()] == [LINES[:1], LINES[:2], LINES[:3]]
 
 
@@ -96,7 +117,7 @@ def test_a_large_file_is_stored_in_parts(copied: Copied, writer: Writer, monkeyp
     monkeypatch.setattr(writer, "submit", note)
     copied.write(*LINES)
 
-    assert copied.copy.finish() == WHOLE
+    assert copied.finish() == WHOLE
     assert len(writes) == 3
     assert copied.stored() == LINES
 
@@ -111,7 +132,7 @@ def test_transcripts_of_subagents_are_copied_with_their_latest_metadata(copied: 
     metadata.write_text('{"agentType": "b"}')
     copied.write(LINES[2], file=copied.agent)
 
-    assert copied.copy.finish() == WHOLE
+    assert copied.finish() == WHOLE
     kinds = [{"agentType": name, "type": "agent_metadata"} for name in "ab"]
     assert copied.stored("subagents/agent-1") == [LINES[1], *kinds, LINES[2]]
 
@@ -125,7 +146,7 @@ def test_a_file_that_is_deleted_during_the_run_is_stored_with_all_that_it_had(co
     copied.update()
     copied.write(LINES[4])
 
-    assert copied.copy.finish() == WHOLE
+    assert copied.finish() == WHOLE
     assert copied.stored() == LINES[:5]
 
 
@@ -135,7 +156,7 @@ def test_a_file_that_stays_deleted_is_stored_with_all_that_it_had(copied: Copied
     copied.write(LINES[1])
     copied.main.unlink()
 
-    assert copied.copy.finish() == WHOLE
+    assert copied.finish() == WHOLE
     assert copied.stored() == LINES[:2]
 
 
@@ -146,7 +167,7 @@ def test_a_truncated_file_takes_no_stored_entry(copied: Copied, size: int) -> No
     os.truncate(copied.main, size % copied.main.stat().st_size)
     copied.write("\n", LINES[3])
 
-    assert copied.copy.finish() == WHOLE
+    assert copied.finish() == WHOLE
     assert copied.stored() == LINES[:4]
 
 
@@ -165,7 +186,7 @@ def test_what_could_not_be_stored_is_stored_at_the_end(
     assert "run r: its transcript cannot be copied yet: StorageRejected: no" in caplog.text
     copied.write(LINES[2])
 
-    assert copied.copy.finish() == WHOLE
+    assert copied.finish() == WHOLE
     assert copied.stored() == LINES[:3]
 
 
@@ -179,8 +200,23 @@ def test_a_transcript_that_cannot_be_stored_is_only_on_this_host(
         monkeypatch.setattr(transcripts, name, refuse)
     copied.write(LINES[0])
 
-    assert copied.copy.finish() == {"hasTranscript": 1, "transcriptStored": 0}
+    assert copied.finish() == {"hasTranscript": 1, "transcriptStored": 0}
     assert "run r: its transcript is not stored: StorageRejected: no" in caplog.text
+
+
+@pytest.mark.parametrize("compare", [False, True])
+def test_an_end_with_an_uncertain_commit_stores_the_rest_once(copied: Copied, compare: bool) -> None:
+    copied.write(LINES[0])
+    copied.update()
+    copied.write(*LINES[1:3], {"type": "cost-state"})
+    end = copied.copy.finish()
+    if compare:
+        end = copied.host.files.complete_copy(run())
+    assert copied.stored() == LINES[:1]
+    columns = copied.store.submit(lambda transaction: [end(transaction), end(transaction)]).result()
+
+    assert columns == [WHOLE, WHOLE]
+    assert copied.stored() == [*LINES[:3], {"type": "cost-state"}]
 
 
 def test_a_copy_that_the_end_of_the_run_interrupts_is_continued(copied: Copied, writer: Writer) -> None:
@@ -191,7 +227,7 @@ def test_a_copy_that_the_end_of_the_run_interrupts_is_continued(copied: Copied, 
         gate.wait()
 
     async def interrupted() -> None:
-        task = asyncio.create_task(copied.copy.copy())
+        task = asyncio.create_task(copied.copy.copy(at_result=False))
         await asyncio.sleep(0)
         task.cancel()
 
@@ -203,7 +239,7 @@ def test_a_copy_that_the_end_of_the_run_interrupts_is_continued(copied: Copied, 
     held.future.result()
     copied.write(LINES[2])
 
-    assert copied.copy.finish() == WHOLE
+    assert copied.finish() == WHOLE
     assert copied.stored() == LINES[:3]
 
 
@@ -218,5 +254,5 @@ def test_a_file_that_is_no_transcript_is_not_read_to_its_end(
     with path.open("ab") as file:
         file.truncate(2**40)
 
-    assert copied.copy.finish() == {"hasTranscript": 1, "transcriptStored": 0}
+    assert copied.finish() == {"hasTranscript": 1, "transcriptStored": 0}
     assert "one of its lines is too long" in caplog.text

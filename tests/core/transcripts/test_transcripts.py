@@ -9,6 +9,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 from ccm.core.claude.locations import transcript_path
 from ccm.core.storage.writer import Writer
 from ccm.core.transcripts.copying import parse
-from ccm.core.transcripts.store import TranscriptStore
+from ccm.core.transcripts.store import TranscriptStore, extend, merge
 from ccm.db.driver.database import Database
 from ccm.db.transcripts import Entry, TranscriptKey
 from ccm.errors import StorageRejected
@@ -33,7 +34,7 @@ def count(reader: Database, what: str) -> int:
 
 def put(store: TranscriptStore, lines: Sequence[object], key: TranscriptKey = ONE) -> None:
     """Store lines as a file has them that is merged into what is stored."""
-    store.merge(key, entries(lines)).result()
+    store.submit(partial(merge, key=key, entries=entries(lines))).result()
 
 
 def entries(lines: Sequence[object]) -> list[Entry]:
@@ -111,17 +112,21 @@ def test_a_write_with_an_uncertain_commit_is_stored_once(
         return submit(lambda transaction: [work(transaction), work(transaction)][-1])
 
     monkeypatch.setattr(writer, "submit", twice)
-    lengths = [store.extend(ONE, 0, entries(first)), store.extend(ONE, 3, entries(second))]
+    writes = [
+        partial(extend, key=ONE, length=0, entries=entries(first)),
+        partial(extend, key=ONE, length=3, entries=entries(second)),
+    ]
+    lengths = [store.submit(write) for write in writes]
 
     assert [length.result() for length in lengths] == [3, 5]
     assert loaded(store) == [*first, *second]
-    assert store.merge(ONE, entries([*first, *second])).result() == 5
+    assert store.submit(partial(merge, key=ONE, entries=entries([*first, *second]))).result() == 5
     assert loaded(store) == [*first, *second]
 
 
 def test_nothing_is_stored_after_a_gap(store: TranscriptStore) -> None:
     with pytest.raises(StorageRejected):
-        store.extend(ONE, 1, entries([entry("b")])).result()
+        store.submit(partial(extend, key=ONE, length=1, entries=entries([entry("b")]))).result()
 
     assert loaded(store) is None
 
@@ -146,7 +151,7 @@ def test_entries_that_the_copy_lacks_are_stored_from_files_and_restored_elsewher
     agent.write_text(json.dumps(entry("s")) + "\n")
     agent.with_suffix(".meta.json").write_text('{"agentType": "general"}')
 
-    assert here.files.complete_copy(run()) == {"hasTranscript": 1, "transcriptStored": 1}
+    assert here.complete_copy() == {"hasTranscript": 1, "transcriptStored": 1}
 
     parent = run(transcript_stored=1)
     assert there.files.is_available(parent, "/two", {})
@@ -176,7 +181,7 @@ def test_stored_entries_are_never_lost(store: TranscriptStore, tmp_path: Path, k
     put(store, STORED)
     host.write("/one", *FILES[kind])
 
-    assert host.files.complete_copy(run()) == {"hasTranscript": 1, "transcriptStored": 1}
+    assert host.complete_copy() == {"hasTranscript": 1, "transcriptStored": 1}
 
     expected = FILES["whole"] if kind == "whole" else STORED
     assert loaded(store) == expected
@@ -200,10 +205,10 @@ def test_a_file_that_lacks_stored_entries_is_renamed_and_replaced(
 
 def test_without_a_file_the_stored_entries_are_kept(store: TranscriptStore, tmp_path: Path) -> None:
     host = Host(tmp_path, store)
-    assert host.files.complete_copy(run()) == {"hasTranscript": 0, "transcriptStored": 0}
+    assert host.complete_copy() == {"hasTranscript": 0, "transcriptStored": 0}
     put(store, STORED)
 
-    assert host.files.complete_copy(run()) == {"hasTranscript": 1, "transcriptStored": 1}
+    assert host.complete_copy() == {"hasTranscript": 1, "transcriptStored": 1}
 
 
 def test_a_transcript_is_found_in_any_project(store: TranscriptStore, tmp_path: Path) -> None:
@@ -211,7 +216,7 @@ def test_a_transcript_is_found_in_any_project(store: TranscriptStore, tmp_path: 
     host.write("/a-key-of-its-own", entry("a"))
 
     assert host.files.is_available(run(), "/one", {})
-    assert host.files.complete_copy(run()) == {"hasTranscript": 1, "transcriptStored": 1}
+    assert host.complete_copy() == {"hasTranscript": 1, "transcriptStored": 1}
 
 
 def test_the_name_of_a_project_is_claude_codes() -> None:
@@ -310,7 +315,7 @@ def test_only_regular_files_are_read(store: TranscriptStore, tmp_path: Path, kin
         path.mkdir()
 
     # The stored entries count if the file itself cannot be read.
-    assert host.files.complete_copy(run())["hasTranscript"] == 1
+    assert host.complete_copy()["hasTranscript"] == 1
     if place == "main":
         with pytest.raises(OSError, match=r"regular|directory"):
             host.files.make_available(run(transcript_stored=1), run(id="next"))

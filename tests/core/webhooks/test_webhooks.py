@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from standardwebhooks import WebhookVerificationError
 
-from ccm.core.storage.notifier import EVENTS, Notifier
+from ccm.core.storage.notifier import DELIVERIES, Notifier
 from ccm.core.storage.writer import Writer
 from ccm.core.webhooks.concurrency_limits import RESERVED_THREADS, THREADS
 from ccm.core.webhooks.delivery_executor import Addresses, DeliveryExecutor
@@ -61,7 +61,7 @@ class Harness:
 
     def write(self, work: Callable[[Transaction], object]) -> None:
         self.writer.write(work)
-        self.notifier.notify([EVENTS])
+        self.notifier.notify([DELIVERIES])
 
     def start(self, **given: Any) -> None:
         addresses = Addresses(self._service, given.pop("allow", ()), given.pop("keys", ()))

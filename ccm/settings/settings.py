@@ -111,6 +111,17 @@ class Settings:
         parse.integer(1, 1000),
         "Concurrent runs. Each is a Claude Code process of 100-200 MB that takes a core while it starts",
     )
+    spare_runs: int = _setting(
+        1,
+        parse.integer(0, 100),
+        "Claude Codes that wait for fresh runs, so that a run need not wait for its start. Each takes about 130 MB",
+    )
+    warm_sessions: int = _setting(
+        0,
+        parse.integer(0, 100),
+        "Sessions, those whose runs ended last, for whose next run a Claude Code waits with the transcript loaded. "
+        "Each takes about 130 MB",
+    )
     max_queued_runs: int = _setting(
         1000, parse.integer(0, 1_000_000), "Runs that may wait for a worker; beyond that 429"
     )

@@ -22,6 +22,8 @@ from ccm import file_limits
 
 # How often to check for the exit where the kernel does not report it (seconds).
 EXIT_CHECK_INTERVAL = 0.02
+# How long a killed process may take to end (seconds).
+KILL_TIMEOUT = 5.0
 
 
 class CLIProcess:
@@ -92,9 +94,9 @@ class CLIProcess:
         try:
             self._popen.wait(seconds)
         except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(self.pid, signal.SIGKILL)
-            self._popen.wait()
+                self._popen.wait(KILL_TIMEOUT)
 
     # ---- in the loop that uses it
 

@@ -12,8 +12,7 @@ import contextlib
 import logging
 import signal
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -36,6 +35,7 @@ from claude_agent_sdk import (
 from claude_agent_sdk._internal.transport import subprocess_cli
 
 from ccm.core.claude.cli_process import CLIProcess
+from ccm.core.claude.launch import Launch
 from ccm.models import Answer, Question
 
 __all__ = ["AgentDefinition", "ClaudeAgentOptions", "Client", "explain", "permission_callback"]
@@ -92,23 +92,6 @@ class _Tap:
 
     def close(self) -> None:
         self.ended.set()
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How the CLI's process is started.
-
-    Args:
-        prefix: the program, with its arguments, that executes the CLI.
-        environ: the variables that the CLI inherits, apart from those in the SDK's options.
-        stderr: the file that takes its stderr.
-        open_files: its limit of open files; None for the service's own.
-    """
-
-    prefix: tuple[str, ...]
-    environ: Mapping[str, str]
-    stderr: Path
-    open_files: int | None = None
 
 
 class _Transport(subprocess_cli.SubprocessCLITransport):
@@ -193,7 +176,7 @@ class Client(ClaudeSDKClient):
         return self._query is not None and self._query._initialized
 
     async def claim(self, claim: Mapping[str, Any], model: str | None) -> None:
-        """Connect to a CLI that was started with `--await-claim`, and bind it to a run.
+        """Bind a connected CLI that was started with `--await-claim` to a run.
 
         Args:
             claim: the fields of the control request `claim_session`.
@@ -202,7 +185,6 @@ class Client(ClaudeSDKClient):
         Raises:
             Exception: the CLI refuses, or does not know the request; its process cannot be used for anything else.
         """
-        await self.connect()
         if self._query is None:
             raise CLIConnectionError("not connected")
         await self._query._send_control_request({"subtype": "claim_session", **claim})

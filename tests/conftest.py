@@ -178,6 +178,8 @@ def environ(messages_api: MessagesAPI, home: Path) -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         # A free port, because another test or program may have the default one.
         "PORT": "0",
+        # Tests of prestarted Claude Code ask for it; in the others each service would cost half a second of a core.
+        "CCM_SPARE_RUNS": "0",
     }
 
 

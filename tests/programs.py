@@ -1,4 +1,4 @@
-"""System programs that some tests need, the ports that they listen on, and the memory of a process."""
+"""System programs that some tests need, the ports that they listen on, and what /proc says of processes."""
 
 from __future__ import annotations
 
@@ -40,3 +40,16 @@ def resident_memory(pid: int) -> float:
 def can_connect(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def marks_in(home: Path) -> list[str]:
+    """Return the run ids in the environments of the processes with this HOME."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (process / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue  # it has ended, or belongs to another user
+        if f"HOME={home}".encode() in variables:
+            found += [text[11:].decode() for text in variables if text.startswith(b"CCM_RUN_ID=")]
+    return found

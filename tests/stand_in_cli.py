@@ -18,6 +18,8 @@ turn of its own; with `merges` it joins the current turn, as after a tool. The C
 a uuid, reports its states with `command_lifecycle`. With `deaf` it reads nothing after its prompt; with `finishes` an
 interrupted turn succeeds, as if the interrupt had come at its very end.
 
+With `--await-claim` it goes to the directory of its claim; STAND_IN_CLI_REFUSES names what it refuses then.
+
 If STAND_IN_CLI_LOG is set, the CLI appends each line that it writes to that file.
 """
 
@@ -49,6 +51,8 @@ def write(message: object) -> None:
             log.write(line + "\n")
 
 
+# What the CLI refuses: `claim`, `start` (it exits at once if it is started in advance), `answer` (it says nothing).
+REFUSED = os.environ.get("STAND_IN_CLI_REFUSES", "").split()
 SESSION = next((a.split("=", 1)[1] for a in sys.argv if a.startswith("--session-id=")), new_id())
 
 
@@ -188,9 +192,17 @@ class StandIn:
 
     def _control(self, message: dict[str, Any]) -> None:
         kind = message["request"]["subtype"]
+        if "answer" in REFUSED and "--await-claim" in sys.argv:
+            return
         if kind == "interrupt" and self._script.get("ignore_interrupt"):
             return
         response = {}
+        if kind == "claim_session":
+            if "claim" in REFUSED:
+                error = {"subtype": "error", "request_id": message["request_id"], "error": "not_a_spare: scripted"}
+                control({"type": "control_response", "response": error})
+                return
+            os.chdir(message["request"]["cwd"])
         if kind == "interrupt":
             dropped = self._queue if message["request"].get("cancel_queued") else []
             for queued in dropped:
@@ -325,4 +337,6 @@ def write_messages(script: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
+if "start" in REFUSED and "--await-claim" in sys.argv:
+    sys.exit("error: unknown option '--await-claim'")
 StandIn().run()

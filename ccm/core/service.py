@@ -13,13 +13,16 @@ from ccm import file_limits
 from ccm.core.approvals.requests import Approvals
 from ccm.core.approvals.transitions import ApprovalTransitions
 from ccm.core.claude.locations import bundled_cli
+from ccm.core.claude.reaper import Reaper
 from ccm.core.claude.run_context import CLIConfig
+from ccm.core.claude.start_state import start_state, user_state
 from ccm.core.policy.ceilings import Ceilings
 from ccm.core.problems import Problems
 from ccm.core.queries import Queries
 from ccm.core.runs.input import Input
 from ccm.core.runs.manager import RunManager
 from ccm.core.runs.preparation import Preparation
+from ccm.core.runs.prestarts import Prestarts
 from ccm.core.runs.runner import Runner
 from ccm.core.runs.transitions import RunTransitions
 from ccm.core.storage.health import StorageHealth
@@ -139,8 +142,21 @@ class Service:
         approvals = ApprovalTransitions(outbox, settings.max_concurrent_runs)
         transitions = RunTransitions(settings.max_concurrent_runs, settings.max_queued_runs, outbox, approvals)
         self.approvals = Approvals(self._writer, self.notifier, approvals, timeout=settings.approval_timeout)
+        reaper = Reaper()
+        self._prestarts = Prestarts(
+            self._cli_config,
+            reaper,
+            spares=settings.spare_runs,
+            warm=settings.warm_sessions,
+            state=self._claude_state,
+        )
         preparation = Preparation(
-            self._cli_config, settings, transcripts=transcripts, approvals=self.approvals, writer=self._writer
+            self._cli_config,
+            settings,
+            transcripts=transcripts,
+            approvals=self.approvals,
+            writer=self._writer,
+            prestarts=self._prestarts,
         )
         self._runner = Runner(
             self._writer,
@@ -148,10 +164,14 @@ class Service:
             transcripts,
             transitions,
             preparation=preparation,
+            prestarts=self._prestarts,
+            reaper=reaper,
             problems=self.problems,
             workers=settings.max_concurrent_runs,
         )
-        self.runs = RunManager(self._writer, transitions, self._runner, transcripts, self.problems)
+        self.runs = RunManager(
+            self._writer, transitions, self._runner, transcripts, prestarts=self._prestarts, problems=self.problems
+        )
         addresses = Addresses(settings.webhook_url, settings.webhook_allow, settings.webhook_secret)
         delivery_executor = DeliveryExecutor(self._writer, reader, outbox, addresses)
         self._dispatcher = Dispatcher(reader, self.notifier, delivery_executor, self.problems)
@@ -166,6 +186,8 @@ class Service:
         self.runs.recover()
         undo.callback(self._stop, "webhooks", lambda: self._dispatcher.stop(time.monotonic()))
         self._dispatcher.start()
+        undo.callback(self._stop, "prestarts", self._prestarts.close)
+        self._prestarts.start()
         missing = self._cli_config.missing()
         if missing is not None:
             log.error("%s Runs will fail until then.", missing, extra={"event": "cli_missing"})
@@ -189,6 +211,11 @@ class Service:
         else:
             log.debug("the Claude Agent SDK is imported")
 
+    def _claude_state(self, cwd: str | None) -> str | None:
+        """Return the state of what Claude Code reads when it starts, in a directory or in none."""
+        program = str(self._cli_config.cli_path)
+        return user_state(self._environ, program) if cwd is None else start_state(cwd, self._environ, program)
+
     def _refused(self, run_id: str, error: BaseException) -> None:
         self._runner.fail_unrecorded(run_id, error)
 
@@ -210,7 +237,9 @@ class Service:
             if not self._started or self._stopped:
                 return True
             self._stopped = True
+            self._stop("prestarts", self._prestarts.close)
             ended = self._stop("runs", lambda: self._runner.stop(self._stop_by()))
+            self._stop("prestarts", self._prestarts.stop)
             self._stop("webhooks", lambda: self._dispatcher.stop(time.monotonic() + SEND_TIMEOUT))
             written = self._stop("writer", lambda: self._writer.stop(max(self._stop_by(), time.monotonic() + 1)))
             self._stop("waits", self.notifier.close)

@@ -140,7 +140,8 @@ class Server:
         threads = settings.max_held + PLAIN_THREADS
         files = file_limits.raise_limit()
         wanted = threads + IDLE_CONNECTIONS
-        connections = min(wanted, file_limits.connections_that_fit(files, settings.max_concurrent_runs))
+        runs = settings.max_concurrent_runs + settings.spare_runs + settings.warm_sessions
+        connections = min(wanted, file_limits.connections_that_fit(files, runs))
         if connections < threads:
             log.warning(
                 "the limit of %d open files leaves %d connections, fewer than CCM_MAX_HELD allows to hold open; "

@@ -190,29 +190,13 @@ def test_the_client_gives_its_transport_the_permission_tool() -> None:
     assert configured.permission_prompt_tool_name == "stdio", "_Transport sets it, because the client no longer can"
 
 
-@pytest.mark.parametrize(
-    ("reach", "used"),
-    [
-        (lambda process: process._process._transport.close, "Client.disconnect closes the pipes with it"),
-        (lambda process: process.stdout._stream._transport.get_extra_info("pipe").fileno(), "Client.output names it"),
-        (lambda process: process.send_signal, "Client.signal calls it"),
-        (lambda process: process.wait, "Client.wait_for_exit calls it"),
-    ],
-    ids=["transport", "pipe", "signal", "wait"],
-)
-def test_a_process_of_anyio_has_the_attribute(reach: Callable[[Any], object], used: str) -> None:
-    async def run() -> None:
-        process = await anyio.open_process(["cat"], stderr=None)
-        try:
-            assert process.returncode is None, "a running process has a return code: Client.signal reads it"
-            reach(process)
-        except AttributeError as error:
-            pytest.fail(f"anyio's process has changed ({error}): {used}")
-        finally:
-            process.kill()
-            await process.aclose()
+def test_the_transport_uses_only_what_our_process_has() -> None:
+    used = set(re.findall(r"self\._process\.(\w+)", inspect.getsource(SubprocessCLITransport)))
+    streams = set(re.findall(r"self\._std(?:in|out)_stream\.(\w+)", inspect.getsource(SubprocessCLITransport)))
 
-    anyio.run(run)
+    # Its own `connect`, which ours replaces, uses anyio's streams of the process.
+    assert used - {"stdin", "stdout", "stderr"} == {"returncode", "wait", "terminate", "kill"}, "CLIProcess has these"
+    assert streams == {"send", "aclose"}, "the text streams of anyio around our pipes have these"
 
 
 # ---- the wire

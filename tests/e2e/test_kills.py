@@ -22,6 +22,7 @@ from tests.client import Client
 from tests.conftest import ServeFunction, stand_in_cli
 from tests.event_source import Stream
 from tests.postgresql import new_database
+from tests.programs import marks_in
 from tests.waiting import until
 
 # A short run, a run of many messages, and a run that never ends, whose tool would outlive the service.
@@ -77,14 +78,19 @@ def kills(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[dict[str, str
 
 
 def test_kills_at_random_moments_lose_no_data_and_leave_no_process(
-    serve: ServeFunction, home: Path, project: Path, kills: tuple[dict[str, str], int]
+    serve: ServeFunction, home: Path, tmp_path: Path, project: Path, kills: tuple[dict[str, str], int]
 ) -> None:
     database, number = kills
+    own_home = tmp_path / "home"
+    own_home.mkdir()
     chance = random.Random(number)
     witness = Witness()
 
     def serve_again() -> tuple[ServiceProcess, Client]:
-        service = serve(CCM_CLI_PATH=stand_in_cli(home), CCM_MAX_CONCURRENT_RUNS=WORKERS, LOG_LEVEL="info", **database)
+        settings: dict[str, object] = {"CCM_MAX_CONCURRENT_RUNS": WORKERS, "LOG_LEVEL": "info", **database}
+        # Claude Code that waits for a run is killed with the rest, while it is being started as well.
+        settings |= {"CCM_SPARE_RUNS": 2, "CCM_WARM_SESSIONS": 2, "HOME": own_home}
+        service = serve(CCM_CLI_PATH=stand_in_cli(home), **settings)
         return service, Client(service.url)
 
     def kill(pid: int, delay: float, seen: int | None) -> None:
@@ -107,6 +113,7 @@ def test_kills_at_random_moments_lose_no_data_and_leave_no_process(
         for _ in range(4):
             witness.start(client, project, chance.choice(PROMPTS))
         service.wait()
+        until(lambda: not marks_in(own_home))
         killer.join()
         witness.join()
 

@@ -295,7 +295,9 @@ def test_a_transcript_that_cannot_be_stored_fails_no_run(
         monkeypatch.setattr(transcripts, name, refuse)
     monkeypatch.setenv("HOME", str(tmp_path))
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
-    running = Service(Settings(database_path=tmp_path / "m.sqlite", cli_path=stand_in_cli(tmp_path)), environ)
+    running = Service(
+        Settings(database_path=tmp_path / "m.sqlite", cli_path=stand_in_cli(tmp_path), spare_runs=0), environ
+    )
     running.start()
 
     def end(run: Run) -> Run:

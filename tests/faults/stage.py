@@ -139,6 +139,7 @@ class Stage:
             database_path=self.database,
             cli_path=self.base / "claude",
             max_concurrent_runs=self.workers,
+            spare_runs=0,
         )
         # Of this process, because the SDK passes its variables on to Claude Code, whose transcripts are read.
         os.environ["HOME"] = str(self.home)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -17,13 +18,15 @@ import sniffio
 
 from ccm.core.claude import termination
 from ccm.core.claude.input_queue import FollowUp, InputQueue, being_started, run_ending
+from ccm.core.claude.launch import launch
 from ccm.core.claude.outcome import LOGIN_ADVICE, Outcome, Progress, cost, fault
-from ccm.core.claude.processes import end_marked, inherited, launch_prefix
+from ccm.core.claude.prestarted import Prestarted
+from ccm.core.claude.processes import end_marked
 from ccm.core.claude.run_clock import RunClock
 from ccm.core.claude.run_context import Ask, CLIConfig, RunContext, Transcript, user_message
-from ccm.core.claude.run_directory import STDERR_FILE, read_stderr, run_directory
+from ccm.core.claude.run_directory import new_run_directory, read_stderr
 from ccm.core.claude.run_events import RunEvents, first
-from ccm.core.claude.sdk import Client, Launch, explain
+from ccm.core.claude.sdk import Client, explain
 from ccm.core.claude.sdk_options import UnusableOptionsError, sdk_options
 from ccm.core.run_log import RunLog
 from ccm.json_text import to_json_text
@@ -39,6 +42,8 @@ SETTLE_TIMEOUT = 10.0
 # When the transcript of a run without a result is first copied; the delay then doubles up to the interval (seconds).
 FIRST_COPY_DELAY = 1.0
 COPY_INTERVAL = 60.0
+# How long a Claude Code that was started before may take until it is ready for the run (seconds).
+CLAIM_TIMEOUT = 10.0
 TMPDIR_ADVICE = (
     "Cannot write to the directory for the run's temporary files: {}. Free space in TMPDIR, or set TMPDIR to another "
     "directory, and start the run again."
@@ -58,6 +63,7 @@ class Execution:
         record: stores a message and returns its index. Called in the run's own loop; the agent waits while it waits.
         transcript: is told when to copy the transcript. Without it nothing is copied during the run.
         ask: returns the answer to a permission request, in the run's own loop. Without one Claude Code does not ask.
+        prestarted: a Claude Code that was started before, for this run's ids.
     """
 
     def __init__(
@@ -68,7 +74,9 @@ class Execution:
         transcript: Transcript | None = None,
         *,
         ask: Ask | None = None,
+        prestarted: Prestarted | None = None,
     ) -> None:
+        self._prestarted = prestarted
         self._log = RunLog(log, context.run_id)
         self._transcript = transcript
         self._ask = None if ask is None else partial(self._ask_and_wait, ask)
@@ -165,28 +173,57 @@ class Execution:
             self._follow_ups.close()
 
     async def _run_claude(self) -> Outcome:
-        missing = self._cli_config.missing()
-        if missing is not None:
-            return Outcome(RunStatus.ERROR, "CLI_NOT_FOUND", missing)
-        if not Path(self._context.cwd).is_dir():
-            return Outcome(RunStatus.ERROR, "CWD_NOT_FOUND", f"The directory {self._context.cwd} no longer exists.")
         with ExitStack() as stack:
+            if self._prestarted is not None:
+                stack.callback(self._prestarted.end, 0.0)
+            missing = self._cli_config.missing()
+            if missing is not None:
+                return Outcome(RunStatus.ERROR, "CLI_NOT_FOUND", missing)
+            if not Path(self._context.cwd).is_dir():
+                return Outcome(RunStatus.ERROR, "CWD_NOT_FOUND", f"The directory {self._context.cwd} no longer exists.")
+            if self._prestarted is not None:
+                client = await self._take_over(self._prestarted)
+                if client is not None:
+                    raised = await self._converse(client)
+                    return self._outcome(raised, read_stderr(self._prestarted.directory))
+                if self._events.stop.is_set():
+                    return self._outcome(None, "")
             try:
-                directory = stack.enter_context(run_directory(self._context.run_id))
+                directory = new_run_directory(self._context.run_id)
+                stack.callback(shutil.rmtree, directory, ignore_errors=True)
                 options = sdk_options(self._context, self._cli_config, directory, ask=self._ask)
             except UnusableOptionsError as unusable:
                 return Outcome(RunStatus.ERROR, "OPTIONS_UNUSABLE", str(unusable))
             except OSError as error:
                 self._log.error("cannot write its temporary directory: %s", error, event="run_directory_failed")
                 return Outcome(RunStatus.ERROR, "TMPDIR_NOT_WRITABLE", TMPDIR_ADVICE.format(error.strerror))
-            launch = Launch(
-                launch_prefix(),
-                inherited(self._cli_config.environ),
-                directory / STDERR_FILE,
-                self._cli_config.open_files,
-            )
-            raised = await self._converse(Client.launching(options, launch))
+            raised = await self._converse(Client.launching(options, launch(self._cli_config, directory)))
             return self._outcome(raised, read_stderr(directory))
+
+    async def _take_over(self, prestarted: Prestarted) -> Client | None:
+        """Return a client of the Claude Code that was started before; None if the run must start its own.
+
+        The prestarted one has ended then. Whatever it refuses or fails at, a cold start may do: it decides.
+        """
+        connecting = asyncio.create_task(prestarted.connect(self._context, self._cli_config, self._ask))
+        stop = asyncio.create_task(self._events.stop.wait())
+        try:
+            await asyncio.wait((connecting, stop), timeout=CLAIM_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stop.cancel()
+        if connecting.done() and connecting.exception() is None:
+            prestarted.settled(None)
+            return connecting.result()
+        if not connecting.done():
+            # Its process first: a disconnect would wait for its exit.
+            prestarted.process.terminate()
+            connecting.cancel()
+            await asyncio.wait((connecting,), timeout=CLAIM_TIMEOUT)
+        prestarted.process.kill()
+        failure = "it did not answer" if connecting.cancelled() or not connecting.done() else connecting.exception()
+        if not self._events.stop.is_set():
+            prestarted.settled(str(failure))
+        return None
 
     async def _converse(self, client: Client) -> BaseException | None:
         """Start Claude Code, read its messages, and end it. Returns the exception that the SDK raised, if any."""
@@ -216,7 +253,8 @@ class Execution:
     async def _receive(self, client: Client) -> None:
         sending: asyncio.Task[None] | None = None
         try:
-            await client.connect()
+            if not client.is_connected:
+                await client.connect()
             self._events.connected.set()
             if not self._events.stop.is_set():
                 sending = asyncio.create_task(self._supervised(partial(self._write_input, client)))

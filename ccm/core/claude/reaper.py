@@ -13,12 +13,14 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import IO
 
 from ccm.core.claude.processes import end_marked, marked
+from ccm.core.claude.run_directory import remove_directories
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +120,7 @@ def _start() -> subprocess.Popen[bytes]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         bufsize=0,
-        env={},  # with a mark in its environment it would kill itself
+        env={"TMPDIR": tempfile.gettempdir()},  # with a mark in its environment it would kill itself
         cwd="/",
         start_new_session=True,
     )
@@ -142,9 +144,12 @@ def reap(lines: IO[str]) -> None:
             if command == END:
                 with contextlib.suppress(OSError):  # this process has no log, and other runs still need it
                     end_marked(run_id)
+    watched = set(runs)
     deadline = time.monotonic() + GRACE_TIMEOUT
     while runs and time.monotonic() < deadline:
         runs = {run_id for run_id in runs if marked(run_id)}
         time.sleep(0.1)
     for run_id in runs:
         end_marked(run_id)
+    for run_id in watched:
+        remove_directories(run_id)  # the next start of the service knows those of runs only, not of spares

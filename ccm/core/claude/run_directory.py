@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from ccm.core.claude.regular_file import open_regular
@@ -16,9 +14,8 @@ STDERR_FILE = "stderr"
 STDERR_BYTES = 4_000
 
 
-@contextmanager
-def run_directory(run_id: str) -> Iterator[Path]:
-    """Create the directory, readable by its owner only, and remove it at the end of the context.
+def new_run_directory(run_id: str) -> Path:
+    """Create a run's directory, readable by its owner only.
 
     Raises:
         OSError: it cannot be created.
@@ -27,9 +24,10 @@ def run_directory(run_id: str) -> Iterator[Path]:
     try:
         # Created here, where a failure is told from one of Claude Code's start.
         (directory / STDERR_FILE).touch(mode=0o600)
-        yield directory
-    finally:
+    except OSError:
         shutil.rmtree(directory, ignore_errors=True)
+        raise
+    return directory
 
 
 def remove_directories(run_id: str) -> None:

@@ -10,11 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -36,12 +34,16 @@ from claude_agent_sdk import (
 )
 from claude_agent_sdk._internal.transport import subprocess_cli
 
-from ccm import file_limits
+from ccm.core.claude.cli_process import CLIProcess
+from ccm.core.claude.launch import Launch
 from ccm.models import Answer, Question
 
 __all__ = ["AgentDefinition", "ClaudeAgentOptions", "Client", "explain", "permission_callback"]
 
 log = logging.getLogger(__name__)
+
+# What a CLI says while it is claimed. One that is started for its run does not say it.
+CLAIM_SUBTYPES = ("ui_invalidate", "status")
 
 
 class _Tap:
@@ -92,45 +94,29 @@ class _Tap:
         self.ended.set()
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How the CLI's process is started.
-
-    Args:
-        prefix: the program, with its arguments, that executes the CLI.
-        environ: the variables that the CLI inherits, apart from those in the SDK's options.
-        stderr: the file that takes its stderr.
-        open_files: its limit of open files; None for the service's own.
-    """
-
-    prefix: tuple[str, ...]
-    environ: Mapping[str, str]
-    stderr: Path
-    open_files: int | None = None
-
-
 class _Transport(subprocess_cli.SubprocessCLITransport):
     """Starts the CLI as `Launch` says, without a shell, whose start would take longer than all the rest.
 
     The SDK itself would pass on all variables of the service, among them its secrets, and would stop reading a stderr
-    pipe at the first byte that is not UTF-8, so that the run would hang once the pipe is full. In a process session of
-    its own the CLI does not get the Ctrl-C at the service's terminal.
+    pipe at the first byte that is not UTF-8, so that the run would hang once the pipe is full.
+
+    Args:
+        process: the CLI's process, if it has been started before.
     """
 
-    def __init__(self, options: ClaudeAgentOptions, launch: Launch) -> None:
+    def __init__(self, options: ClaudeAgentOptions, launch: Launch, process: CLIProcess | None = None) -> None:
         # As the SDK does for its own transport: permission requests are asked as control requests.
         tool = None if options.can_use_tool is None else "stdio"
         super().__init__("", replace(options, permission_prompt_tool_name=tool))
         self._launch = launch
+        self._started = process
 
-    async def connect(self) -> None:
-        """Start the process.
+    def start(self) -> CLIProcess:
+        """Start the process. The rest of the transport needs `connect`.
 
         Raises:
             CLIConnectionError: it cannot be started.
         """
-        if self._process is not None:
-            return
         environ = {
             "CLAUDE_CODE_ENTRYPOINT": "sdk-py",
             "CLAUDE_CODE_SDK_READS_SESSION_STATE": "1",  # the SDK reads from it when a run is over
@@ -140,31 +126,71 @@ class _Transport(subprocess_cli.SubprocessCLITransport):
             "PWD": str(self._cwd),
         }
         try:
-            with self._launch.stderr.open("wb") as stderr:
-                self._process = await anyio.open_process(
-                    [*self._launch.prefix, *self._build_command()],
-                    stderr=stderr,
-                    cwd=self._cwd,
-                    env=environ,
-                    start_new_session=True,
-                )
+            return CLIProcess(
+                [*self._launch.prefix, *self._build_command()],
+                cwd=str(self._cwd),
+                environ=environ,
+                stderr=self._launch.stderr,
+                open_files=self._launch.open_files,
+            )
         except OSError as error:
             raise CLIConnectionError(str(error)) from error
-        subprocess_cli._ACTIVE_CHILDREN.add(self._process)  # those that are left get SIGTERM when the service exits
-        if self._launch.open_files is not None:
-            file_limits.lower(self._process.pid, self._launch.open_files)
-        self._stdin_stream = TextSendStream(self._process.stdin)  # type: ignore[arg-type]  # pipes by default
-        self._stdout_stream = TextReceiveStream(self._process.stdout)  # type: ignore[arg-type]
+
+    async def connect(self) -> None:
+        """Start the process unless that is done, and open its pipes."""
+        if self._process is not None:
+            return
+        process = self._started or self.start()
+        self._process = process  # type: ignore[assignment]  # has what the SDK uses of anyio's
+        # Those that are left get SIGTERM when the service exits.
+        subprocess_cli._ACTIVE_CHILDREN.add(process)  # type: ignore[arg-type]
+        standard_input, output = await process.attach()
+        self._stdin_stream = TextSendStream(standard_input)
+        self._stdout_stream = TextReceiveStream(output)
         self._ready = True
+
+
+def start_process(options: ClaudeAgentOptions, launch: Launch) -> CLIProcess:
+    """Start the CLI for a client that is made later, in this or another thread.
+
+    Raises:
+        CLIConnectionError: it cannot be started.
+    """
+    return _Transport(options, launch).start()
 
 
 class Client(ClaudeSDKClient):
     """The SDK's client, extended by raw messages, the CLI's process and its pipes."""
 
+    # The subtypes of messages that came before the first prompt and are left out.
+    _skipped_subtypes: tuple[str, ...] = ()
+
     @classmethod
-    def launching(cls, options: ClaudeAgentOptions, launch: Launch) -> Client:
-        """Return a client that starts the CLI as `launch` says."""
-        return cls(options, transport=_Transport(options, launch))
+    def launching(cls, options: ClaudeAgentOptions, launch: Launch, process: CLIProcess | None = None) -> Client:
+        """Return a client that starts the CLI as `launch` says, unless `process` is the started one."""
+        return cls(options, transport=_Transport(options, launch, process))
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the CLI has answered the SDK's first request."""
+        return self._query is not None and self._query._initialized
+
+    async def claim(self, claim: Mapping[str, Any], model: str | None) -> None:
+        """Bind a connected CLI that was started with `--await-claim` to a run.
+
+        Args:
+            claim: the fields of the control request `claim_session`.
+            model: the run's model, which is no field of that request.
+
+        Raises:
+            Exception: the CLI refuses, or does not know the request; its process cannot be used for anything else.
+        """
+        if self._query is None:
+            raise CLIConnectionError("not connected")
+        await self._query._send_control_request({"subtype": "claim_session", **claim})
+        if model is not None:
+            await self._query._send_control_request({"subtype": "set_model", "model": model})
+        self._skipped_subtypes = CLAIM_SUBTYPES
 
     async def receive_raw(self, take: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
         """Pass each message to `take`, as the CLI sent it, until the stream ends.
@@ -182,7 +208,9 @@ class Client(ClaudeSDKClient):
         await asyncio.sleep(0)  # the reader may be about to send: a stream that is closed meanwhile would fail the run
         with contextlib.suppress(anyio.WouldBlock, anyio.EndOfStream):
             while True:
-                tap.send_nowait(query._message_receive.receive_nowait())
+                message = query._message_receive.receive_nowait()
+                if message.get("subtype") not in self._skipped_subtypes:
+                    tap.send_nowait(message)
         if stream.statistics().open_send_streams == 0:
             tap.close()  # the SDK's reader has ended already
         stream.close()
@@ -200,43 +228,39 @@ class Client(ClaudeSDKClient):
 
     async def disconnect(self) -> None:
         """Disconnect from the CLI and close its pipes, even if another process holds the other end open."""
-        process = getattr(self._transport, "_process", None)
+        process = self._cli_process
         try:
             await super().disconnect()
         finally:
             if process is not None:
-                process._process._transport.close()
+                process.close()
 
     async def end_input(self) -> None:
         """Close the CLI's input. It then finishes its transcript and exits."""
         if self._transport is not None:
             await self._transport.end_input()
 
+    @property
+    def _cli_process(self) -> CLIProcess | None:
+        return getattr(self._transport, "_process", None)
+
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the CLI unless it has exited."""
-        process = getattr(self._transport, "_process", None)
-        if process is not None and process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(number)
+        if self._cli_process is not None:
+            self._cli_process.send_signal(number)
 
     @property
     def is_started(self) -> bool:
         """Whether the CLI's process was started."""
-        return getattr(self._transport, "_process", None) is not None
+        return self._cli_process is not None
 
     async def wait_for_exit(self) -> int:
         """Return the exit code of the CLI once it has exited, although a tool may still hold its output open."""
-        process = getattr(self._transport, "_process", None)
-        return 0 if process is None else int(await process.wait())
+        return 0 if self._cli_process is None else await self._cli_process.wait()
 
     def output(self) -> str:
         """Return the pipe that the CLI writes to, as /proc names it; empty once it has been read to its end."""
-        process = getattr(self._transport, "_process", None)
-        if process is None:
-            return ""
-        pipe = process.stdout._stream._transport.get_extra_info("pipe")
-        # Both ends of a pipe have the same inode.
-        return "" if pipe.closed else f"pipe:[{os.fstat(pipe.fileno()).st_ino}]"
+        return "" if self._cli_process is None else self._cli_process.output()
 
 
 def permission_callback(

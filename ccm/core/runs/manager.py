@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import logging
 import os
-import uuid
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from ccm import file_limits
+from ccm.core.claude.prestart_key import Ids, new_ids
 from ccm.core.claude.processes import end_marked
 from ccm.core.claude.run_directory import remove_directories
 from ccm.core.lineage import ForkPoint
 from ccm.core.problems import Problems
 from ccm.core.run_log import RunLog
+from ccm.core.runs.prestarts import Prestarts
 from ccm.core.runs.request import Accepted, RunRequest
 from ccm.core.runs.runner import Runner
 from ccm.core.runs.transitions import UNRECOVERABLE, AfterCommit, RunTransitions, not_resumable
@@ -42,6 +43,7 @@ class RunManager:
         transitions: takes the decisions.
         runner: carries them out.
         transcripts: the transcripts of runs, on this host and in the database.
+        prestarts: the Claude Codes that wait for a run.
         problems: receives runs that cannot be recovered.
     """
 
@@ -51,8 +53,11 @@ class RunManager:
         transitions: RunTransitions,
         runner: Runner,
         transcripts: TranscriptFiles,
+        *,
+        prestarts: Prestarts,
         problems: Problems,
     ) -> None:
+        self._prestarts = prestarts
         self._problems = problems
         self._writer = writer
         self._transitions = transitions
@@ -67,8 +72,9 @@ class RunManager:
         Raises:
             CCMError: the run is refused; nothing is stored.
         """
-        session_id = str(uuid.uuid4())
-        row = self._row(request, session_id, session_id, cwd)
+        approvals = request.run_fields.get("approvals", False)
+        ids = self._prestarts.reserve_spare(request.options, cwd, approvals=approvals) or new_ids()
+        row = self._row(request, ids, cwd)
         return self._submit(row, request, new_session={})
 
     def resume(self, request: RunRequest, session: Session, head: Run | None) -> Accepted:
@@ -82,7 +88,8 @@ class RunManager:
         """
         if head is not None:
             self._check_transcript(head, session, session.cwd, request.options)
-        row = self._row(request, session.id, str(uuid.uuid4()), session.cwd)
+        ids = None if head is None else self._reserve_warm(request, head, session.cwd)
+        row = self._row(request, ids or new_ids(), session.cwd) | {"sessionId": session.id}
         return self._submit(row, request, new_session=None)
 
     def fork(self, request: RunRequest, session: Session, point: ForkPoint, cwd: str | None) -> Accepted:
@@ -102,8 +109,8 @@ class RunManager:
             )
         cwd = cwd or session.cwd
         self._check_transcript(parent, session, cwd, request.options)
-        new_id = str(uuid.uuid4())
-        row = self._row(request, new_id, new_id, cwd) | {
+        ids = None if point.message is not None else self._reserve_warm(request, parent, cwd)
+        row = self._row(request, ids or new_ids(), cwd) | {
             "parentSessionId": session.id,
             "parentRunId": parent.id,
             "forkAtMessage": point.message,
@@ -200,11 +207,16 @@ class RunManager:
 
     # ---- accepting
 
-    def _row(self, request: RunRequest, session_id: str, sdk_session_id: str, cwd: str) -> dict[str, Any]:
+    def _reserve_warm(self, request: RunRequest, parent: Run, cwd: str) -> Ids | None:
+        approvals = request.run_fields.get("approvals", False)
+        return self._prestarts.reserve_warm(parent, request.options, cwd, approvals=approvals)
+
+    def _row(self, request: RunRequest, ids: Ids, cwd: str) -> dict[str, Any]:
+        """Return the columns of a run that opens a session."""
         return {
-            "id": str(uuid.uuid4()),
-            "sessionId": session_id,
-            "sdkSessionId": sdk_session_id,
+            "id": ids.run_id,
+            "sessionId": ids.sdk_session_id,
+            "sdkSessionId": ids.sdk_session_id,
             "mode": request.mode,
             "status": RunStatus.RUNNING,
             "cwd": cwd,
@@ -217,6 +229,16 @@ class RunManager:
         }
 
     def _submit(self, row: Mapping[str, Any], request: RunRequest, new_session: Mapping[str, Any] | None) -> Accepted:
+        started = False
+        try:
+            accepted = self._accept(row, request, new_session)
+            started = accepted.run.id == row["id"] and not accepted.run.waiting
+        finally:
+            if not started:
+                self._prestarts.release(row["id"])
+        return accepted
+
+    def _accept(self, row: Mapping[str, Any], request: RunRequest, new_session: Mapping[str, Any] | None) -> Accepted:
         if self._runner.stopping:
             raise ShuttingDown
         file_limits.check_spare()

@@ -15,6 +15,7 @@ from ccm.core.claude.run_context import CLIConfig, RunContext
 from ccm.core.policy import workdir
 from ccm.core.policy.permitted_options import check_options
 from ccm.core.run_log import RunLog
+from ccm.core.runs.prestarts import Prestarts
 from ccm.core.runs.transitions import Start
 from ccm.core.storage.writer import Writer
 from ccm.core.transcripts.copying import TranscriptCopy
@@ -40,6 +41,7 @@ class Preparation:
         transcripts: the transcripts of runs, on this host and in the database.
         approvals: passes permission requests on to clients.
         writer: stores messages.
+        prestarts: the Claude Codes that wait for a run.
     """
 
     def __init__(
@@ -50,12 +52,14 @@ class Preparation:
         transcripts: TranscriptFiles,
         approvals: Approvals,
         writer: Writer,
+        prestarts: Prestarts,
     ) -> None:
         self._cli_config = cli_config
         self._settings = settings
         self._transcripts = transcripts
         self._approvals = approvals
         self._writer = writer
+        self._prestarts = prestarts
 
     def check(self, start: Start) -> Outcome | None:
         """Put the parent's transcript in place. Return how the run ends if it cannot begin."""
@@ -84,7 +88,8 @@ class Preparation:
             resume_at=run.fork_at_message,
         )
         ask = partial(self._approvals.ask, run) if run.approvals else None
-        return Execution(context, self._cli_config, self._record(run), transcript, ask=ask)
+        prestarted = self._prestarts.take(run, parent)
+        return Execution(context, self._cli_config, self._record(run), transcript, ask=ask, prestarted=prestarted)
 
     def _record(self, run: Run) -> Callable[[dict[str, Any]], Any]:
         """Return a function that numbers the messages of a run and hands them to the writer."""

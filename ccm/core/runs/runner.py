@@ -27,6 +27,7 @@ from ccm.core.run_log import RunLog
 from ccm.core.runs.end_store import FIRST_DELAY, MAX_DELAY, EndStore, columns, columns_of_fault, no_transcript
 from ccm.core.runs.ongoing_run import OngoingRun
 from ccm.core.runs.preparation import Preparation
+from ccm.core.runs.prestarts import Prestarts
 from ccm.core.runs.transitions import AfterCommit, RunTransitions, Start
 from ccm.core.storage.notifier import Notifier
 from ccm.core.storage.writer import Writer
@@ -63,6 +64,8 @@ class Runner:
         transcripts: the transcripts of runs, on this host and in the database.
         transitions: decides how runs end and which start next.
         preparation: prepares the execution of a run.
+        prestarts: the Claude Codes that wait for a run.
+        reaper: ends the processes of runs if the service is killed.
         problems: receives faults that cannot be handled.
         workers: the number of runs that execute at once.
     """
@@ -75,6 +78,8 @@ class Runner:
         transitions: RunTransitions,
         *,
         preparation: Preparation,
+        prestarts: Prestarts,
+        reaper: Reaper,
         problems: Problems,
         workers: int,
     ) -> None:
@@ -84,9 +89,10 @@ class Runner:
         self._transitions = transitions
         self._problems = problems
         self._preparation = preparation
+        self._prestarts = prestarts
         self._ends = EndStore(writer, transitions, problems, self.perform)
         self._pool = WorkerPool(workers, problems)
-        self._reaper = Reaper()
+        self._reaper = reaper
         self._lock = threading.Lock()
         self._all_ended = threading.Condition(self._lock)
         # The runs that have begun and whose end is not stored yet, by id.
@@ -274,6 +280,8 @@ class Runner:
             )
             return
         self._forget(run.id)
+        if values.get("hasTranscript"):
+            self._attempt(partial(self._prestarts.ended, run), "cannot prepare its continuation", run.id)
         detail = f", {values['errorCode']}: {values['errorMessage']}" if values["errorCode"] else ""
         log.info(
             "run %s %s after %s ms%s",
@@ -324,3 +332,4 @@ class Runner:
         with self._all_ended:
             self._ongoing.pop(run_id, None)
             self._all_ended.notify_all()
+        self._attempt(partial(self._prestarts.release, run_id), "cannot end the Claude Code reserved for it", run_id)

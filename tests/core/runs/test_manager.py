@@ -169,7 +169,9 @@ def test_a_run_whose_start_had_an_uncertain_commit_is_executed(home: Path, proje
     from ccm.settings.settings import Settings
 
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
-    running = Service(Settings(database_path=tmp_path / "u.sqlite", cli_path=stand_in_cli(tmp_path)), environ)
+    running = Service(
+        Settings(database_path=tmp_path / "u.sqlite", cli_path=stand_in_cli(tmp_path), spare_runs=0), environ
+    )
     running.start()
     database = running._writer._database
     commit = database._pool.commit
@@ -207,7 +209,9 @@ def test_a_successful_run_ends_in_error_if_a_message_cannot_be_stored(
     from ccm.settings.settings import Settings
 
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
-    running = Service(Settings(database_path=tmp_path / "r.sqlite", cli_path=stand_in_cli(tmp_path)), environ)
+    running = Service(
+        Settings(database_path=tmp_path / "r.sqlite", cli_path=stand_in_cli(tmp_path), spare_runs=0), environ
+    )
     running.start()
     # No driver can bind this text, so storage refuses the message.
     monkeypatch.setattr("ccm.core.runs.preparation.storable", lambda text: text)

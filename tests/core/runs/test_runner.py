@@ -46,7 +46,11 @@ def service_for(tmp_path: Path, environ_in_process: dict[str, str]) -> Iterator[
     services: list[Service] = []
 
     def make(**settings: Any) -> Service:
-        own: dict[str, Any] = {"database_path": tmp_path / "r.sqlite", "cli_path": stand_in_cli(tmp_path)}
+        own: dict[str, Any] = {
+            "database_path": tmp_path / "r.sqlite",
+            "cli_path": stand_in_cli(tmp_path),
+            "spare_runs": 0,
+        }
         services.append(Service(Settings(**own | settings), environ_in_process))
         return services[-1]
 
@@ -460,7 +464,7 @@ def test_an_unstorable_end_is_reported_until_it_is_stored(
 def test_a_problem_is_shown_in_health(serve: ServeFunction, home: Path) -> None:
     from app import create_app
 
-    app = create_app(Settings(database_path=home / "problems.sqlite", cli_path=stand_in_cli(home)))
+    app = create_app(Settings(database_path=home / "problems.sqlite", cli_path=stand_in_cli(home), spare_runs=0))
     service: Service = app.extensions["ccm"]
     client = app.test_client()
     try:

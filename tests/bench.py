@@ -38,6 +38,7 @@ from ccm.testing.service_process import ServiceProcess, credential_free_environm
 from ccm.timestamps import timestamp
 from tests.client import Client
 from tests.conftest import stand_in_cli
+from tests.first_message import FirstMessages
 from tests.followers import Followed, Readers, cpu_seconds
 from tests.programs import resident_memory
 
@@ -69,7 +70,7 @@ def timed(action: Callable[[], object]) -> float:
     return (time.perf_counter() - begun) * 1000
 
 
-class Bench:
+class Bench(FirstMessages):
     """The measures; each method named `measure_*` prints its results."""
 
     def __init__(self, folder: Path, quick: bool, api: MessagesAPI) -> None:
@@ -86,7 +87,7 @@ class Bench:
 
     @contextmanager
     def service(self, **settings: object) -> Iterator[ServiceProcess]:
-        own = {"DATABASE_PATH": str(self.folder / f"{uuid.uuid4()}.sqlite"), "LOG_LEVEL": "info"}
+        own = {"DATABASE_PATH": str(self.folder / f"{uuid.uuid4()}.sqlite"), "LOG_LEVEL": "info", "CCM_SPARE_RUNS": "0"}
         own |= {name: str(value) for name, value in settings.items()}
         with ServiceProcess(self.environ | own) as service:
             yield service
@@ -403,7 +404,7 @@ def read_response(connection: socket.socket) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and less data, as a check that it works")
-    names = [name.removeprefix("measure_") for name in vars(Bench) if name.startswith("measure_")]
+    names = [name.removeprefix("measure_") for name in dir(Bench) if name.startswith("measure_")]
     parser.add_argument(
         "--only",
         action="append",

@@ -55,9 +55,10 @@ UNKNOWABLE = re.compile(
 MCP_SERVER = re.compile(rb'"(?:command|url)"\s*:')
 
 # What runs of Claude Code change in .claude.json without an effect on the next: counters, times, notices, measurements.
+# The use of skills is not among them: it decides which of too many skills are described to the model.
 COUNTERS = re.compile(
-    r"^(?:last|seen|example|tip|metricsStatusCache|projectOnboarding|devIntents)"
-    r"|(?:At|Time|Date|Startups|Counts?|Usage|Utilization|Shown|StatusCache|[hH]istory|Onboarding)$"
+    r"^(?:last|seen|example|tip|metricsStatusCache|projectOnboarding|devIntents|pluginUsage)"
+    r"|(?:At|Time|Date|Startups|Counts?|Utilization|Shown|StatusCache|[hH]istory|Onboarding)$"
 )
 
 

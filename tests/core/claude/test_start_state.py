@@ -13,6 +13,7 @@ import pytest
 
 from ccm.core.claude import file_digest, git_facts, start_state
 from ccm.core.claude.start_state import user_state
+from tests.programs import program
 
 
 class World:
@@ -57,6 +58,7 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    program("git", "git")
     monkeypatch.setattr(start_state, "MANAGED", (str(tmp_path / "managed"),))
     return World(tmp_path)
 

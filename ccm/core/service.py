@@ -6,13 +6,15 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import ExitStack, closing
 
 from ccm import file_limits
 from ccm.core.approvals.requests import Approvals
 from ccm.core.approvals.transitions import ApprovalTransitions
-from ccm.core.claude.locations import bundled_cli
+from ccm.core.claude.file_digest import signature
+from ccm.core.claude.locations import bundled_cli, find_transcript
+from ccm.core.claude.prestart_key import Key
 from ccm.core.claude.reaper import Reaper
 from ccm.core.claude.run_context import CLIConfig
 from ccm.core.claude.start_state import start_state, user_state
@@ -211,10 +213,17 @@ class Service:
         else:
             log.debug("the Claude Agent SDK is imported")
 
-    def _claude_state(self, cwd: str | None) -> str | None:
-        """Return the state of what Claude Code reads when it starts, in a directory or in none."""
+    def _claude_state(self, key: Key) -> Hashable:
+        """Return the state of what a Claude Code with this key reads when it starts; None if it is unknown."""
         program = str(self._cli_config.cli_path)
-        return user_state(self._environ, program) if cwd is None else start_state(cwd, self._environ, program)
+        if key.cwd is None or key.resume is None:
+            return user_state(self._environ, program)
+        transcript = find_transcript(key.cwd, key.resume, self._environ)
+        state = start_state(key.cwd, self._environ, program)
+        try:
+            return None if transcript is None or state is None else (state, signature(transcript.stat()))
+        except OSError:
+            return None  # deleted meanwhile
 
     def _refused(self, run_id: str, error: BaseException) -> None:
         self._runner.fail_unrecorded(run_id, error)

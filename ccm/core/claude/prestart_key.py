@@ -17,6 +17,8 @@ AT_START = (
     *("includeHookEvents", "includePartialMessages", "maxBudgetUsd", "maxTurns", "outputFormat", "settingSources"),
     *("strictMcpConfig", "taskBudget", "thinking", "tools"),
 )
+# What these name may change without being a part of a start's state: a run with one of them is not continued warm.
+WITHOUT_STATE = ("additionalDirectories", "extraArgs", "mcpServers", "plugins", "settings")
 
 
 class Ids(NamedTuple):
@@ -59,8 +61,12 @@ def spare_key(options: Mapping[str, Any], cli_config: CLIConfig, *, approvals: b
     return Key(_text({name: value for name, value in lowered.items() if name in AT_START}), approvals)
 
 
-def warm_key(options: Mapping[str, Any], cli_config: CLIConfig, *, approvals: bool, resume: str, cwd: str) -> Key:
-    """Return the key of a warm continuation for a run with these options."""
+def warm_key(
+    options: Mapping[str, Any], cli_config: CLIConfig, *, approvals: bool, resume: str, cwd: str
+) -> Key | None:
+    """Return the key of a warm continuation for a run with these options; None if there can be none."""
+    if not set(options).isdisjoint(WITHOUT_STATE):
+        return None
     return Key(_text(cli_config.ceilings.lower(options)), approvals, resume, cwd)
 
 

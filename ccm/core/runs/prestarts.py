@@ -61,8 +61,8 @@ class Prestarts:
         reaper: ends them if the service is killed.
         spares: how many fresh runs are prepared for.
         warm: how many sessions are prepared for; those whose runs ended last.
-        state: returns the state of what Claude Code reads at its start: of a directory, or of the user for None. None
-            if it is unknown; then nothing is started in advance.
+        state: returns the state of what Claude Code reads at its start. None if it is unknown; then nothing is started
+            in advance.
         memory: returns the available memory (bytes).
 
     Attributes:
@@ -76,7 +76,7 @@ class Prestarts:
         *,
         spares: int,
         warm: int,
-        state: Callable[[str | None], Hashable],
+        state: Callable[[Key], Hashable],
         memory: Callable[[], int | None] = available_memory,
     ) -> None:
         self._cli_config = cli_config
@@ -150,7 +150,7 @@ class Prestarts:
             return None
         key = warm_key(options, self._cli_config, approvals=approvals, resume=parent.sdk_session_id, cwd=cwd)
         with self._lock:
-            ids = self._reserve(key, "warm")
+            ids = None if key is None else self._reserve(key, "warm")
             if ids is not None:
                 self._sessions.pop(parent.session_id, None)
             return ids
@@ -188,7 +188,7 @@ class Prestarts:
             why = "it has ended"
         elif found.key.resume != (None if parent is None else parent.sdk_session_id):
             why = "the session has another head"
-        elif self._state(found.key.cwd) != found.state:
+        elif self._state(found.key) != found.state:
             why = "what it has read has changed"
         if why is None:
             return replace(found, settled=partial(self._settle, run, found))
@@ -228,7 +228,8 @@ class Prestarts:
             )
             with self._lock:
                 self._sessions.pop(run.session_id, None)
-                self._sessions[run.session_id] = (key, time.monotonic())
+                if key is not None:
+                    self._sessions[run.session_id] = (key, time.monotonic())
                 while len(self._sessions) > self._warm:
                     self._sessions.popitem(last=False)
             self._changed.set()
@@ -317,7 +318,7 @@ class Prestarts:
         # Imported here because the SDK takes longer to import than the rest of the service's start.
         from ccm.core.claude.prestarted import prestart  # noqa: PLC0415
 
-        state = self._state(key.cwd)
+        state = self._state(key)
         if state is None:
             self._forget(key)
             return

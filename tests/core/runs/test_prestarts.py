@@ -61,7 +61,7 @@ class World:
             self.reaper,
             spares=spares,
             warm=warm,
-            state=lambda cwd: self.states.get(cwd, "unchanged"),
+            state=lambda key: self.states.get(key.cwd, "unchanged"),
             memory=lambda: self.free,
         )
         self.made.append(kept)

@@ -15,7 +15,7 @@ CODE = re.compile(r"[A-Z]+(_[A-Z]+)+")
 # Single-word codes cannot be recognised among the other strings.
 SINGLE_WORDS = {"UNAUTHORIZED", "UNHEALTHY", "INTERRUPTED", "TIMEOUT"}
 # Prefixes of environment variables and WSGI keys.
-OTHER_NAMES = ("CCM_", "CLAUDE_", "DATABASE_", "HTTP_", "PATH_INFO", "REMOTE_ADDR", "SC_", "SCRIPT_NAME")
+OTHER_NAMES = ("CCM_", "CLAUDE_", "DATABASE_", "HTTP_", "PATH_INFO", "REMOTE_ADDR", "GIT_", "SC_", "SCRIPT_NAME")
 # The API derives these from Werkzeug's names.
 NOT_OURS = {"METHOD_NOT_ALLOWED", "NOT_FOUND"}
 # Errors without an exception in ccm/errors.py: those of the HTTP server, of Flask, of `/health` and the like.

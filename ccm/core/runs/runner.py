@@ -280,8 +280,7 @@ class Runner:
             )
             return
         self._forget(run.id)
-        if values.get("hasTranscript"):
-            self._attempt(partial(self._prestarts.ended, run), "cannot prepare its continuation", run.id)
+        self._attempt(partial(self._prestarts.ended, run), "cannot prepare its continuation", run.id)
         detail = f", {values['errorCode']}: {values['errorMessage']}" if values["errorCode"] else ""
         log.info(
             "run %s %s after %s ms%s",

@@ -160,13 +160,14 @@ def test_flask_demo_shows_every_step(environ: dict[str, str], tmp_path: Path) ->
         assert receiver.received == []
 
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("$ curl") == 4
+    assert result.stdout.count("$ curl") == 6
     assert result.stdout.count('"status": "completed"') == 3
     tree = [
         line.split()[:2] for line in result.stdout.partition("The tree of runs")[2].splitlines() if "session" in line
     ]
     assert [words[0] if words[0] != "└─" else words[1] for words in tree][:3] == ["fresh", "resume", "fork"]
     assert "a run becomes rows" in result.stdout
+    assert re.search(r"first message after \d+ ms", result.stdout)
     assert list(tmp_path.iterdir()) == []
 
 

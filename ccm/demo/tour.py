@@ -8,9 +8,11 @@ import shlex
 import signal
 import sys
 import tempfile
+import time
 import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from http.client import HTTPResponse
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -20,6 +22,9 @@ from ccm.testing.messages_api import MessagesAPI
 from ccm.testing.service_process import ServiceProcess, credential_free_environment
 
 SERVE_PORT = "3000"
+# How long the service takes to have a Claude Code ready again after a run (seconds). If it takes longer, the run starts
+# its own.
+SPARE_TIME = 4.0
 SHOWN_FIELDS = ("runId", "sessionId", "mode", "status", "parentRunId", "parentSessionId", "messageCount", "costUsd")
 
 # The [[directives]] tell the stand-in what to answer (ccm/testing/script.py). A real model needs none.
@@ -29,6 +34,7 @@ WRITE_FILE = (
 )
 RESUME_PROMPT = "What did you just do? [[text In the turn before this one I wrote haiku.txt.]]"
 FORK_PROMPT = 'Another way: read it out. [[tool Bash {"command": "cat haiku.txt"}]] [[text There it is.]]'
+FOLLOW_PROMPT = "Say hello. [[text Hello.]]"
 
 
 class Tour:
@@ -96,7 +102,11 @@ class Tour:
         body = {"sessionId": first["sessionId"], "atRunId": first["id"], "prompt": FORK_PROMPT}
         self._request("POST", "/api/runs/fork?wait=60", body | {"title": "Another way"})
 
-        self._echo("\n5. The tree of runs:\n")
+        self._echo("\n5. Follow a run live. The service keeps a Claude Code waiting for the next one (CCM_SPARE_RUNS).")
+        time.sleep(SPARE_TIME)
+        self._follow({"cwd": project, "prompt": FOLLOW_PROMPT})
+
+        self._echo("\n6. The tree of runs:\n")
         self._tree()
 
     def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
@@ -116,11 +126,27 @@ class Tour:
             self._echo(indent(json.dumps(shown | {"...": "..."}, indent=2), "   "))
         return answer
 
-    def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    def _follow(self, body: Mapping[str, Any]) -> None:
+        """Start a run and read its stream; say when the model's first message came, and show that."""
+        begun = time.monotonic()
+        run = self._request("POST", "/api/runs/start", body)
+        path = f"/api/runs/{run['id']}/stream"
+        self._echo(f"\n   $ curl -sN {self._url}{path}")
+        with self._open("GET", path) as lines:
+            data = (line.removeprefix(b"data: ") for line in lines if line.startswith(b"data: "))
+            first = next(message for message in map(json.loads, data) if message.get("type") == "assistant")
+            self._echo(f"   {_shortened(first)}\n   first message after {(time.monotonic() - begun) * 1000:.0f} ms")
+            for _ in lines:
+                pass  # until the run has ended
+
+    def _open(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> HTTPResponse:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"}, method=method)
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback needs no proxy
-        with opener.open(request) as response:
+        response: HTTPResponse = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request)
+        return response
+
+    def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        with self._open(method, path, body) as response:
             return json.load(response)
 
     def _tree(self) -> None:

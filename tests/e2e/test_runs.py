@@ -397,6 +397,7 @@ def test_messages_are_stored_as_the_cli_wrote_them(serve: ServeFunction, project
     of_prompt = [line for line in lines if line["type"] == "command_lifecycle"]
     expected = [line for line in lines if line["type"] not in NOT_MESSAGES and line not in states + of_prompt]
     assert client.messages(run["id"]) == expected
-    (prompt,) = [line for line in expected if line.get("isReplay")]
+    # On a busy machine the agent ends after the turn, and Claude Code replays the notice of that too.
+    prompt = next(line for line in expected if line.get("isReplay"))
     assert {line["command_uuid"] for line in of_prompt} == {prompt["uuid"]}
     assert len(expected) > 20

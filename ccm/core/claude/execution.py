@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -24,7 +23,7 @@ from ccm.core.claude.prestarted import Prestarted
 from ccm.core.claude.processes import end_marked
 from ccm.core.claude.run_clock import RunClock
 from ccm.core.claude.run_context import Ask, CLIConfig, RunContext, Transcript, user_message
-from ccm.core.claude.run_directory import new_run_directory, read_stderr
+from ccm.core.claude.run_directory import new_run_directory, read_stderr, remove_run_directory
 from ccm.core.claude.run_events import RunEvents, first
 from ccm.core.claude.sdk import Client, explain
 from ccm.core.claude.sdk_options import UnusableOptionsError, sdk_options
@@ -190,7 +189,7 @@ class Execution:
                     return self._outcome(None, "")
             try:
                 directory = new_run_directory(self._context.run_id)
-                stack.callback(shutil.rmtree, directory, ignore_errors=True)
+                stack.callback(remove_run_directory, directory)
                 options = sdk_options(self._context, self._cli_config, directory, ask=self._ask)
             except UnusableOptionsError as unusable:
                 return Outcome(RunStatus.ERROR, "OPTIONS_UNUSABLE", str(unusable))

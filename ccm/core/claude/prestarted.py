@@ -9,7 +9,6 @@ any other run. The flag is hidden: tests/contracts/test_claim.py names what is u
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from ccm.core.claude.cli_process import CLIProcess
 from ccm.core.claude.launch import launch
 from ccm.core.claude.prestart_key import Ids, Key
 from ccm.core.claude.run_context import Ask, CLIConfig, RunContext
-from ccm.core.claude.run_directory import new_run_directory
+from ccm.core.claude.run_directory import new_run_directory, remove_run_directory
 from ccm.core.claude.sdk import ClaudeAgentOptions, Client, permission_callback, start_process
 from ccm.core.claude.sdk_options import sdk_options
 from ccm.models import Answer, Question
@@ -70,7 +69,7 @@ class Prestarted:
     def end(self, seconds: float) -> None:
         """End it unless it has exited, by force after `seconds`, and remove its directory. Waits for its exit."""
         self.process.end(seconds)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        remove_run_directory(self.directory)
 
 
 def prestart(ids: Ids, key: Key, cli_config: CLIConfig, state: Hashable) -> Prestarted:
@@ -98,7 +97,7 @@ def prestart(ids: Ids, key: Key, cli_config: CLIConfig, state: Hashable) -> Pres
             options.extra_args["await-claim"] = None
         process = start_process(options, launch(cli_config, directory))
     except BaseException:
-        shutil.rmtree(directory, ignore_errors=True)
+        remove_run_directory(directory)
         raise
     return Prestarted(ids, key, directory, options, process, state, time.monotonic())
 

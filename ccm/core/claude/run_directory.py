@@ -25,15 +25,19 @@ def new_run_directory(run_id: str) -> Path:
         # Created here, where a failure is told from one of Claude Code's start.
         (directory / STDERR_FILE).touch(mode=0o600)
     except OSError:
-        shutil.rmtree(directory, ignore_errors=True)
+        remove_run_directory(directory)
         raise
     return directory
+
+
+def remove_run_directory(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def remove_directories(run_id: str) -> None:
     """Remove the directory of a run whose service was killed: its prompts and settings may hold secrets."""
     for directory in Path(tempfile.gettempdir()).glob(f"ccm-{run_id}-*"):
-        shutil.rmtree(directory, ignore_errors=True)
+        remove_run_directory(directory)
 
 
 def read_stderr(directory: Path) -> str:

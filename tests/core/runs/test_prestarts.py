@@ -14,7 +14,8 @@ from unittest.mock import AsyncMock, Mock
 import pytest
 
 from ccm.core.claude.execution import Execution
-from ccm.core.claude.prestart_key import Ids, spare_key
+from ccm.core.claude.locations import transcript_path
+from ccm.core.claude.prestart_key import Ids, spare_key, warm_key
 from ccm.core.claude.prestarted import Prestarted
 from ccm.core.claude.processes import marked
 from ccm.core.claude.reaper import Reaper
@@ -24,7 +25,9 @@ from ccm.core.runs import prestarts
 from ccm.core.runs.manager import RunManager
 from ccm.core.runs.prestarts import Prestarts
 from ccm.core.runs.request import Accepted
+from ccm.core.service import Service
 from ccm.models import Run, RunMode, RunStatus
+from ccm.settings.settings import Settings
 from ccm.testing.service_process import ServiceProcess
 from tests.client import Client
 from tests.conftest import ServeFunction, stand_in_cli
@@ -358,6 +361,24 @@ def test_a_ceiling_is_part_of_the_key(world: World) -> None:
 
     assert key == spare_key({"maxTurns": 9}, config, approvals=False)
     assert key != spare_key({"maxTurns": 3}, config, approvals=False)
+
+
+def test_the_environment_of_a_run_is_part_of_the_state_of_its_continuation(world: World) -> None:
+    transcript = transcript_path(str(world.folder), "s", world.environ)
+    transcript.parent.mkdir(parents=True)
+    transcript.write_text("{}\n")
+    config = world.config
+    service = Service(Settings(cli_path=config.cli_path), world.environ)
+
+    def state(zone: str) -> Hashable:
+        options = {"env": {"TZ": zone}}
+        key = warm_key(options, config, approvals=False, resume="s", cwd=str(world.folder))
+        assert key is not None
+        return service._claude_state(key)
+
+    west, east = "Etc/GMT+12", "Pacific/Kiritimati"  # 26 hours apart, so their dates differ
+    assert state(west) == state(west)
+    assert None is not state(west) != state(east)
 
 
 # ---- with a whole service

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
@@ -218,8 +219,9 @@ class Service:
         program = str(self._cli_config.cli_path)
         if key.cwd is None or key.resume is None:
             return user_state(self._environ, program)
-        transcript = find_transcript(key.cwd, key.resume, self._environ)
-        state = start_state(key.cwd, self._environ, program)
+        environ = {**self._environ, **json.loads(key.options).get("env", {})}
+        transcript = find_transcript(key.cwd, key.resume, environ)
+        state = start_state(key.cwd, environ, program)
         try:
             return None if transcript is None or state is None else (state, signature(transcript.stat()))
         except OSError:

@@ -101,9 +101,11 @@ AT_START: Mapping[str, Any] = {
 
 @pytest.fixture
 def hooked(project: Path) -> Path:
-    """Return a project with instructions and a hook at the start of a session."""
+    """Return a project with instructions, a skill, and a hook at the start of a session."""
     (project / "CLAUDE.md").write_text("Be kind.\n")
-    (project / ".claude").mkdir()
+    skill = project / ".claude" / "skills" / "tidy" / "SKILL.md"
+    skill.parent.mkdir(parents=True)
+    skill.write_text("---\nname: tidy\ndescription: Tidies up.\n---\nTidy up.\n")
     (project / ".claude" / "settings.json").write_text(json.dumps(PROJECT_SETTINGS))
     return project
 

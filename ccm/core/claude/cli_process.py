@@ -86,11 +86,15 @@ class CLIProcess:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
-    def end(self, seconds: float) -> None:
-        """Close the input of a process that no loop uses, and wait for its exit. Kill its group after `seconds`."""
+    def close_pipes(self) -> None:
+        """Close the pipes of a process that no loop uses. Claude Code then exits."""
         for pipe in (self._popen.stdin, self._popen.stdout):
             assert pipe is not None  # noqa: S101  # for mypy
             pipe.close()
+
+    def end(self, seconds: float) -> None:
+        """Close the pipes of a process that no loop uses, and wait for its exit. Kill its group after `seconds`."""
+        self.close_pipes()
         try:
             self._popen.wait(seconds)
         except subprocess.TimeoutExpired:

@@ -131,10 +131,11 @@ class Execution:
         Its processes have ended then, unless `processes_ended` is False.
         """
         started = time.monotonic()
-        try:
+        with ExitStack() as stack:
+            stack.callback(self._end_processes)
+            if self._prestarted is not None:
+                stack.callback(self._prestarted.end, 0.0)
             outcome = asyncio.run(self._run())
-        finally:
-            self._end_processes()
         results = self._progress.results
         return replace(
             outcome,
@@ -173,8 +174,6 @@ class Execution:
 
     async def _run_claude(self) -> Outcome:
         with ExitStack() as stack:
-            if self._prestarted is not None:
-                stack.callback(self._prestarted.end, 0.0)
             missing = self._cli_config.missing()
             if missing is not None:
                 return Outcome(RunStatus.ERROR, "CLI_NOT_FOUND", missing)
@@ -213,12 +212,11 @@ class Execution:
         if connecting.done() and connecting.exception() is None:
             prestarted.settled(None)
             return connecting.result()
+        # Its process first: a disconnect would wait for its exit. It has begun nothing that it could finish.
+        prestarted.process.kill()
         if not connecting.done():
-            # Its process first: a disconnect would wait for its exit.
-            prestarted.process.terminate()
             connecting.cancel()
             await asyncio.wait((connecting,), timeout=CLAIM_TIMEOUT)
-        prestarted.process.kill()
         failure = "it did not answer" if connecting.cancelled() or not connecting.done() else connecting.exception()
         if not self._events.stop.is_set():
             prestarted.settled(str(failure))

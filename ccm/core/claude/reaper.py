@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import IO
 
@@ -43,25 +44,29 @@ class Reaper:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._runs: set[str] = set()
+        # How often each run is watched: a Claude Code that was started for it may be ending while the run begins.
+        self._runs: Counter[str] = Counter()
 
     def watch(self, run_id: str) -> None:
-        """Watch a run that begins."""
+        """Watch a run that begins, or a Claude Code that is started for it in advance."""
         with self._lock:
-            self._runs.add(run_id)
+            self._runs[run_id] += 1
             self._send(WATCH + run_id)
 
     def release(self, run_id: str) -> None:
-        """Forget a run that is over. Its remaining processes may stay."""
+        """Undo one `watch`. After the last one the remaining processes may stay."""
         with self._lock:
-            self._runs.discard(run_id)
+            if self._runs[run_id] > 1:
+                self._runs[run_id] -= 1
+                return
+            del self._runs[run_id]
             self._send(RELEASE + run_id)
 
     def end(self, run_id: str) -> None:
         """Kill the processes of a run that is over, because the service itself cannot."""
         with self._lock:
             self._send(END + run_id)
-            self._runs.discard(run_id)
+            del self._runs[run_id]
 
     def stop(self) -> None:
         """Close the reaper's input. It ends at once, or after it has ended the runs that it watches. Idempotent."""

@@ -43,7 +43,7 @@ __all__ = ["AgentDefinition", "ClaudeAgentOptions", "Client", "explain", "permis
 log = logging.getLogger(__name__)
 
 # What a CLI says while it is claimed. One that is started for its run does not say it.
-CLAIM_SUBTYPES = ("ui_invalidate", "status")
+CLAIM_SUBTYPES = ("commands_changed", "status", "ui_invalidate")
 
 
 class _Tap:

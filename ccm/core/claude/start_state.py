@@ -6,7 +6,8 @@ only while the state is what it was before the process started: then it sends wh
 
 The state covers more than what Claude Code reads, never less: a needless difference costs a cold start, a missed one
 gives the model an outdated context. It is unknown (None) where files do not tell all: when programs take part in the
-start (hooks, MCP servers, helpers that print keys), when git is slow, when there is too much to read.
+start (hooks, MCP servers, helpers that print keys), when git is slow, when there is too much to read. That of a
+conversation is also unknown where hooks run at its end: Claude Code would run them even if it is never used.
 """
 
 from __future__ import annotations
@@ -47,10 +48,12 @@ MARKETPLACES = "plugins/known_marketplaces.json"
 MAX_CONFIG_BYTES = 4 * 1024 * 1024
 
 # Settings through which a start depends on something else than the files that are read here.
+NOT_EMPTY = rb'\s*:\s*(?!\s|null|""|\{\s*\}|\[\s*\])'
 UNKNOWABLE = re.compile(
-    rb'"(?:SessionStart|Setup|mcpServers|\w+Helper|awsAuthRefresh|awsCredentialExport|autoMemoryDirectory)"'
-    rb'\s*:\s*(?!\s|null|""|\{\s*\}|\[\s*\])'
+    rb'"(?:SessionStart|Setup|mcpServers|\w+Helper|awsAuthRefresh|awsCredentialExport|autoMemoryDirectory)"' + NOT_EMPTY
 )
+# A Claude Code that has loaded a conversation runs these hooks when it ends, a spare does not.
+AT_END = re.compile(rb'"SessionEnd"' + NOT_EMPTY)
 # A plugin's .mcp.json may name its servers without `mcpServers`.
 MCP_SERVER = re.compile(rb'"(?:command|url)"\s*:')
 
@@ -101,7 +104,7 @@ class _State:
         self._environ = environ
         self._home = Path(environ.get("HOME") or Path.home())
         self._config = Path(cwd, config_directory(environ))
-        self.files = FileDigest(self._home, _is_telling)
+        self.files = FileDigest(self._home, _is_telling_of_conversation if cwd else _is_telling)
 
     def add_user(self, program: str | None) -> None:
         if not self._config.is_absolute():
@@ -219,6 +222,10 @@ def _is_telling(path: Path, content: bytes) -> bool:
     if path.suffix != ".json":
         return True
     return not UNKNOWABLE.search(content) and not (path.name == ".mcp.json" and MCP_SERVER.search(content))
+
+
+def _is_telling_of_conversation(path: Path, content: bytes) -> bool:
+    return _is_telling(path, content) and (path.suffix != ".json" or not AT_END.search(content))
 
 
 def _json_object(text: bytes) -> dict[str, Any] | None:

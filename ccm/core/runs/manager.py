@@ -232,7 +232,7 @@ class RunManager:
         started = False
         try:
             accepted = self._accept(row, request, new_session)
-            started = accepted.run.id == row["id"] and not accepted.run.waiting
+            started = accepted.run.id == row["id"] and not (accepted.run.waiting or accepted.run.ended)
         finally:
             if not started:
                 self._prestarts.release(row["id"])

@@ -92,8 +92,8 @@ class Prestarts:
         self._thread = threading.Thread(target=self._keep_ready, name="prestarts", daemon=True)
         self._ready: list[Prestarted] = []
         self._reserved: dict[str, Prestarted] = {}
-        # To be ended, and whether the reaper still watches it for us.
-        self._unwanted: list[tuple[Prestarted, bool]] = []
+        # To be ended.
+        self._unwanted: list[Prestarted] = []
         # What shall be ready: the key of the spares, and those of sessions, each with the time of its last use.
         self._spare: tuple[Key, float] | None = None
         self._sessions: OrderedDict[str, tuple[Key, float]] = OrderedDict()
@@ -116,7 +116,7 @@ class Prestarts:
         """End what waits, and keep nothing ready any more. Idempotent."""
         with self._lock:
             self._closed = True
-            self._unwanted += [(prestarted, True) for prestarted in (*self._ready, *self._reserved.values())]
+            self._unwanted += (*self._ready, *self._reserved.values())
             self._ready.clear()
             self._reserved.clear()
         self._end_unwanted()
@@ -171,13 +171,16 @@ class Prestarts:
         with self._lock:
             found = self._reserved.pop(run_id, None)
             if found is not None:
-                self._unwanted.append((found, True))
+                self._unwanted.append(found)
                 self._changed.set()
 
     # ---- for the threads of runs
 
     def take(self, run: Run, parent: Run | None) -> Prestarted | None:
-        """Return the Claude Code that is reserved for a run which starts now; None if the run has to start its own."""
+        """Return the Claude Code that is reserved for a run which starts now; None if the run has to start its own.
+
+        The reaper watches the run already.
+        """
         with self._lock:
             self._last_start = time.monotonic()
             found = self._reserved.pop(run.id, None)
@@ -191,10 +194,11 @@ class Prestarts:
         elif self._state(found.key) != found.state:
             why = "what it has read has changed"
         if why is None:
+            self._reaper.release(run.id)  # the run's own watch remains
             return replace(found, settled=partial(self._settle, run, found))
         self._note_outcome(run, found, why)
         with self._lock:
-            self._unwanted.append((found, False))  # the run's own Claude Code has the same mark
+            self._unwanted.append(found)
             self._changed.set()
         return None
 
@@ -277,7 +281,7 @@ class Prestarts:
                 if code is not None:
                     failed.append(prestarted)
                 self._ready.remove(prestarted)
-                self._unwanted.append((prestarted, True))
+                self._unwanted.append(prestarted)
         for prestarted in failed:
             stderr = read_stderr(prestarted.directory)
             self._note_failure(prestarted.key, f"exit code {prestarted.process.returncode} {stderr}".rstrip())
@@ -338,12 +342,12 @@ class Prestarts:
             self.close()
 
     def _end_unwanted(self) -> None:
-        while True:
-            with self._lock:
-                if not self._unwanted:
-                    return
-                prestarted, watched = self._unwanted.pop()
-            with suppress(OSError):  # its pipes break when it ends
-                prestarted.end(END_TIMEOUT)
-            if watched:
+        with self._lock:
+            unwanted, self._unwanted = self._unwanted, []
+        for prestarted in unwanted:
+            prestarted.process.close_pipes()  # of all first, because together they take no longer to end than one
+        deadline = time.monotonic() + END_TIMEOUT
+        for prestarted in unwanted:
+            with suppress(OSError):  # a reaper that has ended cannot be replaced, and none of the others may stay
+                prestarted.end(max(0.0, deadline - time.monotonic()))
                 self._reaper.release(prestarted.ids.run_id)

@@ -51,6 +51,23 @@ def test_the_processes_of_runs_end_when_the_service_is_killed(run_ids: list[str]
     assert _alive(released)  # its run was released, so its process may stay
 
 
+def test_a_run_that_is_watched_twice_is_watched_until_both_release_it(run_ids: list[str]) -> None:
+    reaper = Reaper()
+    for run_id in run_ids:
+        reaper.watch(run_id)
+        reaper.watch(run_id)
+        reaper.release(run_id)
+    reaper.release(run_ids[0])
+    process = reaper._process
+    assert process is not None
+
+    reaper.stop()
+
+    until(lambda: not _alive(run_ids[1]))
+    assert _alive(run_ids[0])
+    assert process.wait() == 0
+
+
 def test_a_killed_reaper_is_replaced(run_ids: list[str]) -> None:
     reaper = Reaper()
     reaper.watch(run_ids[0])

@@ -343,10 +343,13 @@ def test_a_relative_configuration_directory_starts_at_the_directory(world: World
 HOOK = {"hooks": {"SessionStart": [{"hooks": [{"type": "command", "command": "date"}]}]}}
 SERVER = {"mcpServers": {"mine": {"command": "serve"}}}
 
+END_HOOK = {"hooks": {"SessionEnd": HOOK["hooks"]["SessionStart"]}}
+
 UNKNOWN: dict[str, Change] = {
     "hook at the start": lambda w: w.write(w.user / "settings.json", json.dumps(HOOK)),
     "key from a program": lambda w: w.write(w.user / "settings.json", '{"apiKeyHelper": "print-key"}'),
     "memory elsewhere": lambda w: w.write(w.user / "settings.json", '{"autoMemoryDirectory": "~/memory"}'),
+    "hook at the end": lambda w: w.write(w.user / "settings.json", json.dumps(END_HOOK)),
     "hook of a project": lambda w: w.write(w.cwd / ".claude" / "settings.local.json", json.dumps(HOOK)),
     "hook of a plugin": lambda w: w.write(w.user / "plugins/cache/m/p/1/hooks/hooks.json", json.dumps(HOOK)),
     "MCP server": lambda w: w.write(w.repository / ".mcp.json", json.dumps(SERVER)),
@@ -375,8 +378,15 @@ def test_the_state_is_unknown(world: World, change: Change) -> None:
     assert world.state() is None
 
 
+def test_a_hook_at_the_end_leaves_the_state_of_a_spare_known(world: World) -> None:
+    world.write(world.user / "settings.json", json.dumps(END_HOOK))
+
+    assert world.state() is None
+    assert user_state(world.environ)
+
+
 def test_empty_settings_for_programs_leave_the_state_known(world: World) -> None:
-    world.write(world.user / "settings.json", '{"hooks": {"SessionStart": [ ]}, "apiKeyHelper": ""}')
+    world.write(world.user / "settings.json", '{"hooks": {"SessionStart": [ ], "SessionEnd": []}, "apiKeyHelper": ""}')
     world.write(world.cwd / ".mcp.json", '{"mcpServers": { }}')
     world.configure(mcpServers={}, projects={str(world.cwd): {"mcpServers": {}}, "/else": SERVER})
 

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
 from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
-from ccm.core.claude.prestart_key import Ids, spare_key
+from ccm.core.claude.execution import Execution
+from ccm.core.claude.locations import transcript_path
+from ccm.core.claude.prestart_key import Ids, spare_key, warm_key
 from ccm.core.claude.prestarted import Prestarted
 from ccm.core.claude.processes import marked
 from ccm.core.claude.reaper import Reaper
-from ccm.core.claude.run_context import CLIConfig
+from ccm.core.claude.run_context import CLIConfig, RunContext
 from ccm.core.policy.ceilings import Ceilings
 from ccm.core.runs import prestarts
+from ccm.core.runs.manager import RunManager
 from ccm.core.runs.prestarts import Prestarts
+from ccm.core.runs.request import Accepted
+from ccm.core.service import Service
 from ccm.models import Run, RunMode, RunStatus
+from ccm.settings.settings import Settings
 from ccm.testing.service_process import ServiceProcess
 from tests.client import Client
 from tests.conftest import ServeFunction, stand_in_cli
@@ -28,16 +36,14 @@ from tests.waiting import until
 
 
 class Watched(Reaper):
-    """A reaper that only remembers what it watches."""
+    """A reaper without a process."""
 
-    def __init__(self) -> None:
-        self.watched: set[str] = set()
+    def _send(self, line: str) -> None:
+        pass
 
-    def watch(self, run_id: str) -> None:
-        self.watched.add(run_id)
-
-    def release(self, run_id: str) -> None:
-        self.watched.discard(run_id)
+    @property
+    def watched(self) -> set[str]:
+        return set(self._runs)
 
 
 class World:
@@ -111,10 +117,11 @@ def reserved(kept: Prestarts, cwd: str = "/tmp", **options: Any) -> Ids:
 def taken(world: World, kept: Prestarts, ids: Ids | None, parent: Run | None = None) -> Prestarted | None:
     """Take a process as its run would, and end it."""
     assert ids is not None
+    world.reaper.watch(ids.run_id)
     found = kept.take(run_of(ids), parent)
     if found is not None:
         found.end(0)
-        world.reaper.release(ids.run_id)
+    world.reaper.release(ids.run_id)
     return found
 
 
@@ -182,7 +189,6 @@ def test_a_run_does_not_use_a_spare_that_has_read_what_has_changed(world: World)
 
     assert taken(world, kept, ids) is None
     until(lambda: pid not in marked(ids.run_id))
-    world.reaper.release(ids.run_id)  # as the run that starts its own does at its end
     assert taken(world, kept, reserved(kept)) is not None, "the next spare has read the change"
 
 
@@ -195,6 +201,61 @@ def test_a_reserved_spare_is_ended_if_its_run_does_not_start(world: World) -> No
     until(lambda: ids.run_id not in world.reaper.watched)
     assert not marked(ids.run_id)
     assert kept.take(run_of(ids), None) is None
+
+
+def test_a_run_is_watched_although_the_spare_that_was_reserved_for_it_ends_meanwhile(world: World) -> None:
+    kept = world.make()
+    ids = reserved(kept)
+    (pid,) = marked(ids.run_id)
+    os.kill(pid, signal.SIGSTOP)  # it takes its time to end
+
+    kept.release(ids.run_id)  # its run waits in the queue
+    world.reaper.watch(ids.run_id)  # and begins
+    assert kept.take(run_of(ids), None) is None
+
+    until(lambda: world.reaper._runs[ids.run_id] == 1)
+    assert not marked(ids.run_id)
+    world.reaper.release(ids.run_id)
+
+
+def test_a_spare_leaves_nothing_if_its_run_gets_no_event_loop(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = world.make()
+    ids = reserved(kept)
+    world.reaper.watch(ids.run_id)
+    found = kept.take(run_of(ids), None)
+    assert found is not None
+    context = RunContext(ids.run_id, ids.sdk_session_id, "/tmp", "hello", (), {})
+    no_loop = Mock(side_effect=OSError("too many open files"))
+    monkeypatch.setattr(asyncio, "run", no_loop)
+
+    with pytest.raises(OSError, match="too many open files"):
+        Execution(context, world.config, AsyncMock(), prestarted=found).run()
+
+    no_loop.call_args.args[0].close()  # the coroutine
+    assert found.process.returncode is not None
+    assert not found.directory.exists()
+    world.reaper.release(ids.run_id)
+
+
+@pytest.mark.parametrize(
+    ("values", "kept_for_it"),
+    [
+        ({"startedAt": "2026-01-01T00:00:00.000Z"}, True),
+        ({}, False),
+        ({"startedAt": "2026-01-01T00:00:00.000Z", "status": RunStatus.ERROR}, False),
+    ],
+    ids=["started", "waiting", "ended at once"],
+)
+def test_a_spare_is_kept_only_for_a_run_that_has_started(
+    monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], kept_for_it: bool
+) -> None:
+    prestarts = Mock()
+    manager = RunManager(Mock(), Mock(), Mock(), Mock(), prestarts=prestarts, problems=Mock())
+    accepted = Accepted(run_of(Ids("r", "s"), **values), replayed=False)
+    monkeypatch.setattr(manager, "_accept", Mock(return_value=accepted))
+
+    assert manager._submit({"id": "r"}, Mock(), None) == accepted
+    assert prestarts.release.called != kept_for_it
 
 
 def test_nothing_is_left_after_a_close(world: World) -> None:
@@ -237,7 +298,6 @@ def test_a_directory_that_refused_a_spare_is_not_tried_again_soon(
 
     found.settled("project_settings_not_claimable")
     found.end(0)
-    world.reaper.release(ids.run_id)
 
     other = reserved(kept, "/tmp")
     kept.release(other.run_id)
@@ -277,7 +337,6 @@ def test_a_session_with_another_head_does_not_use_the_warm_one(world: World) -> 
 
     assert ids is not None
     assert taken(world, kept, ids, parent=new) is None
-    world.reaper.release(ids.run_id)
 
 
 @pytest.mark.parametrize(
@@ -303,6 +362,24 @@ def test_a_ceiling_is_part_of_the_key(world: World) -> None:
 
     assert key == spare_key({"maxTurns": 9}, config, approvals=False)
     assert key != spare_key({"maxTurns": 3}, config, approvals=False)
+
+
+def test_the_environment_of_a_run_is_part_of_the_state_of_its_continuation(world: World) -> None:
+    transcript = transcript_path(str(world.folder), "s", world.environ)
+    transcript.parent.mkdir(parents=True)
+    transcript.write_text("{}\n")
+    config = world.config
+    service = Service(Settings(cli_path=config.cli_path), world.environ)
+
+    def state(zone: str) -> Hashable:
+        options = {"env": {"TZ": zone}}
+        key = warm_key(options, config, approvals=False, resume="s", cwd=str(world.folder))
+        assert key is not None
+        return service._claude_state(key)
+
+    west, east = "Etc/GMT+12", "Pacific/Kiritimati"  # 26 hours apart, so their dates differ
+    assert state(west) == state(west)
+    assert None is not state(west) != state(east)
 
 
 # ---- with a whole service

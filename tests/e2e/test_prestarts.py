@@ -171,6 +171,32 @@ def test_a_project_whose_settings_refuse_a_spare_starts_cold_and_is_not_tried_ag
     assert "settings_not_claimable" in line
 
 
+def test_a_project_that_denies_a_tool_starts_cold(serve: ServeFunction, hooked: Path) -> None:
+    (hooked / ".claude" / "settings.json").write_text(json.dumps({"permissions": {"deny": ["WebFetch"]}}))
+    service = serve(CCM_SPARE_RUNS=1)
+    client = Client(service.url)
+    until(lambda: count_ready(service, "spare") == 1, 120)
+
+    run = client.start(hooked, "hello")
+
+    (init,) = (message for message in client.messages(run["id"]) if message.get("subtype") == "init")
+    assert "WebFetch" not in init["tools"]
+    assert not uses(service, run["id"])
+
+
+def test_a_fork_leaves_its_session_warm(serve: ServeFunction, project: Path) -> None:
+    service = serve(CCM_WARM_SESSIONS=2)
+    client = Client(service.url)
+    first = client.start(project, "first")
+    until(lambda: count_ready(service, "warm") == 1, 120)
+
+    branch = client.fork(first["sessionId"], "branch")
+    until(lambda: count_ready(service, "warm") == 3, 120)  # the session's and the branch's
+    runs = [branch, client.resume(first["sessionId"], "resume"), client.resume(branch["sessionId"], "resume")]
+
+    assert [uses(service, run["id"]) for run in runs] == [True] * 3
+
+
 def test_a_spare_takes_a_cancel_and_later_messages_as_any_other(serve: ServeFunction, project: Path) -> None:
     service = serve(CCM_SPARE_RUNS=1)
     client = Client(service.url)

@@ -19,9 +19,11 @@ from anyio import EndOfStream
 from anyio.abc import ByteReceiveStream, ByteSendStream
 
 from ccm import file_limits
+from ccm.core.claude.run_events import first
 
-# How often to check for the exit where the kernel does not report it (seconds).
+# How often to check for the exit (seconds): where the kernel does not report it, and in case its report is lost.
 EXIT_CHECK_INTERVAL = 0.02
+EXIT_RECHECK_INTERVAL = 5.0
 # How long a killed process may take to end (seconds).
 KILL_TIMEOUT = 5.0
 
@@ -62,9 +64,7 @@ class CLIProcess:
             )
         if open_files is not None:
             file_limits.lower(self.pid, open_files)
-        self._exited: asyncio.Event | None = None
         self._transports: list[asyncio.BaseTransport] = []
-        self._pidfd: int | None = None
 
     @property
     def pid(self) -> int:
@@ -107,8 +107,6 @@ class CLIProcess:
     async def attach(self) -> tuple[ByteSendStream, ByteReceiveStream]:
         """Return its input and its output, for the running loop. Called once."""
         loop = asyncio.get_running_loop()
-        self._exited = asyncio.Event()
-        self._watch_exit(loop)
         reader = StreamReader()
         output, _ = await loop.connect_read_pipe(lambda: StreamReaderProtocol(reader), self._popen.stdout)
         self._transports.append(output)
@@ -124,9 +122,25 @@ class CLIProcess:
 
     async def wait(self) -> int:
         """Return the exit code once the process has exited, although another may still hold its output open."""
-        if self._exited is not None:
-            await self._exited.wait()
-        return self._popen.wait()
+        while (code := self.returncode) is None:
+            await self._sleep_until_exit()
+        return code
+
+    async def _sleep_until_exit(self) -> None:
+        """Sleep until the process has exited, or a little while."""
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except (AttributeError, OSError):  # not Linux, or no descriptors left
+            await asyncio.sleep(EXIT_CHECK_INTERVAL)
+            return
+        loop = asyncio.get_running_loop()
+        exited = asyncio.Event()
+        try:
+            loop.add_reader(pidfd, exited.set)
+            await first(exited, within=EXIT_RECHECK_INTERVAL)
+            loop.remove_reader(pidfd)
+        finally:
+            os.close(pidfd)
 
     def output(self) -> str:
         """Return the pipe that the process writes to, as /proc names it; empty once it has been read to its end."""
@@ -135,35 +149,9 @@ class CLIProcess:
         return "" if pipe is None or pipe.closed else f"pipe:[{os.fstat(pipe.fileno()).st_ino}]"
 
     def close(self) -> None:
-        """Close the pipes, even if another process holds the other end open, and stop watching for the exit."""
+        """Close the pipes, even if another process holds the other end open."""
         for transport in self._transports:
             transport.close()
-        self._unwatch()
-
-    def _watch_exit(self, loop: asyncio.AbstractEventLoop) -> None:
-        try:
-            self._pidfd = os.pidfd_open(self.pid)
-        except (AttributeError, OSError):  # not Linux, or no descriptors left
-            self._check_exit(loop)
-        else:
-            loop.add_reader(self._pidfd, self._note_exit)
-
-    def _check_exit(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self.returncode is None:
-            loop.call_later(EXIT_CHECK_INTERVAL, self._check_exit, loop)
-        else:
-            self._note_exit()
-
-    def _note_exit(self) -> None:
-        self._unwatch()
-        assert self._exited is not None  # noqa: S101  # for mypy: set before the watch
-        self._exited.set()
-
-    def _unwatch(self) -> None:
-        pidfd, self._pidfd = self._pidfd, None
-        if pidfd is not None:
-            asyncio.get_running_loop().remove_reader(pidfd)
-            os.close(pidfd)
 
 
 class _Input(ByteSendStream):

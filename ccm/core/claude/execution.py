@@ -42,7 +42,7 @@ SETTLE_TIMEOUT = 10.0
 FIRST_COPY_DELAY = 1.0
 COPY_INTERVAL = 60.0
 # How long a Claude Code that was started before may take until it is ready for the run (seconds).
-CLAIM_TIMEOUT = 10.0
+CLAIM_TIMEOUT = 5.0
 TMPDIR_ADVICE = (
     "Cannot write to the directory for the run's temporary files: {}. Free space in TMPDIR, or set TMPDIR to another "
     "directory, and start the run again."

@@ -144,7 +144,11 @@ class _Transport(subprocess_cli.SubprocessCLITransport):
         self._process = process  # type: ignore[assignment]  # has what the SDK uses of anyio's
         # Those that are left get SIGTERM when the service exits.
         subprocess_cli._ACTIVE_CHILDREN.add(process)  # type: ignore[arg-type]
-        standard_input, output = await process.attach()
+        try:
+            standard_input, output = await process.attach()
+        except BaseException:
+            process.kill()  # the SDK does not end a process whose transport is not connected
+            raise
         self._stdin_stream = TextSendStream(standard_input)
         self._stdout_stream = TextReceiveStream(output)
         self._ready = True

@@ -54,6 +54,7 @@ UNKNOWABLE = re.compile(
 )
 # A Claude Code that has loaded a conversation runs these hooks when it ends, a spare does not.
 AT_END = re.compile(rb'"SessionEnd"' + NOT_EMPTY)
+DENIES = re.compile(rb'"deny"' + NOT_EMPTY)
 # A plugin's .mcp.json may name its servers without `mcpServers`.
 MCP_SERVER = re.compile(rb'"(?:command|url)"\s*:')
 
@@ -97,6 +98,25 @@ def start_state(cwd: str, environ: Mapping[str, str], program: str | None = None
     except (OSError, UnknownStateError):
         return None
     return state.files.hexdigest()
+
+
+def denies_tools(cwd: str, environ: Mapping[str, str]) -> bool:
+    """Return whether the settings of a directory, or of one above it, may deny whole tools; not the user's.
+
+    A spare offers them to the model all the same, and only refuses their use: it has its tools from its start.
+    """
+    folders = {folder / ".claude" for folder in (Path(cwd), *Path(cwd).parents)} - {config_directory(environ)}
+    return any(_matches(folder / name, DENIES) for folder in folders for name in SETTINGS[:2])
+
+
+def _matches(path: Path, pattern: re.Pattern[bytes]) -> bool:
+    try:
+        with open_regular(path) as file:
+            return pattern.search(file.read(MAX_CONFIG_BYTES)) is not None
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True  # whatever it says
 
 
 class _State:

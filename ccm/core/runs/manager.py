@@ -209,7 +209,7 @@ class RunManager:
 
     def _reserve_warm(self, request: RunRequest, parent: Run, cwd: str) -> Ids | None:
         approvals = request.run_fields.get("approvals", False)
-        return self._prestarts.reserve_warm(parent, request.options, cwd, approvals=approvals)
+        return self._prestarts.reserve_warm(parent, request.mode, request.options, cwd, approvals=approvals)
 
     def _row(self, request: RunRequest, ids: Ids, cwd: str) -> dict[str, Any]:
         """Return the columns of a run that opens a session."""

@@ -25,8 +25,9 @@ from ccm.core.claude.prestart_key import Ids, Key, new_ids, spare_key, warm_key
 from ccm.core.claude.reaper import Reaper
 from ccm.core.claude.run_context import CLIConfig
 from ccm.core.claude.run_directory import read_stderr
+from ccm.core.claude.start_state import denies_tools
 from ccm.core.run_log import RunLog
-from ccm.models import Run
+from ccm.models import Run, RunMode
 
 if TYPE_CHECKING:
     from ccm.core.claude.prestarted import Prestarted
@@ -51,6 +52,8 @@ END_TIMEOUT = 2.0
 MAX_FAILURES = 3
 # How long fresh runs in a directory whose settings refuse spares start without one (seconds), and for how many.
 REFUSED_TIME = 600.0
+# What Claude Code's refusals have in common that the directory's settings cause.
+REFUSAL = "not_claimable"
 MAX_REFUSED = 1_000
 
 
@@ -135,24 +138,31 @@ class Prestarts:
         if not self._spares:
             return None
         key = spare_key(options, self._cli_config, approvals=approvals)
+        denies = denies_tools(cwd, self._cli_config.environ)
         with self._lock:
-            if key is None or time.monotonic() - self._refused.get(cwd, -REFUSED_TIME) < REFUSED_TIME:
-                self.outcomes["spare: options or settings that need a start"] += 1
+            refused = time.monotonic() - self._refused.get(cwd, -REFUSED_TIME) < REFUSED_TIME
+            if key is None or refused or denies:
+                self._note_miss("spare", "its options, or the settings of its directory, need a start")
                 return None
             if self._spare is None or key in (self._spare[0], self._last_key):
                 self._spare = (key, time.monotonic())
             self._last_key = key
             return self._reserve(key, "spare")
 
-    def reserve_warm(self, parent: Run, options: Mapping[str, Any], cwd: str, *, approvals: bool) -> Ids | None:
-        """Return the ids of a warm continuation of a run; None if there is none."""
+    def reserve_warm(
+        self, parent: Run, mode: RunMode, options: Mapping[str, Any], cwd: str, *, approvals: bool
+    ) -> Ids | None:
+        """Return the ids of a warm continuation of a run, for a resume or a fork; None if there is none."""
         if not self._warm:
             return None
         key = warm_key(options, self._cli_config, approvals=approvals, resume=parent.sdk_session_id, cwd=cwd)
         with self._lock:
-            ids = None if key is None else self._reserve(key, "warm")
-            if ids is not None:
-                self._sessions.pop(parent.session_id, None)
+            if key is None:
+                self._note_miss("warm", "its options need a start")
+                return None
+            ids = self._reserve(key, "warm")
+            if ids is not None and mode == RunMode.RESUME:
+                self._sessions.pop(parent.session_id, None)  # until this run has ended
             return ids
 
     def _reserve(self, key: Key, kind: str) -> Ids | None:
@@ -160,11 +170,17 @@ class Prestarts:
         self._changed.set()
         found = next((prestarted for prestarted in self._ready if prestarted.key == key), None)
         if found is None:
-            self.outcomes[f"{kind}: none ready"] += 1
+            self._note_miss(kind, "none with its options is ready")
             return None
+        self._failures = 0
         self._ready.remove(found)
         self._reserved[found.ids.run_id] = found
         return found.ids
+
+    def _note_miss(self, kind: str, reason: str) -> None:
+        """Note why a run starts its own Claude Code. The caller holds the lock."""
+        self.outcomes[f"{kind}: {reason}"] += 1
+        log.debug("a run starts its own Claude Code (no %s one): %s", kind, reason, extra={"event": "prestart_missed"})
 
     def release(self, run_id: str) -> None:
         """End the reserved Claude Code of a run that does not start now, if there is one."""
@@ -207,7 +223,7 @@ class Prestarts:
         with self._lock:
             if failure is None:
                 self._failures = 0
-            elif prestarted.key.resume is None:
+            elif REFUSAL in failure:
                 self._refused[run.cwd] = time.monotonic()
                 while len(self._refused) > MAX_REFUSED:
                     self._refused.popitem(last=False)
@@ -269,7 +285,7 @@ class Prestarts:
             for session, (_, used) in list(self._sessions.items()):
                 if now - used > IDLE_TIMEOUT:
                     del self._sessions[session]
-            wanted = [] if self._spare is None or self._failures >= MAX_FAILURES else [self._spare[0]] * self._spares
+            wanted = [] if self._spare is None else [self._spare[0]] * self._spares
             wanted += [key for key, _ in reversed(self._sessions.values())]
             if is_short or self._closed:
                 wanted = []
@@ -286,19 +302,21 @@ class Prestarts:
             stderr = read_stderr(prestarted.directory)
             self._note_failure(prestarted.key, f"exit code {prestarted.process.returncode} {stderr}".rstrip())
         self._end_unwanted()
+        if self._failures >= MAX_FAILURES:
+            wanted = [key for key in wanted if key.resume is not None]
         return wanted[0] if wanted else None
 
     def _note_failure(self, key: Key, reason: str) -> None:
         """Note that one has ended by itself or cannot be started."""
         if key.resume is not None:
             self._forget(key)
-            log.info("cannot keep a session warm: %s", reason, extra={"event": "warm_failed"})
+            log.info("a Claude Code that waited for a session has ended: %s", reason, extra={"event": "warm_failed"})
             return
         self._failures += 1
         log.info("a spare Claude Code has ended: %s", reason, extra={"event": "spare_failed"})
         if self._failures == MAX_FAILURES:
             log.warning(
-                "%d spare Claude Codes in a row have ended (%s); from now on every run starts its own. "
+                "%d spare Claude Codes in a row have ended (%s); no more are started until the service is restarted. "
                 "CCM_SPARE_RUNS=0 says the same without the attempts",
                 MAX_FAILURES,
                 reason,
@@ -332,7 +350,9 @@ class Prestarts:
             prestarted = prestart(ids, key, self._cli_config, state)
         except Exception as error:
             self._reaper.release(ids.run_id)
-            self._note_failure(key, str(error))
+            # Perhaps there is no memory or descriptor left: the next request tries again.
+            self._forget(key)
+            log.warning("cannot start a Claude Code in advance: %s", error, extra={"event": "prestart_failed"})
             return
         kind = "spare" if key.resume is None else "warm"
         with self._lock:

@@ -316,12 +316,12 @@ def test_the_sessions_that_ended_last_are_kept_warm(world: World) -> None:
     until(lambda: len(world.pids()) == 2)
 
     def reserve(run: Run, **options: Any) -> Ids | None:
-        return kept.reserve_warm(run, options, run.cwd, approvals=False)
+        return kept.reserve_warm(run, RunMode.RESUME, options, run.cwd, approvals=False)
 
     assert reserve(runs[0]) is None
     assert reserve(runs[2], model="other") is None, "other options"
-    assert kept.reserve_warm(runs[2], {}, "/tmp", approvals=False) is None, "another directory"
-    assert kept.reserve_warm(runs[2], {}, runs[2].cwd, approvals=True) is None, "with approvals"
+    assert kept.reserve_warm(runs[2], RunMode.RESUME, {}, "/tmp", approvals=False) is None, "another directory"
+    assert kept.reserve_warm(runs[2], RunMode.RESUME, {}, runs[2].cwd, approvals=True) is None, "with approvals"
     ids = until(lambda: reserve(runs[2]))
     found = taken(world, kept, ids, parent=runs[2])
     assert found is not None
@@ -333,7 +333,7 @@ def test_a_session_with_another_head_does_not_use_the_warm_one(world: World) -> 
     kept = world.make(spares=0, warm=1)
     old, new = (run_of(Ids(f"r{n}", f"s{n}"), cwd=str(world.folder), session="S") for n in range(2))
     kept.ended(old)
-    ids = until(lambda: kept.reserve_warm(old, {}, old.cwd, approvals=False))
+    ids = until(lambda: kept.reserve_warm(old, RunMode.RESUME, {}, old.cwd, approvals=False))
 
     assert ids is not None
     assert taken(world, kept, ids, parent=new) is None

@@ -100,6 +100,10 @@ def test_a_claim_that_cannot_be_served_is_refused(
 def test_only_the_messages_that_we_leave_out_come_before_the_prompt(
     environ: dict[str, str], tmp_path: Path, project: Path
 ) -> None:
+    skill = project / ".claude" / "skills" / "greet"
+    skill.mkdir(parents=True)
+    (skill / "SKILL.md").write_text("---\nname: greet\ndescription: Greets.\n---\nSay hello.\n")
+
     async def use(client: Client, ask: Ask) -> None:
         await ask({"subtype": "claim_session", "cwd": str(project), "permission_mode": "plan"})
         query = client._query

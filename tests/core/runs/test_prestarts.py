@@ -313,7 +313,7 @@ def test_the_sessions_that_ended_last_are_kept_warm(world: World) -> None:
     for run in runs:
         kept.ended(run)
         until(lambda: len(world.reaper.watched) == min(2, runs.index(run) + 1))  # noqa: B023
-    until(lambda: len(world.pids()) == 2)
+    until(lambda: {found.key.resume for found in kept._ready} == {"s1", "s2"})
 
     def reserve(run: Run, **options: Any) -> Ids | None:
         return kept.reserve_warm(run, RunMode.RESUME, options, run.cwd, approvals=False)
@@ -388,7 +388,7 @@ def test_the_environment_of_a_run_is_part_of_the_state_of_its_continuation(world
 def first_spare(service: ServiceProcess, home: Path) -> str:
     """Return the run id of the service's first spare once it can be used."""
     until(lambda: any("(spare) was started in advance" in line for line in service.log))
-    return marks_in(home)[0]
+    return until(lambda: marks_in(home))[0]
 
 
 @pytest.fixture

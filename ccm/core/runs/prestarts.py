@@ -207,7 +207,7 @@ class Prestarts:
             why = "it has ended"
         elif found.key.resume != (None if parent is None else parent.sdk_session_id):
             why = "the session has another head"
-        elif self._state(found.key) != found.state:
+        elif not self._is_current(found):
             why = "what it has read has changed"
         if why is None:
             self._reaper.release(run.id)  # the run's own watch remains
@@ -217,6 +217,13 @@ class Prestarts:
             self._unwanted.append(found)
             self._changed.set()
         return None
+
+    def _is_current(self, prestarted: Prestarted) -> bool:
+        try:
+            return self._state(prestarted.key) == prestarted.state
+        except Exception:
+            log.exception("cannot tell the state of what Claude Code reads", extra={"event": "start_state_failed"})
+            return False  # a fault in this must not cost the run
 
     def _settle(self, run: Run, prestarted: Prestarted, failure: str | None) -> None:
         """Note whether a Claude Code that was taken serves its run."""

@@ -15,7 +15,7 @@ import pytest
 
 from ccm.core.claude.execution import Execution
 from ccm.core.claude.locations import transcript_path
-from ccm.core.claude.prestart_key import Ids, spare_key, warm_key
+from ccm.core.claude.prestart_key import Ids, Key, spare_key, warm_key
 from ccm.core.claude.prestarted import Prestarted
 from ccm.core.claude.processes import marked
 from ccm.core.claude.reaper import Reaper
@@ -190,6 +190,19 @@ def test_a_run_does_not_use_a_spare_that_has_read_what_has_changed(world: World)
     assert taken(world, kept, ids) is None
     until(lambda: pid not in marked(ids.run_id))
     assert taken(world, kept, reserved(kept)) is not None, "the next spare has read the change"
+
+
+def test_a_fault_in_the_comparison_costs_only_the_spare(world: World) -> None:
+    kept = world.make()
+    ids = reserved(kept)
+
+    def fail(_key: Key) -> Hashable:
+        raise RuntimeError("injected")
+
+    kept._state = fail
+
+    assert taken(world, kept, ids) is None
+    until(lambda: not marked(ids.run_id))
 
 
 def test_a_reserved_spare_is_ended_if_its_run_does_not_start(world: World) -> None:

@@ -90,8 +90,11 @@ class Prestarts:
         self._memory = memory
         self._processors = ProcessorTime()
         self._lock = threading.Lock()
+        # Held during a start.
+        self._starting = threading.Lock()
         self._changed = threading.Event()
-        self._closed = self._stopping = False
+        self._closed = threading.Event()
+        self._stopping = False
         self._thread = threading.Thread(target=self._keep_ready, name="prestarts", daemon=True)
         self._ready: list[Prestarted] = []
         self._reserved: dict[str, Prestarted] = {}
@@ -117,8 +120,10 @@ class Prestarts:
 
     def close(self) -> None:
         """End what waits, and keep nothing ready any more. Idempotent."""
+        self._closed.set()
+        if self._starting.acquire(timeout=END_TIMEOUT):  # one that is just being started is ended too
+            self._starting.release()
         with self._lock:
-            self._closed = True
             self._unwanted += (*self._ready, *self._reserved.values())
             self._ready.clear()
             self._reserved.clear()
@@ -294,7 +299,7 @@ class Prestarts:
                     del self._sessions[session]
             wanted = [] if self._spare is None else [self._spare[0]] * self._spares
             wanted += [key for key, _ in reversed(self._sessions.values())]
-            if is_short or self._closed:
+            if is_short or self._closed.is_set():
                 wanted = []
             for prestarted in list(self._ready):
                 code = prestarted.process.returncode
@@ -352,21 +357,24 @@ class Prestarts:
             self._forget(key)
             return
         ids = new_ids()
-        self._reaper.watch(ids.run_id)
-        try:
-            prestarted = prestart(ids, key, self._cli_config, state)
-        except Exception as error:
-            self._reaper.release(ids.run_id)
-            # Perhaps there is no memory or descriptor left: the next request tries again.
-            self._forget(key)
-            log.warning("cannot start a Claude Code in advance: %s", error, extra={"event": "prestart_failed"})
-            return
+        with self._starting:
+            if self._closed.is_set():
+                return
+            self._reaper.watch(ids.run_id)
+            try:
+                prestarted = prestart(ids, key, self._cli_config, state)
+            except Exception as error:
+                self._reaper.release(ids.run_id)
+                # Perhaps there is no memory or descriptor left: the next request tries again.
+                self._forget(key)
+                log.warning("cannot start a Claude Code in advance: %s", error, extra={"event": "prestart_failed"})
+                return
+            with self._lock:
+                self._ready.append(prestarted)
         kind = "spare" if key.resume is None else "warm"
-        with self._lock:
-            self._ready.append(prestarted)
         log.debug("a Claude Code (%s) was started in advance", kind, extra={"event": "prestarted", "kind": kind})
-        if self._closed:
-            self.close()
+        if self._closed.is_set():
+            self.close()  # which has not waited for it
 
     def _end_unwanted(self) -> None:
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import logging
 import os
@@ -62,7 +63,9 @@ class Listening:
     def close(self) -> None:
         """Close all sockets, within the loop if it runs, because it ends with its last socket."""
         if self.thread.is_alive():
-            self.server.trigger.pull_trigger(lambda: wasyncore.close_all(self.server._map))
+            # An earlier wake-up may run this, and close the trigger, before it is pulled.
+            with contextlib.suppress(OSError):
+                self.server.trigger.pull_trigger(lambda: wasyncore.close_all(self.server._map))
             self.thread.join(30)
         wasyncore.close_all(self.server._map)
         self.server.task_dispatcher.shutdown(timeout=30)

@@ -66,11 +66,6 @@ class CLIProcess:
             file_limits.lower(self.pid, open_files)
         self._transports: list[asyncio.BaseTransport] = []
 
-    def __del__(self) -> None:
-        # One that was killed by its mark, after the loop had ended, has not been waited for: it would stay a zombie.
-        if hasattr(self, "_popen"):
-            self._popen.poll()
-
     @property
     def pid(self) -> int:
         return self._popen.pid

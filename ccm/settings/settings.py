@@ -72,7 +72,7 @@ class Settings:
     unix_socket_mode: int = _setting(0o600, parse.file_mode)
     # Each is a Claude Code process of 100-200 MB that takes a core while it starts.
     max_concurrent_runs: int = _setting(8, parse.integer, lowest=1, highest=1000)
-    # Claude Codes that wait for a fresh run, and sessions for whose next run one waits. Each takes about 130 MB.
+    # Claude Codes that wait for a fresh run, and sessions for whose next run one waits. Each takes about 150 MB.
     spare_runs: int = _setting(1, parse.integer, lowest=0, highest=100)
     warm_sessions: int = _setting(0, parse.integer, lowest=0, highest=100)
     max_queued_runs: int = _setting(1000, parse.integer, lowest=0, highest=1_000_000)

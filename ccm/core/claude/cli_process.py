@@ -62,9 +62,13 @@ class CLIProcess:
                 start_new_session=True,
                 bufsize=0,
             )
-        if open_files is not None:
-            file_limits.lower(self.pid, open_files)
         self._transports: list[asyncio.BaseTransport] = []
+        try:
+            if open_files is not None:
+                file_limits.lower(self.pid, open_files)
+        except BaseException:
+            self.end(0.0)  # nobody else would know of it
+            raise
 
     @property
     def pid(self) -> int:

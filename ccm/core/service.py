@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 
 from ccm import file_limits
 from ccm.core.approvals.requests import Approvals
 from ccm.core.approvals.transitions import ApprovalTransitions
-from ccm.core.claude.file_digest import signature
-from ccm.core.claude.locations import bundled_cli, find_transcript
-from ccm.core.claude.prestart_key import Key
+from ccm.core.claude.locations import bundled_cli
 from ccm.core.claude.reaper import Reaper
 from ccm.core.claude.run_context import CLIConfig
-from ccm.core.claude.start_state import start_state, user_state
 from ccm.core.policy.ceilings import Ceilings
 from ccm.core.problems import Problems
 from ccm.core.queries import Queries
@@ -151,7 +147,6 @@ class Service:
             reaper,
             spares=settings.spare_runs,
             warm=settings.warm_sessions,
-            state=self._claude_state,
         )
         preparation = Preparation(
             self._cli_config,
@@ -213,19 +208,6 @@ class Service:
             )
         else:
             log.debug("the Claude Agent SDK is imported")
-
-    def _claude_state(self, key: Key) -> Hashable:
-        """Return the state of what a Claude Code with this key reads when it starts; None if it is unknown."""
-        program = str(self._cli_config.cli_path)
-        if key.cwd is None or key.resume is None:
-            return user_state(self._environ, program)
-        environ = {**self._environ, **json.loads(key.options).get("env", {})}
-        transcript = find_transcript(key.cwd, key.resume, environ)
-        state = start_state(key.cwd, environ, program)
-        try:
-            return None if transcript is None or state is None else (state, signature(transcript.stat()))
-        except OSError:
-            return None  # deleted meanwhile
 
     def _refused(self, run_id: str, error: BaseException) -> None:
         self._runner.fail_unrecorded(run_id, error)

@@ -133,7 +133,8 @@ def query() -> Iterator[Query]:
     [
         ("_message_send", anyio.streams.memory.MemoryObjectSendStream, "Client.receive_raw replaces it with _Tap"),
         ("_message_receive", anyio.streams.memory.MemoryObjectReceiveStream, "Client.receive_raw empties it"),
-        ("_send_control_request", Callable, "Client.interrupt calls it"),
+        ("_send_control_request", Callable, "Client.interrupt and Client.claim call it"),
+        ("_initialized", bool, "Client.is_connected reads it"),
     ],
 )
 def test_the_query_has_the_attribute(query: Query, name: str, kind: type, used: str) -> None:

@@ -41,8 +41,6 @@ SETTLE_TIMEOUT = 10.0
 # When the transcript of a run without a result is first copied; the delay then doubles up to the interval (seconds).
 FIRST_COPY_DELAY = 1.0
 COPY_INTERVAL = 60.0
-# How long a Claude Code that was started before may take until it is ready for the run (seconds).
-CLAIM_TIMEOUT = 5.0
 TMPDIR_ADVICE = (
     "Cannot write to the directory for the run's temporary files: {}. Free space in TMPDIR, or set TMPDIR to another "
     "directory, and start the run again."
@@ -173,19 +171,18 @@ class Execution:
             self._follow_ups.close()
 
     async def _run_claude(self) -> Outcome:
+        missing = self._cli_config.missing()
+        if missing is not None:
+            return Outcome(RunStatus.ERROR, "CLI_NOT_FOUND", missing)
+        if not Path(self._context.cwd).is_dir():
+            return Outcome(RunStatus.ERROR, "CWD_NOT_FOUND", f"The directory {self._context.cwd} no longer exists.")
+        if self._prestarted is not None:
+            client = await self._prestarted.take_over(self._context, self._cli_config, self._ask, self._events.stop)
+            if client is not None:
+                return self._outcome(await self._converse(client), read_stderr(self._prestarted.directory))
+            if self._events.stop.is_set():
+                return self._outcome(None, "")
         with ExitStack() as stack:
-            missing = self._cli_config.missing()
-            if missing is not None:
-                return Outcome(RunStatus.ERROR, "CLI_NOT_FOUND", missing)
-            if not Path(self._context.cwd).is_dir():
-                return Outcome(RunStatus.ERROR, "CWD_NOT_FOUND", f"The directory {self._context.cwd} no longer exists.")
-            if self._prestarted is not None:
-                client = await self._take_over(self._prestarted)
-                if client is not None:
-                    raised = await self._converse(client)
-                    return self._outcome(raised, read_stderr(self._prestarted.directory))
-                if self._events.stop.is_set():
-                    return self._outcome(None, "")
             try:
                 directory = new_run_directory(self._context.run_id)
                 stack.callback(remove_run_directory, directory)
@@ -197,30 +194,6 @@ class Execution:
                 return Outcome(RunStatus.ERROR, "TMPDIR_NOT_WRITABLE", TMPDIR_ADVICE.format(error.strerror))
             raised = await self._converse(Client.launching(options, launch(self._cli_config, directory)))
             return self._outcome(raised, read_stderr(directory))
-
-    async def _take_over(self, prestarted: Prestarted) -> Client | None:
-        """Return a client of the Claude Code that was started before; None if the run must start its own.
-
-        The prestarted one has ended then. Whatever it refuses or fails at, a cold start may do: it decides.
-        """
-        connecting = asyncio.create_task(prestarted.connect(self._context, self._cli_config, self._ask))
-        stop = asyncio.create_task(self._events.stop.wait())
-        try:
-            await asyncio.wait((connecting, stop), timeout=CLAIM_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            stop.cancel()
-        if connecting.done() and connecting.exception() is None:
-            prestarted.settled(None)
-            return connecting.result()
-        # Its process first: a disconnect would wait for its exit. It has begun nothing that it could finish.
-        prestarted.process.kill()
-        if not connecting.done():
-            connecting.cancel()
-            await asyncio.wait((connecting,), timeout=CLAIM_TIMEOUT)
-        failure = "it did not answer" if connecting.cancelled() or not connecting.done() else connecting.exception()
-        if not self._events.stop.is_set():
-            prestarted.settled(str(failure))
-        return None
 
     async def _converse(self, client: Client) -> BaseException | None:
         """Start Claude Code, read its messages, and end it. Returns the exception that the SDK raised, if any."""

@@ -20,7 +20,10 @@ TIMEOUT = 1.0
 # Claude Code shows 2,000 characters of the status.
 MAX_OUTPUT = 1024 * 1024
 # As Claude Code runs git: a repository's own programs do not run.
-GIT = ("git", "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=", "-c", "safe.bareRepository=explicit")
+GIT = (
+    *("git", "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=", "-c", "safe.bareRepository=explicit"),
+    *("-c", "log.showSignature=false"),
+)
 GIT_ENVIRON = {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "GIT_NO_LAZY_FETCH": "1"}
 COMMANDS = (
     ("config", "--list", "--show-scope", "-z"),

@@ -8,6 +8,7 @@ any other run. The flag is hidden: tests/contracts/test_claim.py names what is u
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Callable, Hashable
@@ -23,6 +24,9 @@ from ccm.core.claude.run_directory import new_run_directory, remove_run_director
 from ccm.core.claude.sdk import ClaudeAgentOptions, Client, permission_callback, start_process
 from ccm.core.claude.sdk_options import sdk_options
 from ccm.models import Answer, Question
+
+# How long it may take until it is ready for a run (seconds).
+CLAIM_TIMEOUT = 5.0
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,37 @@ class Prestarted:
     started_at: float
     settled: Callable[[str | None], None] = lambda _: None
 
-    async def connect(self, context: RunContext, cli_config: CLIConfig, ask: Ask | None) -> Client:
-        """Return a client that is connected to it and ready for the run's prompt.
+    async def take_over(
+        self, context: RunContext, cli_config: CLIConfig, ask: Ask | None, stop: asyncio.Event
+    ) -> Client | None:
+        """Return a client that is ready for the run's prompt; None if the run must stop, or start its own Claude Code.
+
+        This one is killed then. Whatever it refuses or fails at, a start of its own may do: that decides.
+
+        Args:
+            stop: set if the run must stop.
+        """
+        connecting = asyncio.create_task(self._connect(context, cli_config, ask))
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait((connecting, stopping), timeout=CLAIM_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
+        if connecting.done() and connecting.exception() is None:
+            self.settled(None)
+            return connecting.result()
+        # Its process first: a disconnect would wait for its exit. It has begun nothing that it could finish.
+        self.process.kill()
+        if not connecting.done():
+            connecting.cancel()
+            await asyncio.wait((connecting,), timeout=CLAIM_TIMEOUT)
+        failure = "it did not answer" if connecting.cancelled() or not connecting.done() else connecting.exception()
+        if not stop.is_set():
+            self.settled(str(failure))
+        return None
+
+    async def _connect(self, context: RunContext, cli_config: CLIConfig, ask: Ask | None) -> Client:
+        """Return a client that is connected to it and has bound it to the run.
 
         Raises:
             Exception: it refuses the run, or has ended. It cannot be used for another run then.
@@ -56,7 +89,7 @@ class Prestarted:
             options = sdk_options(context, cli_config, self.directory, ask=ask)
         else:
             options = replace(self.options, can_use_tool=None if ask is None else permission_callback(ask))
-        client = Client.launching(options, launch(cli_config, self.directory), self.process)
+        client = Client.of_process(options, self.process)
         try:
             await client.connect()
             if self.key.resume is None:

@@ -101,17 +101,16 @@ class _Transport(subprocess_cli.SubprocessCLITransport):
     pipe at the first byte that is not UTF-8, so that the run would hang once the pipe is full.
 
     Args:
-        process: the CLI's process, if it has been started before.
+        source: how to start the CLI, or its process if it has been started before.
     """
 
-    def __init__(self, options: ClaudeAgentOptions, launch: Launch, process: CLIProcess | None = None) -> None:
+    def __init__(self, options: ClaudeAgentOptions, source: Launch | CLIProcess) -> None:
         # As the SDK does for its own transport: permission requests are asked as control requests.
         tool = None if options.can_use_tool is None else "stdio"
         super().__init__("", replace(options, permission_prompt_tool_name=tool))
-        self._launch = launch
-        self._started = process
+        self._source = source
 
-    def start(self) -> CLIProcess:
+    def start(self, launch: Launch) -> CLIProcess:
         """Start the process. The rest of the transport needs `connect`.
 
         Raises:
@@ -120,18 +119,18 @@ class _Transport(subprocess_cli.SubprocessCLITransport):
         environ = {
             "CLAUDE_CODE_ENTRYPOINT": "sdk-py",
             "CLAUDE_CODE_SDK_READS_SESSION_STATE": "1",  # the SDK reads from it when a run is over
-            **self._launch.environ,
+            **launch.environ,
             **self._options.env,
             "CLAUDE_AGENT_SDK_VERSION": __version__,
             "PWD": str(self._cwd),
         }
         try:
             return CLIProcess(
-                [*self._launch.prefix, *self._build_command()],
+                [*launch.prefix, *self._build_command()],
                 cwd=str(self._cwd),
                 environ=environ,
-                stderr=self._launch.stderr,
-                open_files=self._launch.open_files,
+                stderr=launch.stderr,
+                open_files=launch.open_files,
             )
         except OSError as error:
             raise CLIConnectionError(str(error)) from error
@@ -140,7 +139,8 @@ class _Transport(subprocess_cli.SubprocessCLITransport):
         """Start the process unless that is done, and open its pipes."""
         if self._process is not None:
             return
-        process = self._started or self.start()
+        source = self._source
+        process = source if isinstance(source, CLIProcess) else self.start(source)
         self._process = process  # type: ignore[assignment]  # has what the SDK uses of anyio's
         # Those that are left get SIGTERM when the service exits.
         subprocess_cli._ACTIVE_CHILDREN.add(process)  # type: ignore[arg-type]
@@ -160,7 +160,7 @@ def start_process(options: ClaudeAgentOptions, launch: Launch) -> CLIProcess:
     Raises:
         CLIConnectionError: it cannot be started.
     """
-    return _Transport(options, launch).start()
+    return _Transport(options, launch).start(launch)
 
 
 class Client(ClaudeSDKClient):
@@ -170,9 +170,14 @@ class Client(ClaudeSDKClient):
     _skipped_subtypes: tuple[str, ...] = ()
 
     @classmethod
-    def launching(cls, options: ClaudeAgentOptions, launch: Launch, process: CLIProcess | None = None) -> Client:
-        """Return a client that starts the CLI as `launch` says, unless `process` is the started one."""
-        return cls(options, transport=_Transport(options, launch, process))
+    def launching(cls, options: ClaudeAgentOptions, launch: Launch) -> Client:
+        """Return a client that starts the CLI as `launch` says."""
+        return cls(options, transport=_Transport(options, launch))
+
+    @classmethod
+    def of_process(cls, options: ClaudeAgentOptions, process: CLIProcess) -> Client:
+        """Return a client of a CLI that was started before."""
+        return cls(options, transport=_Transport(options, process))
 
     @property
     def is_connected(self) -> bool:

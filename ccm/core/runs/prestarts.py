@@ -1,8 +1,8 @@
 """Keeps Claude Code ready for the next runs: spares for fresh runs, and warm continuations of sessions.
 
 A start of Claude Code takes half a second of a core, which a client otherwise waits for. What is kept ready follows
-from the requests: the options of the last fresh runs, and the sessions whose runs ended last. A run that cannot use
-what is ready, or is refused by it, starts its own Claude Code; only the time tells the difference.
+from the requests (prestart_demand.py). A run that cannot use what is ready, or is refused by it, starts its own Claude
+Code; only the time tells the difference.
 
 A prestarted Claude Code has the ids of a run to come. A request takes the ids (`reserve`), and the run that is
 accepted with them takes the process (`take`).
@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -21,12 +20,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ccm.core.claude.machine import ProcessorTime, available_memory
-from ccm.core.claude.prestart_key import Ids, Key, new_ids, spare_key, warm_key
+from ccm.core.claude.prestart_key import Ids, Key, new_ids, spare_key, start_state_of, warm_key
 from ccm.core.claude.reaper import Reaper
 from ccm.core.claude.run_context import CLIConfig
 from ccm.core.claude.run_directory import read_stderr
-from ccm.core.claude.start_state import denies_tools
 from ccm.core.run_log import RunLog
+from ccm.core.runs.prestart_demand import MAX_FAILURES, PrestartDemand
 from ccm.models import Run, RunMode
 
 if TYPE_CHECKING:
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# How long Claude Code is kept ready after the last request that it could serve (seconds).
-IDLE_TIMEOUT = 600.0
 # How often the ready ones are checked (seconds).
 CHECK_INTERVAL = 2.0
 # Claude Code is started when no run was started for this time and a core is idle, or at the latest after the patience,
@@ -48,13 +45,8 @@ IDLE_CORES = 0.8
 MIN_MEMORY = 512 * 2**20
 # How long an unused Claude Code may take to end (seconds).
 END_TIMEOUT = 2.0
-# After so many spares in a row that ended by themselves or could not be started, no more are started.
-MAX_FAILURES = 3
-# How long fresh runs in a directory whose settings refuse spares start without one (seconds), and for how many.
-REFUSED_TIME = 600.0
-# What Claude Code's refusals have in common that the directory's settings cause.
+# What those of Claude Code's refusals have in common that the directory's settings cause.
 REFUSAL = "not_claimable"
-MAX_REFUSED = 1_000
 
 
 class Prestarts:
@@ -64,12 +56,9 @@ class Prestarts:
         reaper: ends them if the service is killed.
         spares: how many fresh runs are prepared for.
         warm: how many sessions are prepared for; those whose runs ended last.
-        state: returns the state of what Claude Code reads at its start. None if it is unknown; then nothing is started
-            in advance.
+        state: returns the state of what a Claude Code with this key reads at its start. None if it is unknown; then
+            nothing is started in advance.
         memory: returns the available memory (bytes).
-
-    Attributes:
-        outcomes: how many requests were served by what, and why others were not.
     """
 
     def __init__(
@@ -79,7 +68,7 @@ class Prestarts:
         *,
         spares: int,
         warm: int,
-        state: Callable[[Key], Hashable],
+        state: Callable[[Key, CLIConfig], Hashable] = start_state_of,
         memory: Callable[[], int | None] = available_memory,
     ) -> None:
         self._cli_config = cli_config
@@ -96,25 +85,15 @@ class Prestarts:
         self._closed = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._keep_ready, name="prestarts", daemon=True)
+        self._demand = PrestartDemand(spares, warm, spare_key({}, cli_config, approvals=False) if spares else None)
         self._ready: list[Prestarted] = []
         self._reserved: dict[str, Prestarted] = {}
         # To be ended.
         self._unwanted: list[Prestarted] = []
-        # What shall be ready: the key of the spares, and those of sessions, each with the time of its last use.
-        self._spare: tuple[Key, float] | None = None
-        self._sessions: OrderedDict[str, tuple[Key, float]] = OrderedDict()
-        # The key of the last fresh run: two runs in a row change the spares' key.
-        self._last_key: Key | None = None
-        self._refused: OrderedDict[str, float] = OrderedDict()
-        self._failures = 0
         self._last_start = 0.0
-        self.outcomes: Counter[str] = Counter()
 
     def start(self) -> None:
         """Begin to keep Claude Code ready, at first for a run without options."""
-        if self._spares:
-            key = spare_key({}, self._cli_config, approvals=False)
-            self._spare = None if key is None else (key, time.monotonic())
         if self._spares or self._warm:
             self._thread.start()
 
@@ -142,17 +121,13 @@ class Prestarts:
         """Return the ids of a spare for a fresh run; None if the run has to start its own Claude Code."""
         if not self._spares:
             return None
-        key = spare_key(options, self._cli_config, approvals=approvals)
-        denies = denies_tools(cwd, self._cli_config.environ)
+        key = spare_key(options, self._cli_config, approvals=approvals, cwd=cwd)
         with self._lock:
-            refused = time.monotonic() - self._refused.get(cwd, -REFUSED_TIME) < REFUSED_TIME
-            if key is None or refused or denies:
-                self._note_miss("spare", "its options, or the settings of its directory, need a start")
+            if key is None or self._demand.is_refused(cwd):
+                _log_miss("spare", "its options, or the settings of its directory, need a start")
                 return None
-            if self._spare is None or key in (self._spare[0], self._last_key):
-                self._spare = (key, time.monotonic())
-            self._last_key = key
-            return self._reserve(key, "spare")
+            self._demand.note_fresh(key)
+            return self._reserve(key)
 
     def reserve_warm(
         self, parent: Run, mode: RunMode, options: Mapping[str, Any], cwd: str, *, approvals: bool
@@ -161,31 +136,25 @@ class Prestarts:
         if not self._warm:
             return None
         key = warm_key(options, self._cli_config, approvals=approvals, resume=parent.sdk_session_id, cwd=cwd)
+        if key is None:
+            _log_miss("warm", "its options need a start")
+            return None
         with self._lock:
-            if key is None:
-                self._note_miss("warm", "its options need a start")
-                return None
-            ids = self._reserve(key, "warm")
+            ids = self._reserve(key)
             if ids is not None and mode == RunMode.RESUME:
-                self._sessions.pop(parent.session_id, None)  # until this run has ended
+                self._demand.drop(parent.session_id)
             return ids
 
-    def _reserve(self, key: Key, kind: str) -> Ids | None:
+    def _reserve(self, key: Key) -> Ids | None:
         self._last_start = time.monotonic()
         self._changed.set()
         found = next((prestarted for prestarted in self._ready if prestarted.key == key), None)
         if found is None:
-            self._note_miss(kind, "none with its options is ready")
+            _log_miss(key.kind, "none with its options is ready")
             return None
-        self._failures = 0
         self._ready.remove(found)
         self._reserved[found.ids.run_id] = found
         return found.ids
-
-    def _note_miss(self, kind: str, reason: str) -> None:
-        """Note why a run starts its own Claude Code. The caller holds the lock."""
-        self.outcomes[f"{kind}: {reason}"] += 1
-        log.debug("a run starts its own Claude Code (no %s one): %s", kind, reason, extra={"event": "prestart_missed"})
 
     def release(self, run_id: str) -> None:
         """End the reserved Claude Code of a run that does not start now, if there is one."""
@@ -207,50 +176,46 @@ class Prestarts:
             found = self._reserved.pop(run.id, None)
         if found is None:
             return None
-        why = None
-        if found.process.returncode is not None:
-            why = "it has ended"
-        elif found.key.resume != (None if parent is None else parent.sdk_session_id):
-            why = "the session has another head"
-        elif not self._is_current(found):
-            why = "what it has read has changed"
+        why = self._unusable(found, run, parent)
         if why is None:
             self._reaper.release(run.id)  # the run's own watch remains
             return replace(found, settled=partial(self._settle, run, found))
-        self._note_outcome(run, found, why)
+        _log_refusal(found.key.kind, run, why)
         with self._lock:
             self._unwanted.append(found)
             self._changed.set()
         return None
 
-    def _is_current(self, prestarted: Prestarted) -> bool:
+    def _unusable(self, prestarted: Prestarted, run: Run, parent: Run | None) -> str | None:
+        """Return why a Claude Code cannot serve the run that has its ids, or None."""
+        if prestarted.process.returncode is not None:
+            return "it has ended"
+        if prestarted.key.resume != (None if parent is None else parent.sdk_session_id):
+            return "the session has another head"
+        if run.fork_at_message is not None:
+            return "the run continues only a part of the transcript"
         try:
-            return self._state(prestarted.key) == prestarted.state
+            is_current = self._state(prestarted.key, self._cli_config) == prestarted.state
         except Exception:
+            # A fault in this must not cost the run.
             log.exception("cannot tell the state of what Claude Code reads", extra={"event": "start_state_failed"})
-            return False  # a fault in this must not cost the run
+            is_current = False
+        return None if is_current else "what it has read has changed"
 
     def _settle(self, run: Run, prestarted: Prestarted, failure: str | None) -> None:
         """Note whether a Claude Code that was taken serves its run."""
         with self._lock:
             if failure is None:
-                self._failures = 0
+                self._demand.note_success()
             elif REFUSAL in failure:
-                self._refused[run.cwd] = time.monotonic()
-                while len(self._refused) > MAX_REFUSED:
-                    self._refused.popitem(last=False)
-        self._note_outcome(run, prestarted, failure)
-
-    def _note_outcome(self, run: Run, prestarted: Prestarted, failure: str | None) -> None:
-        kind = "spare" if prestarted.key.resume is None else "warm"
-        with self._lock:
-            self.outcomes[f"{kind}: {'used' if failure is None else 'not usable'}"] += 1
-        run_log = RunLog(log, run.id)
-        if failure is None:
-            waited = time.monotonic() - prestarted.started_at
-            run_log.info("uses a Claude Code (%s) that waited for %.0f s", kind, waited, event="prestarted_used")
-        else:
-            run_log.info("starts its own Claude Code, not the %s one: %s", kind, failure, event="prestarted_refused")
+                self._demand.note_refusal(run.cwd)
+        if failure is not None:
+            _log_refusal(prestarted.key.kind, run, failure)
+            return
+        waited = time.monotonic() - prestarted.started_at
+        RunLog(log, run.id).info(
+            "uses a Claude Code (%s) that waited for %.0f s", prestarted.key.kind, waited, event="prestarted_used"
+        )
 
     def ended(self, run: Run) -> None:
         """Prepare the continuation of a run whose end is stored."""
@@ -259,11 +224,7 @@ class Prestarts:
                 run.options.value, self._cli_config, approvals=run.approvals, resume=run.sdk_session_id, cwd=run.cwd
             )
             with self._lock:
-                self._sessions.pop(run.session_id, None)
-                if key is not None:
-                    self._sessions[run.session_id] = (key, time.monotonic())
-                while len(self._sessions) > self._warm:
-                    self._sessions.popitem(last=False)
+                self._demand.note_ended(run.session_id, key)
             self._changed.set()
 
     # ---- in the own thread, with which the kernel ends what it has started
@@ -289,44 +250,29 @@ class Prestarts:
         """End what has ended or is not wanted any more. Return the key of the next one to start, if one is lacking."""
         memory = self._memory()
         is_short = memory is not None and memory < MIN_MEMORY
-        now = time.monotonic()
-        failed: list[Prestarted] = []
         with self._lock:
-            if self._spare is not None and now - self._spare[1] > IDLE_TIMEOUT:
-                self._spare = None
-            for session, (_, used) in list(self._sessions.items()):
-                if now - used > IDLE_TIMEOUT:
-                    del self._sessions[session]
-            wanted = [] if self._spare is None else [self._spare[0]] * self._spares
-            wanted += [key for key, _ in reversed(self._sessions.values())]
-            if is_short or self._closed.is_set():
-                wanted = []
-            for prestarted in list(self._ready):
-                code = prestarted.process.returncode
-                if code is None and prestarted.key in wanted:
-                    wanted.remove(prestarted.key)
-                    continue
-                if code is not None:
-                    failed.append(prestarted)
+            for prestarted in [waiting for waiting in self._ready if waiting.process.returncode is not None]:
                 self._ready.remove(prestarted)
                 self._unwanted.append(prestarted)
-        for prestarted in failed:
-            stderr = read_stderr(prestarted.directory)
-            self._note_failure(prestarted.key, f"exit code {prestarted.process.returncode} {stderr}".rstrip())
+                self._note_failure(prestarted)
+            wanted = [] if is_short or self._closed.is_set() else self._demand.wanted()
+            for prestarted in list(self._ready):
+                if prestarted.key in wanted:
+                    wanted.remove(prestarted.key)
+                else:
+                    self._ready.remove(prestarted)
+                    self._unwanted.append(prestarted)
         self._end_unwanted()
-        if self._failures >= MAX_FAILURES:
-            wanted = [key for key in wanted if key.resume is not None]
         return wanted[0] if wanted else None
 
-    def _note_failure(self, key: Key, reason: str) -> None:
-        """Note that one has ended by itself or cannot be started."""
-        if key.resume is not None:
-            self._forget(key)
-            log.info("a Claude Code that waited for a session has ended: %s", reason, extra={"event": "warm_failed"})
-            return
-        self._failures += 1
-        log.info("a spare Claude Code has ended: %s", reason, extra={"event": "spare_failed"})
-        if self._failures == MAX_FAILURES:
+    def _note_failure(self, prestarted: Prestarted) -> None:
+        """Note that one has ended by itself while it waited. The caller holds the lock."""
+        reason = f"exit code {prestarted.process.returncode} {read_stderr(prestarted.directory)}".rstrip()
+        kind = prestarted.key.kind
+        log.info("a Claude Code (%s) that waited has ended: %s", kind, reason, extra={"event": "prestarted_ended"})
+        if prestarted.key.resume is not None:
+            self._demand.forget(prestarted.key)
+        elif self._demand.note_spare_ended():
             log.warning(
                 "%d spare Claude Codes in a row have ended (%s); no more are started until the service is restarted. "
                 "CCM_SPARE_RUNS=0 says the same without the attempts",
@@ -334,14 +280,6 @@ class Prestarts:
                 reason,
                 extra={"event": "spares_off"},
             )
-
-    def _forget(self, key: Key) -> None:
-        """Keep nothing ready for a key until a request or the end of a run wants it again."""
-        with self._lock:
-            if self._spare is not None and self._spare[0] == key:
-                self._spare = None
-            for session in [session for session, (wanted, _) in self._sessions.items() if wanted == key]:
-                del self._sessions[session]
 
     def _is_quiet(self, lacking_since: float) -> bool:
         idle, now = self._processors.idle_cores(), time.monotonic()
@@ -352,9 +290,10 @@ class Prestarts:
         # Imported here because the SDK takes longer to import than the rest of the service's start.
         from ccm.core.claude.prestarted import prestart  # noqa: PLC0415
 
-        state = self._state(key)
+        state = self._state(key, self._cli_config)
         if state is None:
-            self._forget(key)
+            with self._lock:
+                self._demand.forget(key)
             return
         ids = new_ids()
         with self._starting:
@@ -365,14 +304,14 @@ class Prestarts:
                 prestarted = prestart(ids, key, self._cli_config, state)
             except Exception as error:
                 self._reaper.release(ids.run_id)
-                # Perhaps there is no memory or descriptor left: the next request tries again.
-                self._forget(key)
+                with self._lock:
+                    # Perhaps there is no memory or descriptor left: the next request tries again.
+                    self._demand.forget(key)
                 log.warning("cannot start a Claude Code in advance: %s", error, extra={"event": "prestart_failed"})
                 return
             with self._lock:
                 self._ready.append(prestarted)
-        kind = "spare" if key.resume is None else "warm"
-        log.debug("a Claude Code (%s) was started in advance", kind, extra={"event": "prestarted", "kind": kind})
+        log.debug("a Claude Code (%s) was started in advance", key.kind, extra={"event": "prestarted"})
         if self._closed.is_set():
             self.close()  # which has not waited for it
 
@@ -386,3 +325,13 @@ class Prestarts:
             with suppress(OSError):  # a reaper that has ended cannot be replaced, and none of the others may stay
                 prestarted.end(max(0.0, deadline - time.monotonic()))
                 self._reaper.release(prestarted.ids.run_id)
+
+
+def _log_miss(kind: str, reason: str) -> None:
+    """Log why a request gets the ids of no prestarted Claude Code."""
+    log.debug("a run starts its own Claude Code (no %s one): %s", kind, reason, extra={"event": "prestart_missed"})
+
+
+def _log_refusal(kind: str, run: Run, reason: str) -> None:
+    """Log why a run cannot use the Claude Code that has its ids."""
+    RunLog(log, run.id).info("starts its own Claude Code, not the %s one: %s", kind, reason, event="prestarted_refused")

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,17 @@ import pytest
 
 from ccm.core.claude.execution import Execution
 from ccm.core.claude.locations import transcript_path
-from ccm.core.claude.prestart_key import Ids, Key, spare_key, warm_key
+from ccm.core.claude.prestart_key import Ids, Key, spare_key, start_state_of, warm_key
 from ccm.core.claude.prestarted import Prestarted
 from ccm.core.claude.processes import marked
 from ccm.core.claude.reaper import Reaper
 from ccm.core.claude.run_context import CLIConfig, RunContext
 from ccm.core.policy.ceilings import Ceilings
-from ccm.core.runs import prestarts
+from ccm.core.runs import prestart_demand, prestarts
 from ccm.core.runs.manager import RunManager
 from ccm.core.runs.prestarts import Prestarts
 from ccm.core.runs.request import Accepted
-from ccm.core.service import Service
 from ccm.models import Run, RunMode, RunStatus
-from ccm.settings.settings import Settings
 from ccm.testing.service_process import ServiceProcess
 from tests.client import Client
 from tests.conftest import ServeFunction, stand_in_cli
@@ -67,7 +66,7 @@ class World:
             self.reaper,
             spares=spares,
             warm=warm,
-            state=lambda key: self.states.get(key.cwd, "unchanged"),
+            state=lambda key, _config: self.states.get(key.cwd, "unchanged"),
             memory=lambda: self.free,
         )
         self.made.append(kept)
@@ -174,9 +173,9 @@ def test_spares_go_when_no_run_has_wanted_them_and_return_with_the_next(
     kept = world.make()
     until(world.pids)
 
-    monkeypatch.setattr(prestarts, "IDLE_TIMEOUT", 0.0)
+    monkeypatch.setattr(prestart_demand, "IDLE_TIMEOUT", 0.0)
     until(lambda: not world.reaper.watched)
-    monkeypatch.setattr(prestarts, "IDLE_TIMEOUT", 600.0)
+    monkeypatch.setattr(prestart_demand, "IDLE_TIMEOUT", 600.0)
 
     assert taken(world, kept, reserved(kept)) is not None
 
@@ -196,7 +195,7 @@ def test_a_fault_in_the_comparison_costs_only_the_spare(world: World) -> None:
     kept = world.make()
     ids = reserved(kept)
 
-    def fail(_key: Key) -> Hashable:
+    def fail(_key: Key, _config: CLIConfig) -> Hashable:
         raise RuntimeError("injected")
 
     kept._state = fail
@@ -316,7 +315,7 @@ def test_a_directory_that_refused_a_spare_is_not_tried_again_soon(
     kept.release(other.run_id)
     until(world.pids)
     assert kept.reserve_spare({}, "/srv", approvals=False) is None
-    monkeypatch.setattr(prestarts, "REFUSED_TIME", 0.0)
+    monkeypatch.setattr(prestart_demand, "REFUSED_TIME", 0.0)
     assert taken(world, kept, reserved(kept, "/srv")) is not None
 
 
@@ -382,17 +381,47 @@ def test_the_environment_of_a_run_is_part_of_the_state_of_its_continuation(world
     transcript.parent.mkdir(parents=True)
     transcript.write_text("{}\n")
     config = world.config
-    service = Service(Settings(cli_path=config.cli_path), world.environ)
 
     def state(zone: str) -> Hashable:
         options = {"env": {"TZ": zone}}
         key = warm_key(options, config, approvals=False, resume="s", cwd=str(world.folder))
         assert key is not None
-        return service._claude_state(key)
+        return start_state_of(key, config)
 
     west, east = "Etc/GMT+12", "Pacific/Kiritimati"  # 26 hours apart, so their dates differ
     assert state(west) == state(west)
     assert None is not state(west) != state(east)
+
+
+def test_the_repository_of_an_agent_sees_no_secret_of_the_service(world: World) -> None:
+    # git may run programs that the repository's configuration names.
+    seen = world.folder / "seen"
+    git = world.folder / "git"
+    git.write_text(f"#!/bin/sh\nenv >> {seen}\n")
+    git.chmod(0o755)
+    (world.folder / ".git").mkdir()
+    transcript = transcript_path(str(world.folder), "s", world.environ)
+    transcript.parent.mkdir(parents=True)
+    transcript.write_text("{}\n")
+    world.environ |= {"PATH": f"{world.folder}:{os.environ['PATH']}", "CCM_API_TOKEN": "token", "PGPASSWORD": "word"}
+    key = warm_key({}, world.config, approvals=False, resume="s", cwd=str(world.folder))
+    assert key is not None
+
+    assert start_state_of(key, world.config) is not None
+
+    assert "HOME=" in seen.read_text()
+    assert "CCM_API_TOKEN" not in seen.read_text()
+    assert "PGPASSWORD" not in seen.read_text()
+
+
+def test_a_fork_at_a_message_does_not_use_a_continuation_of_the_whole(world: World) -> None:
+    kept = world.make(spares=0, warm=1)
+    parent = run_of(Ids("r", "s"), cwd=str(world.folder))
+    kept.ended(parent)
+    ids = until(lambda: kept.reserve_warm(parent, RunMode.FORK, {}, parent.cwd, approvals=False))
+    assert ids is not None
+
+    assert kept.take(run_of(ids, forkAtMessage="m", forkAtIndex=3), parent) is None
 
 
 # ---- with a whole service
@@ -422,13 +451,15 @@ def test_no_spare_outlives_the_service(
     quick_spares: Callable[..., Any], tmp_path: Path, number: signal.Signals
 ) -> None:
     service = quick_spares()
-    until(lambda: marks_in(tmp_path))
+    spare = first_spare(service, tmp_path)
+    directories = Path(tempfile.gettempdir())
+    assert list(directories.glob(f"ccm-{spare}-*"))
 
     service.process.send_signal(number)
     code = service.wait()
 
     assert code == (0 if number == signal.SIGTERM else -number)
-    until(lambda: not marks_in(tmp_path))
+    until(lambda: not marks_in(tmp_path) and not list(directories.glob(f"ccm-{spare}-*")))
 
 
 @pytest.mark.parametrize("refused", ["claim", "answer"])

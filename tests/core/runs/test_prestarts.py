@@ -341,6 +341,17 @@ def test_the_sessions_that_ended_last_are_kept_warm(world: World) -> None:
     assert reserve(runs[2]) is None, "it serves one run"
 
 
+def test_a_fork_leaves_its_session_warm_and_a_resume_does_not(world: World) -> None:
+    kept = world.make(spares=0, warm=1)
+    run = run_of(Ids("r", "s"), cwd=str(world.folder))
+    kept.ended(run)
+    for mode in (RunMode.FORK, RunMode.RESUME):
+        ids = until(lambda: kept.reserve_warm(run, mode, {}, run.cwd, approvals=False))  # noqa: B023
+        assert taken(world, kept, ids, parent=run) is not None
+
+    assert kept._demand.wanted() == []
+
+
 def test_a_session_with_another_head_does_not_use_the_warm_one(world: World) -> None:
     kept = world.make(spares=0, warm=1)
     old, new = (run_of(Ids(f"r{n}", f"s{n}"), cwd=str(world.folder), session="S") for n in range(2))

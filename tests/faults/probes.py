@@ -101,13 +101,13 @@ class Probes:
         sys.meta_path.insert(0, _Finder(self))
 
     def __call__(self, number: int, callee: Any) -> Any:
-        if not self._recording and self._armed is None and self._armed_callee is None:
-            return callee
         if getattr(self._own, "hidden", False) or threading.current_thread().name.startswith(OTHER_THREADS):
+            return callee
+        self._last_call = time.monotonic()
+        if not self._recording and self._armed is None and self._armed_callee is None:
             return callee
         site = self.sites[number]
         if self._recording:
-            self._last_call = time.monotonic()
             if self._excluded and threading.current_thread().name.startswith(self._excluded):
                 return callee
             if site.key not in self.reached and (name := boundary(callee, site.module)):
@@ -159,7 +159,7 @@ class Probes:
         self._armed, self._recording = None, False
 
     def is_quiet(self, seconds: float) -> bool:
-        """Return whether no probe was reached for `seconds` while recording."""
+        """Return whether no probe was reached for `seconds`."""
         return time.monotonic() - self._last_call > seconds
 
 

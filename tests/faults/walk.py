@@ -45,7 +45,7 @@ MODES = (ONCE, ALWAYS)
 CHECK_TIMEOUT = 20.0
 EXEMPT_TIMEOUT = 2.0
 INJECTION_TIMEOUT = 120.0
-# After this time without a call, the work after a run's end is done (seconds).
+# After this time without a call, the work of a part of a scenario is done (seconds).
 QUIET_INTERVAL = 0.06
 
 
@@ -103,6 +103,8 @@ def _set_up(stage: Stage, scenario: Scenario) -> None:
     else:
         stage.start()
     scenario.prepare(stage)
+    # Otherwise the trace on a busy machine contains calls of the part before, which no fault of this part can meet.
+    stage.until(lambda: stage.probes.is_quiet(QUIET_INTERVAL))
 
 
 def trace(stage: Stage, scenario: Scenario) -> dict[str, str]:
@@ -368,7 +370,8 @@ def main(probes: Probes) -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("command", choices=("trace", "walk", "report"))
     arguments.add_argument("rest", nargs="*")
-    arguments.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    # Most injections wait for a time limit.
+    arguments.add_argument("--jobs", type=int, default=3 * (os.cpu_count() or 1))
     arguments.add_argument("--bound", type=float, default=CHECK_TIMEOUT)
     arguments.add_argument("--scenario", action="append", default=[])
     arguments.add_argument("--mode", action="append", default=[])

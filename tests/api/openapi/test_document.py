@@ -21,10 +21,10 @@ from tests.api.conftest import refused
 from tests.api.in_process import InProcessService
 from tests.client import Client
 from tests.contract import NO_OPERATION, STORED, Contract, Json
-from tests.flask_commands import flask
+from tests.flask_commands import FLASK, call
 from tests.test_readme import classes
 
-TOKEN = "a-token-for-the-tests"  # noqa: S105
+TOKEN = "a-token-for-the-tests"
 NAMES = "error", "event", "type", "status"
 
 
@@ -187,6 +187,6 @@ def test_it_needs_a_token_where_the_api_does(tmp_path: Path) -> None:
 
 
 def test_a_command_prints_the_same(client: Client, environ: dict[str, str]) -> None:
-    printed = flask(environ, "openapi")
+    printed = call([*FLASK, "openapi"], environ)
 
     assert printed.stdout == client.get("/openapi.json").body.decode()

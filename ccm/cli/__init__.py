@@ -11,9 +11,18 @@ from flask import Flask
 from ccm.cli.archive import export_command, import_command, prune_command
 from ccm.cli.database import migrate_command
 from ccm.cli.demo import demo_command
+from ccm.cli.stand_in import stand_in_command
 from ccm.cli.token import token_command
 
-COMMANDS = (migrate_command, demo_command, token_command, export_command, import_command, prune_command)
+COMMANDS = (
+    migrate_command,
+    demo_command,
+    stand_in_command,
+    token_command,
+    export_command,
+    import_command,
+    prune_command,
+)
 
 
 def register(app: Flask) -> None:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 
 from flask import Blueprint, Response, g, request, url_for
-from werkzeug.exceptions import MethodNotAllowed
 
 from ccm.api.http.bodies import ForkBody, InputBody, ResumeBody, RunBody, StartBody, idempotency_key
 from ccm.api.http.cursor import END, HEADER, Cursor, last_event
@@ -27,24 +26,12 @@ from ccm.core.runs.request import Accepted, RunRequest
 from ccm.core.storage.notifier import end_of
 from ccm.errors import RunAlreadyEnded, StillEnding, Unavailable
 from ccm.models import Delivery, Run, RunMode, RunStatus
-from ccm.models.fields import RESERVED_RUN_IDS
 
 blueprint = Blueprint("runs", __name__, url_prefix="/api/runs")
 
 # How long DELETE waits for a run to end (seconds): the timeouts of interrupt, terminate and kill
 # (core/claude/termination.py), and the time to store the end.
 CANCEL_TIMEOUT = 30.0
-
-
-@blueprint.before_request
-def _refuse_actions_as_run_ids() -> None:
-    """Answer 405 to a GET or DELETE of an action, which would otherwise be an unknown run.
-
-    Raises:
-        MethodNotAllowed: the path is that of an action.
-    """
-    if request.endpoint in ("runs.run", "runs.cancel") and (request.view_args or {}).get("run_id") in RESERVED_RUN_IDS:
-        raise MethodNotAllowed(["POST"])
 
 
 @Route(blueprint, "POST", "/start", query=WaitQuery, body=StartBody, returns=Run, status=(200, 202), takes_key=True)

@@ -48,7 +48,17 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
         ("start", "resume", NOWHERE, "POST /api/runs/resume continues a session."),
         ("fork", "forkSession", True, "every continuation is a fork."),
         # Nothing is like it.
-        ("start", "zzz", 1, "zzz is not a known field."),
+        (
+            "start",
+            "zzz",
+            1,
+            "; the known ones are title, metadata, prompt, images, options, timeoutMs, webhookUrl, approvals, "
+            "approvalTimeoutMs, cwd.",
+        ),
+        # Sent in another way.
+        ("start", "wait", 60, "add ?wait=SECONDS to the address."),
+        ("start", "idempotency_key", "x", "send it as the header Idempotency-Key."),
+        ("resume", "stream", True, "GET /api/runs/{runId}/stream follows a run."),
     ],
 )
 def test_an_unknown_field(service: Client, kind: str, field: str, value: Any, words: str) -> None:
@@ -110,6 +120,11 @@ def test_an_unknown_field_within_another(service: Client, fields: dict[str, Any]
         ({"options": {"permissionMode": "zzz"}}, "options.permissionMode", "'bypassPermissions' or 'auto'."),
         ({"options": {"allowedTools": "Bash"}}, "options.allowedTools", 'did you mean ["Bash"]?'),
         ({"options": {"thinking": {"type": "on"}}}, "options.thinking", "'adaptive', 'enabled' or 'disabled'."),
+        ({"options": {"thinking": "high"}}, "options.thinking", "must be an object with type, display, budgetTokens."),
+        ({"options": {"maxTurns": "5"}}, "options.maxTurns", "did you mean 5, without quotes?"),
+        ({"approvals": "true"}, "approvals", "did you mean true, without quotes?"),
+        ({"images": ["/x.png"]}, "images.0", "must be an object with mediaType, data."),
+        ({"options": []}, "options", "input should be an object."),
         ({"options": {"systemPrompt": {"append": "x"}}}, "options.systemPrompt", "'custom' or 'preset'."),
     ],
 )
@@ -140,6 +155,12 @@ def test_an_unknown_value_of_a_parameter(service: Client, path: str, value: str,
     assert refused(service.get(path + value), field).endswith(words)
 
 
+def test_a_body_that_is_empty(service: Client) -> None:
+    for body in (b"", b"  \n"):
+        answer = service.request("POST", "/api/runs/start", body, {"Content-Type": "application/json"})
+        assert refused(answer) == "The body is empty; send a JSON object."
+
+
 def test_an_unknown_parameter(service: Client) -> None:
     message = refused(service.get("/api/runs?session_id=x"), "session_id")
     assert "it takes status," in message
@@ -150,7 +171,9 @@ def test_an_unknown_parameter(service: Client) -> None:
 @pytest.mark.parametrize(
     ("given", "meant"),
     [
-        ("/api/runs/", "/api/runs"),
+        ("/api/runs/", "/api/runs or /api/runs/{runId}"),
+        ("/api/runs//messages", "/api/runs/{runId}/messages"),
+        ("/api/sessions//", "/api/sessions"),
         (f"/api/runs/{NOWHERE}/messages/", f"/api/runs/{NOWHERE}/messages"),
         ("/api//runs", "/api/runs"),
         ("/api/runs/start/", "/api/runs/start"),

@@ -1,4 +1,4 @@
-"""The bodies of requests, their validation, and the messages about invalid ones."""
+"""The bodies of requests, and how they are read."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import hashlib
 import itertools
 import json
 import re
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from flask import Request
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, from_json
 
-from ccm.api.http.options_body import SERVICE_OWNED, Options, Strict
-from ccm.api.http.suggestions import alternatives, did_you_mean, same_word, suggestion
+from ccm.api.http.body_errors import validation_error
+from ccm.api.http.options_body import Options, Strict
 from ccm.core.runs.request import IfBusy
 from ccm.errors import TooLarge, UnsupportedMediaType, ValidationError
 from ccm.models import Answer, Decision, IdempotencyKey, Image, Run, fields
@@ -30,8 +28,6 @@ KEY_CHARACTERS = 255
 BODY_PARTS = 200_000
 # A string in JSON (or an unterminated one at the end), or a mark outside of strings.
 PART = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[,\[{]', re.DOTALL)
-# Unknown names are truncated to this in messages.
-NAME_CHARACTERS = 100
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", re.ASCII)
 SIGNATURES = {
     "image/png": rb"\x89PNG\r\n\x1a\n",
@@ -133,7 +129,7 @@ class ForkBody(RunBody, SessionBody):
 
 
 # The body of each action that starts a run.
-ACTIONS: dict[str, type[RunBody]] = {
+ACTIONS: dict[str, type[Strict]] = {
     "POST /api/runs/start": StartBody,
     "POST /api/runs/resume": ResumeBody,
     "POST /api/runs/fork": ForkBody,
@@ -194,7 +190,7 @@ def read_body(request: Request, model: type[Body], limit: int) -> Body:
     try:
         return model.model_validate_json(data)
     except pydantic.ValidationError as error:
-        raise _validation_error(error, data, model) from None
+        raise validation_error(error, data, model, ACTIONS) from None
 
 
 def _has_too_many_parts(data: bytes) -> bool:
@@ -231,118 +227,3 @@ def refuse_idempotency_key(request: Request) -> None:
             "Idempotency-Key: only a start, a resume and a fork take one; send this request without it.",
             field="Idempotency-Key",
         )
-
-
-# The values in pydantic's list of those that are possible.
-QUOTED = re.compile(r"'([^']*)'")
-# pydantic's error types for values of the wrong type.
-WRONG_TYPES = ("string_type", "list_type", "dict_type", "model_type", "model_attributes_type", "literal_error", "enum")
-
-
-def _validation_error(errors: pydantic.ValidationError, data: bytes, model: type[Strict]) -> ValidationError:
-    error = _closest(errors.errors(include_url=False))
-    if error["type"] == "json_invalid":
-        return ValidationError(f"The body is no valid JSON: {error['msg'].removeprefix('Invalid JSON: ')}.")
-    path = _path(error, from_json(data))
-    if not path:
-        return ValidationError("The body must be a JSON object.")
-    field = ".".join(map(_name, path))
-    if error["type"] == "extra_forbidden":
-        return ValidationError(_unknown_field_message(path, field, model), field=field)
-    reason = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "missing":
-        reason = "is required"
-    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        types = [get_args(_names(found)["type"].annotation)[0] for found in _models_at(path, model)]
-        reason = f"must have a type, which is {alternatives(map(repr, types))}"
-    if reason[1:2].islower():  # a sentence and not the name of a variable
-        reason = reason[0].lower() + reason[1:]
-    return ValidationError(f"{field}: {reason}{_value_hint(error)}", field=field)
-
-
-def _closest(errors: list[ErrorDetails]) -> ErrorDetails:
-    """Return the most relevant error. Each type of a union reports one, and the deepest one came closest to a match."""
-    first = errors[0]
-    rivals = [error for error in errors if error["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]]
-    if first["type"] == "missing":
-        # A field that is missing under its name and there under another one: only the other one says what is wrong.
-        for error in rivals:
-            if error["type"] == "extra_forbidden" and suggestion(_name(error["loc"][-1]), [_name(first["loc"][-1])]):
-                return error
-    return max(rivals, key=lambda error: (len(error["loc"]), error["type"] not in WRONG_TYPES, error is first))
-
-
-def _name(part: int | str) -> str:
-    return str(part)[:NAME_CHARACTERS]
-
-
-def _path(error: ErrorDetails, value: Any) -> list[int | str]:
-    """Return the path of an error in the body: pydantic's location without the names of the types that it tried."""
-    path: list[int | str] = []
-    loc = error["loc"]
-    for number, part in enumerate(loc):
-        if number and str(loc[number - 1]).startswith("tagged-union["):
-            continue  # a tag, which may also be the name of a field
-        children: Any = value if isinstance(value, dict | list) else ()
-        try:
-            value = children[part]
-        except (LookupError, TypeError):
-            if error["type"] != "missing" or number < len(loc) - 1:
-                continue
-        path.append(part)
-    return path
-
-
-def _value_hint(error: ErrorDetails) -> str:
-    """Return the end of the sentence about an invalid value."""
-    given = error["input"]
-    if not isinstance(given, str) or len(given) > NAME_CHARACTERS:
-        return "."
-    if error["type"] == "list_type":
-        return did_you_mean(json.dumps([given]))
-    return did_you_mean(suggestion(given, QUOTED.findall(error.get("ctx", {}).get("expected", ""))))
-
-
-def _unknown_field_message(path: list[int | str], field: str, model: type[Strict]) -> str:
-    """Return a sentence that says what was probably meant, or why the field is not for clients."""
-    *parents, last = path
-    name = _name(last)
-    # What may be meant, as the sentence shows it.
-    known = {own: own for found in _models_at(parents, model) for own in _names(found)}
-    owned = same_word(name, SERVICE_OWNED)
-    if parents == ["options"]:
-        if owned is not None:
-            return f"{field} is not for clients: {SERVICE_OWNED[owned]}."
-        known = {own: f"{own}, outside of options" for own in _names(model)} | known
-    elif not parents and "options" in known:
-        known = {own: f"options.{own}" for own in _names(Options)} | known
-        if same_word(name, known) is None:
-            takers = {action: own for action, body in ACTIONS.items() if (own := same_word(name, _names(body)))}
-            if takers:
-                return f"{field} is not a known field here; {' and '.join(takers)} have {next(iter(takers.values()))}."
-            if owned is not None:
-                return f"{field} is not a known field: {SERVICE_OWNED[owned]}."
-    meant = suggestion(name, known)
-    return f"{field} is not a known field{did_you_mean(meant and known[meant])}"
-
-
-def _models_at(parents: list[int | str], model: type[Strict]) -> list[type[Strict]]:
-    """Return the models that a value in the body may have, from the names and indexes that lead to it."""
-    models = [model]
-    for part in parents:
-        fields_here = [field for found in models for name, field in _names(found).items() if name == part]
-        # An index, or a name that the client chose, leads to the items of the same field.
-        models = [found for field in fields_here for found in _models_in(field.annotation)] if fields_here else models
-    return models
-
-
-def _models_in(annotation: object) -> list[type[Strict]]:
-    """Return the models among the types of an annotation."""
-    if isinstance(annotation, type) and issubclass(annotation, Strict):
-        return [annotation]
-    return [found for part in get_args(annotation) for found in _models_in(part)]
-
-
-def _names(model: type[Strict]) -> dict[str, FieldInfo]:
-    """Return the fields of a model by their names in JSON."""
-    return {field.alias or name: field for name, field in model.model_fields.items()}

@@ -47,8 +47,23 @@ def _is_below(segments: list[str], given: list[str]) -> bool:
     )
 
 
-def similar_path(path: str) -> str | None:
-    """Return the existing path that was probably meant: with another spelling, or without an extra slash."""
+def similar_paths(path: str) -> list[str]:
+    """Return the paths that were probably meant: one with another spelling, or templates of those that lack an id.
+
+    A client with an empty variable sends `/api/runs//messages` or `/api/runs/`.
+    """
+    parts = path[1:].split("/", SEGMENTS)
+    lacking = [
+        template(rule)
+        for rule in current_app.url_map.iter_rules()
+        if "" in parts and [("" if "<" in part else part) for part in rule.rule[1:].split("/")] == parts
+    ]
+    spelt = _spelt(path)
+    return [*([spelt] if spelt and (path.endswith("/") or not lacking) else []), *dict.fromkeys(lacking)]
+
+
+def _spelt(path: str) -> str | None:
+    """Return the existing path with another spelling, or without extra slashes."""
     known = {part for rule in current_app.url_map.iter_rules() for part in _segments(rule.rule) if "<" not in part}
     segments = [
         (difflib.get_close_matches(part.lower(), known, 1, SIMILARITY) or [part])[0] for part in _segments(path)

@@ -11,7 +11,7 @@ from typing import Any
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
-from ccm.api.http.paths import allowed_methods, methods_below, similar_path
+from ccm.api.http.paths import allowed_methods, methods_below, similar_paths
 from ccm.api.http.suggestions import alternatives, did_you_mean
 from ccm.errors import CCMError, StartRefused
 
@@ -60,10 +60,10 @@ def _http_error(error: HTTPException) -> Response:
 
 
 def _no_such_path(path: str) -> str:
-    similar = similar_path(path)
+    similar = similar_paths(path)
     parent = path.rstrip("/").rpartition("/")[0]
-    hint = did_you_mean(similar)
-    if similar is None and (methods := allowed_methods(parent)):
+    hint = did_you_mean(alternatives(similar) if similar else None)
+    if not similar and (methods := allowed_methods(parent)):
         hint = f"; {parent} takes {', '.join(methods)}."
     return f"There is nothing at {path}{hint} GET / lists the endpoints."
 

@@ -11,8 +11,12 @@ from flask import Flask
 from ccm.cli.archive import export_command, import_command, prune_command
 from ccm.cli.database import migrate_command
 from ccm.cli.demo import demo_command
+from ccm.cli.env_file import check_default_files
 from ccm.cli.stand_in import stand_in_command
 from ccm.cli.token import token_command
+from ccm.cli.version import version_command
+
+__all__ = ["COMMANDS", "check_default_files", "register"]
 
 COMMANDS = (
     migrate_command,
@@ -22,6 +26,7 @@ COMMANDS = (
     export_command,
     import_command,
     prune_command,
+    version_command,
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -18,7 +17,7 @@ from urllib.parse import urlencode
 
 from ccm.demo.client import DemoClient, Refused
 from ccm.errors import CommandRefused
-from ccm.settings.settings import RUN_VARIABLES, Settings, variable_of
+from ccm.settings.settings import Settings, is_setting
 from ccm.testing.messages_api import MessagesAPI
 from ccm.testing.service_process import ServiceProcess, credential_free_environment
 
@@ -188,10 +187,8 @@ class Tour:
 
 def settings_in(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the settings of a service in an environment. PORT is 3000 unless it is set."""
-    names = {variable_of(field.name) for field in dataclasses.fields(Settings)}
-    found = {name: value for name, value in environ.items() if name in names or name.startswith("CCM_")}
+    found = {name: value for name, value in environ.items() if is_setting(name)}
     given = {name: value for name, value in found.items() if value.strip() or name == "CCM_SETTING_SOURCES"}
-    given = {name: value for name, value in given.items() if name not in RUN_VARIABLES}
     if "DATABASE_URL" in given:  # libpq's variables may complete it
         given |= {name: value for name, value in environ.items() if name.startswith("PG")}
     return {"PORT": SERVE_PORT} | given

@@ -8,11 +8,12 @@ if not (3, 11) <= sys.version_info[:2] <= (3, 14):
 import atexit
 import logging
 import os
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from flask import Flask
 
-from ccm import api
+from ccm import __version__, api
 from ccm.core.service import Service
 from ccm.errors import StartRefused
 from ccm.log import configure
@@ -30,14 +31,15 @@ def create_app(settings: Settings | None = None) -> Flask:
     """
     from ccm import cli  # noqa: PLC0415  # `python app.py` needs neither the commands nor their imports
 
-    app = _make_app(settings)
+    app = _make_app(settings, cli.check_default_files)
     cli.register(app)
     return app
 
 
-def _make_app(settings: Settings | None) -> Flask:
+def _make_app(settings: Settings | None, check_environment: Callable[[], None] = lambda: None) -> Flask:
     if settings is None:
         try:
+            check_environment()
             settings = Settings.from_env(os.environ)
         except StartRefused as refusal:
             print(f"CC Manager does not start: {refusal}", file=sys.stderr)
@@ -52,12 +54,22 @@ def _make_app(settings: Settings | None) -> Flask:
     return app
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
     """Serve with waitress until SIGTERM or SIGINT.
 
     Returns:
         The exit code: 1 after a failure, 2 for an invalid setting, 3 for a database that cannot be used.
     """
+    if arguments:
+        if list(arguments) == ["--version"]:
+            print(f"CC Manager {__version__}")
+            return 0
+        print(
+            "CC Manager does not start: app.py takes no arguments but --version. Its settings are environment "
+            "variables, and `flask --help` lists the commands.",
+            file=sys.stderr,
+        )
+        return 2
     app = _make_app(None)
     service: Service = app.extensions["ccm"]
     settings = service.settings
@@ -102,6 +114,6 @@ def flush_log() -> None:
 
 
 if __name__ == "__main__":
-    code = main()
+    code = main(sys.argv[1:])
     flush_log()
     sys.exit(code)

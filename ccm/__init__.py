@@ -1,3 +1,3 @@
 """CC Manager: a thin HTTP service over the Claude Agent SDK."""
 
-__version__ = "0.1.0"
+__version__ = "0.9.0"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import http.client
 import json
 import re
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
+from ccm.testing.connection import connection
 from tests.contract import Sent, contract
 
 
@@ -57,19 +57,6 @@ def checked(method: str, path: str, sent: bytes | None, answer: Answer) -> Answe
     return answer
 
 
-class UnixConnection(http.client.HTTPConnection):
-    """HTTP over a Unix socket, like `curl --unix-socket`."""
-
-    def __init__(self, path: str, timeout: float) -> None:
-        super().__init__("localhost", timeout=timeout)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
-
-
 class Client:
     """A client of one service; each request opens its own connection, as curl does.
 
@@ -84,9 +71,7 @@ class Client:
 
     def connection(self, timeout: float = 150) -> http.client.HTTPConnection:
         """Return a new connection, for tests that need more than one answer on it."""
-        if self.url.startswith("unix:"):
-            return UnixConnection(self.url.removeprefix("unix:"), timeout)
-        return http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+        return connection(self.url, timeout)
 
     def request(
         self,

@@ -18,6 +18,7 @@ from werkzeug.routing import RequestRedirect
 from ccm.api import approvals, events, health, runs, sessions
 from ccm.api.http.admission import Admission
 from ccm.api.http.extensions import DOCUMENT, HELD_SLOTS, SERVICE, service
+from ccm.api.http.paths import IdConverter
 from ccm.api.http.proxy import Forwarded, check_forwarded
 from ccm.api.http.responses import register_error_handlers
 from ccm.api.http.tokens import Tokens
@@ -40,6 +41,7 @@ def register(app: Flask, the_service: Service) -> None:
     app.before_request(partial(_begin, Admission(settings.allowed_hosts, Tokens(settings))))
     app.after_request(_finish)
     register_error_handlers(app)
+    app.url_map.converters["default"] = IdConverter
     for module in (health, runs, sessions, approvals, events):
         app.register_blueprint(module.blueprint)
 

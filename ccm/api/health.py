@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import re
 from typing import Annotated, Any, Literal, NotRequired
 
 from flask import Blueprint, Response, current_app, request
 from pydantic import Field
-from pydantic.alias_generators import to_camel
 from typing_extensions import TypedDict
 
 from ccm import __version__
 from ccm.api.http.extensions import document, service
+from ccm.api.http.paths import template
 from ccm.api.http.responses import Problems, json_response
 from ccm.api.http.route import Route
 from ccm.errors import Unhealthy
@@ -76,8 +75,7 @@ def get_overview() -> Response:
     for rule in current_app.url_map.iter_rules():
         view = current_app.view_functions[rule.endpoint]
         does = (inspect.getdoc(view) or "").partition("\n")[0]
-        path = re.sub(r"<(\w+)>", lambda name: f":{to_camel(name[1])}", rule.rule)
         methods = (rule.methods or set()) - {"HEAD", "OPTIONS"}
-        endpoints.extend({"method": method, "path": path, "does": does} for method in methods)
+        endpoints.extend({"method": method, "path": template(rule.rule), "does": does} for method in methods)
     endpoints.sort(key=lambda endpoint: (endpoint["path"], endpoint["method"]))
     return json_response({"name": "CC Manager", "version": __version__, "endpoints": endpoints})

@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 
 from flask import Blueprint, Response, g, request, url_for
-from werkzeug.exceptions import MethodNotAllowed
 
 from ccm.api.http.bodies import ForkBody, InputBody, ResumeBody, RunBody, StartBody, idempotency_key
 from ccm.api.http.cursor import END, HEADER, Cursor, last_event
@@ -43,7 +42,6 @@ from ccm.errors import (
     WebhookForbidden,
 )
 from ccm.models import Delivery, Run, RunMode, RunStatus
-from ccm.models.fields import RESERVED_RUN_IDS
 
 blueprint = Blueprint("runs", __name__, url_prefix="/api/runs")
 
@@ -68,20 +66,6 @@ REFUSALS = (
 CONTINUATION_REFUSALS = (*REFUSALS, SessionBusy, SessionNotResumable)
 # The declaration of the routes that begin a run.
 begins = partial(Route, blueprint, "POST", query=WaitQuery, returns=Run, status=ACCEPTED, takes_key=True)
-
-
-@blueprint.before_request
-def _refuse_actions_as_run_ids() -> None:
-    """Answer 405 to a GET or DELETE of an action, which would otherwise be an unknown run.
-
-    Raises:
-        MethodNotAllowed: the path is that of an action.
-    """
-    if (
-        request.endpoint in ("runs.get_run", "runs.cancel_run")
-        and (request.view_args or {}).get("run_id") in RESERVED_RUN_IDS
-    ):
-        raise MethodNotAllowed(["POST"])
 
 
 @begins("/start", body=StartBody, errors=REFUSALS)

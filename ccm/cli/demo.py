@@ -13,8 +13,9 @@ from ccm.demo.tour import Tour
 def demo_command(serve: bool) -> None:
     """Start, resume and fork real runs without a login.
 
-    The real Claude Code runs against a stand-in of the Messages API, on a free port (with --serve on PORT, or else
-    3000), with a temporary database. All other settings in the environment are ignored.
+    The real Claude Code runs against a stand-in for the Messages API. Without --serve the service has a free port, a
+    temporary database, and none of the settings in the environment. With it the settings in the environment count.
+    PORT is then 3000 unless it is set, and the database is temporary unless DATABASE_PATH or DATABASE_URL is set.
     """
     with exit_on_refusal():
         Tour(click.echo).run(serve)

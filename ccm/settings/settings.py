@@ -52,6 +52,11 @@ def variable_of(setting: str) -> str:
     return name if name in UNPREFIXED else f"CCM_{name}"
 
 
+def is_setting(variable: str) -> bool:
+    """Return whether an environment variable is a setting, or looks like one that is misspelled."""
+    return variable in UNPREFIXED or (variable.startswith("CCM_") and variable not in RUN_VARIABLES)
+
+
 @dataclass(frozen=True)
 class Settings:
     """The configuration of one service."""
@@ -140,7 +145,7 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     known = [variable_of(field.name) for field in dataclasses.fields(Settings)]
     sentences = []
     for name in sorted(environ):
-        if name.startswith("CCM_") and name not in known and name not in RUN_VARIABLES:
+        if is_setting(name) and name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             sentences.append(f"{name} is not a setting" + (f"; did you mean {near[0]}?" if near else "."))
     return sentences

@@ -32,20 +32,28 @@ ERROR_TYPES = {
 
 
 class MessagesAPI:
-    """The stand-in: an HTTP server on a free port, with its own threads; a context manager.
+    """The stand-in: an HTTP server with its own threads; a context manager.
+
+    Args:
+        port: 0 takes a free one.
+        keep_requests: whether `requests` grows. It would fill the memory of a stand-in that runs for long.
 
     Attributes:
         requests: the body of every `POST /v1/messages`, for tests that check the model's input.
+
+    Raises:
+        OSError: the port cannot be used.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0, *, keep_requests: bool = True) -> None:
         self.requests: list[dict[str, Any]] = []
+        self._keep_requests = keep_requests
         self._failures: Counter[str] = Counter()
         self._lock = threading.Lock()
         # Set when answers in progress are to end.
         self._stopping = threading.Event()
         application = Request.application(self._respond)
-        self._server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=_SilentHandler)
+        self._server = make_server("127.0.0.1", port, application, threaded=True, request_handler=_SilentHandler)
         self._thread = threading.Thread(target=self._server.serve_forever, name="messages-api", daemon=True)
 
     @property
@@ -73,9 +81,13 @@ class MessagesAPI:
         if request.method == "POST" and request.path == "/v1/messages/count_tokens":
             return _json_response({"input_tokens": len(request.data) // 4})
         if request.method == "POST" and request.path == "/v1/messages":
-            body = json.loads(request.data)
-            self.requests.append(body)
-            return self._answer(body, request.environ["werkzeug.socket"])
+            try:
+                body = json.loads(request.data)
+                if self._keep_requests:
+                    self.requests.append(body)
+                return self._answer(body, request.environ["werkzeug.socket"])
+            except ValueError as error:
+                return _error(400, f"the stand-in cannot follow this request: {error}")
         return _error(404, f"the stand-in has no {request.method} {request.path}")
 
     def _answer(self, body: dict[str, Any], connection: socket.socket) -> Response:

@@ -14,12 +14,9 @@ APP = Path(__file__).parents[2] / "app.py"
 START_TIMEOUT = 60.0
 
 
-def credential_free_environment(messages_api: str, home: str) -> dict[str, str]:
-    """Return an environment, built from scratch, in which Claude Code runs offline and without a login."""
+def stand_in_variables(messages_api: str) -> dict[str, str]:
+    """Return the variables with which Claude Code calls the stand-in and nothing else."""
     return {
-        "PATH": os.environ.get("PATH", os.defpath),
-        "LANG": "C.UTF-8",
-        "HOME": home,
         "ANTHROPIC_BASE_URL": messages_api,
         "ANTHROPIC_API_KEY": "a-stand-in-asks-for-no-key",
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
@@ -27,6 +24,12 @@ def credential_free_environment(messages_api: str, home: str) -> dict[str, str]:
         "DISABLE_TELEMETRY": "1",
         "NO_PROXY": "127.0.0.1,localhost",
     }
+
+
+def credential_free_environment(messages_api: str, home: str) -> dict[str, str]:
+    """Return an environment, built from scratch, in which Claude Code runs offline and without a login."""
+    own = {"PATH": os.environ.get("PATH", os.defpath), "LANG": "C.UTF-8", "HOME": home}
+    return own | stand_in_variables(messages_api)
 
 
 class ServiceProcess:

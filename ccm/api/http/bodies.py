@@ -1,22 +1,20 @@
-"""The bodies of requests, their validation, and the messages about invalid ones."""
+"""The bodies of requests, and how they are read."""
 
 from __future__ import annotations
 
 import base64
-import difflib
 import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from flask import Request
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
-from pydantic_core import ErrorDetails, from_json
 
-from ccm.api.http.options_body import SERVICE_OWNED, Options, Strict
+from ccm.api.http.body_errors import validation_error
+from ccm.api.http.options_body import Options, Strict
 from ccm.core.runs.request import IfBusy
 from ccm.errors import TooLarge, UnsupportedMediaType, ValidationError
 from ccm.models import Answer, Decision, IdempotencyKey, Image, Run, fields
@@ -30,8 +28,6 @@ KEY_CHARACTERS = 255
 BODY_PARTS = 200_000
 # A string in JSON (or an unterminated one at the end), or a mark outside of strings.
 PART = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[,\[{]', re.DOTALL)
-# Unknown names are truncated to this in messages.
-NAME_CHARACTERS = 100
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", re.ASCII)
 SIGNATURES = {
     "image/png": rb"\x89PNG\r\n\x1a\n",
@@ -146,6 +142,14 @@ class ForkBody(RunBody, SessionBody):
     cwd: Path | None = Field(default=None, description="The directory of the fork; null for that of the session.")
 
 
+# The body of each action that starts a run.
+ACTIONS: dict[str, type[Strict]] = {
+    "POST /api/runs/start": StartBody,
+    "POST /api/runs/resume": ResumeBody,
+    "POST /api/runs/fork": ForkBody,
+}
+
+
 class ApprovalBody(Strict):
     """The answer to an approval."""
 
@@ -200,7 +204,7 @@ def read_body(request: Request, model: type[Body], limit: int) -> Body:
     try:
         return model.model_validate_json(data)
     except pydantic.ValidationError as error:
-        raise _validation_error(error, data, model) from None
+        raise validation_error(error, data, model, ACTIONS) from None
 
 
 def _has_too_many_parts(data: bytes) -> bool:
@@ -237,58 +241,3 @@ def refuse_idempotency_key(request: Request) -> None:
             "Idempotency-Key: only a start, a resume and a fork take one; send this request without it.",
             field="Idempotency-Key",
         )
-
-
-# pydantic's error types for values of the wrong type.
-WRONG_TYPES = ("string_type", "list_type", "dict_type", "model_type", "model_attributes_type", "literal_error", "enum")
-
-
-def _validation_error(errors: pydantic.ValidationError, data: bytes, model: type[Strict]) -> ValidationError:
-    error = _closest(errors.errors(include_url=False, include_context=False, include_input=False))
-    if error["type"] == "json_invalid":
-        return ValidationError(f"The body is no valid JSON: {error['msg'].removeprefix('Invalid JSON: ')}.")
-    path = _path(error, from_json(data))
-    if not path:
-        return ValidationError("The body must be a JSON object.")
-    field = ".".join(str(part)[:NAME_CHARACTERS] for part in path)
-    if error["type"] == "extra_forbidden":
-        return ValidationError(_unknown_field_message(field, model), field=field)
-    reason = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "missing":
-        reason = "is required"
-    if reason[1:2].islower():  # a sentence and not the name of a variable
-        reason = reason[0].lower() + reason[1:]
-    return ValidationError(f"{field}: {reason}.", field=field)
-
-
-def _closest(errors: list[ErrorDetails]) -> ErrorDetails:
-    """Return the most relevant error. Each type of a union reports one, and the deepest one came closest to a match."""
-    first = errors[0]
-    rivals = [error for error in errors if error["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]]
-    return max(rivals, key=lambda error: (len(error["loc"]), error["type"] not in WRONG_TYPES, error is first))
-
-
-def _path(error: ErrorDetails, value: Any) -> list[int | str]:
-    """Return the path of an error in the body: pydantic's location without the names of the types that it tried."""
-    path: list[int | str] = []
-    loc = error["loc"]
-    for number, part in enumerate(loc):
-        if number and str(loc[number - 1]).startswith("tagged-union["):
-            continue  # a tag, which may also be the name of a field
-        children: Any = value if isinstance(value, dict | list) else ()
-        try:
-            value = children[part]
-        except (LookupError, TypeError):
-            if error["type"] != "missing" or number < len(loc) - 1:
-                continue
-        path.append(part)
-    return path
-
-
-def _unknown_field_message(field: str, model: type[Strict]) -> str:
-    parent, _, name = field.rpartition(".")
-    if parent == "options" and name in SERVICE_OWNED:
-        return f"{field} is not for clients: {SERVICE_OWNED[name]}."
-    known: Mapping[str, Any] = Options.model_fields if parent == "options" else model.model_fields
-    near = difflib.get_close_matches(name, known, n=1) if parent in ("", "options") else []
-    return f"{field} is not a known field" + (f"; did you mean {near[0]}?" if near else ".")

@@ -19,7 +19,7 @@ TEXT_CHARACTERS = 1_000_000
 
 # The options that the service sets itself, and the reason or the alternative for clients.
 SERVICE_OWNED = {
-    "abortController": "DELETE /api/runs/:runId cancels a run",
+    "abortController": "DELETE /api/runs/{runId} cancels a run",
     "canUseTool": "it is a function, and a request carries none",
     "continue": "POST /api/runs/resume continues a session",
     "cwd": "it is a field of the request itself",

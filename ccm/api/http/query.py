@@ -12,6 +12,7 @@ import pydantic
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from werkzeug.datastructures import MultiDict
 
+from ccm.api.http.suggestions import did_you_mean, suggestion
 from ccm.errors import ValidationError
 from ccm.models import ApprovalStatus, RunMode, RunStatus
 from ccm.models.fields import no_nul
@@ -21,6 +22,8 @@ HIGHEST_LIMIT = 1_000
 LONGEST_WAIT = 300.0
 SEARCH_CHARACTERS = 1_000
 TYPES = 50
+# The longest unknown name for which a similar one is looked for.
+NAME_CHARACTERS = 100
 # A run's seq. It may be negative, because imported history is placed before the existing runs.
 POSITION = re.compile(r"-?\d{1,18}", re.ASCII)
 
@@ -111,17 +114,19 @@ class Query(BaseModel):
         for name, values in given.lists():
             if name not in cls.model_fields:
                 known = f"it takes {', '.join(cls.model_fields)}" if cls.model_fields else "it takes none"
-                raise ValidationError(f"{name} is not a known query parameter here; {known}.", field=name)
+                hint = did_you_mean(suggestion(name[:NAME_CHARACTERS], cls.model_fields))
+                raise ValidationError(f"{name} is not a known query parameter here: {known}{hint}", field=name)
             if len(values) > 1:
                 raise ValidationError(f"{name} is given {len(values)} times; give it once.", field=name)
         try:
             return cls.model_validate(given.to_dict())
         except pydantic.ValidationError as error:
-            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            first = error.errors(include_url=False, include_context=False)[0]
             field, reason = str(first["loc"][0]), first["msg"].removeprefix("Value error, ")
             if first["type"] == "enum":
                 choices: type[StrEnum] = get_args(cls.model_fields[field].annotation)[0]
-                reason = f"must be one of {', '.join(choices)}"
+                hint = did_you_mean(suggestion(first["input"], choices))
+                raise ValidationError(f"{field}: must be one of {', '.join(choices)}{hint}", field=field) from None
             raise ValidationError(f"{field}: {reason}.", field=field) from None
 
     def given(self, *names: str) -> dict[str, str]:

@@ -12,6 +12,8 @@ from flask import Flask, Response, g, request
 from pydantic import Field
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
+from ccm.api.http.paths import allowed_methods, methods_below, similar_paths
+from ccm.api.http.suggestions import alternatives, did_you_mean
 from ccm.errors import CCMError, InternalError, NotStarted, StartRefused
 
 log = logging.getLogger(__name__)
@@ -53,15 +55,29 @@ def _http_error(error: HTTPException) -> Response:
     """Replace the HTML of Flask's own errors."""
     status = error.code or 500
     code = re.sub(r"\W+", "_", error.name).upper()
-    messages = {
-        404: f"There is nothing at {request.path}. GET / lists the endpoints.",
-        405: f"{request.method} is not possible here. GET / lists the endpoints.",
-    }
-    message = messages.get(status, str(error.description))
+    message = str(error.description)
     headers = {}
-    if isinstance(error, MethodNotAllowed) and error.valid_methods:
-        headers["Allow"] = ", ".join(sorted(error.valid_methods))
+    if status == 404:
+        message = _no_such_path(request.path)
+    elif isinstance(error, MethodNotAllowed):
+        headers["Allow"] = ", ".join(sorted(error.valid_methods or ()))
+        message = _no_such_method(request.path, headers["Allow"])
     return json_response({"error": {"code": code, "message": message}}, status, headers)
+
+
+def _no_such_path(path: str) -> str:
+    similar = similar_paths(path)
+    parent = path.rstrip("/").rpartition("/")[0]
+    hint = did_you_mean(alternatives(similar) if similar else None)
+    if not similar and (methods := allowed_methods(parent)):
+        hint = f"; {parent} takes {', '.join(methods)}."
+    return f"There is nothing at {path}{hint} GET / lists the endpoints."
+
+
+def _no_such_method(path: str, allowed: str) -> str:
+    below = [f"{request.method} {found}" for found in methods_below(path, request.method)]
+    hint = f" Did you mean {alternatives(below)}?" if below else ""
+    return f"{request.method} is not possible at {path}, which takes {allowed}.{hint} GET / lists the endpoints."
 
 
 def _unexpected_error(error: Exception) -> Response:

@@ -12,6 +12,7 @@ from pydantic.alias_generators import to_camel
 
 from ccm.api.http.bodies import KEY_CHARACTERS
 from ccm.api.http.cursor import HEADER
+from ccm.api.http.paths import template
 from ccm.api.http.route import EventStream, Messages, Route, View
 from ccm.api.openapi.errors import BESIDE, COMMON, error_schema, errors_of, meaning
 from ccm.api.openapi.schemas import Mode, Schemas, without_null
@@ -86,7 +87,7 @@ class Operation:
     @property
     def path(self) -> str:
         """The path as OpenAPI writes it, such as `/api/runs/{runId}`."""
-        return re.sub(r"<(\w+)>", lambda name: f"{{{to_camel(name[1])}}}", self.rule)
+        return template(self.rule)
 
     @property
     def path_parameters(self) -> list[str]:

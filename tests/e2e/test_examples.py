@@ -56,7 +56,7 @@ TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
 
 class Recording:
-    """The examples so far, as examples.json has them.
+    """The examples so far, as examples.json has them: by the id of the operation, or the name of a common response.
 
     Args:
         places: texts that differ from run to run, such as directories, and what stands for them.
@@ -143,7 +143,7 @@ def start(client: Client, recording: Recording, project: Path, webhook: str) -> 
     body = {"cwd": str(project), "prompt": script, "title": "Docs", "metadata": {"ticket": 17}, "webhookUrl": webhook}
     recording.request("startRun", body)
     run = recording.answer("startRun", client.post("/api/runs/start", body, wait=60), 200)
-    recording.answer("startRun", client.post("/api/runs/start", {"cwd": str(project)}), 400)
+    recording.answer("Error400", client.post("/api/runs/start", {"cwd": str(project)}), 400)
     forbidden = {**body, "options": {"permissionMode": "bypassPermissions"}}
     recording.answer("startRun", client.post("/api/runs/start", forbidden), 403)
     path = f"/api/runs/{run['id']}/deliveries"

@@ -359,7 +359,7 @@ class Client:
         target = self._prefix + path + _encoded(query)
         connection = self._connect(timeout=self._timeout + float(query.get("wait") or 0))
         try:
-            with suppress(BrokenPipeError):  # a large body that is refused unread: the answer says why
+            with suppress(BrokenPipeError, ConnectionResetError):  # a body is refused unread: the answer says why
                 connection.request(method, target, data, headers)
             response = connection.getresponse()
             if response.status >= 300 or response.headers.get_content_type() != media_type:
@@ -385,7 +385,7 @@ class Retry:
         if not self.failures:
             self._deadline = time.monotonic() + self._seconds
         # Random, so that clients that failed together do not return together.
-        seconds = min(30, 2.0 ** min(self.failures, 5)) * random.uniform(0.5, 1)  # noqa: S311
+        seconds = min(10, 2.0 ** min(self.failures, 5)) * random.uniform(0.5, 1)  # noqa: S311
         seconds += error.retry_after
         if not error.temporary or time.monotonic() + seconds > self._deadline:
             raise error

@@ -6,10 +6,12 @@ import contextlib
 import http.client
 import json
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from email.parser import BytesParser
+from pathlib import Path
 from typing import Any, Self
 
 CHUNKED_STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -56,13 +58,19 @@ class ScriptedServer:
 
     Args:
         reply: returns what to send for a request.
+        certificate: a file with a certificate for localhost and its key; None serves plain HTTP.
     """
 
-    def __init__(self, reply: Callable[[Request], Script]) -> None:
+    def __init__(self, reply: Callable[[Request], Script], certificate: Path | None = None) -> None:
         self.requests: list[Request] = []
         self._reply = reply
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._tls: ssl.SSLContext | None = None
+        if certificate is not None:
+            self.url = f"https://localhost:{self._socket.getsockname()[1]}"
+            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._tls.load_cert_chain(certificate)
         self._thread = threading.Thread(target=self._serve, name="scripted-server")
 
     def __enter__(self) -> Self:
@@ -80,14 +88,20 @@ class ScriptedServer:
                 connection, _ = self._socket.accept()
             except OSError:
                 return  # the test is over
-            # The client may leave at any time.
-            with connection, contextlib.suppress(OSError):
+            # The client may leave at any time, and may not trust the certificate.
+            with contextlib.suppress(OSError), self._secured(connection) as connection:
                 request = _read(connection)
                 self.requests.append(request)
                 script = self._reply(request)
                 connection.sendall(script.sent)
                 if script.stays:
                     connection.recv(1)
+
+    def _secured(self, connection: socket.socket) -> socket.socket:
+        if self._tls is None:
+            return connection
+        with connection:
+            return self._tls.wrap_socket(connection, server_side=True)
 
 
 def one_after_another(*scripts: Script) -> Callable[[Request], Script]:

@@ -29,7 +29,6 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 log = logging.getLogger(__name__)
 
-
 JsonObject = dict[str, Any]
 # A message of the SDK, unchanged. Each has a `type`; the SDK decides on the rest.
 Message = dict[str, Any]
@@ -135,8 +134,6 @@ Rule = Callable[[Approval], Answer | None]
 
 
 class RunFields(TypedDict, total=False):
-    """The optional fields of every start, resume and fork."""
-
     images: list[JsonObject]
     options: JsonObject
     timeoutMs: int | None
@@ -412,11 +409,10 @@ def _destination(url: str, context: SSLContext | None) -> tuple[str, Callable[..
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
         raise ValueError("url must be http://HOST:PORT, https://HOST or unix:/PATH")
-    prefix = parts.path.rstrip("/")
+    host, prefix = parts.hostname, parts.path.rstrip("/")
     if parts.scheme == "http":
-        return prefix, partial(HTTPConnection, parts.hostname, parts.port or 80)
-    trusting = context or create_default_context()
-    return prefix, partial(HTTPSConnection, parts.hostname, parts.port or 443, context=trusting)
+        return prefix, partial(HTTPConnection, host, parts.port or 80)
+    return prefix, partial(HTTPSConnection, host, parts.port or 443, context=context or create_default_context())
 
 
 def _encoded(query: Query) -> str:

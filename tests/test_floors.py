@@ -21,6 +21,7 @@ FLOORS = {
     "server": {"core"},
     "testing": set(),
     "demo": {"testing"},
+    "client": set(),
     "log": set(),
     **{name: set() for name in SHARED},
 }

@@ -14,14 +14,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from standardwebhooks import WebhookVerificationError
 
 from ccm.core.storage.notifier import DELIVERIES, Notifier
@@ -36,6 +32,7 @@ from ccm.db import deliveries, events, runs, sessions
 from ccm.db.driver.database import Database
 from ccm.db.driver.transaction import Transaction
 from ccm.timestamps import timestamp
+from tests.certificates import write_certificate
 from tests.receiver import Received, Receiver, Reply
 from tests.waiting import until
 
@@ -331,19 +328,7 @@ def test_invalid_answers_and_unknown_hosts_are_reported(harness: Harness, monkey
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a file with a self-signed certificate for localhost, and its key."""
-    path = tmp_path_factory.mktemp("certificate") / "both.pem"
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    now = datetime.now(UTC)
-    made = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    unencrypted = serialization.NoEncryption()
-    secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, unencrypted)
-    path.write_bytes(made.public_bytes(serialization.Encoding.PEM) + secret)
-    return path
+    return write_certificate(tmp_path_factory.mktemp("certificate") / "both.pem")
 
 
 @pytest.mark.parametrize("is_trusted", [True, False])

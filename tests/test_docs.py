@@ -7,7 +7,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from pydantic.alias_generators import to_camel
 
+from app import create_app
+from ccm.settings.settings import Settings
 from tests.docs import FENCE, FOLDER, PAGES, README, blocks, page, prose, samples, text_of
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -87,3 +90,14 @@ def test_the_sample_for_vite_keeps_the_host() -> None:
     (sample,) = samples(page("front-end"), "js")
 
     assert re.search(r'"/api": \{ target: "http://127\.0\.0\.1:3000", changeOrigin: false \}', sample)
+
+
+def test_the_page_of_endpoints_lists_every_route() -> None:
+    rules = create_app(Settings(database_path=Path("/nowhere/db.sqlite"))).url_map.iter_rules()
+    routes = {
+        f"{method} " + re.sub(r"<(\w+)>", lambda name: "{" + to_camel(name[1]) + "}", rule.rule)
+        for rule in rules
+        for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
+    }
+
+    assert set(re.findall(r"^\| `([A-Z]+ /\S*)` \|", text_of(page("endpoints")), re.MULTILINE)) == routes

@@ -25,7 +25,8 @@ stop() { [ -z "$SERVICE" ] || { kill "$SERVICE"; wait "$SERVICE" || true; }; SER
 trap stop EXIT
 serve() {
   stop
-  "$PYTHON" "$APP" 2> log > /dev/null &
+  : > log  # here, because the service before it has left "listening on" in it
+  "$PYTHON" "$APP" 2>> log > /dev/null &
   SERVICE=$!
   until grep -q 'listening on' log; do kill -0 "$SERVICE" || { cat log >&2; exit 1; }; sleep 0.05; done
   cat log

@@ -22,7 +22,7 @@ PRELUDE = """
 set -eo pipefail
 SERVICE=
 stop() { [ -z "$SERVICE" ] || { kill "$SERVICE"; wait "$SERVICE" || true; }; SERVICE=; }
-trap stop EXIT
+trap 'stop; kill $(jobs -p) 2> /dev/null || true' EXIT
 serve() {
   stop
   : > log  # here, because the service before it has left "listening on" in it

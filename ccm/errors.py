@@ -2,13 +2,14 @@
 
 CCMError                        an answer to a client: message, code, HTTP status, the field at fault
 ├── ValidationError, Unauthorized, TooLarge, UnsupportedMediaType, KeyReused, QueueFull
+├── BadRequest, HeadersTooLarge, InternalError, UnknownCoding, NotStarted
 ├── Forbidden                   403: OptionForbidden, CwdForbidden, TimeoutForbidden, ApprovalsForbidden,
 │                                    WebhookForbidden, HostForbidden, OriginForbidden
 ├── NotFound                    404: RunNotFound, SessionNotFound, ApprovalNotFound
 ├── Conflict                    409: SessionBusy, SessionNotResumable, RunAlreadyEnded, RunEnding, RunNotStarted,
 │                                    ApprovalResolved
 └── Unavailable                 503, may be retried: ShuttingDown, StorageUnavailable, NotTakenIn, OutcomeUnknown,
-                                     StillEnding, SlotsTaken, OutOfDescriptors
+                                     StillEnding, SlotsTaken, OutOfDescriptors, OutOfDisk, Unhealthy
 
 StartRefused                    the service does not start; the message is one sentence for the operator
 ├── BadSetting                  exit code 2
@@ -26,7 +27,7 @@ StorageError                    a fault of the database, translated from its dri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 
@@ -63,6 +64,10 @@ class CCMError(Exception):
 
 class ValidationError(CCMError, status=400, code="VALIDATION_ERROR"):
     """A header, a parameter or the body of a request is invalid."""
+
+
+class BadRequest(CCMError, status=400, code="BAD_REQUEST"):
+    """The request is no valid HTTP."""
 
 
 class Unauthorized(CCMError, status=401, code="UNAUTHORIZED"):
@@ -106,15 +111,15 @@ class NotFound(CCMError, status=404):
 
 
 class RunNotFound(NotFound, code="RUN_NOT_FOUND"):
-    pass
+    """No run has this id."""
 
 
 class SessionNotFound(NotFound, code="SESSION_NOT_FOUND"):
-    pass
+    """No session has this id."""
 
 
 class ApprovalNotFound(NotFound, code="APPROVAL_NOT_FOUND"):
-    pass
+    """No approval has this id."""
 
 
 class Conflict(CCMError, status=409):
@@ -130,7 +135,7 @@ class SessionNotResumable(Conflict, code="SESSION_NOT_RESUMABLE"):
 
 
 class RunAlreadyEnded(Conflict, code="RUN_ALREADY_ENDED"):
-    pass
+    """The run has ended."""
 
 
 class RunEnding(Conflict, code="RUN_ENDING"):
@@ -153,11 +158,11 @@ class ApprovalResolved(Conflict, code="APPROVAL_ALREADY_RESOLVED"):
 
 
 class TooLarge(CCMError, status=413, code="BODY_TOO_LARGE"):
-    pass
+    """The body or the message exceeds its limit."""
 
 
 class UnsupportedMediaType(CCMError, status=415, code="UNSUPPORTED_MEDIA_TYPE"):
-    pass
+    """The body is not `application/json` in UTF-8, or it is compressed."""
 
 
 class KeyReused(CCMError, status=422, code="IDEMPOTENCY_KEY_REUSED"):
@@ -170,6 +175,22 @@ class QueueFull(CCMError, status=429, code="QUEUE_FULL"):
     retry_after = 5
 
 
+class HeadersTooLarge(CCMError, status=431, code="HEADERS_TOO_LARGE"):
+    """The request has more than 64 KiB of headers."""
+
+
+class InternalError(CCMError, status=500, code="INTERNAL_ERROR"):
+    """The service failed; its log says more."""
+
+
+class UnknownCoding(CCMError, status=501, code="NOT_IMPLEMENTED"):
+    """The request has a transfer coding other than `chunked`."""
+
+
+class NotStarted(CCMError, status=503, code="NOT_STARTED"):
+    """Under `flask run` only: the service cannot start; its log says why."""
+
+
 class Unavailable(CCMError, status=503):
     """It may work later."""
 
@@ -177,6 +198,8 @@ class Unavailable(CCMError, status=503):
 
 
 class ShuttingDown(Unavailable, code="SHUTTING_DOWN"):
+    """The service is stopping."""
+
     def __init__(self) -> None:
         super().__init__("The service is shutting down; try again when it is back.")
 
@@ -203,6 +226,25 @@ class SlotsTaken(Unavailable, code="SLOTS_TAKEN"):
 
 class OutOfDescriptors(Unavailable, code="OUT_OF_DESCRIPTORS"):
     """A run would need more files than the service may open."""
+
+
+class OutOfDisk(Unavailable, code="OUT_OF_DISK"):
+    """A body over 512 KiB does not fit into the directory for temporary files; nothing was stored."""
+
+
+class Unhealthy(Unavailable, code="UNHEALTHY"):
+    """The service cannot do its job.
+
+    `problems` are the faults that persist, one sentence each.
+    """
+
+    def __init__(self, message: str, problems: Sequence[str]) -> None:
+        super().__init__(message)
+        self.problems = list(problems)
+
+    def to_json(self) -> dict[str, Any]:
+        problems = {"problems": self.problems} if self.problems else {}
+        return {"status": "unavailable", **super().to_json(), **problems}
 
 
 class StartRefused(Exception):

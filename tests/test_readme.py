@@ -18,18 +18,8 @@ SINGLE_WORDS = {"UNAUTHORIZED", "UNHEALTHY", "INTERRUPTED", "TIMEOUT"}
 OTHER_NAMES = ("CCM_", "CLAUDE_", "DATABASE_", "HTTP_", "PATH_INFO", "REMOTE_ADDR", "GIT_", "SC_", "SCRIPT_NAME")
 # The API derives these from Werkzeug's names.
 NOT_OURS = {"METHOD_NOT_ALLOWED", "NOT_FOUND"}
-# Errors without an exception in ccm/errors.py: those of the HTTP server, of Flask, of `/health` and the like.
-WITHOUT_CLASS = {
-    (400, "BAD_REQUEST"),
-    (404, "NOT_FOUND"),
-    (405, "METHOD_NOT_ALLOWED"),
-    (431, "HEADERS_TOO_LARGE"),
-    (500, "INTERNAL_ERROR"),
-    (501, "NOT_IMPLEMENTED"),
-    (503, "NOT_STARTED"),
-    (503, "OUT_OF_DISK"),
-    (503, "UNHEALTHY"),
-}
+# Errors without an exception in ccm/errors.py, those of Flask.
+WITHOUT_CLASS = {(404, "NOT_FOUND"), (405, "METHOD_NOT_ALLOWED")}
 
 
 def texts() -> set[str]:

@@ -17,10 +17,11 @@ from werkzeug.routing import RequestRedirect
 
 from ccm.api import approvals, events, health, runs, sessions
 from ccm.api.http.admission import Admission
-from ccm.api.http.extensions import HELD_SLOTS, SERVICE, service
+from ccm.api.http.extensions import DOCUMENT, HELD_SLOTS, SERVICE, service
 from ccm.api.http.proxy import Forwarded, check_forwarded
 from ccm.api.http.responses import register_error_handlers
 from ccm.api.http.tokens import Tokens
+from ccm.api.openapi.document import Document
 from ccm.core.service import Service
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ REQUEST_ID = re.compile(r"[\w.:-]{1,100}", re.ASCII)
 def register(app: Flask, the_service: Service) -> None:
     """Add the API to an app. Open nothing, and start no thread."""
     settings = the_service.settings
-    app.extensions |= {SERVICE: the_service, HELD_SLOTS: Semaphore(settings.max_held)}
+    app.extensions |= {SERVICE: the_service, HELD_SLOTS: Semaphore(settings.max_held), DOCUMENT: Document(app)}
     app.wsgi_app = Forwarded(  # type: ignore[method-assign]
         app.wsgi_app, settings.trusted_proxy, settings.url_prefix
     )

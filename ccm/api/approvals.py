@@ -14,20 +14,24 @@ from ccm.api.http.request_limiter import wait_until
 from ccm.api.http.responses import json_response
 from ccm.api.http.route import Route
 from ccm.core.storage.notifier import APPROVALS
+from ccm.errors import ApprovalResolved
 from ccm.models import Approval
 
 blueprint = Blueprint("approvals", __name__, url_prefix="/api")
 
 
 @Route(blueprint, "GET", "/runs/<run_id>/approvals", query=PageQuery, returns=list[Approval])
-def of_run(run_id: str, query: PageQuery) -> Response:
+def list_run_approvals(run_id: str, query: PageQuery) -> Response:
     """List the approvals of a run, oldest first."""
     return page(query, partial(service().queries.run_approvals, run_id), lambda approval: approval.seq)
 
 
 @Route(blueprint, "GET", "/approvals", query=ApprovalsQuery, returns=list[Approval])
-def approvals(query: ApprovalsQuery) -> Response:
-    """List the approvals of all runs, oldest first. Filters: status, runId, sessionId. With wait: once there is one."""
+def list_approvals(query: ApprovalsQuery) -> Response:
+    """List the approvals of all runs, oldest first. Filters: status, runId, sessionId. With wait: once there is one.
+
+    With `wait` there is always a `Link`. It leads to what is requested next, so that a client sees each approval once.
+    """
     filters = query.given("status", "runId", "sessionId")
     queries = service().queries
     if "runId" in filters:
@@ -44,12 +48,20 @@ def approvals(query: ApprovalsQuery) -> Response:
 
 
 @Route(blueprint, "GET", "/approvals/<approval_id>", returns=Approval)
-def approval(approval_id: str) -> Response:
+def get_approval(approval_id: str) -> Response:
     """Return an approval."""
     return json_response(service().queries.approval(approval_id).to_json())
 
 
-@Route(blueprint, "POST", "/approvals/<approval_id>", body=ApprovalBody, returns=Approval)
-def decide(approval_id: str, body: ApprovalBody) -> Response:
+@Route(
+    blueprint,
+    "POST",
+    "/approvals/<approval_id>",
+    body=ApprovalBody,
+    returns=Approval,
+    status={200: "The approval, which this answer has resolved."},
+    errors=(ApprovalResolved,),
+)
+def answer_approval(approval_id: str, body: ApprovalBody) -> Response:
     """Answer an approval. The first answer counts."""
     return json_response(service().approvals.answer(approval_id, body.answer(), g.client).to_json())

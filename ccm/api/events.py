@@ -9,8 +9,8 @@ from flask import Blueprint, Response
 from ccm.api.http.cursor import Cursor, last_event
 from ccm.api.http.extensions import service
 from ccm.api.http.query import StreamQuery
-from ccm.api.http.route import EVENT_STREAM, Route
-from ccm.api.http.sse import feed
+from ccm.api.http.route import EventStream, Route
+from ccm.api.http.sse import EVENT_FRAMES, feed
 
 blueprint = Blueprint("events", __name__)
 
@@ -19,9 +19,14 @@ NOW = "now"
 ID = re.compile(r"\d{1,16}", re.ASCII)
 
 
-@Route(blueprint, "GET", "/api/events", query=StreamQuery, returns=EVENT_STREAM)
-def events(query: StreamQuery) -> Response:
-    """Stream the events of all runs and approvals as Server-Sent Events: the stored ones, then live."""
+@Route(blueprint, "GET", "/api/events", query=StreamQuery, returns=EventStream(EVENT_FRAMES))
+def stream_events(query: StreamQuery) -> Response:
+    """Stream the events of all runs and approvals as Server-Sent Events: the stored ones, then live.
+
+    `after` or `Last-Event-ID` is the id of an event, 0 for all that are stored; `after=now` leaves out the past. The
+    stream begins with the id that it continues from, and lasts until the client leaves or the service stops. Each event
+    has the run as it was then, without its `prompt` and `options`.
+    """
     return feed(_last_read(last_event(query.after)))
 
 

@@ -18,14 +18,30 @@ from ccm.api.http.pagination import page
 from ccm.api.http.query import MessagesQuery, PageQuery, RunsQuery, StreamQuery, WaitQuery
 from ccm.api.http.request_limiter import wait_until
 from ccm.api.http.responses import json_response
-from ccm.api.http.route import EVENT_STREAM, Messages, Route
-from ccm.api.http.sse import event_stream, no_more_events
+from ccm.api.http.route import EventStream, Messages, Route
+from ccm.api.http.sse import RUN_FRAMES, event_stream, no_more_events
 from ccm.core.policy import workdir
 from ccm.core.policy.permitted_options import check_options, check_webhook
 from ccm.core.runs.input import TakenIn
 from ccm.core.runs.request import Accepted, RunRequest
 from ccm.core.storage.notifier import end_of
-from ccm.errors import RunAlreadyEnded, StillEnding, Unavailable
+from ccm.errors import (
+    ApprovalsForbidden,
+    CwdForbidden,
+    NotTakenIn,
+    OptionForbidden,
+    OutOfDescriptors,
+    QueueFull,
+    RunAlreadyEnded,
+    RunEnding,
+    RunNotStarted,
+    SessionBusy,
+    SessionNotResumable,
+    StillEnding,
+    TimeoutForbidden,
+    Unavailable,
+    WebhookForbidden,
+)
 from ccm.models import Delivery, Run, RunMode, RunStatus
 from ccm.models.fields import RESERVED_RUN_IDS
 
@@ -34,6 +50,24 @@ blueprint = Blueprint("runs", __name__, url_prefix="/api/runs")
 # How long DELETE waits for a run to end (seconds): the timeouts of interrupt, terminate and kill
 # (core/claude/termination.py), and the time to store the end.
 CANCEL_TIMEOUT = 30.0
+# The meanings of the statuses of a response with a new run.
+ACCEPTED = {
+    200: "The run, which has ended: within `wait`, or because the same Idempotency-Key started it earlier.",
+    202: "The run, which is accepted and stored, and has not ended.",
+}
+# The refusals of a new run, and of one that continues a session.
+REFUSALS = (
+    ApprovalsForbidden,
+    CwdForbidden,
+    OptionForbidden,
+    OutOfDescriptors,
+    QueueFull,
+    TimeoutForbidden,
+    WebhookForbidden,
+)
+CONTINUATION_REFUSALS = (*REFUSALS, SessionBusy, SessionNotResumable)
+# The declaration of the routes that begin a run.
+begins = partial(Route, blueprint, "POST", query=WaitQuery, returns=Run, status=ACCEPTED, takes_key=True)
 
 
 @blueprint.before_request
@@ -43,13 +77,21 @@ def _refuse_actions_as_run_ids() -> None:
     Raises:
         MethodNotAllowed: the path is that of an action.
     """
-    if request.endpoint in ("runs.run", "runs.cancel") and (request.view_args or {}).get("run_id") in RESERVED_RUN_IDS:
+    if (
+        request.endpoint in ("runs.get_run", "runs.cancel_run")
+        and (request.view_args or {}).get("run_id") in RESERVED_RUN_IDS
+    ):
         raise MethodNotAllowed(["POST"])
 
 
-@Route(blueprint, "POST", "/start", query=WaitQuery, body=StartBody, returns=Run, status=(200, 202), takes_key=True)
-def start(query: WaitQuery, body: StartBody) -> Response:
-    """Start a fresh run in a new session."""
+@begins("/start", body=StartBody, errors=REFUSALS)
+def start_run(query: WaitQuery, body: StartBody) -> Response:
+    """Start a fresh run in a new session.
+
+    The run is stored before the answer is sent. With `wait` the answer comes when the run has ended, or with its
+    present state when that time has passed. With an `Idempotency-Key` the request may be repeated after any failure,
+    and still there is exactly one run.
+    """
 
     def accept(run_request: RunRequest) -> Accepted:
         return service().runs.start(run_request, workdir.resolve(body.cwd, service().settings.allowed_roots))
@@ -57,9 +99,13 @@ def start(query: WaitQuery, body: StartBody) -> Response:
     return _begin(RunMode.FRESH, query, body, accept)
 
 
-@Route(blueprint, "POST", "/resume", query=WaitQuery, body=ResumeBody, returns=Run, status=(200, 202), takes_key=True)
-def resume(query: WaitQuery, body: ResumeBody) -> Response:
-    """Continue a session with another run."""
+@begins("/resume", body=ResumeBody, errors=CONTINUATION_REFUSALS)
+def resume_run(query: WaitQuery, body: ResumeBody) -> Response:
+    """Continue a session with another run.
+
+    The run continues a copy of the transcript of the session's head, so what is there stays as it is. Options are not
+    inherited. `wait` and `Idempotency-Key` work as for a start.
+    """
 
     def accept(run_request: RunRequest) -> Accepted:
         queries = service().queries
@@ -71,9 +117,13 @@ def resume(query: WaitQuery, body: ResumeBody) -> Response:
     return _begin(RunMode.RESUME, query, body, accept)
 
 
-@Route(blueprint, "POST", "/fork", query=WaitQuery, body=ForkBody, returns=Run, status=(200, 202), takes_key=True)
-def fork(query: WaitQuery, body: ForkBody) -> Response:
-    """Branch off a session into a new one."""
+@begins("/fork", body=ForkBody, errors=CONTINUATION_REFUSALS)
+def fork_run(query: WaitQuery, body: ForkBody) -> Response:
+    """Branch off a session into a new one.
+
+    The fork continues the session's head, the run `atRunId`, or the conversation through the message `atMessage`.
+    Options are not inherited. `wait` and `Idempotency-Key` work as for a start.
+    """
 
     def accept(run_request: RunRequest) -> Accepted:
         queries = service().queries
@@ -89,7 +139,7 @@ def fork(query: WaitQuery, body: ForkBody) -> Response:
 
 
 @Route(blueprint, "GET", "", query=RunsQuery, returns=list[Run])
-def runs(query: RunsQuery) -> Response:
+def list_runs(query: RunsQuery) -> Response:
     """List the runs, newest first. Filters: status, sessionId, cwd, mode."""
     filters = query.given("status", "sessionId", "cwd", "mode")
     queries = service().queries
@@ -101,14 +151,17 @@ def runs(query: RunsQuery) -> Response:
 
 
 @Route(blueprint, "GET", "/<run_id>", query=WaitQuery, returns=Run)
-def run(run_id: str, query: WaitQuery) -> Response:
+def get_run(run_id: str, query: WaitQuery) -> Response:
     """Return a run. With wait: once it has ended."""
     return json_response(_wait_for_end(service().queries.run(run_id), query.wait).to_json())
 
 
-@Route(blueprint, "DELETE", "/<run_id>", returns=Run)
-def cancel(run_id: str) -> Response:
-    """Cancel a run."""
+@Route(blueprint, "DELETE", "/<run_id>", returns=Run, errors=(RunAlreadyEnded, StillEnding))
+def cancel_run(run_id: str) -> Response:
+    """Cancel a run.
+
+    The answer comes when the run is `cancelled` and its processes are gone. Cancelling it again returns the same.
+    """
     run = service().runs.cancel(run_id)
     if not run.ended:
         run = service().notifier.wait(end_of(run.id), CANCEL_TIMEOUT, lambda: _ended(run_id), lambda: False) or run
@@ -119,9 +172,20 @@ def cancel(run_id: str) -> Response:
     return json_response(run.to_json())
 
 
-@Route(blueprint, "GET", "/<run_id>/messages", query=MessagesQuery, returns=Messages, status=(200, 304))
-def messages(run_id: str, query: MessagesQuery) -> Response:
-    """List the SDK messages of a run, in order and unchanged."""
+@Route(
+    blueprint,
+    "GET",
+    "/<run_id>/messages",
+    query=MessagesQuery,
+    returns=Messages,
+    status={200: "The messages.", 304: "The client has them: the run has ended, and `If-None-Match` names its `ETag`."},
+)
+def list_run_messages(run_id: str, query: MessagesQuery) -> Response:
+    """List the SDK messages of a run, in order and unchanged.
+
+    `after` is the index of a message, -1 for all; message *i* has index *i*. There is a `Link` as long as more may
+    come. Without `limit` all messages are sent.
+    """
     cursor = Cursor("after", query.after)
     index = cursor.index()
     queries = service().queries
@@ -135,9 +199,20 @@ def messages(run_id: str, query: MessagesQuery) -> Response:
     return message_list(query, run_id, measure)
 
 
-@Route(blueprint, "GET", "/<run_id>/stream", query=StreamQuery, returns=EVENT_STREAM, status=(200, 204))
-def stream(run_id: str, query: StreamQuery) -> Response:
-    """Stream the same messages as Server-Sent Events: the stored ones, then live, then the ended run."""
+@Route(
+    blueprint,
+    "GET",
+    "/<run_id>/stream",
+    query=StreamQuery,
+    returns=EventStream(RUN_FRAMES),
+    status={200: "The events.", 204: "Nothing more will come: `Last-Event-ID` is `end`. A browser then stops."},
+)
+def stream_run(run_id: str, query: StreamQuery) -> Response:
+    """Stream a run's messages as Server-Sent Events: the stored ones, then live, then the ended run.
+
+    `after` or `Last-Event-ID` is the index of the last message that was read, and the stream continues exactly behind
+    it. Pending approvals come first. After the event `end` the stream closes.
+    """
     run = service().queries.run(run_id)
     cursor = last_event(query.after)
     if cursor == Cursor(HEADER, END) and run.ended:
@@ -148,14 +223,22 @@ def stream(run_id: str, query: StreamQuery) -> Response:
     return event_stream(lambda stream: stream.run(run.id, index), lambda _: "")
 
 
-@Route(blueprint, "POST", "/<run_id>/input", body=InputBody, returns=TakenIn, status=(202,))
-def put_input(run_id: str, body: InputBody) -> Response:
+@Route(
+    blueprint,
+    "POST",
+    "/<run_id>/input",
+    body=InputBody,
+    returns=TakenIn,
+    status={202: "Claude Code has the message, and it is stored among the run's messages."},
+    errors=(NotTakenIn, RunAlreadyEnded, RunEnding, RunNotStarted),
+)
+def send_input(run_id: str, body: InputBody) -> Response:
     """Send a user's message to a running run."""
     return json_response(service().input.put(run_id, body.prompt, body.pictures()).to_json(), 202)
 
 
 @Route(blueprint, "GET", "/<run_id>/deliveries", query=PageQuery, returns=list[Delivery])
-def deliveries(run_id: str, query: PageQuery) -> Response:
+def list_deliveries(run_id: str, query: PageQuery) -> Response:
     """List the webhooks of a run, each with its attempts, oldest first."""
     return page(query, partial(service().queries.deliveries, run_id), lambda delivery: delivery.id)
 
@@ -196,7 +279,7 @@ def _accepted(accepted: Accepted, seconds: float) -> Response:
     # The run is accepted even if the wait fails. After an error response the client would start it again.
     with contextlib.suppress(Unavailable):
         run = _wait_for_end(run, seconds)
-    headers = {"Location": url_for("runs.run", run_id=run.id)}
+    headers = {"Location": url_for("runs.get_run", run_id=run.id)}
     if accepted.replayed:
         headers["Idempotent-Replayed"] = "true"
     return json_response(run.to_json(), 200 if run.ended else 202, headers)

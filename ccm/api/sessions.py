@@ -14,8 +14,8 @@ from ccm.api.http.message_lists import Extent, message_list
 from ccm.api.http.pagination import page
 from ccm.api.http.query import PageQuery, SessionMessagesQuery, SessionsQuery, StreamQuery
 from ccm.api.http.responses import json_response
-from ccm.api.http.route import EVENT_STREAM, Messages, Route
-from ccm.api.http.sse import event_stream
+from ccm.api.http.route import EventStream, Messages, Route
+from ccm.api.http.sse import RUN_FRAMES, event_stream
 from ccm.core.policy import workdir
 from ccm.errors import NotFound
 from ccm.models import Run, Session, SessionStatus
@@ -24,7 +24,7 @@ blueprint = Blueprint("sessions", __name__, url_prefix="/api/sessions")
 
 
 @Route(blueprint, "GET", "", query=SessionsQuery, returns=list[Session])
-def sessions(query: SessionsQuery) -> Response:
+def list_sessions(query: SessionsQuery) -> Response:
     """List the sessions, latest activity first. Filters: cwd, q (text in titles and prompts)."""
     filters = query.given("cwd", "q")
     if "cwd" in filters:
@@ -33,21 +33,27 @@ def sessions(query: SessionsQuery) -> Response:
 
 
 @Route(blueprint, "GET", "/<session_id>", returns=Session)
-def session(session_id: str) -> Response:
-    """Return a session."""
+def get_session(session_id: str) -> Response:
+    """Return a session. Its id may also be the `sdkSessionId` of any of its runs."""
     return json_response(service().queries.session(session_id).to_json())
 
 
 @Route(blueprint, "PATCH", "/<session_id>", body=SessionBody, returns=Session)
-def describe(session_id: str, body: SessionBody) -> Response:
-    """Change a session's title and metadata."""
+def update_session(session_id: str, body: SessionBody) -> Response:
+    """Change a session's title and metadata.
+
+    A field that is left out stays as it is. `metadata` is replaced as a whole, and null clears it.
+    """
     given = body.model_dump(exclude_unset=True)
     return json_response(service().runs.update_session(session_id, given).to_json())
 
 
 @Route(blueprint, "GET", "/<session_id>/messages", query=SessionMessagesQuery, returns=Messages)
-def messages(session_id: str, query: SessionMessagesQuery) -> Response:
-    """List the SDK messages of a session's runs, in order. history=full prepends those that the session continued."""
+def list_session_messages(session_id: str, query: SessionMessagesQuery) -> Response:
+    """List the SDK messages of a session's runs, in order. history=full prepends those that the session continued.
+
+    `after` is `RUN_ID:INDEX`. There is a `Link` as long as more may come.
+    """
     position = Cursor("after", query.after).in_session()
     queries = service().queries
     session = queries.session(session_id)
@@ -63,22 +69,26 @@ def messages(session_id: str, query: SessionMessagesQuery) -> Response:
     return message_list(query, session.id, measure)
 
 
-@Route(blueprint, "GET", "/<session_id>/stream", query=StreamQuery, returns=EVENT_STREAM)
-def stream(session_id: str, query: StreamQuery) -> Response:
-    """Stream the same messages as Server-Sent Events, run after run, including later runs."""
+@Route(blueprint, "GET", "/<session_id>/stream", query=StreamQuery, returns=EventStream(RUN_FRAMES))
+def stream_session(session_id: str, query: StreamQuery) -> Response:
+    """Stream the messages of a session's runs as Server-Sent Events, run after run, including later runs.
+
+    `after` or `Last-Event-ID` is `RUN_ID:INDEX`, or `RUN_ID:end`. The stream lasts until the client leaves or the
+    service stops.
+    """
     session = service().queries.session(session_id)
     seq, index = _start(session, last_event(query.after))
     return event_stream(lambda stream: stream.session(session.id, seq, index), lambda run_id: f"{run_id}:")
 
 
 @Route(blueprint, "GET", "/<session_id>/runs", query=PageQuery, returns=list[Run])
-def runs(session_id: str, query: PageQuery) -> Response:
+def list_session_runs(session_id: str, query: PageQuery) -> Response:
     """List the runs of a session, oldest first."""
     return page(query, partial(service().queries.session_runs, session_id), lambda run: run.seq)
 
 
 @Route(blueprint, "GET", "/<session_id>/forks", query=PageQuery, returns=list[Session])
-def forks(session_id: str, query: PageQuery) -> Response:
+def list_forks(session_id: str, query: PageQuery) -> Response:
     """List the sessions that were forked from a session, latest activity first."""
     return page(query, partial(service().queries.forks, session_id), lambda session: session.last_run_seq)
 

@@ -11,9 +11,18 @@ from flask import Flask
 from ccm.cli.archive import export_command, import_command, prune_command
 from ccm.cli.database import migrate_command
 from ccm.cli.demo import demo_command
+from ccm.cli.openapi import openapi_command
 from ccm.cli.token import token_command
 
-COMMANDS = (migrate_command, demo_command, token_command, export_command, import_command, prune_command)
+COMMANDS = (
+    migrate_command,
+    demo_command,
+    token_command,
+    openapi_command,
+    export_command,
+    import_command,
+    prune_command,
+)
 
 
 def register(app: Flask) -> None:

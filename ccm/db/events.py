@@ -8,11 +8,9 @@ from typing import Any
 from ccm.db.driver.transaction import Transaction
 from ccm.db.event_bodies import body_of, columns_of
 from ccm.json_text import to_json_text
-from ccm.models import Event, Run
+from ccm.models import Event, EventRun, Run
 from ccm.timestamps import timestamp
 
-# Fields of the run that an event leaves out: they may be long, and the client that started the run has them.
-LEFT_OUT = ("prompt", "options")
 # The greatest id ever assigned, even if its event has been pruned since.
 GIVEN = {
     "sqlite": "SELECT seq FROM sqlite_sequence WHERE name = 'ccr_events'",
@@ -28,7 +26,8 @@ def insert(transaction: Transaction, type: str, run: Run, approval: Mapping[str,
         approval: the approval that the event is about, as the API shows it; None for an event of the run itself.
     """
     now = timestamp()
-    shown = {name: value for name, value in run.to_json().items() if name not in LEFT_OUT}
+    fields = run.to_json()
+    shown = {name: fields[name] for name in EventRun.shape.shown}
     data = {"run": shown} if approval is None else {"approval": approval, "run": shown}
     text = to_json_text({"type": type, "timestamp": now, "data": data})
     transaction.insert("ccr_events", {"type": type, "runId": run.id, "createdAt": now, **columns_of(text)})

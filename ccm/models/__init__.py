@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from ccm.models.approval import Answer, Approval, ApprovalStatus, Decision, Question, Resolution
 from ccm.models.delivery import Attempt, Delivery, DeliveryStatus, DeliveryTarget
-from ccm.models.event import RUN_ENDED, Event, EventType
-from ccm.models.message import Message
+from ccm.models.event import RUN_ENDED, Event, EventRun, EventType
+from ccm.models.message import Message, SDKMessage
 from ccm.models.run import IdempotencyKey, Image, Run, RunMode, RunStatus
 from ccm.models.session import Session, SessionStatus

@@ -35,12 +35,12 @@ class DeliveryTarget(StrEnum):
 
 
 class Attempt(TypedDict):
-    """One attempt. `error` is null if it succeeded, `statusCode` is null if there was no answer."""
+    """One attempt to deliver an event."""
 
-    at: str
-    durationMs: int
-    statusCode: int | None
-    error: str | None
+    at: Annotated[str, Field(description="When it began.", json_schema_extra={"format": "date-time"})]
+    durationMs: Annotated[int, Field(description="How long it took (ms).")]
+    statusCode: Annotated[int | None, Field(description="The status of the answer; null if there was none.")]
+    error: Annotated[str | None, Field(description="Why it failed; null if it succeeded.")]
 
 
 def _host_or_none(host: str) -> str | None:

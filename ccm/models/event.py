@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from ccm.models.run import RunStatus
+from pydantic import Field
+
+from ccm.models.json_field import JsonObject, JsonText
+from ccm.models.run import Run, RunStatus
 
 
 class EventType(StrEnum):
@@ -29,6 +32,13 @@ RUN_ENDED = {
     RunStatus.ERROR: EventType.RUN_FAILED,
     RunStatus.CANCELLED: EventType.RUN_CANCELLED,
 }
+
+
+class EventRun(Run):
+    """A run as an event shows it: without its longest fields, which the client that started it has."""
+
+    prompt: str = Field(exclude=True)
+    options: JsonText[JsonObject] = Field(exclude=True)
 
 
 @dataclass(frozen=True)

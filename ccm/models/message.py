@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, NotRequired
+
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
+
+
+@with_config(ConfigDict(extra="allow"))
+class SDKMessage(TypedDict):
+    """A message of the Claude Agent SDK, unchanged. `type` tells its kind; all other fields are the SDK's own.
+
+    Only describes the messages in the API: they are never parsed, so a field or type that is new in the SDK is shown.
+    """
+
+    type: Annotated[str, Field(description="The kind, such as `system`, `user`, `assistant` or `result`.")]
+    subtype: NotRequired[Annotated[str, Field(description="The kind within the type, such as `init` or `success`.")]]
+    uuid: NotRequired[Annotated[str, Field(description="The message's id, which a fork's `atMessage` takes.")]]
 
 
 class Message(NamedTuple):

@@ -38,8 +38,8 @@ class RunMode(StrEnum):
 class RunError(TypedDict):
     """Why a run failed."""
 
-    code: str
-    message: str | None
+    code: Annotated[str, Field(description="The reason, such as `TIMEOUT` or `INTERRUPTED`.")]
+    message: Annotated[str | None, Field(description="The reason in words, and what to do about it.")]
 
 
 class Run(StoredModel):

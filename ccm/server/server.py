@@ -26,6 +26,7 @@ from waitress.task import ErrorTask, WSGITask
 
 from ccm import file_limits
 from ccm.core.service import Service
+from ccm.errors import BadRequest, CCMError, HeadersTooLarge, InternalError, OutOfDisk, TooLarge, UnknownCoding
 from ccm.server.connections import Channel, Parser, open_server, serve
 
 log = logging.getLogger(__name__)
@@ -51,33 +52,34 @@ LISTENER_FAILED = b"\0"
 # Seconds that answers in flight may take when the service stops.
 DRAIN_TIMEOUT = 5.0
 
-# The code and the message of each error that waitress itself answers, by HTTP status.
-ERRORS = {
-    413: ("BODY_TOO_LARGE", "The body is larger than CCM_MAX_BODY_BYTES allows."),
-    431: ("HEADERS_TOO_LARGE", "The headers are too large."),
-    500: ("INTERNAL_ERROR", "The service failed. Its log says more."),
-    501: ("NOT_IMPLEMENTED", "This transfer coding is not supported."),
-    503: (
-        "OUT_OF_DISK",
-        "The service has no room for temporary files and cannot take so large a body; nothing was stored. Try again.",
-    ),
+# The errors that waitress itself answers, by HTTP status.
+ERRORS: dict[int, CCMError] = {
+    error.status: error
+    for error in (
+        TooLarge("The body is larger than CCM_MAX_BODY_BYTES allows."),
+        HeadersTooLarge("The headers are too large."),
+        InternalError("The service failed. Its log says more."),
+        UnknownCoding("This transfer coding is not supported."),
+        OutOfDisk(
+            "The service has no room for temporary files and cannot take so large a body; nothing was stored. Try "
+            "again."
+        ),
+    )
 }
-OTHER_ERROR = "BAD_REQUEST", "The request is no valid HTTP."
-# Seconds.
-RETRY_AFTER = "5"
+OTHER_ERROR = BadRequest("The request is no valid HTTP.")
 
 
 class _JsonErrorTask(ErrorTask):  # type: ignore[misc]  # waitress has no type hints
     """The answer to a request that waitress refuses before the app sees it, in the API's error format."""
 
     def execute(self) -> None:
-        error = self.request.error
-        code, message = ERRORS.get(error.code, OTHER_ERROR)
-        body = json.dumps({"error": {"code": code, "message": message}}).encode() + b"\n"
-        self.status = f"{error.code} {error.reason}"
+        status, reason = self.request.error.code, self.request.error.reason
+        error = ERRORS.get(status, OTHER_ERROR)
+        body = json.dumps(error.to_json()).encode() + b"\n"
+        self.status = f"{status} {reason}"
         self.response_headers += [("Content-Type", "application/json"), ("X-Request-Id", uuid.uuid4().hex)]
-        if error.code == 503:
-            self.response_headers.append(("Retry-After", RETRY_AFTER))
+        if error.retry_after is not None:
+            self.response_headers.append(("Retry-After", str(error.retry_after)))
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)

@@ -55,13 +55,17 @@ def _run_id(text: str) -> str:
 
 Path = Annotated[str, Field(min_length=1, max_length=PATH_CHARACTERS), AfterValidator(fields.no_nul)]
 # A UUID in its usual form. Claude Code would also accept a session's title, and so another session.
-Id = Annotated[str, AfterValidator(_uuid)]
-RunId = Annotated[str, AfterValidator(_run_id)]
+Id = Annotated[str, AfterValidator(_uuid), Field(json_schema_extra={"format": "uuid"})]
+RunId = Annotated[str, AfterValidator(_run_id), Field(json_schema_extra={"pattern": f"^{fields.RUN_ID.pattern}$"})]
 
 
 class ImageBody(Strict):
+    """An image of a prompt."""
+
     mediaType: Literal["image/png", "image/jpeg", "image/gif", "image/webp"]
-    data: Annotated[str, Field(min_length=1, max_length=IMAGE_CHARACTERS)]
+    data: Annotated[str, Field(min_length=1, max_length=IMAGE_CHARACTERS)] = Field(
+        description="The image in base64, without line breaks.", json_schema_extra={"contentEncoding": "base64"}
+    )
 
     @model_validator(mode="after")
     def _is_an_image(self) -> ImageBody:
@@ -78,7 +82,9 @@ class InputBody(Strict):
     """A user's message."""
 
     prompt: fields.Prompt
-    images: Annotated[list[ImageBody], Field(max_length=MAX_IMAGES)] = Field(default_factory=list)
+    images: Annotated[list[ImageBody], Field(max_length=MAX_IMAGES)] = Field(
+        default_factory=list, description="Images that belong to the prompt."
+    )
 
     def pictures(self) -> tuple[Image, ...]:
         return tuple(Image(image.mediaType, image.data) for image in self.images)
@@ -94,7 +100,7 @@ class SessionBody(Strict):
 class RunBody(InputBody):
     """The common fields of the bodies that start a run."""
 
-    options: Options = Options()
+    options: Options = Field(default_factory=Options, description="The SDK's options, under their TypeScript names.")
     timeoutMs: fields.TimeoutMs = None
     webhookUrl: fields.WebhookUrl = None
     approvals: fields.Approvals = False
@@ -117,25 +123,33 @@ class RunBody(InputBody):
 
 
 class StartBody(RunBody, SessionBody):
-    cwd: Path
+    """A request for a fresh run."""
+
+    cwd: Path = Field(description="The directory that Claude Code works in, an absolute path on the service's host.")
 
 
 class ResumeBody(RunBody):
-    sessionId: Id
-    ifBusy: IfBusy = IfBusy.REJECT
+    """A request for a run that continues a session."""
+
+    sessionId: Id = Field(description="The session to continue, or the `sdkSessionId` of any of its runs.")
+    ifBusy: IfBusy = Field(default=IfBusy.REJECT, description="What to do while a run of the session has not ended.")
 
 
 class ForkBody(RunBody, SessionBody):
-    sessionId: Id
-    atRunId: RunId | None = None
-    atMessage: Id | None = None
-    cwd: Path | None = None
+    """A request for a run that branches off a session."""
+
+    sessionId: Id = Field(description="The session to branch off, or the `sdkSessionId` of any of its runs.")
+    atRunId: RunId | None = Field(default=None, description="The run of the session to continue; null for the head.")
+    atMessage: Id | None = Field(
+        default=None, description="The uuid of the assistant message to continue after; null for the end of the run."
+    )
+    cwd: Path | None = Field(default=None, description="The directory of the fork; null for that of the session.")
 
 
 class ApprovalBody(Strict):
     """The answer to an approval."""
 
-    decision: Decision
+    decision: Decision = Field(description="Whether Claude Code may use the tool.")
     updatedInput: fields.UpdatedInput = None
     remember: fields.Remember = False
     message: fields.DenialMessage = None

@@ -132,6 +132,8 @@ SkillName = Annotated[str, Field(max_length=200, pattern=r"^\w[\w.-]*(:\w[\w.-]*
 Object = Annotated[dict[str, JsonValue], AfterValidator(plain_json)]
 Directory = Annotated[str, Field(pattern=r"^/", max_length=4_096), AfterValidator(no_nul)]
 Effort = Literal["low", "medium", "high", "xhigh", "max"]
+SNAPSHOT = "Whether the session keeps the prompt of its first request, also when it is continued; without it, true."
+DISPLAY = "Whether the messages have a summary of the thinking, or omit it."
 PermissionMode = Literal["default", "acceptEdits", "plan", "dontAsk", "bypassPermissions", "auto"]
 
 
@@ -143,16 +145,19 @@ class Strict(BaseModel):
 
 class CustomPrompt(Strict):
     type: Literal["custom"]
-    prompt: Text
-    snapshot: bool | None = None
+    prompt: Text = Field(description="The prompt.")
+    snapshot: bool | None = Field(default=None, description=SNAPSHOT)
 
 
 class PresetPrompt(Strict):
     type: Literal["preset"]
     preset: Literal["claude_code"]
-    append: Text | None = None
-    excludeDynamicSections: bool | None = None
-    snapshot: bool | None = None
+    append: Text | None = Field(default=None, description="A text behind Claude Code's own prompt.")
+    excludeDynamicSections: bool | None = Field(
+        default=None,
+        description="Whether the directory, the git status and the like stand in the first message instead.",
+    )
+    snapshot: bool | None = Field(default=None, description=SNAPSHOT)
 
 
 class ToolsPreset(Strict):
@@ -163,18 +168,20 @@ class ToolsPreset(Strict):
 class OutputFormat(Strict):
     type: Literal["json_schema"]
     # Not named `schema`, which is a method of pydantic's.
-    json_schema: Object = Field(alias="schema")
+    json_schema: Object = Field(alias="schema", description="The JSON schema that the result follows.")
 
 
 class AdaptiveThinking(Strict):
     type: Literal["adaptive"]
-    display: Literal["summarized", "omitted"] | None = None
+    display: Literal["summarized", "omitted"] | None = Field(default=None, description=DISPLAY)
 
 
 class EnabledThinking(Strict):
     type: Literal["enabled"]
-    budgetTokens: Annotated[int, Field(ge=1, le=10_000_000)]
-    display: Literal["summarized", "omitted"] | None = None
+    budgetTokens: Annotated[int, Field(ge=1, le=10_000_000)] = Field(
+        description="The maximum number of tokens for thinking."
+    )
+    display: Literal["summarized", "omitted"] | None = Field(default=None, description=DISPLAY)
 
 
 class DisabledThinking(Strict):
@@ -185,65 +192,125 @@ Thinking = Annotated[AdaptiveThinking | EnabledThinking | DisabledThinking, Fiel
 
 
 class TaskBudget(Strict):
-    total: Annotated[int, Field(ge=1, le=2**53)]
+    total: Annotated[int, Field(ge=1, le=2**53)] = Field(description="Tokens.")
 
 
 class Plugin(Strict):
     type: Literal["local"]
-    path: Directory
+    path: Directory = Field(description="The plugin's directory.")
 
 
 class Agent(Strict):
     """A subagent. `mcpServers` and the permissive values of `permissionMode` are privileged here too."""
 
-    description: Text
-    prompt: Text
-    tools: Rules | None = None
-    disallowedTools: Rules | None = None
-    model: Word | None = None
-    skills: Annotated[list[SkillName], Field(max_length=1_000)] | None = None
-    memory: Literal["user", "project", "local"] | None = None
-    mcpServers: Annotated[list[Word | Object], Field(max_length=100)] | None = None
-    initialPrompt: Text | None = None
-    maxTurns: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    background: bool | None = None
-    effort: Effort | None = None
-    permissionMode: PermissionMode | None = None
+    description: Text = Field(description="When Claude uses the agent.")
+    prompt: Text = Field(description="The agent's system prompt.")
+    tools: Rules | None = Field(default=None, description="The agent's tools; without it those of the run.")
+    disallowedTools: Rules | None = Field(default=None, description="Tools that the agent does not have.")
+    model: Word | None = Field(default=None, description="The agent's model; without it that of the run.")
+    skills: Annotated[list[SkillName], Field(max_length=1_000)] | None = Field(
+        default=None, description="Skills that are loaded for the agent."
+    )
+    memory: Literal["user", "project", "local"] | None = Field(
+        default=None, description="Where the agent keeps a memory of its own."
+    )
+    mcpServers: Annotated[list[Word | Object], Field(max_length=100)] | None = Field(
+        default=None, description="MCP servers of the agent: names of configured ones, or configurations."
+    )
+    initialPrompt: Text | None = Field(default=None, description="The first message, if the agent is the main one.")
+    maxTurns: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
+        default=None, description="The maximum number of turns of the agent."
+    )
+    background: bool | None = Field(default=None, description="Whether the agent always works in the background.")
+    effort: Effort | None = Field(default=None, description="How much the agent thinks.")
+    permissionMode: PermissionMode | None = Field(default=None, description="The agent's permission mode.")
 
 
 class Options(Strict):
     """The options of a run."""
 
-    model: Word | None = None
-    fallbackModel: Word | None = None
-    systemPrompt: Text | Annotated[CustomPrompt | PresetPrompt, Field(discriminator="type")] | None = None
-    maxTurns: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    maxBudgetUsd: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
-    permissionMode: PermissionMode | None = None
-    strictMcpConfig: bool | None = None
-    settingSources: Annotated[list[Literal["user", "project", "local"]], Field(max_length=3)] | None = None
-    tools: Rules | ToolsPreset | None = None
-    allowedTools: Rules | None = None
-    disallowedTools: Rules | None = None
-    agents: Annotated[dict[Word, Agent], Field(max_length=100)] | None = None
-    skills: Annotated[list[SkillName], Field(max_length=500)] | Literal["all"] | None = None
-    includePartialMessages: bool | None = None
-    includeHookEvents: bool | None = None
-    forwardSubagentText: bool | None = None
-    outputFormat: OutputFormat | None = None
-    thinking: Thinking | None = None
-    effort: Effort | None = None
-    betas: Annotated[list[Word], Field(max_length=50)] | None = None
-    taskBudget: TaskBudget | None = None
-    verbatimPrompts: bool | None = None
+    model: Word | None = Field(default=None, description="The model; without it that of Claude Code's settings.")
+    fallbackModel: Word | None = Field(default=None, description="The model to use while the other one is overloaded.")
+    systemPrompt: Text | Annotated[CustomPrompt | PresetPrompt, Field(discriminator="type")] | None = Field(
+        default=None,
+        description="A text instead of Claude Code's prompt, or that prompt with an addition.",
+    )
+    maxTurns: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
+        default=None, description="The maximum number of turns of the run."
+    )
+    maxBudgetUsd: Annotated[float, Field(gt=0, le=1_000_000)] | None = Field(
+        default=None,
+        description="The maximum cost of the run itself (USD). Claude Code checks it after each answer of the model.",
+    )
+    permissionMode: PermissionMode | None = Field(
+        default=None,
+        description="What Claude Code may do without asking. A run with approvals that names none gets `default`.",
+    )
+    strictMcpConfig: bool | None = Field(
+        default=None, description="Whether only the MCP servers of `mcpServers` are used."
+    )
+    settingSources: Annotated[list[Literal["user", "project", "local"]], Field(max_length=3)] | None = Field(
+        default=None, description="Which of the host's Claude Code settings are loaded; `project` includes CLAUDE.md."
+    )
+    tools: Rules | ToolsPreset | None = Field(
+        default=None,
+        description="The tools that the run has at all; without it Claude Code's own. An empty list: none.",
+    )
+    allowedTools: Rules | None = Field(
+        default=None, description="Rules for tools that need no permission, such as `Read` or `Bash(git log *)`."
+    )
+    disallowedTools: Rules | None = Field(
+        default=None, description="Tools that the run does not have, or rules for uses that are denied."
+    )
+    agents: Annotated[dict[Word, Agent], Field(max_length=100)] | None = Field(
+        default=None, description="Subagents, each under its name."
+    )
+    skills: Annotated[list[SkillName], Field(max_length=500)] | Literal["all"] | None = Field(
+        default=None, description="The names of the skills that the run may use, or `all`."
+    )
+    includePartialMessages: bool | None = Field(
+        default=None, description="Whether messages of the type `stream_event` show the text while it is written."
+    )
+    includeHookEvents: bool | None = Field(
+        default=None, description="Whether messages report all hooks, and not only `SessionStart` and `Setup`."
+    )
+    forwardSubagentText: bool | None = Field(
+        default=None, description="Whether the texts and the thinking of subagents are among the messages."
+    )
+    outputFormat: OutputFormat | None = Field(
+        default=None, description="The JSON schema of the result, which is then in `result.structured_output`."
+    )
+    thinking: Thinking | None = Field(default=None, description="Whether and how the model thinks before it answers.")
+    effort: Effort | None = Field(default=None, description="How much the model thinks.")
+    betas: Annotated[list[Word], Field(max_length=50)] | None = Field(
+        default=None, description="Names of the Messages API's beta features."
+    )
+    taskBudget: TaskBudget | None = Field(
+        default=None, description="The tokens that the model is told it has for the task."
+    )
+    verbatimPrompts: bool | None = Field(
+        default=None,
+        description="Whether prompts are delivered as written: without slash commands and without `@` for files.",
+    )
     # Privileged.
-    additionalDirectories: Annotated[list[Directory], Field(max_length=100)] | None = None
-    env: Annotated[dict[Variable, Argument], Field(max_length=1_000), AfterValidator(_own_variables)] | None = None
-    extraArgs: Annotated[dict[Flag, Argument | None], Field(max_length=100), AfterValidator(_own_flags)] | None = None
-    mcpServers: Annotated[dict[Word, Object], Field(max_length=100)] | None = None
-    plugins: Annotated[list[Plugin], Field(max_length=100)] | None = None
-    sandbox: Object | None = None
-    settings: Annotated[ArgumentText, AfterValidator(_is_settings)] | Object | None = None
+    additionalDirectories: Annotated[list[Directory], Field(max_length=100)] | None = Field(
+        default=None, description="Directories beside `cwd` that the run may work in."
+    )
+    env: Annotated[dict[Variable, Argument], Field(max_length=1_000), AfterValidator(_own_variables)] | None = Field(
+        default=None, description="Environment variables of Claude Code."
+    )
+    extraArgs: Annotated[dict[Flag, Argument | None], Field(max_length=100), AfterValidator(_own_flags)] | None = Field(
+        default=None, description="Further arguments of Claude Code, without the dashes; null for one without a value."
+    )
+    mcpServers: Annotated[dict[Word, Object], Field(max_length=100)] | None = Field(
+        default=None, description="MCP servers, each under its name with its configuration."
+    )
+    plugins: Annotated[list[Plugin], Field(max_length=100)] | None = Field(default=None, description="Plugins to load.")
+    sandbox: Object | None = Field(default=None, description="Claude Code's settings for its sandbox.")
+    settings: Annotated[ArgumentText, AfterValidator(_is_settings)] | Object | None = Field(
+        default=None,
+        description="Claude Code's settings: an object, the same as JSON text, or the absolute path of a file.",
+    )
 
     @model_validator(mode="after")
     def _fits_the_command_line(self) -> Options:

@@ -11,7 +11,7 @@ from typing import Any
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
-from ccm.errors import CCMError, StartRefused
+from ccm.errors import CCMError, InternalError, NotStarted, StartRefused
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +39,7 @@ def _service_error(error: CCMError) -> Response:
 def _not_started(refusal: StartRefused) -> Response:
     """Answer under `flask run`, where the first request starts the service."""
     log.error("the service does not start: %s", refusal, extra={"event": "start_refused"})
-    error = {"code": "NOT_STARTED", "message": "The service does not start. Its log says why."}
-    return json_response({"error": error}, 503)
+    return _service_error(NotStarted("The service does not start. Its log says why."))
 
 
 def _http_error(error: HTTPException) -> Response:
@@ -62,5 +61,4 @@ def _unexpected_error(error: Exception) -> Response:
     request_id = g.get("request_id")
     extra = {"event": "request_failed", "request_id": request_id}
     log.error("request %s: %s %s failed", request_id, request.method, request.path, exc_info=error, extra=extra)
-    message = f"The service failed. Its log says more about request {request_id}."
-    return json_response({"error": {"code": "INTERNAL_ERROR", "message": message}}, 500)
+    return _service_error(InternalError(f"The service failed. Its log says more about request {request_id}."))

@@ -6,25 +6,111 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from flask import Response
+from pydantic import BaseModel, ConfigDict, Field
 
 from ccm.api.http.cursor import END
 from ccm.api.http.extensions import service
 from ccm.api.http.request_limiter import client_gone, hold_open
 from ccm.core.streams import ApprovalState, Messages, Stream, StreamItem
-from ccm.models import Event
+from ccm.models import Approval, Event, EventRun, EventType, Run, SDKMessage
+from ccm.models.fields import Timestamp
 
 T = TypeVar("T")
 # The delay before a browser reconnects (milliseconds).
 RETRY_DELAY_MS = 1_000
 KEEP_ALIVE = b": still here\n\n"
+RunEventType = Literal[
+    EventType.RUN_CREATED,
+    EventType.RUN_STARTED,
+    EventType.RUN_COMPLETED,
+    EventType.RUN_FAILED,
+    EventType.RUN_CANCELLED,
+]
+ApprovalEventType = Literal[EventType.APPROVAL_REQUESTED, EventType.APPROVAL_RESOLVED]
+EventId = Annotated[str, Field(pattern=r"^\d+$", description="The event's id. Later events have greater ones.")]
 HEADERS = {
     # Not to be cached or compressed on the way, because compression buffers.
     "Cache-Control": "no-cache, no-store, no-transform",
     "X-Accel-Buffering": "no",  # nginx would buffer the events
 }
+
+
+class Frame(BaseModel):
+    """An event of a stream, as a parser of Server-Sent Events gives it. The models describe what is written below."""
+
+    model_config = ConfigDict(defer_build=True)
+
+
+class MessageFrame(Frame):
+    """An SDK message."""
+
+    event: Literal["message"]
+    id: str = Field(description="The message's index; in the stream of a session `RUN_ID:INDEX`.")
+    data: SDKMessage
+
+
+class ApprovalFrame(Frame):
+    """An approval that was requested or resolved. It has no id, because ids are positions among the messages."""
+
+    event: Literal["approval"]
+    data: Approval
+
+
+class EndFrame(Frame):
+    """The end of a run."""
+
+    event: Literal["end"]
+    id: str = Field(description="`end`; in the stream of a session `RUN_ID:end`.")
+    data: Run
+
+
+class RunChange(BaseModel):
+    run: EventRun
+
+
+class ApprovalChange(BaseModel):
+    approval: Approval
+    run: EventRun
+
+
+class RunEvent(BaseModel):
+    """A change in the state of a run."""
+
+    type: RunEventType = Field(description="What happened.")
+    timestamp: Timestamp = Field(description="When it happened.")
+    data: RunChange
+
+
+class ApprovalEvent(BaseModel):
+    """A change in the state of an approval."""
+
+    type: ApprovalEventType = Field(description="What happened.")
+    timestamp: Timestamp = Field(description="When it happened.")
+    data: ApprovalChange
+
+
+class RunEventFrame(Frame):
+    """An event of a run."""
+
+    event: RunEventType
+    id: EventId
+    data: RunEvent
+
+
+class ApprovalEventFrame(Frame):
+    """An event of an approval."""
+
+    event: ApprovalEventType
+    id: EventId
+    data: ApprovalEvent
+
+
+# What the streams of runs and sessions consist of, and the stream of all events.
+RUN_FRAMES = (MessageFrame, ApprovalFrame, EndFrame)
+EVENT_FRAMES = (RunEventFrame, ApprovalEventFrame)
 
 
 def event_stream(follow: Callable[[Stream], Iterator[StreamItem]], prefix: Callable[[str], str]) -> Response:

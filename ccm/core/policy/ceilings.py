@@ -9,6 +9,13 @@ from typing import Any
 
 from ccm.errors import Forbidden, OptionForbidden, TimeoutForbidden
 
+# The setting of each ceiling, by the field that it limits.
+CEILINGS = {
+    "options.maxTurns": "CCM_MAX_TURNS",
+    "options.maxBudgetUsd": "CCM_MAX_BUDGET_USD",
+    "timeoutMs": "CCM_RUN_TIMEOUT",
+}
+
 
 @dataclass(frozen=True)
 class TimeLimit:
@@ -42,11 +49,11 @@ class Ceilings:
         for name, agent in options.get("agents", {}).items():
             turns.append((f"options.agents.{name}.maxTurns", agent.get("maxTurns")))
         for field, requested in turns:
-            _check(field, requested, self.max_turns, "CCM_MAX_TURNS", OptionForbidden)
-        budget = options.get("maxBudgetUsd")
-        _check("options.maxBudgetUsd", budget, self.max_budget_usd, "CCM_MAX_BUDGET_USD", OptionForbidden)
+            _check(field, requested, self.max_turns, CEILINGS["options.maxTurns"], OptionForbidden)
+        field, budget = "options.maxBudgetUsd", options.get("maxBudgetUsd")
+        _check(field, budget, self.max_budget_usd, CEILINGS[field], OptionForbidden)
         milliseconds = None if self.run_timeout is None else self.run_timeout * 1000
-        _check("timeoutMs", timeout_ms, milliseconds, "CCM_RUN_TIMEOUT", TimeoutForbidden)
+        _check("timeoutMs", timeout_ms, milliseconds, CEILINGS["timeoutMs"], TimeoutForbidden)
 
     def lower(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options with each ceiling applied: the lower of the requested value and the ceiling."""

@@ -9,6 +9,9 @@ from ccm.errors import OptionForbidden, WebhookForbidden
 from ccm.settings.settings import PERMISSION_MODES, PRIVILEGED_PERMISSION_MODES, Settings
 from ccm.settings.webhook_urls import allowed, host_of
 
+# The options that are privileged whatever their value. Of `permissionMode` and `settingSources` some values are.
+ALWAYS_PRIVILEGED = ("additionalDirectories", "env", "extraArgs", "mcpServers", "plugins", "sandbox", "settings")
+
 
 def check_options(options: Mapping[str, Any], settings: Settings) -> None:
     """Check that the settings permit every option of a run.
@@ -16,7 +19,7 @@ def check_options(options: Mapping[str, Any], settings: Settings) -> None:
     Raises:
         OptionForbidden: names the setting that would permit it.
     """
-    for name in ("additionalDirectories", "env", "extraArgs", "mcpServers", "plugins", "sandbox", "settings"):
+    for name in ALWAYS_PRIVILEGED:
         if name in options:
             _require(settings, name, f"options.{name}", "it runs programs or widens access")
     wider = [name for name in options.get("settingSources", []) if name not in settings.setting_sources]

@@ -1,0 +1,42 @@
+// Shows the OpenAPI document with Scalar.
+
+import { base, read, show, token } from "./access.js";
+
+// The extensions that /openapi.json explains in its description.
+const EXTENSIONS = ["x-default-setting", "x-ceiling-setting", "x-allowed-by-setting", "x-privileged"];
+
+function loaded(script) {
+  return new Promise((resolve, reject) => {
+    if (window.Scalar) resolve();
+    script.onload = resolve;
+    script.onerror = () => reject(new Error("The script of the reference could not be loaded. Reload the page."));
+  });
+}
+
+await show(async () => {
+  const description = await (await read("/openapi.json")).json();
+  await loaded(document.getElementById("scalar"));
+  document.querySelector(".loading").remove();
+  const [scheme] = Object.keys(description.components?.securitySchemes ?? {});
+  window.Scalar.createApiReference("#reference", {
+    content: description,
+    servers: [{ url: location.origin + base }],
+    authentication: { preferredSecurityScheme: scheme, securitySchemes: { [scheme]: { token: token() ?? "" } } },
+    // /docs#tag/runs/startRun
+    generateOperationSlug: ({ operationId }) => operationId,
+    showOperationId: true,
+    showExtensions: EXTENSIONS,
+    orderSchemaPropertiesBy: "preserve",
+    defaultHttpClient: { targetKey: "shell", clientKey: "curl" },
+    customCss: "", // style.css
+    withDefaultFonts: false,
+    hideDarkModeToggle: true, // the browser's setting decides, as for the guides
+    documentDownloadType: "none", // the link would lack the token
+    // Nothing is sent to Scalar's own services; the page's Content-Security-Policy forbids it as well.
+    telemetry: false,
+    hideClientButton: true,
+    showDeveloperTools: "never",
+    agent: { disabled: true },
+    mcp: { disabled: true },
+  });
+});

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
+from tests.contract import Sent, contract
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -47,6 +49,12 @@ def prepared(body: Any, headers: Mapping[str, str] | None) -> tuple[bytes | None
     if body is not None:
         sent.setdefault("Content-Type", "application/json")
     return body, sent
+
+
+def checked(method: str, path: str, sent: bytes | None, answer: Answer) -> Answer:
+    """Check an answer against the description of the API, and return it."""
+    contract().check(Sent(method, path, sent), answer.status, answer.headers, answer.body)
+    return answer
 
 
 class UnixConnection(http.client.HTTPConnection):
@@ -93,7 +101,7 @@ class Client:
         try:
             connection.request(method, path, data, sent)
             response = connection.getresponse()
-            return Answer(response.status, dict(response.getheaders()), response.read())
+            return checked(method, path, data, Answer(response.status, dict(response.getheaders()), response.read()))
         finally:
             connection.close()
 

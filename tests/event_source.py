@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.client import Client
+from tests.contract import Sent, contract
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,9 @@ class Stream:
         self._response = self._connection.getresponse()
         self.status = self._response.status
         self.headers: Mapping[str, str] = dict(self._response.getheaders())
+        self._path = path
         self._events = self._read()
+        contract().check(Sent("GET", path), self.status, self.headers, None)
 
     def __enter__(self) -> Stream:
         if self.status != 200:
@@ -97,7 +100,9 @@ class Stream:
 
     def _read(self) -> Iterator[Event]:
         while received := self.receive(2**16):
-            yield from self.parser.feed(received)
+            for event in self.parser.feed(received):
+                contract().check_event(self._path, event.type, event.id, event.data)
+                yield event
 
     def receive(self, size: int) -> bytes:
         """Return the next bytes as soon as there are any, or no bytes at the end."""

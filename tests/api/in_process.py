@@ -21,7 +21,7 @@ from app import create_app
 from ccm.core.service import Service
 from ccm.log import OneLineFormatter
 from ccm.settings.settings import Settings
-from tests.client import Answer, Client, prepared
+from tests.client import Answer, Client, checked, prepared
 from tests.conftest import stand_in_cli
 
 if TYPE_CHECKING:
@@ -118,7 +118,8 @@ class InProcessClient(Client):
         """Send exactly these headers, of which several may have one name."""
         environ = environ_of(method, target, headers, body, self._peer)
         chunks, status, answered = run_wsgi_app(self.app, environ, buffered=True)
-        return Answer(int(status.split()[0]), dict(answered), b"".join(chunks))
+        answer = Answer(int(status.split()[0]), dict(answered), b"".join(chunks))
+        return checked(method, target, body or None, answer)
 
 
 class InProcessService:

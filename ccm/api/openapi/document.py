@@ -37,7 +37,7 @@ TOKEN = "A token of CCM_API_TOKEN or CCM_API_TOKEN_FILE. A service without token
 
 
 class Document:
-    """The description of an app's API. It is built when it is first needed, because most services are never asked for it."""
+    """The description of an app's API, built when it is first asked for."""
 
     def __init__(self, app: Flask) -> None:
         self._app = app

@@ -24,7 +24,7 @@ from tests.contract import NO_OPERATION, STORED, Contract, Json
 from tests.flask_commands import flask
 from tests.test_readme import classes
 
-TOKEN = "a-token-for-the-tests"  # noqa: S105
+TOKEN = "a-token-for-the-tests"
 NAMES = "error", "event", "type", "status"
 
 
@@ -62,6 +62,7 @@ def test_it_describes_the_operations_that_the_app_has(document: Json) -> None:
         (method, re.sub(r"<(\w+)>", "{}", rule.rule))
         for rule in app.url_map.iter_rules()
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
+        if rule.rule.split("/")[1] != "docs"  # pages for browsers
     }
 
     assert {(method, re.sub(r"{\w+}", "{}", path)) for method, path, _ in operations(document)} == routes

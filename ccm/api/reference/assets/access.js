@@ -45,7 +45,7 @@ async function problem(response) {
 function ask(refused) {
   const [access, form, input] = ["access", "token-form", "token"].map(id => document.getElementById(id));
   document.getElementById("token-error").textContent = refused;
-  document.body.classList.add("asking");
+  document.body.classList.add("docs-asking");
   access.hidden = false;
   input.value = "";
   input.focus();
@@ -55,7 +55,7 @@ function ask(refused) {
       // No header can carry other characters, and no token has them.
       const entered = input.value.replace(/[^\x21-\x7e]/g, "");
       access.hidden = true;
-      document.body.classList.remove("asking");
+      document.body.classList.remove("docs-asking");
       resolve(entered);
     };
   });
@@ -75,7 +75,7 @@ export async function show(page) {
     const failure = document.getElementById("failure");
     failure.textContent = error.message;
     failure.hidden = false;
-    document.querySelector(".loading")?.remove();
+    document.querySelector(".docs-loading")?.remove();
     console.error(error);
   }
 }

@@ -16,7 +16,7 @@ function loaded(script) {
 await show(async () => {
   const description = await (await read("/openapi.json")).json();
   await loaded(document.getElementById("scalar"));
-  document.querySelector(".loading").remove();
+  document.querySelector(".docs-loading").remove();
   const [scheme] = Object.keys(description.components?.securitySchemes ?? {});
   window.Scalar.createApiReference("#reference", {
     content: description,

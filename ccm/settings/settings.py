@@ -1,6 +1,7 @@
-"""The settings, read from the environment. Each is defined once, with its default; the README's table describes it.
+"""The settings, read from the environment. Each is defined once, with its default.
 
-`max_held` is read from the variable CCM_MAX_HELD, and so is each other setting, except for those in UNPREFIXED.
+ccm/docs/configuration.md describes them. `max_held` is read from the variable CCM_MAX_HELD, and so is each other
+setting, except for those in UNPREFIXED.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import signal
 import subprocess
 import sys
@@ -16,9 +17,9 @@ from ccm.testing.service_process import ServiceProcess
 from tests.api.conftest import NOWHERE, folder_of, held, refused
 from tests.client import Client
 from tests.conftest import ServeFunction
+from tests.docs import filled_in, page, samples
 from tests.postgresql import new_database
 from tests.programs import can_connect, free_port
-from tests.readme import filled_in, samples
 from tests.receiver import Receiver, Reply
 from tests.waiting import until
 
@@ -208,12 +209,29 @@ def test_a_service_without_a_secret_warns_at_the_start_about_unsigned_webhooks(
     assert not [line for line in service.log if "CCM_WEBHOOK_SECRET" in line]
 
 
-def test_the_readmes_receiver_accepts_only_genuine_webhooks(
+def test_the_page_shows_the_request_as_it_is_sent(api: Client, tmp_path: Path, receiver: Receiver) -> None:
+    (sample,) = samples(page("webhooks"), "http")
+    head, _, body = sample.partition("\n\n")
+    request_line, *lines = head.splitlines()
+    headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+    api.start(folder_of(tmp_path), "Hello.", webhookUrl=receiver.url + "/agents")
+    received, *_ = receiver.wait_for(1, "/agents")
+
+    assert request_line == f"POST {received.path} HTTP/1.1"
+    assert set(headers) <= set(received.headers)
+    for name in ("content-type", "user-agent"):
+        assert headers[name] == received.headers[name]
+    shown = json.loads(body)
+    assert list(shown) == list(received.json)
+    assert [shown["type"], shown["data"]["run"]["status"]] == [received.json["type"], "running"]
+
+
+def test_the_samples_receiver_accepts_only_genuine_webhooks(
     serve_all: ServeFunction, tmp_path: Path, receiver: Receiver
 ) -> None:
-    [sample] = [sample for sample in samples("python") if "webhook-signature" in sample]
+    (sample,) = samples(page("webhooks"), "python")
     known: dict[str, Any] = {}
-    exec(compile(sample, "README.md", "exec"), known)
+    exec(compile(sample, "webhooks.md", "exec"), known)
     client = Client(serve_all(CCM_WEBHOOK_SECRET=" ".join(SECRETS)).url)
     client.start(folder_of(tmp_path), "Hello.", webhookUrl=receiver.url + "/sample")
     for received in receiver.wait_for(2, "/sample"):
@@ -227,8 +245,8 @@ def test_the_readmes_receiver_accepts_only_genuine_webhooks(
         assert not genuine(SECRETS[0], {}, received.body)
 
 
-def test_the_readmes_receiver_runs_unchanged(serve_all: ServeFunction, tmp_path: Path) -> None:
-    [sample] = [sample for sample in samples("python") if "webhook-signature" in sample]
+def test_the_samples_receiver_runs_unchanged(serve_all: ServeFunction, tmp_path: Path) -> None:
+    (sample,) = samples(page("webhooks"), "python")
     port = free_port()
     program = tmp_path / "receiver.py"
     program.write_text(filled_in(sample, {"8000": str(port)}))

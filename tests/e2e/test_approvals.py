@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import pytest
 from ccm.core.claude.processes import marked
 from ccm.testing.messages_api import MessagesAPI
 from tests.client import Client
-from tests.conftest import ServeFunction
+from tests.conftest import ProgramFunction, ServeFunction
+from tests.docs import filled_in, page, samples
 
 # The longest wait of one request, and of a whole approval (seconds).
 POLL_TIMEOUT = 12
@@ -219,6 +222,39 @@ def test_the_approval_of_a_plan_shows_its_file(client: Client, project: Path, me
     assert second["input"] == {"plan": "Write it.", "planFilePath": path}
     decide(client, second)
     assert client.run(run["id"])["status"] == "completed"
+
+
+def test_the_sample_for_all_runs_answers_each_approval(
+    serve: ServeFunction, program: ProgramFunction, project: Path, tmp_path: Path
+) -> None:
+    for name in ("curl", "jq"):
+        program(name, name)
+    (sample,) = [text for text in samples(page("approvals"), "sh") if text.startswith("NEXT=")]
+    own = Client(serve().url)
+    loop = subprocess.Popen(
+        ["bash", "-c", filled_in(sample, {"localhost:3000": f"localhost:{own.port}"})],
+        cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        runs = [start(own, project, write(project, f"{number}.txt") + bash("touch b")) for number in range(2)]
+        assert [own.run(run["id"])["status"] for run in runs] == ["completed"] * 2
+        assert [approval_statuses(own, run) for run in runs] == [["allowed", "denied"]] * 2
+    finally:
+        os.killpg(loop.pid, signal.SIGTERM)
+        loop.wait()
+
+
+def test_the_sample_answers_a_question(client: Client, project: Path) -> None:
+    _, sample = samples(page("approvals"), "json")
+    answer = json.loads(sample)
+    asked = {"questions": answer["updatedInput"]["questions"]}
+    run = start(client, project, f"[[tool AskUserQuestion {json.dumps(asked)}]]")
+    approval = pending_approval(client, run)
+    assert approval["input"] == asked
+    assert client.post(f"/api/approvals/{approval['id']}", answer).status == 200
+    assert client.run(run["id"])["status"] == "completed"
+    (result,) = tool_results(client, run)
+    assert '"Which colour?"="Blue"' in result
 
 
 def test_a_tool_that_an_option_allows_needs_no_approval(client: Client, project: Path) -> None:

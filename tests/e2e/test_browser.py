@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.browser import Browser, chromium
 from tests.client import Client
+from tests.docs import README, page, samples
 
 # Runs in the page: collects the events of an EventSource until it closes, which it does only after a 204.
 FOLLOW = """
@@ -62,3 +64,39 @@ def test_a_browser_follows_a_session_from_run_to_run(client: Client, browser: Br
     assert seen == [
         f"{run['id']}:{place}" for run in (first, second) for place in (*range(len(client.messages(run["id"]))), "end")
     ]
+
+
+# Runs a sample, which reads `runId`, and collects what it logs until `isLast` is true of a line.
+RUN_SAMPLE = """
+const [runId, code, last, done] = arguments, lines = [];
+console.log = (...words) => {
+  lines.push(words);
+  if (words.join(" ").includes(last)) done(lines);
+};
+new (Object.getPrototypeOf(async function () {}).constructor)("runId", code)(runId);
+"""
+
+
+def test_the_samples_for_an_event_source_log_each_message_and_the_end(
+    client: Client, browser: Browser, project: Path
+) -> None:
+    browser.open(client.url)
+    run = client.start(project, "Hello.")
+    (in_readme,), (in_page, _) = samples(README, "js"), samples(page("streams"), "js")
+
+    assert in_readme == in_page
+    lines = browser.run(RUN_SAMPLE, run["id"], in_page, "completed")
+    assert lines == [
+        *([str(index), message] for index, message in enumerate(client.messages(run["id"]))),
+        ["completed"],
+    ]
+
+
+def test_the_sample_for_fetch_continues_after_a_message(client: Client, browser: Browser, project: Path) -> None:
+    browser.open(client.url)
+    run = client.start(project, "Hello.")
+    lines = browser.run(RUN_SAMPLE, run["id"], samples(page("streams"), "js")[1], "event: end")
+
+    events = "".join(line for (line,) in lines)
+    assert events.count("event: message") == len(client.messages(run["id"])) - 2
+    assert json.loads(events.rpartition("data: ")[2]) == client.run(run["id"])

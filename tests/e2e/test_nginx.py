@@ -1,4 +1,4 @@
-"""A real nginx, configured as in the README, in front of the service and the real Claude Code."""
+"""A real nginx, configured as in ccm/docs, in front of the service and the real Claude Code."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ import pytest
 from ccm.testing.service_process import ServiceProcess
 from tests.client import Client
 from tests.conftest import ProgramFunction, ServeFunction
+from tests.docs import filled_in, page, samples
 from tests.event_source import Stream
 from tests.programs import can_connect, free_port
-from tests.readme import filled_in, samples
+from tests.receiver import Receiver
 from tests.waiting import until
 
 TOKEN = "0123456789-a-token-of-the-tests"
@@ -88,9 +89,9 @@ def _nginx(path: str, folder: Path, locations: str) -> Iterator[Client]:
 
 
 def location(service: ServiceProcess, *more: str) -> str:
-    """Return the README's sample for a service, with additional lines."""
+    """Return the page's sample for a service, with additional lines."""
     upstream = f"http://{service.url}:/" if service.url.startswith("unix:") else f"{service.url}/"
-    sample = filled_in(samples("nginx")[0], {UPSTREAM: upstream})
+    sample = filled_in(samples(page("reverse-proxy"), "nginx")[0], {UPSTREAM: upstream})
     return sample.rstrip().removesuffix("}") + "".join(more) + "}\n"
 
 
@@ -100,6 +101,12 @@ def service(request: pytest.FixtureRequest, serve: ServeFunction, tmp_path: Path
     if request.param == "tcp":
         return serve(CCM_TRUSTED_PROXY="127.0.0.1")
     return serve(CCM_TRUSTED_PROXY="unix", CCM_UNIX_SOCKET=tmp_path / "socket")
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with Receiver() as receiver:
+        yield receiver
 
 
 @pytest.fixture
@@ -114,6 +121,30 @@ def start(client: Client, project: Path, prompt: str, wait: int = 60, **fields: 
     assert answer.status in (200, 202), answer.body
     run: dict[str, Any] = answer.json
     return run
+
+
+def test_a_front_end_in_development_reaches_the_service(
+    serve: ServeFunction, nginx: NginxFunction, project: Path, receiver: Receiver
+) -> None:
+    service = serve()
+    (sample,) = samples(page("front-end"), "nginx")
+    places = {"http://127.0.0.1:3000": service.url, "http://127.0.0.1:5173": receiver.url}
+    with nginx(filled_in(sample, places)) as client:
+        own = f"http://localhost:{client.port}"
+        # The front end's own pages come from the development server, which gets the browser's Host too.
+        client.request("POST", "/src/main.js", {}, headers={"Origin": own})
+        assert [(got.path, got.headers["host"]) for got in receiver.wait_for(1)] == [("/src/main.js", own[7:])]
+
+        def start(origin: str) -> int:
+            body = {"cwd": str(project), "prompt": "[[slow 20 0.1]]"}
+            headers = {"Origin": origin, "Sec-Fetch-Site": "same-origin"}
+            return client.request("POST", "/api/runs/start", body, headers).status
+
+        assert start("http://evil.example") == 403
+        assert start(own) == 202
+        run = client.get("/api/runs").json[0]
+        with Stream(client, f"/api/runs/{run['id']}/stream") as stream:
+            assert [event.type for event in stream][-1] == "end"
 
 
 def test_a_run_works_through_nginx(service: ServiceProcess, proxied: Client, project: Path) -> None:
@@ -203,7 +234,9 @@ def test_nginx_can_require_a_password_and_add_the_token(
     service = serve(CCM_TRUSTED_PROXY="unix", CCM_UNIX_SOCKET=tmp_path / "socket", CCM_API_TOKEN=TOKEN)
     passwords = tmp_path / "htpasswd"
     passwords.write_text("me:{PLAIN}secret\n")
-    lines = filled_in(samples("nginx")[1], {"/etc/nginx/agents.htpasswd": str(passwords), "TOKEN": TOKEN})
+    lines = filled_in(
+        samples(page("reverse-proxy"), "nginx")[1], {"/etc/nginx/agents.htpasswd": str(passwords), "TOKEN": TOKEN}
+    )
     with nginx(location(service, lines)) as client:
         assert client.get("/agents/api/runs").status == 401
 

@@ -1,4 +1,4 @@
-"""The README's statements on permissions, compared with the real Claude Code's changes on disk."""
+"""The statements of ccm/docs/options.md on permissions, compared with the real Claude Code's changes on disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from tests.client import Client
 from tests.conftest import ProgramFunction, ServeFunction
-from tests.readme import README
+from tests.docs import page, text_of
 
 DIRECTORY = "a directory"
 NOTEBOOK = '{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}'
@@ -221,8 +221,8 @@ def test_without_options_nothing_else_changes(without_options: Outcome) -> None:
     assert changed - expected == {"cwd/both", "cwd/d1/inside", "cwd/d2/f3", "cwd/f2", "cwd/made", "cwd/made/in"}
 
 
-def test_the_readme_lists_the_executed_commands() -> None:
-    (sentence,) = re.findall(r"the shell commands (.*?) with paths in\s", README.read_text(encoding="utf-8"), re.DOTALL)
+def test_the_page_lists_the_executed_commands() -> None:
+    (sentence,) = re.findall(r"the shell commands (.*?) with paths in\s", text_of(page("options")), re.DOTALL)
     listed = {command.split()[0] for command in re.findall(r"`([^`]+)`", sentence)}
     executed = {row.call.input["command"].split()[0] for row in PERMITTED if row.call.tool == "Bash"}
 

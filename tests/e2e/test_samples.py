@@ -1,4 +1,4 @@
-"""The README's samples for Caddy and systemd: the programs accept them, and they work."""
+"""The samples for Caddy and systemd: the programs accept them, and they work."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ccm.server import connections, server
 from ccm.settings.settings import Settings, unknown_variables
 from tests.client import Client
 from tests.conftest import ProgramFunction, ServeFunction
+from tests.docs import filled_in, page, samples
 from tests.programs import can_connect, free_port
-from tests.readme import filled_in, samples
 from tests.waiting import until
 
 SOCKET = "unix//run/cc-manager/socket"
@@ -27,7 +27,7 @@ SOCKET = "unix//run/cc-manager/socket"
 
 @pytest.fixture
 def unit() -> str:
-    (sample,) = samples("ini")
+    (sample,) = samples(page("systemd"), "ini")
     return sample
 
 
@@ -44,7 +44,7 @@ def caddy(program: ProgramFunction, tmp_path: Path) -> tuple[list[str], dict[str
 def test_caddy_accepts_its_sample(caddy: tuple[list[str], dict[str, str]], tmp_path: Path) -> None:
     words, environ = caddy
     path = tmp_path / "Caddyfile"
-    path.write_text(samples("caddyfile")[0])
+    path.write_text(samples(page("reverse-proxy"), "caddyfile")[0])
     checked = subprocess.run(
         [*words, "validate", "--adapter", "caddyfile", "--config", str(path)],
         env=environ, capture_output=True, text=True, check=False,
@@ -63,7 +63,7 @@ def test_urls_are_correct_behind_caddy(
     port = free_port()
     places = {"agents.example {": f"http://localhost:{port} {{", SOCKET: f"unix/{own}"}
     path = tmp_path / "Caddyfile"
-    path.write_text("{\n\tadmin off\n}\n" + filled_in(samples("caddyfile")[0], places))
+    path.write_text("{\n\tadmin off\n}\n" + filled_in(samples(page("reverse-proxy"), "caddyfile")[0], places))
     process = subprocess.Popen(
         [*words, "run", "--adapter", "caddyfile", "--config", str(path)], env=environ, stderr=subprocess.DEVNULL
     )

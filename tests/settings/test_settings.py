@@ -1,4 +1,4 @@
-"""Settings: defaults, invalid values, and the README's table."""
+"""Settings: defaults, invalid values, and their table in ccm/docs/configuration.md."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from ccm.settings.settings import (
     unknown_variables,
     variable_of,
 )
+from tests.docs import README, page, text_of
 
-README = Path(__file__).parents[2] / "README.md"
+CONFIGURATION = text_of(page("configuration"))
+ROW = re.compile(r"^\| `([A-Z_]+)` \| (.+?) \| (.+) \|$", re.MULTILINE)
 
 
 def test_the_defaults() -> None:
@@ -188,8 +190,8 @@ def test_an_unknown_variable_gets_a_suggestion() -> None:
     assert unknown_variables(environ) == ["CCM_ALOWED_ROOTS is not a setting; did you mean CCM_ALLOWED_ROOTS?"]
 
 
-def test_the_readme_lists_every_setting_with_its_default() -> None:
-    rows = re.findall(r"^\| `([A-Z_]+)` \| (.+?) \| (.+) \|$", README.read_text(encoding="utf-8"), re.M)
+def test_the_page_lists_every_setting_with_its_default() -> None:
+    rows = ROW.findall(CONFIGURATION)
     settings = {variable_of(field.name): field for field in dataclasses.fields(Settings)}
 
     assert [variable for variable, _, _ in rows] == list(settings)
@@ -201,6 +203,13 @@ def test_the_readme_lists_every_setting_with_its_default() -> None:
             assert settings[variable].metadata["parse"](shown.strip("`")) == default
 
 
+def test_the_readme_repeats_rows_of_the_page() -> None:
+    rows = ROW.findall(text_of(README))
+
+    assert rows
+    assert [row for row in rows if row not in ROW.findall(CONFIGURATION)] == []
+
+
 @pytest.mark.parametrize(
     ("variable", "words"),
     [
@@ -209,7 +218,7 @@ def test_the_readme_lists_every_setting_with_its_default() -> None:
         ("CCM_PERMISSION_MODE", PERMISSION_MODES + PRIVILEGED_PERMISSION_MODES),
     ],
 )
-def test_the_readme_names_the_words_that_a_setting_takes(variable: str, words: tuple[str, ...]) -> None:
-    (row,) = re.findall(rf"^\| `{variable}` \|.*$", README.read_text(encoding="utf-8"), re.M)
+def test_the_page_names_the_words_that_a_setting_takes(variable: str, words: tuple[str, ...]) -> None:
+    (row,) = re.findall(rf"^\| `{variable}` \|.*$", CONFIGURATION, re.M)
 
     assert [word for word in words if f"`{word}`" not in row] == []

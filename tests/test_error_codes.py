@@ -1,4 +1,4 @@
-"""The README's tables of error codes match the code."""
+"""The tables of error codes in ccm/docs/errors.md match the code."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 from ccm.errors import CCMError
-from tests.readme import README
+from tests.docs import page, section
 
+ERRORS = page("errors")
 CCM = Path(__file__).parents[1] / "ccm"
 FILES = [CCM / "errors.py", CCM / "server/server.py", *(CCM / "api").rglob("*.py"), *(CCM / "core").rglob("*.py")]
 CODE = re.compile(r"[A-Z]+(_[A-Z]+)+")
@@ -28,13 +29,8 @@ def texts() -> set[str]:
     return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
 
-def section(title: str) -> str:
-    """Return the README's text from a heading to the next one."""
-    return README.read_text(encoding="utf-8").partition(f"\n### {title}\n")[2].partition("\n#")[0]
-
-
 def errors() -> list[str]:
-    return re.findall(r"^\| \d{3} \| `(\w+)` \|", section("Errors"), re.M)
+    return re.findall(r"^\| \d{3} \| `(\w+)` \|", section(ERRORS, "Errors of requests"), re.M)
 
 
 def classes(base: type[CCMError] = CCMError) -> list[type[CCMError]]:
@@ -44,27 +40,27 @@ def classes(base: type[CCMError] = CCMError) -> list[type[CCMError]]:
 
 
 def reasons() -> list[str]:
-    return re.findall(r"^\| `(\w+)` \|", section("Why a run failed"), re.M)
+    return re.findall(r"^\| `(\w+)` \|", section(ERRORS, "Why a run failed"), re.M)
 
 
-def test_the_readme_lists_every_code() -> None:
+def test_the_page_lists_every_code() -> None:
     codes = {text for text in texts() if CODE.fullmatch(text) and not text.startswith(OTHER_NAMES)}
 
     assert (codes | SINGLE_WORDS) - {*errors(), *reasons()} == set()
 
 
-def test_each_error_code_has_one_class_and_the_readme_lists_its_status() -> None:
-    table = re.findall(r"^\| (\d{3}) \| `(\w+)` \|", section("Errors"), re.M)
+def test_each_error_code_has_one_class_and_the_page_lists_its_status() -> None:
+    table = re.findall(r"^\| (\d{3}) \| `(\w+)` \|", section(ERRORS, "Errors of requests"), re.M)
 
     assert all("code" in vars(error) for error in classes())
     assert len({error.code for error in classes()}) == len(classes())
     assert {(error.status, error.code) for error in classes()} | WITHOUT_CLASS == {(int(s), code) for s, code in table}
 
 
-def test_the_readme_lists_only_errors_that_the_code_has() -> None:
+def test_the_page_lists_only_errors_that_the_code_has() -> None:
     assert set(errors()) - texts() - NOT_OURS == set()
 
 
-def test_the_readme_lists_each_code_once() -> None:
+def test_the_page_lists_each_code_once() -> None:
     assert len(set(errors())) == len(errors())
     assert len(set(reasons())) == len(reasons())

@@ -49,7 +49,7 @@ def get_page(name: str) -> Response:
     return response
 
 
-@blueprint.get("/docs/assets/<digest>/<path:name>")
+@blueprint.get("/docs/assets/<digest>/<name>")
 def get_asset(digest: str, name: str) -> Response:
     """Return a script, style sheet or icon of these pages."""
     assets = reference().assets

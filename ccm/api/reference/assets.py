@@ -28,9 +28,8 @@ class Assets:
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """The files by their paths in the folder, such as `vendor/marked/marked.esm.js`."""
-        found = sorted(path for path in self._folder.rglob("*") if path.suffix in MEDIA_TYPES)
-        return {path.relative_to(self._folder).as_posix(): path for path in found}
+        """The files by their names, which are unique."""
+        return {path.name: path for path in sorted(self._folder.rglob("*")) if path.suffix in MEDIA_TYPES}
 
     @cached_property
     def digest(self) -> str:

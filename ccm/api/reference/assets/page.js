@@ -1,7 +1,7 @@
 // Shows a Markdown page.
 
 import { base, read, show } from "./access.js";
-import { Marked } from "./vendor/marked/marked.esm.js";
+import { Marked } from "./marked.esm.js";
 
 const escape = text => text.replace(/[&<>"]/g, character => `&#${character.charCodeAt(0)};`);
 const marked = new Marked({ renderer: { html: ({ text }) => escape(text) } });

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,14 +48,30 @@ class Browser:
         self._call("POST", f"{self._session}/timeouts", {"script": 60_000})
 
     def _call(self, method: str, path: str, body: Any = None) -> Any:
+        """Send a command of the WebDriver protocol and return its value.
+
+        Raises:
+            RuntimeError: the command failed, such as a script that raised.
+        """
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._driver + path, data, {"Content-Type": "application/json"}, method=method)
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=120) as response:
-            return json.load(response)["value"]
+        try:
+            with opener.open(request, timeout=120) as response:
+                return json.load(response)["value"]
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(json.load(error)["value"]["message"]) from None
 
     def open(self, url: str) -> None:
         self._call("POST", f"{self._session}/url", {"url": url})
+
+    def new_tab(self) -> None:
+        """Replace the tab with a new one, which has nothing of the old one's: sessionStorage, emulation, logs."""
+        tab = self._call("POST", f"{self._session}/window/new", {"type": "tab"})
+        self._call("DELETE", f"{self._session}/window")
+        self._call("POST", f"{self._session}/window", {"handle": tab["handle"]})
+        self.errors()
+        self.requested()
 
     def run(self, script: str, *arguments: Any) -> Any:
         """Run a script in the page and return the value that it passes to its last argument."""
@@ -70,7 +87,7 @@ class Browser:
         return until(lambda: self.value(expression, *arguments))
 
     def errors(self) -> list[str]:
-        """Return the errors in the console since the last call. Violations of a page's security policy are among them."""
+        """Return the console's errors since the last call. They include violations of a page's security policy."""
         entries = self._call("POST", f"{self._session}/se/log", {"type": "browser"})
         return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
 

@@ -152,7 +152,7 @@ def test_names_of_assets_are_unique() -> None:
 
 
 def test_vendored_files_are_those_of_their_packages() -> None:
-    named = {}
+    named: dict[str, str] = {}
     for package in PACKAGES:
         tarball = f"{package['name'].rpartition('/')[2]}-{package['version']}.tgz"
         assert package["source"] == f"https://registry.npmjs.org/{package['name']}/-/{tarball}"

@@ -22,7 +22,7 @@ from tests.api.in_process import InProcessService
 from tests.client import Client
 from tests.contract import NO_OPERATION, STORED, Contract, Json
 from tests.flask_commands import FLASK, call
-from tests.test_readme import classes
+from tests.test_error_codes import classes
 
 TOKEN = "a-token-for-the-tests"
 NAMES = "error", "event", "type", "status"

@@ -4,6 +4,15 @@ import { base, read, show, token } from "./access.js";
 
 // The extensions that /openapi.json explains in its description.
 const EXTENSIONS = ["x-default-setting", "x-ceiling-setting", "x-allowed-by-setting", "x-privileged"];
+// The first tags; the others follow as in the document, which sorts them by name.
+const FIRST = ["runs", "sessions", "approvals", "events"];
+
+// Orders the tags for reading, and shows their names as titles.
+function arrange(tags) {
+  const place = tag => (FIRST.indexOf(tag.name) + FIRST.length + 1) % (FIRST.length + 1);
+  const titled = tags.map(tag => ({ "x-displayName": tag.name[0].toUpperCase() + tag.name.slice(1), ...tag }));
+  return titled.sort((one, other) => place(one) - place(other));
+}
 
 function loaded(script) {
   return new Promise((resolve, reject) => {
@@ -19,7 +28,7 @@ await show(async () => {
   document.querySelector(".docs-loading").remove();
   const [scheme] = Object.keys(description.components?.securitySchemes ?? {});
   window.Scalar.createApiReference("#reference", {
-    content: description,
+    content: { ...description, tags: arrange(description.tags) },
     servers: [{ url: location.origin + base }],
     authentication: { preferredSecurityScheme: scheme, securitySchemes: { [scheme]: { token: token() ?? "" } } },
     // /docs#tag/runs/startRun

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.waiting import until
 
 FLAGS = [
     "--headless=new",
@@ -36,24 +39,68 @@ class Browser:
 
     def __init__(self, driver: str, resolver_rules: str) -> None:
         self._driver = driver
-        options = {"args": [*FLAGS, f"--host-resolver-rules={resolver_rules}"]}
-        value = self._call("POST", "/session", {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}})
+        capabilities = {
+            "goog:chromeOptions": {"args": [*FLAGS, f"--host-resolver-rules={resolver_rules}"]},
+            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
+        }
+        value = self._call("POST", "/session", {"capabilities": {"alwaysMatch": capabilities}})
         self._session = f"/session/{value['sessionId']}"
         self._call("POST", f"{self._session}/timeouts", {"script": 60_000})
 
     def _call(self, method: str, path: str, body: Any = None) -> Any:
+        """Send a command of the WebDriver protocol and return its value.
+
+        Raises:
+            RuntimeError: the command failed, such as a script that raised.
+        """
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._driver + path, data, {"Content-Type": "application/json"}, method=method)
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=120) as response:
-            return json.load(response)["value"]
+        try:
+            with opener.open(request, timeout=120) as response:
+                return json.load(response)["value"]
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(json.load(error)["value"]["message"]) from None
 
     def open(self, url: str) -> None:
         self._call("POST", f"{self._session}/url", {"url": url})
 
+    def new_tab(self) -> None:
+        """Replace the tab with a new one, which has nothing of the old one's: sessionStorage, emulation, logs."""
+        tab = self._call("POST", f"{self._session}/window/new", {"type": "tab"})
+        self._call("DELETE", f"{self._session}/window")
+        self._call("POST", f"{self._session}/window", {"handle": tab["handle"]})
+        self.errors()
+        self.requested()
+
     def run(self, script: str, *arguments: Any) -> Any:
         """Run a script in the page and return the value that it passes to its last argument."""
         return self._call("POST", f"{self._session}/execute/async", {"script": script, "args": arguments})
+
+    def value(self, expression: str, *arguments: Any) -> Any:
+        """Return the value of an expression in the page, in which `given` is the list of the arguments."""
+        script = f"const given = [...arguments], done = given.pop(); done({expression})"
+        return self.run(script, *arguments)
+
+    def until(self, expression: str, *arguments: Any) -> Any:
+        """Wait until an expression in the page is true, and return its value."""
+        return until(lambda: self.value(expression, *arguments))
+
+    def errors(self) -> list[str]:
+        """Return the console's errors since the last call. They include violations of a page's security policy."""
+        entries = self._call("POST", f"{self._session}/se/log", {"type": "browser"})
+        return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
+
+    def requested(self) -> list[str]:
+        """Return the URLs that were requested since the last call."""
+        entries = self._call("POST", f"{self._session}/se/log", {"type": "performance"})
+        messages = [json.loads(entry["message"])["message"] for entry in entries]
+        urls = [each["params"]["request"]["url"] for each in messages if each["method"] == "Network.requestWillBeSent"]
+        return [url for url in urls if not url.startswith("data:")]
+
+    def devtools(self, command: str, **parameters: Any) -> Any:
+        """Send a command of the DevTools protocol."""
+        return self._call("POST", f"{self._session}/goog/cdp/execute", {"cmd": command, "params": parameters})
 
     def close(self) -> None:
         self._call("DELETE", self._session)

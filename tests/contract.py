@@ -24,6 +24,8 @@ PLAIN_HEADERS = frozenset(
 )
 # The codes of requests that no operation answers, beside those that every request can get.
 NO_OPERATION = frozenset({"NOT_FOUND", "METHOD_NOT_ALLOWED"})
+# Pages for browsers, which are no part of the API.
+DOCUMENTATION = re.compile(r"/docs(/|\Z)")
 REFERENCE = re.compile('"#/components/schemas/([^"]+)"')
 Json = dict[str, Any]
 
@@ -232,6 +234,8 @@ class Contract:
 
     def _check_no_operation(self, sent: Sent, status: int, body: bytes | None) -> None:
         if sent.method == "HEAD" or body is None:
+            return
+        if status < 400 and (DOCUMENTATION.match(sent.path) or DOCUMENTATION.match(sent.path_behind_prefix)):
             return
         code = json.loads(body)["error"]["code"]
         known = {code for each in self.document["components"]["responses"] for code in self._codes(each)}

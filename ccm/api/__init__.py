@@ -15,14 +15,15 @@ from flask import Flask, Response, g, request
 from werkzeug.exceptions import NotFound
 from werkzeug.routing import RequestRedirect
 
-from ccm.api import approvals, events, health, runs, sessions
+from ccm.api import approvals, docs, events, health, runs, sessions
 from ccm.api.http.admission import Admission
-from ccm.api.http.extensions import DOCUMENT, HELD_SLOTS, SERVICE, service
+from ccm.api.http.extensions import DOCUMENT, HELD_SLOTS, REFERENCE, SERVICE, service
 from ccm.api.http.paths import IdConverter
 from ccm.api.http.proxy import Forwarded, check_forwarded
 from ccm.api.http.responses import register_error_handlers
 from ccm.api.http.tokens import Tokens
 from ccm.api.openapi.document import Document
+from ccm.api.reference import Reference
 from ccm.core.service import Service
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ def register(app: Flask, the_service: Service) -> None:
     """Add the API to an app. Open nothing, and start no thread."""
     settings = the_service.settings
     app.extensions |= {SERVICE: the_service, HELD_SLOTS: Semaphore(settings.max_held), DOCUMENT: Document(app)}
+    app.extensions[REFERENCE] = Reference()
     app.wsgi_app = Forwarded(  # type: ignore[method-assign]
         app.wsgi_app, settings.trusted_proxy, settings.url_prefix
     )
@@ -42,7 +44,7 @@ def register(app: Flask, the_service: Service) -> None:
     app.after_request(_finish)
     register_error_handlers(app)
     app.url_map.converters["default"] = IdConverter
-    for module in (health, runs, sessions, approvals, events):
+    for module in (health, runs, sessions, approvals, events, docs):
         app.register_blueprint(module.blueprint)
 
 

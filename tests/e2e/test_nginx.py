@@ -18,9 +18,11 @@ from typing import Any
 import pytest
 
 from ccm.testing.service_process import ServiceProcess
+from tests.browser import Browser, chromium
 from tests.client import Client
-from tests.conftest import ProgramFunction, ServeFunction
+from tests.conftest import ProgramFunction, ServeFunction, stand_in_cli
 from tests.docs import filled_in, page, samples
+from tests.docs_pages import START_RUN, DocsPages
 from tests.event_source import Stream
 from tests.programs import can_connect, free_port
 from tests.receiver import Receiver
@@ -93,6 +95,13 @@ def location(service: ServiceProcess, *more: str) -> str:
     upstream = f"http://{service.url}:/" if service.url.startswith("unix:") else f"{service.url}/"
     sample = filled_in(samples(page("reverse-proxy"), "nginx")[0], {UPSTREAM: upstream})
     return sample.rstrip().removesuffix("}") + "".join(more) + "}\n"
+
+
+@pytest.fixture
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    rules = "MAP * ~NOTFOUND, EXCLUDE localhost, EXCLUDE 127.0.0.1"
+    with chromium(tmp_path_factory.mktemp("browser"), rules) as browser:
+        yield browser
 
 
 @pytest.fixture(params=["unix", "tcp"])
@@ -247,3 +256,32 @@ def test_nginx_can_require_a_password_and_add_the_token(
         assert status() == 200
         # A browser also sends the password with requests of other sites' pages.
         assert status(Origin="http://evil.example") == 403
+
+
+def test_the_documentation_works_behind_nginx(
+    serve: ServeFunction, nginx: NginxFunction, browser: Browser, home: Path, tmp_path: Path
+) -> None:
+    service = serve(
+        CCM_TRUSTED_PROXY="unix",
+        CCM_UNIX_SOCKET=tmp_path / "socket",
+        CCM_API_TOKEN=TOKEN,
+        CCM_CLI_PATH=stand_in_cli(home),
+    )
+    project = tmp_path / "project"
+    project.mkdir()
+    with nginx(location(service)) as client:
+        docs = DocsPages(browser, f"{client.url}/agents")
+        docs.resize(1440, 1000)
+        docs.open("/docs/streams")
+        docs.enter(TOKEN)
+        docs.wait_for("Streams", "#page h1")
+        docs.click("#page a", "")
+        docs.browser.until("location.pathname.startsWith('/agents/docs/')")
+        docs.open("/docs#tag/runs/startRun")
+        docs.wait_for(START_RUN)
+        docs.start_run({"cwd": str(project), "prompt": "Hello through a proxy."})
+
+        with_token = {"Authorization": f"Bearer {TOKEN}"}
+        (run,) = client.request("GET", "/agents/api/runs", headers=with_token).json
+        assert run["prompt"] == "Hello through a proxy."
+        docs.assert_nothing_went_wrong()

@@ -20,6 +20,10 @@ from ccm.settings.parsers import HOST_NAME
 HOST = re.compile(rf"(?P<name>{HOST_NAME.pattern})(?::\d{{1,5}})?", re.ASCII)
 # Open without a token, because the path reveals no data and monitoring should need no secret.
 OPEN_PATHS = frozenset({"/health"})
+# The pages of the documentation, and what they load. They are open because a browser cannot send a token with these
+# requests. They hold no data: their scripts ask for a token and fetch the rest with it.
+DOCUMENTATION = re.compile(r"/docs(?:/[\w-]+)?", re.ASCII)
+DOCUMENTATION_ASSETS = "/docs/assets/"
 # Requests by pages of another site, or of another host of the same site. `none` means that the user typed the address.
 FOREIGN_SITES = frozenset({"cross-site", "same-site"})
 # Query parameters in which clients send tokens by mistake. URLs end up in logs and histories.
@@ -72,7 +76,7 @@ class Admission:
                     "'Authorization: Bearer TOKEN', and replace this one.",
                     field=name,
                 )
-        if request.path in OPEN_PATHS or not self._tokens.required:
+        if _is_open(request.path) or not self._tokens.required:
             return None
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         client = self._tokens.client(token.strip()) if scheme.lower() == "bearer" else None
@@ -88,7 +92,7 @@ class Admission:
         origin = request.headers.get("Origin")
         own = f"{request.scheme}://{request.environ['HTTP_HOST']}".lower()
         own = own.removesuffix(DEFAULT_PORTS[request.scheme])  # browsers omit it, some proxies do not
-        if site in FOREIGN_SITES or (origin is not None and origin.lower() != own):
+        if (site in FOREIGN_SITES and not _is_followed_link(request)) or (origin is not None and origin.lower() != own):
             raise OriginForbidden(
                 "A web page of another origin may not use this service. Serve the page from the same host and port, "
                 "or call the service from that page's own server. Behind a proxy, CCM_TRUSTED_PROXY has to name it."
@@ -98,6 +102,16 @@ class Admission:
         has_body = bool(request.content_length or request.headers.get("Transfer-Encoding") or request.mimetype)
         if request.method in BODY_METHODS and has_body and request.mimetype != "application/json":
             raise UnsupportedMediaType("The body must be JSON in UTF-8; send it with 'Content-Type: application/json'.")
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(DOCUMENTATION_ASSETS) or DOCUMENTATION.fullmatch(path) is not None
+
+
+def _is_followed_link(request: Request) -> bool:
+    """Return whether the user followed a link to the documentation, such as one in an issue tracker."""
+    navigation = [request.headers.get(f"Sec-Fetch-{name}") for name in ("Mode", "Dest")]
+    return navigation == ["navigate", "document"] and DOCUMENTATION.fullmatch(request.path) is not None
 
 
 def host_name(header: str) -> str | None:

@@ -11,10 +11,12 @@ from ccm.core.service import Service
 
 if TYPE_CHECKING:
     from ccm.api.openapi.document import Document
+    from ccm.api.reference import Reference
 
 SERVICE = "ccm"
 HELD_SLOTS = "ccm.held_slots"
 DOCUMENT = "ccm.openapi"
+REFERENCE = "ccm.reference"
 
 
 def service() -> Service:
@@ -29,3 +31,8 @@ def held_slots() -> Semaphore:
 def document() -> Document:
     """Return the description of the API."""
     return cast("Document", current_app.extensions[DOCUMENT])
+
+
+def reference() -> Reference:
+    """Return what the documentation for browsers is made of."""
+    return cast("Reference", current_app.extensions[REFERENCE])

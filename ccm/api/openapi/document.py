@@ -62,6 +62,7 @@ class Document:
         types = {key: each for operation in operations for key, each in operation.types().items()}
         schemas = Schemas({**types, **WEBHOOK_TYPES})
         examples: dict[str, dict[str, Any]] = json.loads(EXAMPLES.read_text(encoding="utf-8"))
+        tags = {operation.route.blueprint.name: _tag(operation.route.blueprint) for operation in operations}
         paths: dict[str, dict[str, Any]] = {}
         for operation in operations:
             described = operation.describe(schemas, examples.get(operation.id, {}))
@@ -83,7 +84,7 @@ class Document:
             },
             "servers": [{"url": "/", "description": "This service."}],
             "security": [{"bearer": []}, {}],
-            "tags": [_tag(blueprint) for _, blueprint in sorted(self._app.blueprints.items())],
+            "tags": [tag for _, tag in sorted(tags.items())],
             "paths": paths,
             "webhooks": {"event": describe_webhook(schemas)},
             "components": {

@@ -45,6 +45,7 @@ class Plan:
     unrun: Mapping[str, str] = field(default_factory=dict)
 
 
+INSTALLS_CLIENTS = "installs packages; clients/test_generated.py runs the generators"
 INSTALLS = "installs packages, as .ci/run does"
 PLANS = {
     "README": Plan(unrun={"python3 -m venv": INSTALLS}),
@@ -55,6 +56,7 @@ PLANS = {
         unrun={"pg_dump": "needs PostgreSQL; has a test below", "pg_restore": "needs PostgreSQL; has a test below"},
     ),
     "benchmarks": Plan(places=IN_ROOT),
+    "clients": Plan(unrun={"npm install": INSTALLS_CLIENTS, "pip install": INSTALLS_CLIENTS}),
     "configuration": Plan(places={"PORT=3000 ": ""}),
     "how-it-works": Plan(places=IN_ROOT),
     "import-export-prune": Plan(

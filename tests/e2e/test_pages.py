@@ -69,6 +69,7 @@ PLANS = {
         places={"cp ccm/client.py my_project/": f"mkdir my_project; cp {ROOT}/ccm/client.py my_project/"}
     ),
     "reverse-proxy": Plan(places={"/run/cc-manager/": "$PWD/"}),
+    "search": Plan(before=START.replace("Say hello.", "Mend the flaky login test.")),
     "stand-in": Plan(
         places={
             ".venv/bin/flask stand-in                          #": (

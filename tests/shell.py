@@ -22,10 +22,11 @@ PRELUDE = """
 set -eo pipefail
 SERVICE=
 stop() { [ -z "$SERVICE" ] || { kill "$SERVICE"; wait "$SERVICE" || true; }; SERVICE=; }
-trap stop EXIT
+trap 'stop; kill $(jobs -p) 2> /dev/null || true' EXIT
 serve() {
   stop
-  "$PYTHON" "$APP" 2> log > /dev/null &
+  : > log  # here, because the service before it has left "listening on" in it
+  "$PYTHON" "$APP" 2>> log > /dev/null &
   SERVICE=$!
   until grep -q 'listening on' log; do kill -0 "$SERVICE" || { cat log >&2; exit 1; }; sleep 0.05; done
   cat log

@@ -11,7 +11,7 @@ from pydantic.alias_generators import to_camel
 
 from app import create_app
 from ccm.settings.settings import Settings
-from tests.docs import FENCE, FOLDER, PAGES, README, blocks, page, prose, samples, text_of
+from tests.docs import FENCE, FOLDER, PAGES, README, ROOT, blocks, page, prose, samples, text_of
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 # The samples that tests/e2e/test_pages.py runs, and the outputs that it compares.
@@ -19,8 +19,11 @@ IN_SHELL = {"sh", "json", "text"}
 # The tests that run the samples in other languages, which they look up by page and language.
 TESTED = {
     ("README.md", "js"): "e2e/test_browser.py",
+    ("clients.md", "python"): "clients/test_generated.py",
+    ("clients.md", "ts"): "clients/test_generated.py",
     ("front-end.md", "js"): "test_docs.py",
     ("front-end.md", "nginx"): "e2e/test_nginx.py",
+    ("python-client.md", "python"): "clients/test_page.py",
     ("reverse-proxy.md", "caddyfile"): "e2e/test_samples.py",
     ("reverse-proxy.md", "nginx"): "e2e/test_nginx.py",
     ("streams.md", "js"): "e2e/test_browser.py",
@@ -60,7 +63,7 @@ def test_a_page_begins_with_its_title_its_purpose_and_a_sample(path: Path) -> No
 
     assert re.fullmatch(r"# \S[^\n]*", title)
     assert purpose[0].isalpha() or purpose.startswith(("`", "**"))
-    if path != README:
+    if path not in (README, page("changelog")):
         assert "```" in text_of(path).partition("\n## ")[0], "the smallest example comes before the first section"
 
 
@@ -83,6 +86,7 @@ def test_no_entry_of_the_tested_samples_is_stale() -> None:
     languages = {(path.name, block.language) for path in PAGES for block in blocks(path)}
 
     assert set(TESTED) - languages == set()
+    assert [file for file in TESTED.values() if not (ROOT / "tests" / file).exists()] == []
 
 
 def test_the_sample_for_vite_keeps_the_host() -> None:

@@ -219,8 +219,10 @@ def test_the_page_shows_the_request_as_it_is_sent(api: Client, tmp_path: Path, r
 
     assert request_line == f"POST {received.path} HTTP/1.1"
     assert set(headers) <= set(received.headers)
-    for name in ("content-type", "user-agent"):
-        assert headers[name] == received.headers[name]
+    assert headers["content-type"] == received.headers["content-type"]
+    assert [agent.partition("/")[0] for agent in (headers["user-agent"], received.headers["user-agent"])] == [
+        "cc-manager"
+    ] * 2
     shown = json.loads(body)
     assert list(shown) == list(received.json)
     assert [shown["type"], shown["data"]["run"]["status"]] == [received.json["type"], "running"]

@@ -26,6 +26,7 @@ START = """curl -s 'localhost:3000/api/runs/start?wait=60' -H 'Content-Type: app
   -d '{"cwd": "/tmp", "prompt": "Say hello."}'"""
 ATTEMPTED = "localhost:3000/api/runs/$RUN/deliveries | jq -e '.[0].attempts[0]'"
 EVENTS = "curl -sN localhost:3000/api/events"
+SETTINGS = samples(page("systemd"), "ini")[1]
 IN_ROOT = {".venv/bin/": f"cd {ROOT}; .venv/bin/"}
 
 
@@ -44,6 +45,7 @@ class Plan:
     unrun: Mapping[str, str] = field(default_factory=dict)
 
 
+INSTALLS_CLIENTS = "installs packages; clients/test_generated.py runs the generators"
 INSTALLS = "installs packages, as .ci/run does"
 PLANS = {
     "README": Plan(unrun={"python3 -m venv": INSTALLS}),
@@ -54,6 +56,7 @@ PLANS = {
         unrun={"pg_dump": "needs PostgreSQL; has a test below", "pg_restore": "needs PostgreSQL; has a test below"},
     ),
     "benchmarks": Plan(places=IN_ROOT),
+    "clients": Plan(unrun={"npm install": INSTALLS_CLIENTS, "pip install": INSTALLS_CLIENTS}),
     "configuration": Plan(places={"PORT=3000 ": ""}),
     "how-it-works": Plan(places=IN_ROOT),
     "import-export-prune": Plan(
@@ -62,12 +65,27 @@ PLANS = {
     ),
     "lists": Plan(before=f"{START}; {START}"),
     "login": Plan(places={".venv/lib/python3*/site-packages/claude_agent_sdk/_bundled/claude": str(bundled_cli())}),
+    "python-client": Plan(
+        places={"cp ccm/client.py my_project/": f"mkdir my_project; cp {ROOT}/ccm/client.py my_project/"}
+    ),
     "reverse-proxy": Plan(places={"/run/cc-manager/": "$PWD/"}),
+    "search": Plan(before=START.replace("Say hello.", "Mend the flaky login test.")),
+    "stand-in": Plan(
+        places={
+            ".venv/bin/flask stand-in                          #": (
+                ".venv/bin/flask stand-in --port $STAND_IN > /dev/null 2> listens &\n"
+                "until grep -q listens listens; do sleep 0.1; done #"
+            ),
+            "stand-in --print shell": "stand-in --port $STAND_IN --print shell",
+        },
+    ),
     "streams": Plan(
         places={"curl -sN localhost:3000/api/events": "curl -sN localhost:3000/api/events | head -n 12 || true"}
     ),
     "systemd": Plan(
+        before=f"cat > settings.env <<END\n{SETTINGS.replace('/var/lib/cc-manager', '$PWD/state')}END",
         places={
+            "/etc/cc-manager.env": "settings.env",
             "-o ccm -g ccm ": "",
             "runuser -u ccm -- ": "",
             "/var/lib/cc-manager": "$PWD/state",
@@ -100,7 +118,8 @@ def own(environ: dict[str, str], program: ProgramFunction) -> dict[str, str]:
     """Return the environment of the shell."""
     for name in ("curl", "jq", "openssl"):
         program(name, name)
-    return environ | {"PORT": str(free_port()), "PYTHON": sys.executable, "APP": str(APP), "FLASK_APP": str(APP)}
+    ports = {"PORT": str(free_port()), "STAND_IN": str(free_port())}
+    return environ | ports | {"PYTHON": sys.executable, "APP": str(APP), "FLASK_APP": str(APP)}
 
 
 @pytest.mark.parametrize("path", [path for path in PAGES if "```sh" in path.read_text()], ids=lambda path: path.stem)

@@ -27,7 +27,7 @@ SOCKET = "unix//run/cc-manager/socket"
 
 @pytest.fixture
 def unit() -> str:
-    (sample,) = samples(page("systemd"), "ini")
+    sample, _ = samples(page("systemd"), "ini")
     return sample
 
 
@@ -99,9 +99,10 @@ def test_systemd_accepts_the_unit(unit: str, program: ProgramFunction, tmp_path:
     assert [checked.returncode, checked.stdout, checked.stderr] == [0, "", ""]
 
 
-def test_the_units_variables_are_valid_settings(unit: str) -> None:
-    pairs = [pair for line in re.findall(r"^Environment=(.*)$", unit, re.MULTILINE) for pair in line.split()]
-    environ = dict(pair.split("=", 1) for pair in pairs)
+def test_the_units_file_has_valid_settings(unit: str) -> None:
+    assert "\nEnvironmentFile=/etc/cc-manager.env\n" in unit
+    _, file = samples(page("systemd"), "ini")
+    environ = dict(line.split("=", 1) for line in file.splitlines())
     settings = Settings.from_env(environ)
 
     assert unknown_variables(environ) == []

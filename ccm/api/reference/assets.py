@@ -44,4 +44,4 @@ class Assets:
 
     def _compressed(self, name: str) -> bytes:
         """Return a file as gzip."""
-        return gzip.compress(self.files[name].read_bytes(), mtime=0)
+        return gzip.compress(self.files[name].read_bytes(), compresslevel=6, mtime=0)

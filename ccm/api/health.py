@@ -13,20 +13,18 @@ from typing_extensions import TypedDict
 
 from ccm import __version__
 from ccm.api.http.extensions import document, service
-from ccm.api.http.responses import json_response
+from ccm.api.http.responses import Problems, json_response
 from ccm.api.http.route import Route
 from ccm.errors import Unhealthy
 
 blueprint = Blueprint("health", __name__)
-
-PROBLEMS = "The faults of the service itself that persist, one sentence each; left out if there are none."
 
 
 class Health(TypedDict):
     """The answer of a service that works."""
 
     status: Literal["ok"]
-    problems: NotRequired[Annotated[list[str], Field(description=PROBLEMS)]]
+    problems: NotRequired[Problems]
 
 
 class Endpoint(TypedDict):

@@ -62,7 +62,7 @@ RunId = Annotated[str, AfterValidator(_run_id), Field(json_schema_extra={"patter
 class ImageBody(Strict):
     """An image of a prompt."""
 
-    mediaType: Literal["image/png", "image/jpeg", "image/gif", "image/webp"]
+    mediaType: Literal["image/png", "image/jpeg", "image/gif", "image/webp"] = Field(description="The image's format.")
     data: Annotated[str, Field(min_length=1, max_length=IMAGE_CHARACTERS)] = Field(
         description="The image in base64, without line breaks.", json_schema_extra={"contentEncoding": "base64"}
     )

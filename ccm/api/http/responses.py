@@ -6,14 +6,21 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from flask import Flask, Response, g, request
+from pydantic import Field
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from ccm.errors import CCMError, InternalError, NotStarted, StartRefused
 
 log = logging.getLogger(__name__)
+
+
+Problems = Annotated[
+    list[str],
+    Field(description="The faults of the service that persist, a sentence each; left out if there are none."),
+]
 
 
 def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

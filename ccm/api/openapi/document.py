@@ -14,7 +14,7 @@ from flask.sansio.blueprints import Blueprint as SansioBlueprint
 from ccm import __version__
 from ccm.api.http.route import Route, View
 from ccm.api.openapi.errors import COMMON, error_schema
-from ccm.api.openapi.operations import HEADERS, Operation, failure
+from ccm.api.openapi.operations import HEADERS, Operation, example_of, failure
 from ccm.api.openapi.schemas import Schemas
 
 EXAMPLES = Path(__file__).with_name("examples.json")
@@ -63,10 +63,11 @@ class Document:
         for operation in operations:
             described = operation.describe(schemas, examples.get(operation.id, {}))
             paths.setdefault(operation.path, {})[operation.route.method.lower()] = described
-        responses = {
-            f"Error{status}": failure(errors, schemas.add(f"Error{status}", error_schema(errors)), {})
-            for status, errors in COMMON.items()
-        }
+        responses = {}
+        for status, errors in COMMON.items():
+            name = f"Error{status}"
+            example = example_of(examples.get(name, {}), str(status))
+            responses[name] = failure(errors, schemas.add(name, error_schema(errors)), example)
         return {
             "openapi": "3.1.1",
             "jsonSchemaDialect": "https://json-schema.org/draft/2020-12/schema",

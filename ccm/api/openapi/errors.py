@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from ccm.api.http.admission import OPEN_PATHS
+from ccm.api.http.responses import Problems
 from ccm.api.http.route import EventStream, Messages, Route
 from ccm.errors import (
     ApprovalNotFound,
@@ -64,7 +65,7 @@ LOOKUPS: Mapping[str, type[CCMError]] = {
 # The types of the fields that some errors have beside `error`.
 BESIDE: Mapping[type[CCMError], Mapping[str, Any]] = {
     ApprovalResolved: {"approval": Approval},
-    Unhealthy: {"status": Literal["unavailable"], "problems": list[str]},
+    Unhealthy: {"status": Literal["unavailable"], "problems": Problems},
 }
 Errors = dict[int, tuple[type[CCMError], ...]]
 

@@ -134,7 +134,7 @@ class Operation:
         if parameters := [*self._path(), *self._query(schemas), *self._headers()]:
             described["parameters"] = parameters
         if route.body is not None:
-            content = {"schema": schemas[f"{self.id} body"], **_example(examples, "request")}
+            content = {"schema": schemas[f"{self.id} body"], **example_of(examples, "request")}
             described["requestBody"] = {"required": True, "content": {JSON: content}}
         responses = {
             str(status): self._success(status, text, schemas, examples) for status, text in route.status.items()
@@ -189,7 +189,7 @@ class Operation:
             names += ["Cache-Control"] if route.returns == Messages else []
         response = _response(text, names)
         if status not in (204, 304):
-            example = _example(examples, str(status))
+            example = example_of(examples, str(status))
             response["content"] = {
                 EVENT_STREAM if self.is_stream else JSON: {"schema": self._returns(schemas), **example}
             }
@@ -217,7 +217,7 @@ class Operation:
             beside = BESIDE.get(error, {})
             schema["properties"] |= {name: schemas[f"{self.id} {error.code} {name}"] for name in beside}
         reference = schemas.add(f"{self.id[0].upper()}{self.id[1:]}Error{status}", schema)
-        return failure(errors, reference, _example(examples, str(status)))
+        return failure(errors, reference, example_of(examples, str(status)))
 
 
 def failure(
@@ -238,7 +238,8 @@ def _response(text: str, headers: list[str]) -> dict[str, Any]:
     return {"description": text, "headers": {name: {"$ref": f"#/components/headers/{name}"} for name in names}}
 
 
-def _example(examples: Mapping[str, Any], key: str) -> dict[str, Any]:
+def example_of(examples: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return the `example` of a media type, if there is one under the key."""
     return {"example": examples[key]} if key in examples else {}
 
 

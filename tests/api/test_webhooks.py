@@ -16,6 +16,7 @@ from ccm.testing.service_process import ServiceProcess
 from tests.api.conftest import NOWHERE, folder_of, held, refused
 from tests.client import Client
 from tests.conftest import ServeFunction
+from tests.contract import contract
 from tests.postgresql import new_database
 from tests.programs import can_connect, free_port
 from tests.readme import filled_in, samples
@@ -31,6 +32,8 @@ STARTED, COMPLETED = "run.started", "run.completed"
 def receiver() -> Iterator[Receiver]:
     with Receiver() as receiver:
         yield receiver
+    for received in receiver.received:
+        contract().check_webhook(received.body)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from ccm.api.http.route import Route, View
 from ccm.api.openapi.errors import COMMON, error_schema
 from ccm.api.openapi.operations import HEADERS, Operation, example_of, failure
 from ccm.api.openapi.schemas import Schemas
+from ccm.api.openapi.webhooks import TYPES as WEBHOOK_TYPES
+from ccm.api.openapi.webhooks import describe_webhook
 
 EXAMPLES = Path(__file__).with_name("examples.json")
 DESCRIPTION = """\
@@ -57,7 +59,8 @@ class Document:
     def content(self) -> dict[str, Any]:
         """The document, for a service without a prefix. Everything that has a name is sorted by it."""
         operations = self.operations()
-        schemas = Schemas({key: each for operation in operations for key, each in operation.types().items()})
+        types = {key: each for operation in operations for key, each in operation.types().items()}
+        schemas = Schemas({**types, **WEBHOOK_TYPES})
         examples: dict[str, dict[str, Any]] = json.loads(EXAMPLES.read_text(encoding="utf-8"))
         paths: dict[str, dict[str, Any]] = {}
         for operation in operations:
@@ -82,6 +85,7 @@ class Document:
             "security": [{"bearer": []}, {}],
             "tags": [_tag(blueprint) for _, blueprint in sorted(self._app.blueprints.items())],
             "paths": paths,
+            "webhooks": {"event": describe_webhook(schemas)},
             "components": {
                 "schemas": schemas.components(),
                 "responses": responses,

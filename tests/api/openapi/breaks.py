@@ -58,6 +58,21 @@ class Comparison:
                 else:
                     yield from self._operation(old, new, where)
 
+        yield from self._webhooks()
+
+    def _webhooks(self) -> Iterator[str]:
+        for name, described in self._old.get("webhooks", {}).items():
+            old, new, where = (
+                described["post"],
+                self._new.get("webhooks", {}).get(name, {}).get("post"),
+                f"webhook {name}",
+            )
+            if new is None:
+                yield f"{where} is gone"
+                continue
+            yield from (f"{where}: {header} is gone" for header in set(_parameters(old)) - set(_parameters(new)))
+            yield from self._content(old["requestBody"]["content"], new["requestBody"]["content"], where, sent=False)
+
     def _operation(self, old: Json, new: Json, where: str) -> Iterator[str]:
         if old["operationId"] != new["operationId"]:
             yield f"{where}: the operationId {old['operationId']} is gone"

@@ -152,6 +152,12 @@ BREAKING: list[tuple[str, Callable[[Json], object]]] = [
     ),
     (f"POST {START}: the body is gone", lambda d: operation(d, START, "post").pop("requestBody")),
     (f"DELETE {RUN}: a body is required", lambda d: operation(d, RUN, "delete").update(requestBody={"required": True})),
+    ("webhook event is gone", lambda d: d["webhooks"].pop("event")),
+    (
+        "webhook event: webhook-id is gone",
+        lambda d: d["webhooks"]["event"]["post"]["parameters"].pop(0),
+    ),
+    ("webhook event.timestamp is gone", lambda d: schema(d, "RunEvent")["properties"].pop("timestamp")),
     ("GET /health: the security has changed", lambda d: operation(d, "/health", "get").pop("security")),
 ]
 HARMLESS: list[tuple[str, Callable[[Json], object]]] = [

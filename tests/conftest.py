@@ -32,7 +32,7 @@ MARKERS = {
     "small_disk": "root",
     "program": "program",
 }
-EXTRA = {*MARKERS.values(), "claude", "many_rounds", "slow"}
+EXTRA = {*MARKERS.values(), "claude", "many_rounds", "openapi", "slow"}
 # In this directory only the tests marked `main_job` belong to the README's command: each case takes a second or more.
 REAL_CLAUDE = Path(__file__).with_name("e2e")
 

@@ -61,8 +61,14 @@ Id = Annotated[str, Field(pattern=rf"^{RUN_ID.pattern}$"), Mark.ID]
 Timestamp = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 Count = Annotated[int, Field(ge=0), Mark.COUNT]
 
+# What not_blank checks, for JSON schemas.
+NOT_BLANK = {"pattern": r"\S"}
 PROMPT = "The user's message to Claude Code."
-Prompt = Annotated[str, Field(max_length=PROMPT_CHARACTERS, description=PROMPT), AfterValidator(not_blank)]
+Prompt = Annotated[
+    str,
+    Field(max_length=PROMPT_CHARACTERS, description=PROMPT, json_schema_extra=NOT_BLANK),
+    AfterValidator(not_blank),
+]
 TimeoutMs = Annotated[
     Annotated[int, Field(ge=1, le=TIMEOUT_MS)] | None,
     Field(description="The time limit of the run from its start (ms); null for no limit of its own."),
@@ -93,7 +99,7 @@ Remember = Annotated[
     bool, Field(description="Whether the request's suggestions apply to the rest of the run, so that it asks less.")
 ]
 DenialMessage = Annotated[
-    Annotated[str, Field(max_length=MESSAGE_CHARACTERS), AfterValidator(not_blank)] | None,
+    Annotated[str, Field(max_length=MESSAGE_CHARACTERS, json_schema_extra=NOT_BLANK), AfterValidator(not_blank)] | None,
     Field(description="The message to the model about a denial."),
 ]
 Interrupt = Annotated[bool, Field(description="Whether a denial also ends the model's turn.")]

@@ -1,96 +1,111 @@
-"""Clients are generated from the API's document, and the programs of ccm/docs/clients.md run with them."""
+"""The description of the API works for others: a linter accepts it, and generated clients work."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from ccm.testing.service_process import APP
 from tests.client import Client
-from tests.conftest import ProgramFunction
+from tests.conftest import ProgramFunction, ServeFunction, stand_in_cli
+from tests.contract import STORED
 from tests.docs import filled_in, page, samples
+from tests.node_packages import install, run
 
-# The generated client's own fixed text, the same for any document, passes `*args: object` on to httpx.
-MYPY = "[mypy]\nstrict = True\n[mypy-cc_manager_client.client]\ndisable_error_code = arg-type\n"
-TSCONFIG = {
-    "compilerOptions": {
-        "strict": True,
-        "noUncheckedIndexedAccess": True,
-        "exactOptionalPropertyTypes": True,
-        "module": "nodenext",
-        "target": "es2023",
-        "outDir": "out",
-        "types": ["node"],
-    },
-    "include": ["src"],
+pytestmark = pytest.mark.openapi
+
+TOKEN = "0123456789-a-token-of-the-tests"
+# What the prompts of the two programs in the documentation make the stand-in CLI do.
+SCRIPTS = {
+    "Write a haiku into haiku.txt.": {"ask": [{"tool_name": "Write"}, {"tool_name": "Bash"}]},
+    "What did you do?": {"result": {"result": "A haiku."}},
+    "Make it a sonnet.": {"hold": True},
 }
 
 
-def call(folder: Path, *words: str, **variables: str) -> str:
-    """Run a command in a folder and return its output.
+@pytest.fixture(scope="session")
+def node(program: ProgramFunction, request: pytest.FixtureRequest) -> Path:
+    """Return the directory in which the Node.js packages are installed."""
+    program("node", "nodejs")
+    npm = program("npm", "npm")
+    return install(npm, request.config.cache.mkdir("node"))
 
-    Raises:
-        AssertionError: it failed.
-    """
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environ = {**os.environ, "PATH": path, **variables}
-    done = subprocess.run(words, cwd=folder, env=environ, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+
+class Served:
+    """A service with a token and the stand-in CLI, for one of the two programs."""
+
+    def __init__(self, url: str, project: Path, folder: Path) -> None:
+        self.url = url
+        self.project = project
+        self.description = folder / "openapi.json"
+        self._client = Client(url)
+        self.description.write_bytes(self._get("/openapi.json"))
+
+    def _get(self, path: str) -> bytes:
+        answer = self._client.request("GET", path, headers={"Authorization": f"Bearer {TOKEN}"})
+        assert answer.status == 200
+        return answer.body
+
+    @property
+    def arguments(self) -> list[str]:
+        """The arguments of both programs."""
+        return [self.url, TOKEN, str(self.project)]
+
+    def check(self, printed: str) -> None:
+        """Check what a program printed, and what it did."""
+        types = ["answered", "answered", "result"]
+        assert printed.splitlines() == [*types, "completed 0.25", "completed A haiku.", "fork cancelled"]
+        fork, resumed, first = json.loads(self._get("/api/runs"))
+        assert [run["mode"] for run in (first, resumed, fork)] == ["fresh", "resume", "fork"]
+        assert [run["parentRunId"] for run in (resumed, fork)] == [first["id"], first["id"]]
+        approvals = json.loads(self._get(f"/api/runs/{first['id']}/approvals"))
+        assert [(each["toolName"], each["decision"]) for each in approvals] == [("Write", "allow"), ("Bash", "deny")]
 
 
 @pytest.fixture
-def document(tmp_path: Path) -> Path:
-    path = tmp_path / "openapi.json"
-    path.write_text(call(tmp_path, sys.executable, "-m", "flask", "--app", str(APP), "openapi"))
-    return path
+def served(serve: ServeFunction, home: Path, project: Path, tmp_path: Path) -> Served:
+    service = serve(CCM_CLI_PATH=stand_in_cli(home), CCM_API_TOKEN=TOKEN)
+    return Served(service.url, project, tmp_path)
 
 
-def prompts(project: Path) -> Mapping[str, str]:
-    """Return what the stand-in is told instead of the programs' prompts."""
-    tool = json.dumps({"file_path": f"{project}/haiku.txt", "content": "a run becomes rows"})
-    return {
-        '"Write a haiku into haiku.txt."': json.dumps(f"[[tool Write {tool}]] [[text Written.]]"),
-        '"Make it a sonnet."': json.dumps("[[hang]]"),
-    }
+def scripted(language: str) -> str:
+    """Return the program of the documentation in a language, with prompts that script the stand-in CLI."""
+    (program,) = samples(page("clients"), language)
+    return filled_in(program, {f'"{prompt}"': json.dumps(json.dumps(script)) for prompt, script in SCRIPTS.items()})
 
 
-def check(output: str, project: Path) -> None:
-    *types, completed, last = output.splitlines()
-    assert [types[0], types[-1], completed, last] == ["system", "result", "completed", "completed cancelled"]
-    assert (project / "haiku.txt").read_text() == "a run becomes rows"
+def test_spectral_finds_nothing(node: Path) -> None:
+    run(["npx", "spectral", "lint", "--ruleset", "spectral.yaml", "--fail-severity", "hint", str(STORED)], node)
 
 
-def test_a_python_client(document: Path, client: Client, project: Path) -> None:
-    pytest.importorskip("openapi_python_client")
-    folder = document.parent
-    call(
-        folder, "openapi-python-client", "generate", "--path", document.name, "--meta", "none",
-        "--output-path", "cc_manager_client", "--fail-on-warning",
-    )  # fmt: skip
-    (folder / "program.py").write_text(filled_in(samples(page("clients"), "python")[0], prompts(project)))
-    (folder / "mypy.ini").write_text(MYPY)
-    call(folder, sys.executable, "-m", "mypy", "-p", "cc_manager_client", "-m", "program")
+def test_the_generated_typescript_client_compiles_and_works(node: Path, served: Served, tmp_path: Path) -> None:
+    folder = tmp_path / "typescript"
+    folder.mkdir()
+    (folder / "node_modules").symlink_to(node / "node_modules")
+    for name in ("package.json", "tsconfig.json"):
+        shutil.copy(node / name, folder)
+    (folder / "example.ts").write_text(scripted("ts"), encoding="utf-8")
+    run(
+        ["npx", "openapi-typescript", str(served.description), "--default-non-nullable=false", "-o", "schema.ts"],
+        folder,
+    )
+    run(["npx", "tsc"], folder)
 
-    check(call(folder, sys.executable, "program.py", client.url, "none", str(project)), project)
+    served.check(run(["node", "example.js", *served.arguments], folder))
 
 
-def test_a_typescript_client(document: Path, client: Client, project: Path, program: ProgramFunction) -> None:
-    program("node", "nodejs")
-    npm, folder = program("npm", "npm"), document.parent
-    (folder / "package.json").write_text('{"private": true, "type": "module"}')
-    (folder / "tsconfig.json").write_text(json.dumps(TSCONFIG))
-    (folder / "src").mkdir()
-    (folder / "src/program.ts").write_text(filled_in(samples(page("clients"), "ts")[0], prompts(project)))
-    install, _, generate = samples(page("clients"), "sh")[1].partition("\n")
-    assert install.startswith("npm install ")
-    call(folder, "bash", "-ec", filled_in(install, {"npm": npm}) + "\n" + generate)
+def test_the_generated_python_client_is_typed_and_works(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The generator formats the client with ruff, which it looks for there.
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    run(["openapi-python-client", "generate", "--path", str(served.description), "--fail-on-warning"], tmp_path)
+    folder = tmp_path / "cc-manager-client"
+    (folder / "example.py").write_text(scripted("python"), encoding="utf-8")
+    run([sys.executable, "-m", "mypy", "--strict", "cc_manager_client", "example.py"], folder)
 
-    check(call(folder, shutil.which("node") or "node", "out/program.js", client.url, "", str(project)), project)
+    served.check(run([sys.executable, "example.py", *served.arguments], folder))

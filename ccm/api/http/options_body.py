@@ -125,8 +125,10 @@ ArgumentText = Annotated[str, Field(min_length=1, max_length=ARGUMENT_CHARACTERS
 Argument = Annotated[str, AfterValidator(no_nul), AfterValidator(_is_an_argument)]
 Flag = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$", max_length=100)]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=200)]
-Word = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(not_a_flag)]
-Rule = Annotated[str, Field(min_length=1, max_length=2_000), AfterValidator(not_a_flag)]
+# What not_a_flag checks, for JSON schemas.
+NO_FLAG = {"pattern": "^[^-]"}
+Word = Annotated[str, Field(min_length=1, max_length=200, json_schema_extra=NO_FLAG), AfterValidator(not_a_flag)]
+Rule = Annotated[str, Field(min_length=1, max_length=2_000, json_schema_extra=NO_FLAG), AfterValidator(not_a_flag)]
 Rules = Annotated[list[Rule], Field(max_length=1_000), AfterValidator(_fits_an_argument)]
 SkillName = Annotated[str, Field(max_length=200, pattern=r"^\w[\w.-]*(:\w[\w.-]*)?$")]
 Object = Annotated[dict[str, JsonValue], AfterValidator(plain_json)]

@@ -15,10 +15,19 @@ PREFIX = "#/components/schemas/"
 
 
 class _Generator(GenerateJsonSchema):
-    """Leaves out the titles that pydantic derives from the names of fields, because they add nothing."""
+    """Generates schemas as clients and their generators need them."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002
+        """Leave out the titles that pydantic derives from the names of fields, because they add nothing."""
         return False
+
+    def dict_schema(self, schema: Any) -> Schema:
+        """Return the schema of a dict. `patternProperties`, as pydantic has it, would allow all other names too."""
+        generated = super().dict_schema(schema)
+        for pattern, values in generated.pop("patternProperties", {}).items():
+            generated["propertyNames"] = {**generated.get("propertyNames", {}), "pattern": pattern}
+            generated["additionalProperties"] = values
+        return generated
 
 
 class Schemas:

@@ -50,6 +50,8 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        # Written once: a program that is about to be executed cannot be written.
+        self.cli = stand_in_cli(folder)
         self.environ = {"HOME": str(folder), "PATH": os.environ["PATH"]}
         self.reaper = Watched()
         self.states: dict[str | None, Hashable] = {}
@@ -58,7 +60,7 @@ class World:
 
     @property
     def config(self) -> CLIConfig:
-        return CLIConfig(stand_in_cli(self.folder), self.environ, "acceptEdits", ("user",), 2**20)
+        return CLIConfig(self.cli, self.environ, "acceptEdits", ("user",), 2**20)
 
     def make(self, spares: int = 1, warm: int = 0) -> Prestarts:
         kept = Prestarts(

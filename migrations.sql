@@ -295,3 +295,44 @@ ALTER TABLE ccr_events ADD COLUMN compressed BLOB;
 
 -- 0011 compressed events (postgresql)
 ALTER TABLE ccr_events ADD COLUMN compressed BYTEA;
+
+-- 0012 filters of lists
+-- Columns of a session that never change:
+-- The token of the client that started the session's first run.
+ALTER TABLE ccr_sessions ADD COLUMN "createdBy" TEXT;
+UPDATE ccr_sessions SET "createdBy" = (
+    SELECT r."createdBy" FROM ccr_runs r WHERE r."sessionId" = ccr_sessions.id ORDER BY r.seq LIMIT 1);
+-- The seq of that run, by which the search index names a session.
+ALTER TABLE ccr_sessions ADD COLUMN "firstRunSeq" BIGINT;
+UPDATE ccr_sessions SET "firstRunSeq" = (SELECT MIN(r.seq) FROM ccr_runs r WHERE r."sessionId" = ccr_sessions.id);
+CREATE UNIQUE INDEX ccr_sessions_by_first_run ON ccr_sessions ("firstRunSeq");
+CREATE INDEX ccr_sessions_by_creator ON ccr_sessions ("createdBy", "lastRunSeq");
+CREATE INDEX ccr_sessions_by_time ON ccr_sessions ("lastRunAt", "lastRunSeq");
+CREATE INDEX ccr_runs_by_creator ON ccr_runs ("createdBy", seq);
+CREATE INDEX ccr_runs_by_error ON ccr_runs ("errorCode", seq);
+CREATE INDEX ccr_runs_by_time ON ccr_runs ("createdAt", seq);
+
+-- The metadata of each run's session, as digests of key and value (ccm/db/run_metadata.py). A row for each run, so that
+-- the index has the order of both lists: a session's place is that of its newest run. `flask migrate` fills it.
+CREATE TABLE ccr_run_metadata (
+    entry TEXT NOT NULL,
+    seq BIGINT NOT NULL REFERENCES ccr_runs (seq) ON DELETE CASCADE,
+    PRIMARY KEY (entry, seq)
+);
+CREATE INDEX ccr_run_metadata_by_run ON ccr_run_metadata (seq);
+
+-- 0013 search (sqlite)
+-- The words of titles, prompts and messages (ccm/db/search.py). A word is ASCII letters and digits, or anything else.
+-- `flask migrate` fills it.
+CREATE VIRTUAL TABLE ccr_search USING fts5 (
+    words, "runId" UNINDEXED, "index" UNINDEXED, tokenize = 'ascii', detail = none, columnsize = 0
+);
+
+-- 0013 search (postgresql)
+CREATE TABLE ccr_search (
+    rowid BIGINT PRIMARY KEY,
+    words TSVECTOR NOT NULL,
+    "runId" TEXT,
+    "index" BIGINT
+);
+CREATE INDEX ccr_search_by_word ON ccr_search USING GIN (words);

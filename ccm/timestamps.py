@@ -13,6 +13,20 @@ def timestamp(ahead: float = 0.0) -> str:
     return f"{_second(seconds)}.{milliseconds:03}Z"
 
 
+def timestamp_of(text: str) -> str:
+    """Return a date or a time of ISO 8601 in the format of `timestamp`. Without an offset it is in UTC.
+
+    Raises:
+        ValueError: the text is neither.
+    """
+    try:
+        at = datetime.fromisoformat(text)
+        at = at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+    except OverflowError:
+        raise ValueError(f"{text} is out of range") from None
+    return at.isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
+
+
 @lru_cache(maxsize=2)
 def _second(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat().removesuffix("+00:00")

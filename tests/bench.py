@@ -36,6 +36,7 @@ from ccm.models import Message
 from ccm.testing.messages_api import MessagesAPI
 from ccm.testing.service_process import ServiceProcess, credential_free_environment
 from ccm.timestamps import timestamp
+from tests.bench_lists import Lists
 from tests.client import Client
 from tests.conftest import stand_in_cli
 from tests.first_message import FirstMessages
@@ -70,7 +71,7 @@ def timed(action: Callable[[], object]) -> float:
     return (time.perf_counter() - begun) * 1000
 
 
-class Bench(FirstMessages):
+class Bench(FirstMessages, Lists):
     """The measures; each method named `measure_*` prints its results."""
 
     def __init__(self, folder: Path, quick: bool, api: MessagesAPI) -> None:
@@ -296,8 +297,8 @@ class Bench(FirstMessages):
                     session_id = run_id
                     connection.execute(
                         "INSERT INTO ccr_sessions VALUES "
-                        "(?, NULL, NULL, '/tmp', 'a title', '{}', ?, ?, ?, 0.1, ?, ?, ?)",
-                        (session_id, run_id, runs if one_session else 1, messages_each, now, now, seq),
+                        "(?, NULL, NULL, '/tmp', 'a title', '{}', ?, ?, ?, 0.1, ?, ?, ?, NULL, ?)",
+                        (session_id, run_id, runs if one_session else 1, messages_each, now, now, seq, seq),
                     )
                 connection.execute(
                     'INSERT INTO ccr_runs (id, seq, cwd, "sessionId", "sdkSessionId", mode, status, prompt, '

@@ -14,7 +14,7 @@ from ccm.api.http.cursor import END, HEADER, Cursor, last_event
 from ccm.api.http.extensions import service
 from ccm.api.http.message_lists import Extent, message_list
 from ccm.api.http.pagination import page
-from ccm.api.http.query import MessagesQuery, PageQuery, RunsQuery, StreamQuery, WaitQuery
+from ccm.api.http.query import MessagesQuery, Order, PageQuery, RunsQuery, StreamQuery, WaitQuery
 from ccm.api.http.request_limiter import wait_until
 from ccm.api.http.responses import json_response
 from ccm.api.http.route import EventStream, Messages, Route
@@ -41,7 +41,7 @@ from ccm.errors import (
     Unavailable,
     WebhookForbidden,
 )
-from ccm.models import Delivery, Run, RunMode, RunStatus
+from ccm.models import Delivery, Run, RunMode, RunStatus, RunSummary
 
 blueprint = Blueprint("runs", __name__, url_prefix="/api/runs")
 
@@ -122,16 +122,20 @@ def fork_run(query: WaitQuery, body: ForkBody) -> Response:
     return _begin(RunMode.FORK, query, body, accept)
 
 
-@Route(blueprint, "GET", "", query=RunsQuery, returns=list[Run])
+@Route(blueprint, "GET", "", query=RunsQuery, returns=list[Run] | list[RunSummary])
 def list_runs(query: RunsQuery) -> Response:
-    """List the runs, newest first. Filters: status, sessionId, cwd, mode."""
-    filters = query.given("status", "sessionId", "cwd", "mode")
+    """List the runs, newest first. Filters: status, sessionId, cwd, mode, errorCode, waiting, createdBy, since, until,
+    metadata.KEY."""
+    filters = query.filters("status", "sessionId", "cwd", "mode", "errorCode")
     queries = service().queries
     if "sessionId" in filters:
         filters["sessionId"] = queries.session(filters["sessionId"]).id
     if "cwd" in filters:
         filters["cwd"] = workdir.canonical(filters["cwd"])
-    return page(query, partial(queries.runs, filters), lambda run: run.seq)
+    if query.waiting is not None:
+        filters["waiting" if query.waiting else "working"] = True
+    read = partial(queries.runs, filters, oldest_first=query.order == Order.ASC, summary=query.fields is not None)
+    return page(query, read, lambda run: run.seq if query.place is int else (run.created_at, run.seq))
 
 
 @Route(blueprint, "GET", "/<run_id>", query=WaitQuery, returns=Run)

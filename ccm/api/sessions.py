@@ -11,25 +11,32 @@ from ccm.api.http.bodies import SessionBody
 from ccm.api.http.cursor import Cursor, last_event
 from ccm.api.http.extensions import service
 from ccm.api.http.message_lists import Extent, message_list
-from ccm.api.http.pagination import page
-from ccm.api.http.query import PageQuery, SessionMessagesQuery, SessionsQuery, StreamQuery
+from ccm.api.http.pagination import page, page_of
+from ccm.api.http.query import Order, PageQuery, SessionMessagesQuery, SessionsQuery, StreamQuery
 from ccm.api.http.responses import json_response
 from ccm.api.http.route import EventStream, Messages, Route
 from ccm.api.http.sse import RUN_FRAMES, event_stream
 from ccm.core.policy import workdir
 from ccm.errors import NotFound
-from ccm.models import Run, Session, SessionStatus
+from ccm.models import ListedSession, Run, Session, SessionStatus, SessionSummary
 
 blueprint = Blueprint("sessions", __name__, url_prefix="/api/sessions")
 
 
-@Route(blueprint, "GET", "", query=SessionsQuery, returns=list[Session])
+@Route(blueprint, "GET", "", query=SessionsQuery, returns=list[ListedSession] | list[SessionSummary])
 def list_sessions(query: SessionsQuery) -> Response:
-    """List the sessions, latest activity first. Filters: cwd, q (text in titles and prompts)."""
-    filters = query.given("cwd", "q")
+    """List the sessions, latest activity first, or search them. Filters: cwd, createdBy, since, until, metadata.KEY."""
+    filters = query.filters("cwd")
+    queries, summary = service().queries, query.fields is not None
     if "cwd" in filters:
         filters["cwd"] = workdir.canonical(filters["cwd"])
-    return page(query, partial(service().queries.sessions, filters), lambda session: session.last_run_seq)
+    if query.q is not None and query.searches:
+        found = queries.search_sessions(query.q, filters, limit=query.limit, after=query.cursor, summary=summary)
+        return page_of(found.sessions, more=found.next is not None, place=found.next)
+    read = partial(queries.sessions, filters, oldest_first=query.order == Order.ASC, summary=summary)
+    return page(
+        query, read, lambda one: one.last_run_seq if query.place is int else (one.last_run_at, one.last_run_seq)
+    )
 
 
 @Route(blueprint, "GET", "/<session_id>", returns=Session)

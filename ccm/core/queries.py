@@ -11,6 +11,7 @@ from itertools import dropwhile
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from ccm.core.lineage import Segment, find_fork_point, session_segments
+from ccm.core.search import search_sessions
 from ccm.core.storage.shared_reads import Part, Place
 from ccm.db import approvals, deliveries, events, messages, runs, sessions
 from ccm.db.driver.database import Database
@@ -73,7 +74,7 @@ def _session_runs(transaction: Transaction, session_id: str, *, limit: int, afte
 def _forks(transaction: Transaction, session_id: str, *, limit: int, after: int | None) -> list[Session]:
     """Return the forks of a session, latest activity first."""
     session = sessions.get(transaction, session_id)
-    return sessions.page(transaction, {"parentSessionId": session.id}, limit=limit, after=after)
+    return sessions.forks(transaction, session.id, limit=limit, after=after)
 
 
 def _run_approvals(transaction: Transaction, run_id: str, *, limit: int, after: int | None) -> list[Approval]:
@@ -260,6 +261,7 @@ class Queries:
     runs = _query(runs.page)
     session = _query(sessions.get)
     sessions = _query(sessions.page)
+    search_sessions = _query(search_sessions)
     session_runs = _query(_session_runs)
     forks = _query(_forks)
     fork_point = _query(find_fork_point)

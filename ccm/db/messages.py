@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+from ccm.db import search
 from ccm.db.driver.transaction import Transaction, parameter_list
 from ccm.models import Message
 
@@ -19,10 +20,11 @@ def _of_types(types: Sequence[str]) -> tuple[str, dict[str, str]]:
     return f' AND "messageType" IN ({names})', parameters
 
 
-def insert_many(transaction: Transaction, messages: Iterable[Message]) -> None:
-    """Insert messages."""
+def insert_many(transaction: Transaction, messages: Sequence[Message]) -> None:
+    """Insert messages of stored runs."""
     rows = [(m.run_id, m.index, m.type, m.created_at, len(m.json), m.json) for m in messages]
     transaction.insert_many("ccr_run_messages", COLUMNS, rows)
+    search.add_messages(transaction, messages)
 
 
 def last_index(transaction: Transaction, run_id: str) -> int:
@@ -51,6 +53,12 @@ def texts(transaction: Transaction, run_id: str, after: int, through: int, types
     condition, names = _of_types(types)
     sql = f'SELECT "messageJson" FROM ccr_run_messages WHERE {RANGE}{condition} ORDER BY "index"'
     return transaction.column(sql, run=run_id, after=after, through=through, **names)
+
+
+def find(transaction: Transaction, run_id: str, index: int) -> tuple[str, str] | None:
+    """Return type and JSON text of a message, or None."""
+    sql = 'SELECT "messageType", "messageJson" FROM ccr_run_messages WHERE "runId" = :run AND "index" = :index'
+    return next(iter(transaction.tuples(sql, run=run_id, index=index)), None)
 
 
 def texts_before(transaction: Transaction, run_id: str, index: int, kind: str, limit: int) -> list[str]:

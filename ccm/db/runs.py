@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ccm.db import run_metadata, search
 from ccm.db.driver.transaction import Transaction
-from ccm.db.select import Select, existing
+from ccm.db.select import Position, Select, existing
 from ccm.errors import KeyReused, RunNotFound
-from ccm.models import IdempotencyKey, Run, RunStatus
+from ccm.models import IdempotencyKey, Run, RunStatus, RunSummary
 from ccm.models.stored import StoredModel
 from ccm.timestamps import timestamp
 
@@ -23,17 +24,19 @@ _QUEUE_POSITION = """CASE WHEN r.status = 'running' AND r."startedAt" IS NULL
 _PENDING_APPROVALS = """CASE WHEN r.status = 'running' AND r.approvals = 1
     THEN (SELECT COUNT(*) FROM ccr_approvals a WHERE a."runId" = r.id AND a.status = 'pending')
     ELSE 0 END"""
-SELECT = Select(
-    Run,
-    "ccr_runs r",
-    {"messageCount": _MESSAGE_COUNT, "queuePosition": _QUEUE_POSITION, "pendingApprovals": _PENDING_APPROVALS},
-    filters={
-        "status": "r.status = :status",
-        "sessionId": 'r."sessionId" = :sessionId',
-        "cwd": "r.cwd = :cwd",
-        "mode": "r.mode = :mode",
-    },
-)
+_COMPUTED = {"messageCount": _MESSAGE_COUNT, "queuePosition": _QUEUE_POSITION, "pendingApprovals": _PENDING_APPROVALS}
+_FILTERS = {
+    "status": "r.status = :status",
+    "sessionId": 'r."sessionId" = :sessionId',
+    "cwd": "r.cwd = :cwd",
+    "mode": "r.mode = :mode",
+    "createdBy": 'r."createdBy" = :createdBy',
+    "errorCode": 'r."errorCode" = :errorCode',
+    "waiting": "r.status = 'running' AND r.\"startedAt\" IS NULL",
+    "working": "r.status = 'running' AND r.\"startedAt\" IS NOT NULL",
+}
+SELECT = Select(Run, "ccr_runs r", _COMPUTED, filters=_FILTERS, time="createdAt")
+_SELECT_SUMMARY: Select[Run] = Select(RunSummary, "ccr_runs r", _COMPUTED, filters=_FILTERS, time="createdAt")
 # How many runs have started, and the first waiting run whose session has no started run: a session has only one at a
 # time.
 STARTED_AND_NEXT = """
@@ -88,14 +91,23 @@ def find_by_idempotency_key(transaction: Transaction, key: IdempotencyKey) -> Ru
 
 
 def page(
-    transaction: Transaction, filters: Mapping[str, str], *, limit: int, after: int | None, oldest_first: bool = False
+    transaction: Transaction,
+    filters: Mapping[str, Any],
+    *,
+    limit: int,
+    after: Position | None,
+    oldest_first: bool = False,
+    summary: bool = False,
 ) -> list[Run]:
-    """Return runs after the one with seq `after`, in the order of their acceptance or its reverse.
+    """Return runs after a position, in the order of their acceptance or its reverse.
 
     Args:
-        filters: values by the names of SELECT's filters.
+        filters: values by the names of SELECT's filters. With `since` or `until` the order is that of the time.
+        after: `seq`; with `since` or `until`, `createdAt` and `seq`.
+        summary: return the runs as RunSummary.
     """
-    return SELECT.page(transaction, filters, limit, after, newest_first=not oldest_first)
+    select = _SELECT_SUMMARY if summary else SELECT
+    return select.page(transaction, filters, limit, after, newest_first=not oldest_first)
 
 
 class Link(StoredModel):
@@ -136,10 +148,19 @@ def next_seq(transaction: Transaction) -> int:
 
 
 def insert(transaction: Transaction, row: Mapping[str, Any], images_json: str | None) -> None:
-    """Insert a waiting run. `row` has the columns that are known when it is accepted."""
+    """Insert a waiting run of a stored session. `row` has the columns that are known when it is accepted."""
     transaction.insert("ccr_runs", {"messageCount": 0, "hasTranscript": 0, **row})
+    run_metadata.add(transaction, row["sessionId"], row["seq"])
+    search.add_prompt(transaction, row["id"], row["seq"], row["prompt"])
     if images_json is not None:
         transaction.insert("ccr_run_images", {"runId": row["id"], "imagesJson": images_json})
+
+
+def find_prompt(transaction: Transaction, run_id: str, characters: int) -> str | None:
+    """Return the first characters of a run's prompt, or None."""
+    sql = "SELECT SUBSTR(prompt, 1, :characters) FROM ccr_runs WHERE id = :id"
+    prompt: str | None = transaction.value(sql, id=run_id, characters=characters)
+    return prompt
 
 
 def find_images_json(transaction: Transaction, run_id: str) -> str | None:

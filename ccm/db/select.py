@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
+from ccm.db import run_metadata
 from ccm.db.driver.transaction import Transaction
 from ccm.errors import NotFound
 from ccm.models.stored import StoredModel
@@ -13,6 +14,8 @@ from ccm.models.stored import StoredModel
 T = TypeVar("T")
 M = TypeVar("M", bound=StoredModel)
 Expressions = Mapping[str, str]
+# The place of a row in the order of `Select.page`: its number, or its time and number.
+Position = int | tuple[str, int]
 
 NONE: Expressions = MappingProxyType({})
 
@@ -28,18 +31,36 @@ def existing(found: T | None, kind: str, id: str, missing: type[NotFound]) -> T:
     return found
 
 
+class Conditions(NamedTuple):
+    """The parts of a statement that apply filters. `metadata` is the seq by which the metadata's index is ordered."""
+
+    joins: str
+    where: list[str]
+    parameters: dict[str, Any]
+    metadata: str | None
+
+
 class Select(Generic[M]):
     """Reads rows as instances of a model.
 
     Args:
         tables: the FROM clause. It begins with the model's table and its alias.
         computed: expressions for columns that the table lacks or holds in another form.
-        filters: the conditions that `page` accepts, by name. Each has a parameter of that name.
+        filters: the conditions that `page` accepts, by name. Each may have a parameter of that name.
         order: the unique column by which `page` orders the rows.
+        time: the column of the filters `since` and `until`. If one of them is given, `page` orders the rows by it,
+            because the order by `order` would need a scan.
     """
 
     def __init__(
-        self, model: type[M], tables: str, computed: Expressions = NONE, filters: Expressions = NONE, order: str = "seq"
+        self,
+        model: type[M],
+        tables: str,
+        computed: Expressions = NONE,
+        *,
+        filters: Expressions = NONE,
+        order: str = "seq",
+        time: str | None = None,
     ) -> None:
         unknown = computed.keys() - set(model.shape.columns)
         if unknown:
@@ -49,8 +70,11 @@ class Select(Generic[M]):
         selected = ", ".join(f'{expression} AS "{column}"' for column, expression in expressions.items())
         self.sql = f"SELECT {selected} FROM {tables} "
         self._model = model
-        self._filters = filters
+        self._filters = dict(filters)
         self._order = f'{alias}."{order}"'
+        self._time = f'{alias}."{time}"'
+        if time is not None:
+            self._filters |= {"since": f"{self._time} >= :since", "until": f"{self._time} < :until"}
 
     def rows(self, transaction: Transaction, clauses: str, **parameters: Any) -> list[M]:
         """Return the instances that the further clauses of the statement select."""
@@ -61,19 +85,42 @@ class Select(Generic[M]):
         """Return the first instance that the further clauses of the statement select, or None."""
         return next(iter(self.rows(transaction, clauses, **parameters)), None)
 
+    def conditions(self, values: Mapping[str, Any]) -> Conditions:
+        """Return the conditions for the values of filters.
+
+        Args:
+            values: by name. That of `metadata`, which every table ordered by the seq of runs has, is a mapping.
+        """
+        plain = {name: value for name, value in values.items() if name != "metadata"}
+        entries = {f"entry{n}": run_metadata.entry(*item) for n, item in enumerate(values.get("metadata", {}).items())}
+        joins = "".join(
+            f"JOIN ccr_run_metadata {name} ON {name}.entry = :{name} AND {name}.seq = {self._order} "
+            for name in entries
+        )
+        where = [self._filters[name] for name in plain]
+        return Conditions(joins, where, plain | entries, next((f"{name}.seq" for name in entries), None))
+
     def page(
-        self, transaction: Transaction, values: Mapping[str, str], limit: int, after: int | None, newest_first: bool
+        self,
+        transaction: Transaction,
+        values: Mapping[str, Any],
+        limit: int,
+        after: Position | None,
+        newest_first: bool,
     ) -> list[M]:
         """Return the instances that meet some of the filters, in order.
 
         Args:
             values: values by the names of the filters to apply.
-            after: the value of the ordering column that the page follows; None for the first page.
+            after: the position that the page follows; None for the first page.
         """
         direction, comparison = ("DESC", "<") if newest_first else ("ASC", ">")
-        conditions = [self._filters[name] for name in values]
+        joins, where, parameters, metadata = self.conditions(values)
+        order = [self._time, self._order] if values.keys() & {"since", "until"} else [metadata or self._order]
         if after is not None:
-            conditions.append(f"{self._order} {comparison} :after")
-        where = f"WHERE {' AND '.join(conditions)} " if conditions else ""
-        clauses = f"{where}ORDER BY {self._order} {direction} LIMIT :limit"
-        return self.rows(transaction, clauses, **values, limit=limit, after=after)
+            places = {f"after{n}": place for n, place in enumerate(after if isinstance(after, tuple) else (after,))}
+            parameters |= places
+            where.append(f"({', '.join(order)}) {comparison} ({', '.join(f':{name}' for name in places)})")
+        condition = f"WHERE {' AND '.join(where)} " if where else ""
+        ordered = ", ".join(f"{column} {direction}" for column in order)
+        return self.rows(transaction, f"{joins}{condition}ORDER BY {ordered} LIMIT :limit", **parameters, limit=limit)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
-from ccm.db import runs
-from ccm.db.driver.transaction import Transaction
-from ccm.db.select import Select, existing
+from ccm.db import run_metadata, runs, search
+from ccm.db.driver.transaction import Transaction, parameter_list
+from ccm.db.search import Kind, Window
+from ccm.db.select import Position, Select, existing
 from ccm.errors import SessionNotFound
-from ccm.models import Session
+from ccm.models import ListedSession, Session, SessionSummary
+from ccm.search_words import Search
 
 # The stored counts lack the messages of runs that have not ended, of which there are few.
 _COMPUTED = {
@@ -21,13 +23,15 @@ _COMPUTED = {
 }
 _FILTERS = {
     "cwd": "s.cwd = :cwd",
+    "createdBy": 's."createdBy" = :createdBy',
     "parentSessionId": 's."parentSessionId" = :parentSessionId',
-    # A full-text search reads the texts: the only query here without an index. STRPOS, because LIKE takes time in the
-    # product of both lengths for a text that nearly matches everywhere.
-    "q": """(STRPOS(LOWER(s.title), :q) > 0 OR EXISTS (
-        SELECT 1 FROM ccr_runs r WHERE r."sessionId" = s.id AND STRPOS(LOWER(r.prompt), :q) > 0))""",
 }
-SELECT = Select(Session, "ccr_sessions s", _COMPUTED, filters=_FILTERS, order="lastRunSeq")
+SELECT = Select(Session, "ccr_sessions s", _COMPUTED, filters=_FILTERS, order="lastRunSeq", time="lastRunAt")
+_SELECT_LISTED, _SELECT_SUMMARY = (
+    Select(model, "ccr_sessions s", _COMPUTED, filters=_FILTERS, order="lastRunSeq", time="lastRunAt")
+    for model in (ListedSession, SessionSummary)
+)
+_FOUND = 'SELECT s."firstRunSeq", s.id, s."lastRunSeq" FROM ccr_sessions s {joins} WHERE {conditions}'
 
 
 def find(transaction: Transaction, session_id: str) -> Session | None:
@@ -48,16 +52,80 @@ def get(transaction: Transaction, session_id: str) -> Session:
     return existing(session, "session", session_id, SessionNotFound)
 
 
-def page(transaction: Transaction, filters: Mapping[str, str], *, limit: int, after: int | None) -> list[Session]:
-    """Return sessions after the one whose last run has seq `after`, latest activity first."""
-    if "q" in filters:
-        filters = {**filters, "q": filters["q"].lower()}
-    return SELECT.page(transaction, filters, limit, after, newest_first=True)
+def page(
+    transaction: Transaction,
+    filters: Mapping[str, Any],
+    *,
+    limit: int,
+    after: Position | None,
+    oldest_first: bool = False,
+    summary: bool = False,
+) -> list[ListedSession]:
+    """Return sessions after a position, in the order of their latest activity or its reverse.
+
+    Args:
+        filters: values by the names of SELECT's filters. With `since` or `until` the order is that of the time.
+        after: `lastRunSeq`; with `since` or `until`, `lastRunAt` and `lastRunSeq`.
+        summary: return the sessions as SessionSummary.
+    """
+    select = _SELECT_SUMMARY if summary else _SELECT_LISTED
+    return select.page(transaction, filters, limit, after, newest_first=not oldest_first)
+
+
+def forks(transaction: Transaction, session_id: str, *, limit: int, after: int | None) -> list[Session]:
+    """Return the forks of a session after the one whose last run has seq `after`, latest activity first."""
+    return SELECT.page(transaction, {"parentSessionId": session_id}, limit, after, newest_first=True)
+
+
+class Rank(NamedTuple):
+    """The place of a session among those that a search finds, the greatest first."""
+
+    kind: Kind
+    last_run_seq: int
+
+
+class Found(NamedTuple):
+    """A session that a search finds, and its best text."""
+
+    rank: Rank
+    session_id: str
+    rowid: int
+
+
+def ranked(
+    transaction: Transaction, words: Search, filters: Mapping[str, Any], window: Window | None, top: int
+) -> tuple[list[Found], Window]:
+    """Return the sessions that a search finds in a window, the best first, and the window, as `search.best_texts`.
+
+    Args:
+        filters: values by the names of SELECT's filters.
+    """
+    rowids, window = search.best_texts(transaction, words, window, top)
+    by_seq = {search.first_seq(rowid): rowid for rowid in rowids}
+    joins, where, parameters, _ = SELECT.conditions(filters)
+    names, seqs = parameter_list("seq", by_seq)
+    sql = _FOUND.format(joins=joins, conditions=" AND ".join([f's."firstRunSeq" IN ({names})', *where]))
+    rows = transaction.tuples(sql, **seqs, **parameters) if rowids else []
+    found = [Found(Rank(Kind.of(by_seq[seq]), last), session_id, by_seq[seq]) for seq, session_id, last in rows]
+    return sorted(found, reverse=True), window
+
+
+def listed(transaction: Transaction, ids: Collection[str], *, summary: bool) -> dict[str, ListedSession]:
+    """Return sessions by their ids."""
+    if not ids:
+        return {}
+    names, parameters = parameter_list("id", ids)
+    select = _SELECT_SUMMARY if summary else _SELECT_LISTED
+    rows = select.rows(transaction, f"WHERE s.id IN ({names})", **parameters)
+    return {session.id: session for session in rows}
 
 
 def insert(transaction: Transaction, row: Mapping[str, Any]) -> None:
-    """Insert a session. It counts one run unless `row` has another `runCount`."""
-    transaction.insert("ccr_sessions", {"headRunId": None, "runCount": 1, "messageCount": 0, "costUsd": 0.0, **row})
+    """Insert a session. Its `lastRunSeq` is the seq of its first run. It counts one run unless `row` says otherwise."""
+    counts = {"runCount": 1, "messageCount": 0, "costUsd": 0.0}
+    transaction.insert("ccr_sessions", {"headRunId": None, "firstRunSeq": row["lastRunSeq"], **counts, **row})
+    if row.get("title"):
+        search.put_title(transaction, row["lastRunSeq"], row["title"])
 
 
 def run_added(transaction: Transaction, session_id: str, seq: int, at: str) -> None:
@@ -84,4 +152,10 @@ def run_ended(transaction: Transaction, session_id: str, messages: int, cost_usd
 
 def update(transaction: Transaction, session_id: str, values: Mapping[str, Any]) -> bool:
     """Set `title`, `metadataJson` or both. Return False if there is no such session."""
-    return bool(transaction.update("ccr_sessions", values, "id = :id", id=session_id))
+    if not transaction.update("ccr_sessions", values, "id = :id", id=session_id):
+        return False
+    if "title" in values:
+        search.replace_title(transaction, session_id, values["title"])
+    if "metadataJson" in values:
+        run_metadata.replace(transaction, session_id)
+    return True

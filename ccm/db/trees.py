@@ -8,6 +8,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from ccm.db import search
 from ccm.db.driver.database import Database
 from ccm.db.driver.errors import storage_error
 from ccm.db.driver.sqlite_file import sqlite_file_path
@@ -142,6 +143,8 @@ def delete(database: Database, root: str) -> None:
     with database.transaction() as transaction:
         for statement in EMPTIED:
             transaction.execute(TREE + statement, root=root)
+    for session in database.rows(TREE + "SELECT id FROM tree", root=root):
+        _delete_search_texts(database, session["id"])
     for run in run_places(database, root):
         for transcript in database.rows(
             'SELECT id FROM ccr_transcripts WHERE "sdkSessionId" = :id', id=run.sdk_session_id
@@ -155,6 +158,13 @@ def delete(database: Database, root: str) -> None:
             transaction.execute(TREE + of_runs, root=root)
         transaction.execute(f"{TREE} DELETE FROM ccr_runs WHERE {RUNS}", root=root)
         transaction.execute(f"{TREE} DELETE FROM ccr_sessions WHERE id IN (SELECT id FROM tree)", root=root)
+
+
+def _delete_search_texts(database: Database, session_id: str) -> None:
+    more = True
+    while more:
+        with _erasing(database) as transaction:
+            more = search.delete_of_session(transaction, session_id, ROWS)
 
 
 def _delete_by_index(database: Database, table: str, owner: str, owner_id: object) -> None:
@@ -188,6 +198,8 @@ def _erasing(database: Database) -> Iterator[Transaction]:
     with database.transaction() as transaction:
         if database.is_sqlite:
             transaction.script("PRAGMA secure_delete = ON")
+            # A statement on the search index needs a small temporary file, and TMPDIR may be full.
+            transaction.script("PRAGMA temp_store = MEMORY")
         yield transaction
 
 
@@ -210,6 +222,7 @@ def clear(url: str, deleted: bool) -> None:
             with psycopg.connect(url, autocommit=True) as connection:
                 for (table,) in connection.execute(POSTGRESQL_TABLES).fetchall():
                     connection.execute(f"VACUUM {table}")
+                connection.execute(f"REINDEX INDEX {search.WORD_INDEX}")  # it would keep deleted words
     except Exception as error:
         raise storage_error(error) or error from None
 
@@ -222,6 +235,8 @@ def _clear_sqlite(path: Path, deleted: bool) -> None:
         folder = str(path.absolute().parent).replace("'", "''")
         connection.execute(f"PRAGMA temp_store_directory = '{folder}'")
         # Pages that were split long ago still contain copies of rows in their unused parts; only a new file does not.
+        if deleted:
+            connection.execute(search.MERGE)
         if deleted or connection.execute("PRAGMA freelist_count").fetchone()[0]:
             connection.execute("VACUUM")
         if connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:

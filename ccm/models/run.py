@@ -118,6 +118,12 @@ class Run(StoredModel):
         return self.status == RunStatus.RUNNING and self.started_at is None
 
 
+class RunSummary(Run):
+    """A run without what may be long."""
+
+    left_out = frozenset({"prompt", "options", "result", "permission_denials"})
+
+
 @dataclass(frozen=True)
 class Image:
     """An image of a prompt; `data` is base64."""

@@ -8,10 +8,11 @@ from functools import partial
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
+from typing_extensions import TypedDict
 
 from ccm.models.fields import MONEY_DIGITS, Count, Id, Metadata, Timestamp, Title
 from ccm.models.json_field import JsonText
-from ccm.models.shape import Archive
+from ccm.models.shape import Archive, Mark
 from ccm.models.stored import StoredModel
 
 
@@ -20,6 +21,26 @@ class SessionStatus(StrEnum):
     RUNNING = "running"
     # All runs of the session have ended.
     IDLE = "idle"
+
+
+class Where(StrEnum):
+    """The kind of a text that a search found."""
+
+    # The session's title.
+    TITLE = "title"
+    # The prompt of one of its runs.
+    PROMPT = "prompt"
+    # A message of one of its runs: what Claude said, its result, or a user's message to the running run.
+    MESSAGE = "message"
+
+
+class Match(TypedDict):
+    """The text that a search found."""
+
+    where: Annotated[Where, Field(description="The kind of the text.")]
+    runId: Annotated[Id | None, Field(description="The run of the prompt or message; null for a title.")]
+    index: Annotated[int | None, Field(description="The index of the message in its run; null for other texts.")]
+    snippet: Annotated[str, Field(description="The part of the text with the words that were searched, on one line.")]
 
 
 class Session(StoredModel):
@@ -48,3 +69,17 @@ class Session(StoredModel):
     def to_columns(cls, shown: Mapping[str, Any]) -> dict[str, Any]:
         """Convert the API's names and values to those of columns. Missing metadata becomes an empty object."""
         return super().to_columns({**shown, "metadata": shown["metadata"] or {}} if "metadata" in shown else shown)
+
+
+class ListedSession(Session):
+    """A session in the list of all sessions."""
+
+    match: Annotated[Match | None, Mark.UNSTORED, Archive.LEFT_OUT] = Field(
+        default=None, description="The best of the session's texts that `q` has found; null without `q`."
+    )
+
+
+class SessionSummary(ListedSession):
+    """A session in that list without what may be long."""
+
+    left_out = frozenset({"metadata"})

@@ -6,13 +6,16 @@ import types
 from collections.abc import Callable, Sequence
 from enum import Enum, StrEnum, auto
 from operator import attrgetter, itemgetter
-from typing import Annotated, Any, NamedTuple, Union, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Union, cast, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator
+from pydantic import BeforeValidator
 from pydantic.alias_generators import to_camel
 
 from ccm.json_text import to_json_text
 from ccm.models.json_field import JsonText
+
+if TYPE_CHECKING:
+    from ccm.models.stored import StoredModel
 
 
 class Archive(Enum):
@@ -31,6 +34,8 @@ class Mark(Enum):
 
     ID = auto()
     COUNT = auto()
+    # Without a column: its value is known only after a row has been read.
+    UNSTORED = auto()
 
 
 class Kind(NamedTuple):
@@ -112,13 +117,14 @@ class StoredField(NamedTuple):
 class Shape:
     """The column names, API names and conversions of a model."""
 
-    def __init__(self, model: type[BaseModel]) -> None:
+    def __init__(self, model: type[StoredModel]) -> None:
         self.fields = _fields(model)
         stored = [field for field in self.fields if field.column is not None]
         shown = [field for field in self.fields if field.shown is not None]
         self.columns = tuple(str(field.column) for field in stored)
         self.names = tuple(field.name for field in stored)
         self.set = set(self.names)
+        self.unstored = {field.name: field.default for field in self.fields if Mark.UNSTORED in field.kind.notes}
         self.readers = [(field.name, reader) for field in stored if (reader := field.kind.reader())]
         self.shown = tuple(str(field.shown) for field in shown)
         names = [field.name for field in shown]
@@ -128,13 +134,13 @@ class Shape:
         self.converted = [(str(field.shown), convert) for field in shown if (convert := field.kind.shown())]
 
 
-def _fields(model: type[BaseModel]) -> list[StoredField]:
+def _fields(model: type[StoredModel]) -> list[StoredField]:
     """Return the fields of a model in the order of the API, each derived field after the one that it follows."""
     fields: list[StoredField] = []
     for name, info in model.model_fields.items():
         kind = Kind.of(info.annotation, info.metadata)
         marked = [note for note in kind.notes if isinstance(note, Archive)]
-        column = to_camel(name) + ("Json" if kind.is_json else "")
+        column = None if Mark.UNSTORED in kind.notes else to_camel(name) + ("Json" if kind.is_json else "")
         shown = None if info.exclude else info.serialization_alias
         archive = marked[0] if marked else Archive.LEFT_OUT if info.exclude else Archive.BOTH
         default = None if info.is_required() else info.default
@@ -143,4 +149,4 @@ def _fields(model: type[BaseModel]) -> list[StoredField]:
         after, archive = derivation.wrapped_property.fget.place  # type: ignore[union-attr]
         place = [field.name for field in fields].index(after) + 1
         fields.insert(place, StoredField(name, None, to_camel(name), ANY, archive, None))
-    return fields
+    return [field for field in fields if field.name not in model.left_out]

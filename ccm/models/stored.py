@@ -56,6 +56,8 @@ class StoredModel(ResponseModel):
     """A resource with a table and a place in the API."""
 
     shape: ClassVar[Shape]
+    # The names of inherited fields that this model neither reads nor shows.
+    left_out: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_kwargs: Any) -> None:
@@ -84,6 +86,8 @@ class StoredModel(ResponseModel):
         for name, read in shape.readers:
             if (value := values[name]) is not None:
                 values[name] = read(value)
+        if shape.unstored:
+            values |= shape.unstored
         # As model_construct, but without its handling of missing fields: there may be thousands of rows.
         instance = _new(cls)
         _set(instance, "__dict__", values)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -82,6 +83,33 @@ def refused(answer: Answer, field: str | None = None, status: int = 400, code: s
 def script(*messages: dict[str, Any], **fields: Any) -> str:
     """Return a prompt that makes the stand-in CLI write these messages before its result."""
     return json.dumps({"messages": messages, **fields})
+
+
+def ids(answer: Answer, name: str = "id") -> list[str]:
+    assert answer.status == 200, answer.body
+    return [item[name] for item in answer.json]
+
+
+def pages(client: Client, path: str | None) -> list[list[dict[str, Any]]]:
+    """Return all pages of a list by its Link headers."""
+    found: list[list[dict[str, Any]]] = []
+    while path is not None:
+        answer = client.get(path)
+        assert answer.status == 200, answer.body
+        found.append(answer.json)
+        path = answer.next
+        assert len(found) < 1000
+    return found
+
+
+def link(answer: Answer) -> dict[str, str]:
+    """Return the query of the next page."""
+    assert answer.next is not None, "there is no Link"
+    return {name: value for name, (value,) in parse_qs(urlsplit(answer.next).query, strict_parsing=True).items()}
+
+
+def ids_of(items: list[dict[str, Any]], name: str = "id") -> list[str]:
+    return [item[name] for item in items]
 
 
 def kinds(letters: str) -> list[dict[str, Any]]:

@@ -10,11 +10,24 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from tests.api.conftest import NOWHERE, connect, folder_of, held, kinds, letters, read_all, refused, script
+from tests.api.conftest import (
+    NOWHERE,
+    connect,
+    folder_of,
+    held,
+    ids,
+    ids_of,
+    kinds,
+    letters,
+    link,
+    pages,
+    read_all,
+    refused,
+    script,
+)
 from tests.client import Answer, Client
 from tests.conftest import ServeFunction
 from tests.waiting import until
@@ -23,29 +36,6 @@ TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 UUID = "10000000-0000-4000-8000-00000000000"
 # The timeout of waits (seconds). An immediate response takes milliseconds, a wait in vain takes all of it.
 LONG = 60
-
-
-def ids(answer: Answer, name: str = "id") -> list[str]:
-    assert answer.status == 200, answer.body
-    return [item[name] for item in answer.json]
-
-
-def pages(client: Client, path: str | None) -> list[list[dict[str, Any]]]:
-    """Return all pages of a list by its Link headers."""
-    found: list[list[dict[str, Any]]] = []
-    while path is not None:
-        answer = client.get(path)
-        assert answer.status == 200, answer.body
-        found.append(answer.json)
-        path = answer.next
-        assert len(found) < 1000
-    return found
-
-
-def link(answer: Answer) -> dict[str, str]:
-    """Return the query of the next page."""
-    assert answer.next is not None, "there is no Link"
-    return {name: value for name, (value,) in parse_qs(urlsplit(answer.next).query, strict_parsing=True).items()}
 
 
 # ---- the run and the session themselves
@@ -188,10 +178,6 @@ def test_pages_have_every_item_once(one_worker: Client, project: Path, count: in
     assert [ids_of(page, "sessionId") for page in found] == [ids_of(runs[cut : cut + 3], "sessionId") for cut in cuts]
 
 
-def ids_of(items: list[dict[str, Any]], name: str = "id") -> list[str]:
-    return [item[name] for item in items]
-
-
 def test_new_runs_do_not_shift_the_pages(one_worker: Client, project: Path) -> None:
     runs = waiting(one_worker, project, 5)
     first = one_worker.get("/api/runs", limit=2, cwd=project)
@@ -258,51 +244,6 @@ def test_forks_are_listed_by_their_latest_activity(api: Client, project: Path) -
     assert [ids_of(page, "sessionId") for page in pages(api, f"{path}?limit=2")] == [expected[:2], expected[2:]]
     assert ids(api.get(f"/api/sessions/{forks[0]['sessionId']}/forks"), "sessionId") == [twig["sessionId"]]
     assert ids(api.get(f"/api/sessions/{twig['sessionId']}/forks"), "sessionId") == []
-
-
-def found(client: Client, cwd: Path, words: str) -> list[str]:
-    """Return the titles of the sessions that a search finds."""
-    return ids(client.get("/api/sessions", cwd=cwd, q=words), "title")
-
-
-def test_a_search_covers_titles_and_the_prompts_of_every_run(api: Client, project: Path) -> None:
-    first = api.start(project, "Where do parrots live?", title="one")
-    api.start(project, "Where do owls live?", title="Parrots and two others")
-    api.resume(first["sessionId"], "And penguins?")
-
-    assert found(api, project, "parrot") == ["one", "Parrots and two others"]
-    assert found(api, project, "penguin") == ["one"]
-    assert found(api, project, "OWLS LIVE?") == ["Parrots and two others"]
-    assert found(api, project, "penguins live") == []
-    assert found(api, project, "") == ["one", "Parrots and two others"]
-    assert ids(api.get("/api/sessions", q="penguins?", limit=1), "title") == ["one"]
-
-
-def test_a_search_takes_every_character_literally(api: Client, project: Path) -> None:
-    api.start(project, "Hello.", title="1000 axb anb ab a b")
-    other = api.start(project, "Hello.")
-
-    for words in ("100%", "a_b", "a!b", "!", "%", "_", "\\", "'", '"', "!%", "!_", "a\\b", "%s", ":q", "?", "--"):
-        title = f"the {words} itself"
-        api.patch(f"/api/sessions/{other['sessionId']}", {"title": title})
-        assert found(api, project, words) == [title]
-
-
-def test_a_search_ignores_case_beyond_ascii(api: Client, project: Path) -> None:
-    api.start(project, "Hello.", title="title: \u00c9COLE \u0416\u0423\u041a")
-    api.start(project, "Prompt: \u00c9COLE \u0416\u0423\u041a", title="prompt")
-
-    searches = ("\u00c9COLE", "\u00e9cole", "\u00c9cole", "\u0416\u0423\u041a", "\u0436\u0443\u043a")
-    results = {words: len(found(api, project, words)) for words in searches}
-    assert results == dict.fromkeys(searches, 2)
-
-
-def test_a_search_in_nearly_matching_texts_is_quick(api: Client, project: Path) -> None:
-    for _ in range(32):
-        api.start(project, "a" * 900_000, wait=0)
-    begun = time.monotonic()
-    assert found(api, project, "a" * 990 + "b") == []
-    assert time.monotonic() - begun < LONG  # LIKE takes more than a minute
 
 
 # ---- changing a session

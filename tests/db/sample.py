@@ -17,6 +17,8 @@ from ccm.models import Message
 AT = "2026-03-01T10:00:00.000Z"
 LATER = "2026-03-01T11:00:00.000Z"
 OWNER = "me"
+METADATA = '{"team":"docs","ticket":7}'
+ANSWER = '{"message":{"content":[{"type":"text","text":"Parrots live here."}]}}'
 KEY = TranscriptKey("s-sdk", "-srv-project")
 SUBAGENT = TranscriptKey("s-sdk", "-srv-project", "subagents/agent-1")
 
@@ -48,10 +50,12 @@ def fill(database: Database) -> None:
 
 
 def _fill(transaction: Transaction) -> None:
-    sessions.insert(transaction, session_row("s", 1, runCount=2))
+    sessions.insert(transaction, session_row("s", 1, runCount=2, metadataJson=METADATA, createdBy="ann"))
     ended = {"idempotencyKey": "key", "requestDigest": "digest", "sdkSessionId": KEY.sdk_session_id}
+    ended |= {"createdBy": "ann", "errorCode": "TIMED_OUT"}
     runs.insert(transaction, run_row("e", 1, "s", **ended), None)
     recorded = [message("e", "s", index, kind) for index, kind in enumerate(("system", "assistant", "result"))]
+    recorded[1] = recorded[1]._replace(json=ANSWER)
     messages.insert_many(transaction, recorded)
     runs.end(transaction, runs.get(transaction, "e"), {"status": "completed", "messageCount": 3, "hasTranscript": 1})
     sessions.run_ended(transaction, "s", 3, 0.5, "e")

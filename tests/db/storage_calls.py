@@ -10,19 +10,46 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ccm.db import approvals, archive, deliveries, events, heartbeat, messages, runs, sessions, transcripts, trees
+from ccm.db import (
+    approvals,
+    archive,
+    deliveries,
+    events,
+    heartbeat,
+    messages,
+    run_metadata,
+    runs,
+    search,
+    sessions,
+    transcripts,
+    trees,
+)
 from ccm.db.driver import migrate
 from ccm.db.driver.database import Database
 from ccm.db.driver.transaction import Transaction
 from ccm.db.transcripts import Entry
 from ccm.models import IdempotencyKey
-from tests.db.sample import AT, KEY, LATER, OWNER, SUBAGENT, approval_row, message, run_row, session_row
+from ccm.search_words import Search
+from tests.db.sample import (
+    ANSWER,
+    AT,
+    KEY,
+    LATER,
+    METADATA,
+    OWNER,
+    SUBAGENT,
+    approval_row,
+    message,
+    run_row,
+    session_row,
+)
 
 ANY: Final = object()
 # Reasons why a statement may read a whole table.
 SMALL = "the table has one row, or one for each table"
 PRUNING = "`flask prune` reads everything that it deletes, and the tables that it clears"
-SEARCH = "a full-text search reads the texts"
+COMBINED = "of several filters, the index of one is used, and its rows may be sorted"
+FILLING = "a migration reads all runs"
 
 
 @dataclass(frozen=True)
@@ -95,19 +122,54 @@ def _make_next_due(transaction: Transaction) -> object:
     return [delivery.next_attempt_at for delivery in deliveries.page(transaction, "r", limit=10, after=2)]
 
 
+def best(transaction: Transaction, text: str) -> list[int]:
+    """Return the rowid of the best match of each session."""
+    return search.best_texts(transaction, Search.parse(text), None, search.TOP)[0]
+
+
+def found(transaction: Transaction, texts: str) -> list[int]:
+    """Return how many sessions each of some words finds."""
+    return [len(best(transaction, text)) for text in texts.split()]
+
+
+def _refill_search(transaction: Transaction) -> object:
+    transaction.execute("DELETE FROM ccr_search")
+    search.fill(transaction)
+    return found(transaction, "docs hello parrots")
+
+
+def _refill_metadata(transaction: Transaction) -> object:
+    transaction.execute("DELETE FROM ccr_run_metadata")
+    run_metadata.fill(transaction)
+    return transaction.value("SELECT COUNT(*) FROM ccr_run_metadata")
+
+
 def _measure(transaction: Transaction) -> object:
     tree = trees.measure(transaction, "s")
     return sorted(tree.sessions), tree.runs, tree.messages, tree.transcripts, tree.not_ended
 
 
 ENTRIES = [Entry("u1", "{}"), Entry("u3", '{"sessionId":"s-sdk","n":3}')]
-RUN_FILTERS: list[tuple[dict[str, str], list[str]]] = [
+RUN_FILTERS: list[tuple[dict[str, Any], list[str]]] = [
     ({}, ["x", "w", "r", "e"]),
     ({"status": "running"}, ["x", "w", "r"]),
     ({"sessionId": "s"}, ["r", "e"]),
     ({"cwd": "/srv"}, ["x", "w", "r", "e"]),
     ({"mode": "fresh"}, ["x", "e"]),
     ({"status": "completed", "cwd": "/srv", "mode": "fresh"}, ["e"]),
+    ({"createdBy": "ann"}, ["e"]),
+    ({"errorCode": "TIMED_OUT"}, ["e"]),
+    ({"waiting": True}, ["w"]),
+    ({"working": True}, ["x", "r"]),
+    ({"metadata": {"team": "docs"}}, ["r", "e"]),
+    ({"metadata": {"team": "docs", "ticket": "7"}, "status": "running"}, ["r"]),
+    ({"metadata": {"team": "7"}}, []),
+]
+RUN_TIMES: list[tuple[dict[str, Any], list[str]]] = [
+    ({"since": AT}, ["x", "w", "r", "e"]),
+    ({"since": AT, "until": LATER, "mode": "fresh"}, ["x", "e"]),
+    ({"since": LATER}, []),
+    ({"until": AT}, []),
 ]
 APPROVAL_FILTERS: list[tuple[dict[str, str], list[str]]] = [
     ({}, ["a", "b"]),
@@ -117,10 +179,18 @@ APPROVAL_FILTERS: list[tuple[dict[str, str], list[str]]] = [
     ({"status": "denied"}, ["b"]),
     ({"sessionId": "s", "status": "pending"}, ["a"]),
 ]
-SESSION_FILTERS: list[tuple[dict[str, str], list[str]]] = [
+SESSION_FILTERS: list[tuple[dict[str, Any], list[str]]] = [
     ({}, ["o", "f", "s"]),
     ({"cwd": "/srv"}, ["o", "f", "s"]),
     ({"parentSessionId": "s"}, ["f"]),
+    ({"createdBy": "ann"}, ["s"]),
+    ({"metadata": {"ticket": "7", "team": "docs"}}, ["s"]),
+]
+RANKED: list[tuple[str, dict[str, Any], list[tuple[str, str]]]] = [
+    ("docs", {}, [("o", "TITLE"), ("f", "TITLE"), ("s", "TITLE")]),
+    ("HELLO", {"metadata": {"team": "docs"}}, [("s", "PROMPT")]),
+    ("live parr", {"cwd": "/srv", "since": AT, "createdBy": "ann"}, [("s", "MESSAGE")]),
+    ("parrots docs", {}, []),
 ]
 
 CALLS: dict[str, Call] = {
@@ -135,6 +205,7 @@ CALLS: dict[str, Call] = {
         f"runs.page {filters} {after}": reads(
             lambda t, f=filters, a=after: ids(runs.page(t, f, limit=10, after=a)),  # type: ignore[misc]
             [run_id for run_id in found if after is None or run_id in "er"],
+            scans=COMBINED * ("metadata" in filters and "status" in filters),
         )
         for filters, found in RUN_FILTERS
         for after in (None, 3)
@@ -143,9 +214,19 @@ CALLS: dict[str, Call] = {
         f"runs.page {filters} {after} oldest first": reads(
             lambda t, f=filters, a=after: ids(runs.page(t, f, limit=10, after=a, oldest_first=True)),  # type: ignore[misc]
             [run_id for run_id in reversed(found) if after is None or run_id in "wx"],
+            scans=COMBINED * ("metadata" in filters and "status" in filters),
         )
         for filters, found in RUN_FILTERS
         for after in (None, 2)
+    },
+    **{
+        f"runs.page {filters} {after} of a time": reads(
+            lambda t, f=filters, a=after: ids(runs.page(t, f, limit=10, after=a, summary=True)),  # type: ignore[misc]
+            [run_id for run_id in found if after is None or run_id in "er"],
+            scans=COMBINED * ("mode" in filters),
+        )
+        for filters, found in RUN_TIMES
+        for after in (None, (AT, 3))
     },
     "runs.links": reads(lambda t: [(link.id, link.message_count) for link in runs.links(t, "s")], [("e", 3), ("r", 2)]),
     "runs.get_link": reads(
@@ -155,6 +236,7 @@ CALLS: dict[str, Call] = {
     "runs.insert": writes(
         then(lambda t: runs.insert(t, run_row("n", 9, "s"), "[]"), lambda t: runs.get(t, "n").seq), 9
     ),
+    "runs.find_prompt": reads(lambda t: [runs.find_prompt(t, run_id, 2) for run_id in ("e", "no")], ["He", None]),
     "runs.find_images_json": reads(lambda t: [runs.find_images_json(t, run_id) for run_id in "re"], ["[]", None]),
     "runs.not_ended": reads(lambda t: ids(runs.not_ended(t, "s")), ["r"]),
     "runs.find_first_not_ended": reads(
@@ -182,11 +264,29 @@ CALLS: dict[str, Call] = {
         for filters, found in SESSION_FILTERS
         for after in (None, 4)
     },
-    "sessions.page of a search": reads(
-        lambda t: [ids(sessions.page(t, {"q": text}, limit=10, after=None)) for text in ("docs", "HELLO", "%")],
-        [["o", "f", "s"], ["o", "f", "s"], []],
-        scans=SEARCH,
-    ),
+    **{
+        f"sessions.page of a time {oldest_first}": reads(
+            lambda t, first=oldest_first: ids(  # type: ignore[misc]
+                sessions.page(
+                    t, {"since": AT, "until": LATER}, limit=10, after=(AT, 3), oldest_first=first, summary=True
+                )
+            ),
+            found,
+        )
+        for oldest_first, found in ((False, ["s"]), (True, ["o"]))
+    },
+    "sessions.forks": reads(lambda t: ids(sessions.forks(t, "s", limit=10, after=None)), ["f"]),
+    **{
+        f"sessions.ranked {text} {filters}": reads(
+            lambda t, s=text, f=filters: [  # type: ignore[misc]
+                (one.session_id, one.rank.kind.name)
+                for one in sessions.ranked(t, Search.parse(s), f, None, search.TOP)[0]
+            ],
+            found,
+        )
+        for text, filters, found in RANKED
+    },
+    "sessions.listed": reads(lambda t: list(sessions.listed(t, ["f", "no"], summary=True)), ["f"]),
     "sessions.insert": writes(
         then(lambda t: sessions.insert(t, session_row("n", 9)), lambda t: sessions.get(t, "n").run_count), 1
     ),
@@ -197,8 +297,45 @@ CALLS: dict[str, Call] = {
         then(lambda t: sessions.run_ended(t, "f", 7, 0.5, None), lambda t: sessions.get(t, "f").message_count), 7
     ),
     "sessions.update": writes(
-        lambda t: [sessions.update(t, one, {"title": "x"}) for one in ("s", "no")], [True, False]
+        lambda t: [sessions.update(t, one, {"title": "x", "metadataJson": METADATA}) for one in ("s", "no")],
+        [True, False],
     ),
+    # ---- search and metadata
+    "search.put_title": writes(
+        then(lambda t: search.put_title(t, 1, "Owls"), lambda t: found(t, "owls docs owl")), [1, 2, 1]
+    ),
+    "search.replace_title": writes(
+        then(lambda t: search.replace_title(t, "s", "Owls"), lambda t: found(t, "docs")), [2]
+    ),
+    "search.add_prompt": writes(then(lambda t: search.add_prompt(t, "x", 5, "Owls"), lambda t: found(t, "owls")), [1]),
+    "search.add_messages": writes(
+        then(
+            lambda t: search.add_messages(t, [message("r", "s", 9, "assistant", ANSWER.replace("Parrots", "Owls"))]),
+            lambda t: [(text.run_id, text.index, text.kind.name) for text in search.texts(t, best(t, "owls"))],
+        ),
+        [("r", 9, "MESSAGE")],
+    ),
+    "search.narrowed": reads(lambda t: search.narrowed(t, Search.parse("the parr")), Search(("the",), "parr")),
+    "search.best_texts": reads(lambda t: [search.first_seq(rowid) for rowid in best(t, "docs")], [4, 3, 1]),
+    "search.texts": reads(
+        lambda t: [(text.run_id, text.index, text.kind.name) for text in search.texts(t, best(t, "parrot"))],
+        [("e", 1, "MESSAGE")],
+    ),
+    "search.fill": writes(_refill_search, [3, 3, 1], scans=FILLING),
+    "search.delete_of_session": writes(
+        then(
+            lambda t: [search.delete_of_session(t, one, 3) for one in ("s", "s", "no")],
+            lambda t: found(t, "docs hello"),
+        ),
+        [2, 2],
+    ),
+    "run_metadata.add": writes(
+        then(lambda t: run_metadata.add(t, "s", 4), lambda t: t.value("SELECT COUNT(*) FROM ccr_run_metadata")), 6
+    ),
+    "run_metadata.replace": writes(
+        then(lambda t: run_metadata.replace(t, "s"), lambda t: t.value("SELECT COUNT(*) FROM ccr_run_metadata")), 4
+    ),
+    "run_metadata.fill": writes(_refill_metadata, 4, scans=FILLING),
     # ---- messages
     "messages.insert_many": writes(
         then(
@@ -214,6 +351,9 @@ CALLS: dict[str, Call] = {
     ),
     "messages.sizes": reads(lambda t: messages.sizes(t, "r", -1, 10, 10), [(0, 7), (1, 7)]),
     "messages.texts": reads(lambda t: messages.texts(t, "r", 0, 10), ['{"n":1}']),
+    "messages.find": reads(
+        lambda t: [messages.find(t, "r", index) for index in (0, 9)], [("assistant", '{"n":0}'), None]
+    ),
     "messages.texts_before": reads(lambda t: messages.texts_before(t, "r", 1, "assistant", 5), ['{"n":0}']),
     "messages.holding": reads(lambda t: messages.holding(t, "r", '"n":1'), [(1, '{"n":1}')]),
     # ---- approvals

@@ -99,6 +99,8 @@ def test_get_raises_where_find_returns_none(sample_url: str) -> None:
     extra: dict[str, tuple[object, ...]] = {
         "runs.find_by_idempotency_key": (IdempotencyKey("none", "digest"),),
         "deliveries.find": (0,),
+        "messages.find": ("nobody", 0),
+        "runs.find_prompt": ("nobody", 1),
         "events.find_text": (0,),
         "deliveries.find_disabled_reason": ("nobody", "run"),
         "deliveries.find_next_due": ("9",),

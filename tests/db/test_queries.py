@@ -39,7 +39,8 @@ def test_a_query_uses_an_index(sample_url: str, name: str) -> None:
             # The tables are so small that scans would be cheapest. Disabled, they are used only if there is no index.
             transaction.execute("SET LOCAL enable_seqscan = off")
             transaction.execute("SET LOCAL enable_sort = off")
-            transaction.execute("SET LOCAL enable_bitmapscan = off")
+            if not name.startswith("search."):  # a GIN index has no other scans
+                transaction.execute("SET LOCAL enable_bitmapscan = off")
         with explained(transaction, is_sqlite) as explained_plans:
             CALLS[name].function(transaction)
         plans.extend(explained_plans)
@@ -50,7 +51,8 @@ def test_a_query_uses_an_index(sample_url: str, name: str) -> None:
     assert plans or CALLS[name].untouched
     for plan in plans:
         if is_sqlite:
-            assert not re.search(r"SCAN (?!CONSTANT)(?!.*USING)", plan), plan
+            # FTS5 names the constraints that it uses after a colon.
+            assert not re.search(r"SCAN (?!CONSTANT)(?!.*USING)(?!.*VIRTUAL TABLE INDEX \d+:.)", plan), plan
             assert "TEMP B-TREE" not in plan, plan
         else:
             assert "Seq Scan" not in plan, plan

@@ -27,7 +27,7 @@ CCM = Path(__file__).parents[2] / "ccm"
 # For each model: its table, its computed columns, and the columns of the table that it lacks.
 TABLES: list[tuple[type[StoredModel], str, set[str], set[str]]] = [
     (models.Run, "ccr_runs", {"queuePosition", "pendingApprovals"}, {"owner"}),
-    (models.Session, "ccr_sessions", {"status"}, set()),
+    (models.Session, "ccr_sessions", {"status"}, {"createdBy", "firstRunSeq"}),
     (models.Approval, "ccr_approvals", set(), set()),
     (models.Delivery, "ccr_deliveries", {"eventType"}, {"again"}),
 ]

@@ -9,6 +9,7 @@ from urllib.parse import urlencode
 from flask import Response, request
 
 from ccm.api.http.query import Paged, cursor_of
+from ccm.core.search import Place
 from ccm.json_text import to_json_text
 from ccm.models.stored import StoredModel
 
@@ -24,23 +25,33 @@ def next_link(**changes: str) -> dict[str, str]:
 
 
 def page(
-    query: Paged, read: Callable[..., Sequence[Item]], position_of: Callable[[Item], int], *, grows: bool = False
+    query: Paged, read: Callable[..., Sequence[Item]], place_of: Callable[[Item], Place], *, grows: bool = False
 ) -> Response:
     """Return one page of a list.
 
     Args:
-        query: has the size of the page, and the position after which it begins.
-        read: returns up to `limit` items after the position `after`.
-        position_of: returns the position of an item.
+        query: has the size of the page, and the place after which it begins.
+        read: returns up to `limit` items after the place `after`.
+        place_of: returns the place of an item.
         grows: whether the client waits for new items at the end. Then there is always a next page.
     """
     size = query.limit
     # One item more than requested shows whether there is a next page.
     items = read(limit=size + 1, after=query.cursor)
-    headers = {}
     if len(items) > size or grows:
         items = items[:size]
-        headers = next_link(**({"cursor": cursor_of(position_of(items[-1]))} if items else {}))
+        return page_of(items, more=True, place=place_of(items[-1]) if items else None)
+    return page_of(items)
+
+
+def page_of(items: Sequence[StoredModel], *, more: bool = False, place: Place | None = None) -> Response:
+    """Return a page that has been read.
+
+    Args:
+        more: whether there is a next page.
+        place: where it begins; None if it begins where this one does.
+    """
+    headers = next_link(**({} if place is None else {"cursor": cursor_of(place)})) if more else {}
     # Not by `json_response`, which takes twice as long, because it puts spaces between the parts.
     text = to_json_text([item.to_json() for item in items])
     return Response(text + "\n", headers=headers, mimetype="application/json")

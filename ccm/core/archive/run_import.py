@@ -52,10 +52,10 @@ class RunImport:
         row = self._row
         self._resolve_id_conflicts()
         self._choose_session()
+        row["seq"] = self._choose_seq()
         if sessions.find(self._transaction, row["sessionId"]) is None:
             self._create_session()
         self._check_ancestry()
-        row["seq"] = self._choose_seq()
         if self.interrupted:
             row |= INTERRUPTED
         runs.insert(self._transaction, row | {"messageCount": 0}, None)
@@ -122,8 +122,8 @@ class RunImport:
         parent = session["parentSessionId"]
         if parent is not None and sessions.find(self._transaction, parent) is None:
             raise self._error(f"its session was forked from session {parent}, which is neither before it nor here")
-        at = {"firstRunAt": row["createdAt"], "lastRunAt": row["createdAt"], "lastRunSeq": 0}
-        sessions.insert(self._transaction, {**session, **at, "runCount": 0})
+        at = {"firstRunAt": row["createdAt"], "lastRunAt": row["createdAt"], "lastRunSeq": row["seq"]}
+        sessions.insert(self._transaction, {**session, **at, "createdBy": row.get("createdBy"), "runCount": 0})
         self.created_session = True
 
     def _check_ancestry(self) -> None:

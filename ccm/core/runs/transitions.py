@@ -134,6 +134,7 @@ class RunTransitions:
                 "firstRunAt": row["createdAt"],
                 "lastRunAt": row["createdAt"],
                 "lastRunSeq": seq,
+                "createdBy": request.created_by,
             }
             sessions.insert(transaction, session | dict(new_session))
         runs.insert(transaction, dict(row) | {"seq": seq}, images_json)

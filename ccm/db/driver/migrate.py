@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ccm.db import run_metadata, search
 from ccm.db.driver.database import Database
 from ccm.db.driver.lock import TAKEN
 from ccm.db.driver.transaction import Transaction
-from ccm.errors import DatabaseRefused, DatabaseTaken, StorageDown, StorageError
+from ccm.errors import DatabaseRefused, DatabaseTaken, StorageDown, StorageError, StorageRejected
 from ccm.timestamps import timestamp
 
 MIGRATIONS_FILE = Path(__file__).parents[3] / "migrations.sql"
 # The heading of a section: its number, its name and, if it is for one dialect only, that dialect.
 HEADING = re.compile(r"^-- (\d{4}) ([^(\n]+?)(?: \((sqlite|postgresql)\))?$", re.MULTILINE)
+
+# The functions that complete a section for the rows that are there, by the section's number.
+FILLS: Mapping[int, Callable[[Transaction], None]] = {12: run_metadata.fill, 13: search.fill}
 
 # Each attempt takes as long as SQLite waits for a lock (db/driver/sqlite.py).
 LOCKED_TRIES = 10
@@ -110,10 +114,13 @@ def migrate(database: Database, migrations: list[Migration] | None = None) -> li
         database: a writable one.
 
     Raises:
-        DatabaseRefused: as `pending`, or a section failed and was rolled back.
+        DatabaseRefused: as `pending`, or a section failed and was rolled back, or SQLite lacks FTS5.
     """
     applied = []
-    for migration in pending(database, migrations):
+    missing = pending(database, migrations)
+    if database.is_sqlite:
+        _check_fts5(database)
+    for migration in missing:
         try:
             with database.transaction() as transaction:
                 if database.dialect == "postgresql":
@@ -124,12 +131,25 @@ def migrate(database: Database, migrations: list[Migration] | None = None) -> li
                     continue  # another process was faster
                 for statement in migration.statements():
                     transaction.script(statement)
+                if fill := FILLS.get(migration.number):
+                    fill(transaction)
                 row = {"number": migration.number, "name": migration.name, "appliedAt": timestamp()}
                 transaction.insert("ccr_migrations", row)
         except StorageError as error:
             raise DatabaseRefused(f"Migration {migration} failed and was undone: {error}.") from None
         applied.append(migration)
     return applied
+
+
+def _check_fts5(database: Database) -> None:
+    try:
+        database.rows("SELECT fts5(NULL)")
+    except StorageRejected:
+        raise DatabaseRefused(
+            f"The SQLite of this Python ({sqlite3.sqlite_version}) lacks FTS5, the module for full-text search. Use a "
+            "Python whose SQLite has it, as those of python.org and of Linux distributions do, or PostgreSQL "
+            "(DATABASE_URL)."
+        ) from None
 
 
 def _wait_until_unlocked(database: Database) -> None:

@@ -1,4 +1,4 @@
-"""A connection to SQLite with PostgreSQL's functions and a time limit for statements."""
+"""A connection to SQLite with a time limit for statements."""
 
 from __future__ import annotations
 
@@ -30,13 +30,6 @@ class Connection(sqlite3.Connection):
     statement_seconds = math.inf
     deadline = math.inf
 
-    def __init__(self, *words: Any, **parameters: Any) -> None:
-        super().__init__(*words, **parameters)
-        # SQLite's own LOWER handles ASCII only, but a search must find École in either case.
-        self.create_function("LOWER", 1, lambda text: None if text is None else str(text).lower(), deterministic=True)
-        # SQLite's own INSTR takes time in the product of both lengths for a text that nearly matches everywhere.
-        self.create_function("STRPOS", 2, _position, deterministic=True)
-
     def limit_statements(self, seconds: float) -> None:
         """Interrupt statements that take longer: they raise sqlite3.OperationalError with SQLITE_INTERRUPT."""
         self.statement_seconds = seconds
@@ -61,8 +54,3 @@ def pragmas(*, service: bool) -> list[str]:
         # Even a savepoint may need a temporary file, and agents can fill the directory for temporary files.
         statements.append("PRAGMA temp_store = MEMORY")
     return statements
-
-
-def _position(text: str | None, part: str) -> int | None:
-    """Return the position of the first occurrence of a part, counted from 1; 0 if there is none."""
-    return None if text is None else text.find(part) + 1

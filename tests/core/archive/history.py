@@ -79,8 +79,10 @@ def writing(url: str) -> Iterator[Database]:
 
 def add_session(database: Database, session_id: str, **columns: Any) -> None:
     given = {"cwd": "/srv/project", "title": None, "metadataJson": "{}", "parentSessionId": None, **columns}
-    given = {"forkedFromRunId": None, "firstRunAt": at(0), "lastRunAt": at(0), "lastRunSeq": 0, **given}
+    given = {"forkedFromRunId": None, "firstRunAt": at(0), "lastRunAt": at(0), **given}
     with database.transaction() as transaction:
+        # Of the session's first run, which tests add in the order of their sessions.
+        given = {"lastRunSeq": transaction.value("SELECT COUNT(*) + 1 FROM ccr_sessions"), **given}
         sessions.insert(transaction, {"id": session_id, "runCount": 0, **given})
 
 

@@ -244,6 +244,8 @@ def test_imported_history_comes_before_what_was_there_and_is_paged_through(
     session = client.get(f"/api/sessions/{ROOT}").json
     assert [session["runCount"], session["messageCount"], session["costUsd"]] == [2, 5, 0.2]
     assert [session["headRunId"], session["title"]] == [uuid_of(1003), "Docs"]
+    for words, found in (("docs", [ROOT]), ("prompt", [FORK, ROOT, OTHER]), ("first", [own["sessionId"]])):
+        assert [s["sessionId"] for s in client.get("/api/sessions", q=words).json] == found
 
 
 def test_later_runs_of_an_imported_session_are_imported_after_it(

@@ -305,6 +305,28 @@ def test_the_bytes_are_removed_from_the_database_and_its_log(flask: Flask, sqlit
     assert database.rows("SELECT COUNT(*) AS n FROM ccr_runs") == [{"n": 1}]
 
 
+def test_the_words_of_deleted_texts_are_removed_from_the_search_index(
+    flask: Flask, sqlite: tuple[Database, str]
+) -> None:
+    database, url = sqlite
+    fill(database)
+    kept, gone = "ostrich", "cassowary"
+    for seq, session_id, word in ((50, OTHER, kept), (51, ROOT, gone)):
+        said = {"type": "assistant", "message": {"content": [{"type": "text", "text": f"A {word.upper()} runs."}]}}
+        add_run(database, session_id, seq, [said], mode="resume")
+
+    def words() -> list[bool]:
+        return [any(word.encode() in file.read_bytes() for file in files_of(url)) for word in (kept, gone)]
+
+    assert words() == [True, True]
+    flask(url, "prune", "--session", ROOT)
+
+    assert words() == [True, False]
+    left = {row["runId"] for row in database.rows('SELECT DISTINCT "runId" FROM ccr_search')}
+    assert left <= {None, *(row["id"] for row in database.rows("SELECT id FROM ccr_runs"))}
+    assert not database.rows("SELECT seq FROM ccr_run_metadata WHERE seq NOT IN (SELECT seq FROM ccr_runs)")
+
+
 def test_the_file_is_rewritten_without_space_for_temporary_files(
     environ: dict[str, str], own_home: Path, sqlite: tuple[Database, str], small_disk: SmallDisk
 ) -> None:

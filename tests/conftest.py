@@ -35,6 +35,7 @@ MARKERS = {
 EXTRA = {*MARKERS.values(), "claude", "many_rounds", "openapi", "slow"}
 # In this directory only the tests marked `main_job` belong to the README's command: each case takes a second or more.
 REAL_CLAUDE = Path(__file__).with_name("e2e")
+FAULTS = Path(__file__).parent / "faults"
 
 
 def pytest_configure() -> None:
@@ -52,7 +53,10 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test with its requirements before pytest selects by markers, so that no test can omit them."""
+    """Mark each test with its requirements, and order the tests.
+
+    The marks are set before pytest selects by markers, so that no test can omit them.
+    """
     for item in items:
         needs = {MARKERS[name] for name in getattr(item, "fixturenames", ()) if name in MARKERS}
         if "postgresql" in _kinds(item):
@@ -63,6 +67,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(name)
         if any(item.get_closest_marker(name) for name in EXTRA):
             item.add_marker("extra")
+    # The walk waits more than it computes, so it comes first: the other tests use the processor meanwhile.
+    items.sort(key=lambda item: not item.path.is_relative_to(FAULTS))
 
 
 def _kinds(item: pytest.Item) -> list[object]:

@@ -53,7 +53,7 @@ class Key(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What it is called in the log."""
+        """The name of its kind in the log."""
         return "spare" if self.resume is None else "warm"
 
 

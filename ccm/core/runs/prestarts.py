@@ -79,8 +79,8 @@ class Prestarts:
         self._memory = memory
         self._processors = ProcessorTime()
         self._lock = threading.Lock()
-        # Held during a start.
-        self._starting = threading.Lock()
+        # Held while processes are started or ended.
+        self._process_lock = threading.Lock()
         self._changed = threading.Event()
         self._closed = threading.Event()
         self._stopping = False
@@ -100,13 +100,17 @@ class Prestarts:
     def close(self) -> None:
         """End what waits, and keep nothing ready any more. Idempotent."""
         self._closed.set()
-        if self._starting.acquire(timeout=END_TIMEOUT):  # one that is just being started is ended too
-            self._starting.release()
-        with self._lock:
-            self._unwanted += (*self._ready, *self._reserved.values())
-            self._ready.clear()
-            self._reserved.clear()
-        self._end_unwanted()
+        # One that is just being started or ended has ended too when this returns, unless that takes too long.
+        acquired = self._process_lock.acquire(timeout=2 * END_TIMEOUT)
+        try:
+            with self._lock:
+                self._unwanted += (*self._ready, *self._reserved.values())
+                self._ready.clear()
+                self._reserved.clear()
+            self._end_unwanted()
+        finally:
+            if acquired:
+                self._process_lock.release()
 
     def stop(self) -> None:
         """End the thread, once the runs have ended: with it the kernel ends what it has started. Idempotent."""
@@ -262,7 +266,8 @@ class Prestarts:
                 else:
                     self._ready.remove(prestarted)
                     self._unwanted.append(prestarted)
-        self._end_unwanted()
+        with self._process_lock:
+            self._end_unwanted()
         return wanted[0] if wanted else None
 
     def _note_failure(self, prestarted: Prestarted) -> None:
@@ -296,7 +301,7 @@ class Prestarts:
                 self._demand.forget(key)
             return
         ids = new_ids()
-        with self._starting:
+        with self._process_lock:
             if self._closed.is_set():
                 return
             self._reaper.watch(ids.run_id)

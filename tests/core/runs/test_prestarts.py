@@ -281,11 +281,25 @@ def test_nothing_is_left_after_a_close(world: World) -> None:
 
     kept.close()
 
-    # One that is just being started ends a little later.
-    until(lambda: not [pid for run_id in mine for pid in marked(run_id)] and not world.reaper.watched)
+    assert not [pid for run_id in mine for pid in marked(run_id)]
+    assert not world.reaper.watched
     after = {path.name for path in Path("/tmp").glob("ccm-*")} - before
     assert not [name for name in after if any(run_id in name for run_id in mine)]
     assert kept.take(run_of(ids), None) is None
+
+
+def test_a_close_waits_for_one_that_is_just_being_ended(world: World) -> None:
+    kept = world.make()
+    ids = reserved(kept)
+    (pid,) = marked(ids.run_id)
+    os.kill(pid, signal.SIGSTOP)  # it takes its time to end
+    kept.release(ids.run_id)
+    until(lambda: kept._process_lock.locked() and not kept._unwanted)
+
+    kept.close()
+
+    assert not marked(ids.run_id)
+    assert not world.reaper.watched
 
 
 def test_two_fresh_runs_in_a_row_change_the_options_of_the_spares(world: World) -> None:

@@ -43,8 +43,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
         ("start", "name", "x", "did you mean title?"),
         ("start", "tags", {}, "did you mean metadata?"),
         # Fields of another action, and what no client sets.
-        ("start", "session_id", NOWHERE, "POST /api/runs/resume and POST /api/runs/fork have sessionId."),
-        ("resume", "cwd", "/", "POST /api/runs/start and POST /api/runs/fork have cwd."),
+        ("start", "session_id", NOWHERE, "here; sessionId is for POST /api/runs/resume and POST /api/runs/fork."),
+        ("resume", "cwd", "/", "here; cwd is for POST /api/runs/start and POST /api/runs/fork."),
         ("start", "resume", NOWHERE, "POST /api/runs/resume continues a session."),
         ("fork", "forkSession", True, "every continuation is a fork."),
         # Nothing is like it.
@@ -133,6 +133,8 @@ def test_an_unknown_value_in_a_body(service: Client, fields: dict[str, Any], fie
 
 
 def test_an_unknown_decision(service: Client) -> None:
+    message = refused(service.post(f"/api/approvals/{NOWHERE}", {"allow": True}), "allow")
+    assert message.endswith("did you mean decision?")
     for given, meant in (("approve", "allow"), ("rejected", "deny"), ("Allow", "allow")):
         message = refused(service.post(f"/api/approvals/{NOWHERE}", {"decision": given}), "decision")
         assert message.endswith(f"did you mean {meant}?")
@@ -183,6 +185,10 @@ def test_an_unknown_parameter(service: Client) -> None:
         (f"/api/runs/{NOWHERE}/message", f"/api/runs/{NOWHERE}/messages"),
         ("/healthz", "/health"),
         ("/api/health", "/health"),
+        ("/v1/runs", "/api/runs"),
+        (f"/api/v2/runs/{NOWHERE}", f"/api/runs/{NOWHERE}"),
+        (f"/api/runs/{NOWHERE}/resume", "/api/runs/resume"),
+        (f"/api/sessions/{NOWHERE}/fork", "/api/runs/fork"),
     ],
 )
 def test_an_unknown_path(service: Client, given: str, meant: str) -> None:

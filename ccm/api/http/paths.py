@@ -21,9 +21,12 @@ VERSION = re.compile(r"v\d+", re.ASCII)
 class IdConverter(UnicodeConverter):
     """An id in a path. The names of actions are no ids, so `/api/runs/start` is a path with one method only."""
 
+    # The pattern sees the rest of the path too.
+    part_isolating = False
+
     def __init__(self, url_map: Map) -> None:
         super().__init__(url_map)
-        self.regex = rf"(?!(?:{'|'.join(RESERVED_RUN_IDS)})$)[^/]+"
+        self.regex = rf"(?!(?:{'|'.join(RESERVED_RUN_IDS)})\Z)[^/]+"
 
 
 def template(rule: Rule) -> str:

@@ -136,7 +136,8 @@ def _unknown_field_message(path: list[int | str], field: str, model: type[Strict
         if same_word(name, known) is None:
             takers = {action: own for action, body in actions.items() if (own := same_word(name, _names(body)))}
             if takers:
-                return f"{field} is not a known field here; {' and '.join(takers)} have {next(iter(takers.values()))}."
+                theirs = next(iter(takers.values()))
+                return f"{field} is not a known field here; {theirs} is for {' and '.join(takers)}."
             if owned is not None:
                 return f"{field} is not a known field: {SERVICE_OWNED[owned]}."
             if elsewhere := same_word(name, ELSEWHERE):

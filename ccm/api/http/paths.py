@@ -15,14 +15,18 @@ from ccm.models.fields import RESERVED_RUN_IDS
 SEGMENTS = 8
 # How similar a segment of a path must be to one of the API to be taken for it.
 SIMILARITY = 0.75
+VERSION = re.compile(r"v\d+", re.ASCII)
 
 
 class IdConverter(UnicodeConverter):
     """An id in a path. The names of actions are no ids, so `/api/runs/start` is a path with one method only."""
 
+    # The pattern sees the rest of the path too.
+    part_isolating = False
+
     def __init__(self, url_map: Map) -> None:
         super().__init__(url_map)
-        self.regex = rf"(?!(?:{'|'.join(RESERVED_RUN_IDS)})$)[^/]+"
+        self.regex = rf"(?!(?:{'|'.join(RESERVED_RUN_IDS)})\Z)[^/]+"
 
 
 def template(rule: str) -> str:
@@ -63,12 +67,16 @@ def similar_paths(path: str) -> list[str]:
 
 
 def _spelt(path: str) -> str | None:
-    """Return the existing path with another spelling, or without extra slashes."""
+    """Return the existing path with another spelling, without extra slashes or a version, or of the same action."""
     known = {part for rule in current_app.url_map.iter_rules() for part in _segments(rule.rule) if "<" not in part}
+    given = _segments(path)
     segments = [
-        (difflib.get_close_matches(part.lower(), known, 1, SIMILARITY) or [part])[0] for part in _segments(path)
+        (difflib.get_close_matches(part.lower(), known, 1, SIMILARITY) or [part])[0]
+        for part in given
+        if not VERSION.fullmatch(part)
     ]
-    candidates = (_segments(path), segments, ["api", *segments], segments[1:])
+    action = ["api", "runs", segments[-1]] if segments and segments[-1] in RESERVED_RUN_IDS else []
+    candidates = (given, segments, ["api", *segments], segments[1:], action)
     paths = [f"/{'/'.join(candidate)}" for candidate in candidates if candidate]
     return next((found for found in paths if allowed_methods(found)), None)
 

@@ -12,7 +12,7 @@ OTHER_WORDS = {
     "after": ("lastindex", "offset"),
     "cursor": ("offset", "page", "pagetoken"),
     "cwd": ("dir", "directory", "folder", "path", "workdir", "workingdir", "workingdirectory", "workspace"),
-    "decision": ("action", "answer", "behavior", "response"),
+    "decision": ("action", "allow", "answer", "approve", "approved", "behavior", "deny", "response"),
     "limit": ("count", "max", "pagesize", "perpage", "size"),
     "message": ("feedback", "reason"),
     "metadata": ("labels", "meta", "tags"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ccm.api.reference.assets import FOLDER as ASSETS
-from ccm.api.reference.pages import GROUPS, OTHERS, README, Pages
+from ccm.api.reference.pages import OTHERS, README, START, Pages
 from tests.api.conftest import refused
 from tests.api.in_process import InProcessService
 from tests.client import Client
@@ -183,18 +183,26 @@ def test_a_page_is_served_as_it_is(closed: Client) -> None:
 def test_every_page_has_its_place_in_the_navigation(shells: dict[str, str]) -> None:
     pages = Pages()
 
-    assert OTHERS not in pages.groups, "name the new page in GROUPS"
-    assert [page for group in pages.groups.values() for page in group] == [
-        pages.by_name[name] for names in GROUPS.values() for name in names if name in pages.by_name
-    ]
+    assert list(pages.groups) == [START, "For a client's author", "For an operator", "For developers"]
+    assert sorted(page.name for group in pages.groups.values() for page in group) == sorted(pages.by_name)
     for page in pages.by_name.values():
         assert f'href="/agents/docs/{page.name}"' in shells["/docs/streams"]
         assert page.text.startswith(f"# {page.title}\n")
 
 
-def test_a_page_that_no_group_names_comes_last(tmp_path: Path) -> None:
-    (tmp_path / "new-page.md").write_text("# A new page\n\nText.\n")
-    pages = Pages(README, tmp_path)
+def test_the_navigation_has_the_order_of_the_list_in_the_readme(tmp_path: Path) -> None:
+    for name in ("alpha", "beta", "gamma"):
+        (tmp_path / f"{name}.md").write_text(f"# The {name}\n\nText.\n")
+    readme = tmp_path / "elsewhere" / "README.md"
+    readme.parent.mkdir()
+    listed = "For all: [Gamma](ccm/docs/gamma.md) ·\n[Nothing](ccm/docs/nothing.md) · [Alpha](ccm/docs/alpha.md)"
+    readme.write_text(f"# Name\n\nFor [beta](ccm/docs/beta.md): no.\n\n## All pages\n\n{listed}\n\n## End\n")
 
-    assert list(pages.groups) == ["Start", OTHERS]
-    assert [page.title for page in pages.groups[OTHERS]] == ["A new page"]
+    groups = {title: [page.title for page in group] for title, group in Pages(readme, tmp_path).groups.items()}
+    assert groups == {START: ["Name"], "For all": ["The gamma", "The alpha"], OTHERS: ["The beta"]}
+
+
+def test_a_readme_without_the_list_is_enough(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# Name\n")
+
+    assert [page.title for page in Pages(tmp_path / "README.md", tmp_path / "none").groups[START]] == ["Name"]

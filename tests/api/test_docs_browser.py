@@ -153,7 +153,7 @@ def test_a_link_to_a_section_of_a_guide_shows_it(docs: DocsPages) -> None:
     docs.browser.until(f"document.querySelector('{last}')?.getBoundingClientRect().bottom < innerHeight")
 
 
-def test_every_link_of_every_guide_leads_to_a_page_and_a_heading(docs: DocsPages) -> None:
+def test_every_link_to_a_section_of_a_guide_leads_to_a_heading(docs: DocsPages) -> None:
     pages, anchors, links = Pages().by_name, {}, set()
     for name, page in pages.items():
         docs.open(f"/docs/{name}")
@@ -164,7 +164,7 @@ def test_every_link_of_every_guide_leads_to_a_page_and_a_heading(docs: DocsPages
 
     for link in links:
         name, _, anchor = link.partition("#")
-        assert not anchor or anchor in anchors[name], link
+        assert not anchor or anchor in anchors.get(name, ()), link
     assert len(links) > len(pages)
     docs.assert_nothing_went_wrong()
 

@@ -28,6 +28,13 @@ TYPES = 50
 NAME_CHARACTERS = 100
 METADATA = "metadata."
 METADATA_FILTERS = 10
+# Each property is a parameter of its own, because an object in a query is written as one.
+METADATA_SCHEMA = {
+    "type": "object",
+    "propertyNames": {"pattern": rf"^{re.escape(METADATA)}."},
+    "additionalProperties": {"type": "string"},
+    "maxProperties": METADATA_FILTERS,
+}
 # The forms of a Place. A number may be negative, because imported history is placed before the existing runs.
 NUMBER = re.compile(r"-?\d{1,18}", re.ASCII)
 NUMBER_AT_TIME = re.compile(rf"\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{{3}}Z,{NUMBER.pattern}", re.ASCII)
@@ -214,8 +221,8 @@ class ListQuery(Query):
     createdBy: Text | None = Field(default=None, description="Those that a client started, by the name of its token.")
     since: Time = Field(default=None, description="Those of this time or later. The list is then ordered by time.")
     until: Time = Field(default=None, description="Those before this time. The list is then ordered by time.")
-    metadata: Annotated[dict[str, str], BeforeValidator(_metadata)] = Field(
-        default={},
+    metadata: Annotated[dict[str, str], BeforeValidator(_metadata), WithJsonSchema(METADATA_SCHEMA)] = Field(
+        default_factory=dict,
         description="Those whose session has this value in its metadata, written `metadata.KEY=VALUE`. The value is a "
         "text, a number, true, false or null. May be repeated with other keys.",
     )

@@ -161,7 +161,10 @@ class Operation:
         parameters = []
         for name, schema in properties.items():
             shown = without_null(schema)
-            parameters.append({"name": name, "in": "query", "description": shown.pop("description"), "schema": shown})
+            parameter = {"name": name, "in": "query", "description": shown.pop("description"), "schema": shown}
+            if shown.get("type") == "object":
+                parameter |= {"style": "form", "explode": True}
+            parameters.append(parameter)
         return parameters
 
     def _headers(self) -> list[dict[str, Any]]:

@@ -114,7 +114,7 @@ def _start_asking_run(stage: Stage) -> None:
 
 
 def _start_short_run(stage: Stage) -> None:
-    run = stage.start_run(json.dumps({"count": 1, "seconds": 0.4}))
+    run = stage.start_run(json.dumps({"count": 1, "seconds": 1.0}))
     assert run is not None
     assert stage.has_message(run.id)
 
@@ -131,7 +131,8 @@ def _queue(stage: Stage) -> None:
 
 
 def _time_out(stage: Stage) -> None:
-    stage.start_run(HOLD, timeoutMs=150)
+    # Long enough that Claude Code has started by then on a busy machine too: else the run ends in another way.
+    stage.start_run(HOLD, timeoutMs=2000)
 
 
 def _stop(stage: Stage) -> None:

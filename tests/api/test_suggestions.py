@@ -164,7 +164,7 @@ def test_a_body_that_is_empty(service: Client) -> None:
 
 def test_an_unknown_parameter(service: Client) -> None:
     message = refused(service.get("/api/runs?session_id=x"), "session_id")
-    assert "it takes status," in message
+    assert "it takes createdBy, since," in message
     assert message.endswith("did you mean sessionId?")
     assert refused(service.get("/api/runs?page=2"), "page").endswith("did you mean cursor?")
 

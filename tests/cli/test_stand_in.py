@@ -17,9 +17,11 @@ from ccm.testing.service_process import APP, ServiceProcess
 from tests.client import Client
 from tests.flask_commands import FLASK, call
 from tests.programs import free_port
+from tests.waiting import until
 
 TOKEN = "t" * 40
 STAND_IN = [*FLASK, "stand-in"]
+LAST_VARIABLE = "CLAUDE_CODE_USE_FOUNDRY"
 # Runs a command in a shell that has read the variables in a file.
 WITH_VARIABLES = ["sh", "-c", 'set -a; . "$0"; set +a; exec "$@"']
 
@@ -33,8 +35,8 @@ def stand_in(environ: dict[str, str], file: Path) -> Iterator[subprocess.Popen[s
         )
     assert process.stderr is not None
     try:
-        # It says where it listens, what the lines are, and then leaves a line free for them.
         assert "listens on http://127.0.0.1:" in process.stderr.readline()
+        until(lambda: f"{LAST_VARIABLE}=\n" in file.read_text())
         yield process
     finally:
         process.terminate()

@@ -131,8 +131,7 @@ class Comparison:
         self._open.append(pair)
         if sent and "default" in old and old["default"] != new.get("default"):
             yield f"{where}: the default {json.dumps(old['default'])} has changed"
-        others = dict(_alternatives(self._new, new))
-        mine = dict(_alternatives(self._old, old))
+        others, mine = _kinds(self._new, new), _kinds(self._old, old)
         for kind, alternative in mine.items():
             if kind in others:
                 yield from self._alternative(alternative, others[kind], where, sent)
@@ -184,8 +183,17 @@ def _resolve(document: Json, described: Json) -> Json:
     return described
 
 
+def _kinds(document: Json, schema: Json) -> Json:
+    """Return the kinds of value that a schema allows, each with its schema. Several of one kind are numbered."""
+    kinds: Json = {}
+    for kind, alternative in _alternatives(document, schema):
+        number = sum(name.partition(" #")[0] == kind for name in kinds) + 1
+        kinds[kind if number == 1 else f"{kind} #{number}"] = alternative
+    return kinds
+
+
 def _alternatives(document: Json, schema: Json) -> Iterator[tuple[str, Json]]:
-    """Yield the kinds of value that a schema allows, each with its schema."""
+    """Yield the kind of each value that a schema allows, with its schema."""
     schema = _resolve(document, schema)
     choices = schema.get("anyOf", schema.get("oneOf"))
     if choices is not None:

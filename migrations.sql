@@ -308,9 +308,13 @@ UPDATE ccr_sessions SET "firstRunSeq" = (SELECT MIN(r.seq) FROM ccr_runs r WHERE
 CREATE UNIQUE INDEX ccr_sessions_by_first_run ON ccr_sessions ("firstRunSeq");
 CREATE INDEX ccr_sessions_by_creator ON ccr_sessions ("createdBy", "lastRunSeq");
 CREATE INDEX ccr_sessions_by_time ON ccr_sessions ("lastRunAt", "lastRunSeq");
+CREATE INDEX ccr_sessions_by_creator_and_time ON ccr_sessions ("createdBy", "lastRunAt", "lastRunSeq");
+CREATE INDEX ccr_sessions_by_cwd_and_time ON ccr_sessions (cwd, "lastRunAt", "lastRunSeq");
 CREATE INDEX ccr_runs_by_creator ON ccr_runs ("createdBy", seq);
 CREATE INDEX ccr_runs_by_error ON ccr_runs ("errorCode", seq);
 CREATE INDEX ccr_runs_by_time ON ccr_runs ("createdAt", seq);
+CREATE INDEX ccr_runs_by_creator_and_time ON ccr_runs ("createdBy", "createdAt", seq);
+CREATE INDEX ccr_runs_by_cwd_and_time ON ccr_runs (cwd, "createdAt", seq);
 
 -- The metadata of each run's session, as digests of key and value (ccm/db/run_metadata.py). A row for each run, so that
 -- the index has the order of both lists: a session's place is that of its newest run. `flask migrate` fills it.

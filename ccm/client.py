@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -28,6 +29,9 @@ from typing import Any, Literal, Required, TypedDict, Unpack
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 log = logging.getLogger(__name__)
+
+# The connection of a stream without a message was made if it lasted so long (seconds).
+LASTING = 10.0
 
 JsonObject = dict[str, Any]
 # A message of the SDK, unchanged. Each has a `type`; the SDK decides on the rest.
@@ -322,7 +326,7 @@ class Client:
                 with self._send(method, path, "application/json", query, **sent) as response:
                     # Only the query: the address may be a proxy's, and the token is for this one.
                     link = re.search(r'\?([^>]*)>; rel="next"', response.headers.get("Link", ""))
-                    return json.loads(response.read()), link and dict(parse_qsl(link[1]))
+                    return json.loads(response.read()), link and dict(parse_qsl(link[1], keep_blank_values=True))
             except (APIError, NoAnswer) as error:
                 retry.pause(error)
 
@@ -330,20 +334,24 @@ class Client:
         """Yield the name and the data of each event of a run, to its end."""
         path, retry = f"/api/runs/{quote(run_id, '')}/stream", Retry(self._retry_for)
         while True:
+            lasting = math.inf
             try:
                 headers = {"Last-Event-ID": str(after)}
                 with self._send("GET", path, "text/event-stream", {}, headers=headers) as response:
-                    retry.failures = 0
+                    lasting = time.monotonic() + LASTING
                     for name, event_id, data in _parse(response):
+                        content = json.loads(data)
                         if name == "message":
                             if event_id != str(after + 1):
                                 raise HTTPException(f"message {event_id} came after message {after}")
                             after += 1
-                        yield name, json.loads(data)
+                            retry.failures = 0
+                        yield name, content
                         if name == "end":
                             return
                     raise HTTPException("the stream ended before the run")
             except (APIError, NoAnswer) as error:
+                retry.failures = 0 if time.monotonic() > lasting else retry.failures
                 retry.pause(error)
 
     @contextmanager

@@ -100,9 +100,18 @@ def indexed_words(text: str) -> str:
 def said(message_type: str, json: str) -> str:
     """Return what a person or Claude says in an SDK message; empty if it is a message of another kind.
 
+    Empty also if it cannot be parsed, because it is too deep or memory is short: it is stored, but not found.
+
     Args:
         json: the message. It is parsed only if it may contain such a text.
     """
+    try:
+        return _said(message_type, json)
+    except (ValueError, RecursionError, MemoryError):
+        return ""
+
+
+def _said(message_type: str, json: str) -> str:
     if message_type == "result":
         text = from_json_text(json).get("result")
         return text if isinstance(text, str) else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ccm.db import search
 from ccm.db.driver.transaction import Transaction
 
 # Sessions in the order of their first runs, so that each comes after its parent session.
@@ -58,7 +59,9 @@ def has_idempotency_key(transaction: Transaction, key: str) -> bool:
 
 
 def is_seq_usable(transaction: Transaction, seq: int, session_id: str, parent_run_id: str | None) -> bool:
-    """Return whether no run has a seq, and it is after those of a session's runs and of a parent run."""
+    """Return whether no run has a seq, it is after those of a session's runs and of a parent run, and not too high."""
+    if abs(seq) > search.HIGHEST_SEQ:
+        return False
     later = transaction.value(SAME_OR_LATER, seq=seq, session=session_id, parent=parent_run_id)
     return later is None
 

@@ -35,8 +35,11 @@ _FILTERS = {
     "waiting": "r.status = 'running' AND r.\"startedAt\" IS NULL",
     "working": "r.status = 'running' AND r.\"startedAt\" IS NOT NULL",
 }
-SELECT = Select(Run, "ccr_runs r", _COMPUTED, filters=_FILTERS, time="createdAt")
-_SELECT_SUMMARY: Select[Run] = Select(RunSummary, "ccr_runs r", _COMPUTED, filters=_FILTERS, time="createdAt")
+_COARSE = ("status", "mode")
+SELECT = Select(Run, "ccr_runs r", _COMPUTED, filters=_FILTERS, time="createdAt", coarse=_COARSE)
+_SELECT_SUMMARY: Select[Run] = Select(
+    RunSummary, "ccr_runs r", _COMPUTED, filters=_FILTERS, time="createdAt", coarse=_COARSE
+)
 # How many runs have started, and the first waiting run whose session has no started run: a session has only one at a
 # time.
 STARTED_AND_NEXT = """

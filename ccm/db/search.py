@@ -23,6 +23,8 @@ KIND_BITS, NUMBER_BITS = 2, 29
 SESSION_BITS = KIND_BITS + NUMBER_BITS
 # Above every rowid.
 TOP = 2**62
+# The difference between the seqs of two runs is a number within a kind.
+HIGHEST_SEQ = 2 ** (NUMBER_BITS - 1) - 1
 WORD_INDEX = "ccr_search_by_word"
 # Merges the segments of FTS5's index, because the older ones still contain the words of deleted texts.
 MERGE = "INSERT INTO ccr_search (ccr_search) VALUES ('optimize')"

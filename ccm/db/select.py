@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -50,6 +50,8 @@ class Select(Generic[M]):
         order: the unique column by which `page` orders the rows.
         time: the column of the filters `since` and `until`. If one of them is given, `page` orders the rows by it,
             because the order by `order` would need a scan.
+        coarse: the filters whose values many rows share. SQLite, which does not know that, would sort all of these rows
+            by their time rather than read the index of the times.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Select(Generic[M]):
         filters: Expressions = NONE,
         order: str = "seq",
         time: str | None = None,
+        coarse: Collection[str] = (),
     ) -> None:
         unknown = computed.keys() - set(model.shape.columns)
         if unknown:
@@ -73,6 +76,7 @@ class Select(Generic[M]):
         self._filters = dict(filters)
         self._order = f'{alias}."{order}"'
         self._time = f'{alias}."{time}"'
+        self._coarse = frozenset(coarse)
         if time is not None:
             self._filters |= {"since": f"{self._time} >= :since", "until": f"{self._time} < :until"}
 
@@ -85,11 +89,12 @@ class Select(Generic[M]):
         """Return the first instance that the further clauses of the statement select, or None."""
         return next(iter(self.rows(transaction, clauses, **parameters)), None)
 
-    def conditions(self, values: Mapping[str, Any]) -> Conditions:
+    def conditions(self, values: Mapping[str, Any], unindexed: bool = False) -> Conditions:
         """Return the conditions for the values of filters.
 
         Args:
             values: by name. That of `metadata`, which every table ordered by the seq of runs has, is a mapping.
+            unindexed: keep SQLite from using the indexes of the coarse filters.
         """
         plain = {name: value for name, value in values.items() if name != "metadata"}
         entries = {f"entry{n}": run_metadata.entry(*item) for n, item in enumerate(values.get("metadata", {}).items())}
@@ -97,7 +102,7 @@ class Select(Generic[M]):
             f"JOIN ccr_run_metadata {name} ON {name}.entry = :{name} AND {name}.seq = {self._order} "
             for name in entries
         )
-        where = [self._filters[name] for name in plain]
+        where = [("+" if unindexed and name in self._coarse else "") + self._filters[name] for name in plain]
         return Conditions(joins, where, plain | entries, next((f"{name}.seq" for name in entries), None))
 
     def page(
@@ -115,8 +120,11 @@ class Select(Generic[M]):
             after: the position that the page follows; None for the first page.
         """
         direction, comparison = ("DESC", "<") if newest_first else ("ASC", ">")
-        joins, where, parameters, metadata = self.conditions(values)
-        order = [self._time, self._order] if values.keys() & {"since", "until"} else [metadata or self._order]
+        by_time = bool(values.keys() & {"since", "until"})
+        joins, where, parameters, metadata = self.conditions(
+            values, unindexed=by_time and transaction.dialect == "sqlite"
+        )
+        order = [self._time, self._order] if by_time else [metadata or self._order]
         if after is not None:
             places = {f"after{n}": place for n, place in enumerate(after if isinstance(after, tuple) else (after,))}
             parameters |= places

@@ -207,7 +207,8 @@ def clear(url: str, deleted: bool) -> None:
     """Remove the bytes of deleted rows from the database's files, SQLite's write-ahead log and its index included.
 
     Args:
-        deleted: whether anything was deleted. If not, only the remains of an earlier deletion are removed.
+        deleted: whether anything was deleted. If not, SQLite's file is rewritten only if an earlier deletion has left
+            something in it.
 
     Raises:
         StorageError: the bytes are still there.
@@ -216,7 +217,7 @@ def clear(url: str, deleted: bool) -> None:
         path = sqlite_file_path(url)
         if path is not None:
             _clear_sqlite(path, deleted)
-        elif deleted:
+        else:
             import psycopg  # noqa: PLC0415  # imported for PostgreSQL only
 
             with psycopg.connect(url, autocommit=True) as connection:
@@ -235,8 +236,7 @@ def _clear_sqlite(path: Path, deleted: bool) -> None:
         folder = str(path.absolute().parent).replace("'", "''")
         connection.execute(f"PRAGMA temp_store_directory = '{folder}'")
         # Pages that were split long ago still contain copies of rows in their unused parts; only a new file does not.
-        if deleted:
-            connection.execute(search.MERGE)
+        connection.execute(search.MERGE)
         if deleted or connection.execute("PRAGMA freelist_count").fetchone()[0]:
             connection.execute("VACUUM")
         if connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:

@@ -62,7 +62,7 @@ Timestamp = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 Count = Annotated[int, Field(ge=0), Mark.COUNT]
 
 # What not_blank checks, for JSON schemas.
-NOT_BLANK = {"pattern": r"\S"}
+NOT_BLANK = {"pattern": r"[^\s\x1c-\x1f\x85]"}
 PROMPT = "The user's message to Claude Code."
 Prompt = Annotated[
     str,

@@ -15,7 +15,10 @@ class SDKMessage(TypedDict):
     Only describes the messages in the API: they are never parsed, so a field or type that is new in the SDK is shown.
     """
 
-    type: Annotated[str, Field(description="The kind, such as `system`, `user`, `assistant` or `result`.")]
+    # Not required, because imported messages may have none.
+    type: NotRequired[
+        Annotated[str, Field(description="The kind: `system`, `user`, `assistant`, `result` or another.")]
+    ]
     subtype: NotRequired[Annotated[str, Field(description="The kind within the type, such as `init` or `success`.")]]
     uuid: NotRequired[Annotated[str, Field(description="The message's id, which a fork's `atMessage` takes.")]]
 

@@ -51,6 +51,18 @@ def test_lists_are_filtered_by_the_metadata_of_sessions(api: Client, project: Pa
         assert found(api, "/api/sessions", project, **parameters) == sorted_ids("sessionId", *runs), values
 
 
+def test_the_first_fifty_values_of_the_metadata_are_filtered_by(api: Client, project: Path) -> None:
+    def found_by(number: int) -> list[str]:
+        return found(api, "/api/runs", project, **{f"metadata.key{number}": number})
+
+    values = {"nested": {}, **{f"key{number}": number for number in range(51)}}
+    run = api.start(project, "Hello.", metadata=values)
+    assert [found_by(number) for number in (0, 1, 49, 50)] == [[run["id"]]] * 3 + [[]]
+
+    api.patch(f"/api/sessions/{run['sessionId']}", {"metadata": {**values, "key0": "changed"}})
+    assert [found_by(number) for number in (0, 1, 49, 50)] == [[], [run["id"]], [run["id"]], []]
+
+
 def test_changed_metadata_is_filtered_at_once(api: Client, project: Path) -> None:
     run = api.start(project, "Hello.", metadata={"state": "open"})
     api.resume(run["sessionId"], "More.")

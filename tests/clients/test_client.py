@@ -207,7 +207,9 @@ def test_an_invalid_token_is_refused_and_not_shown(token: str) -> None:
 
 def test_a_list_follows_the_pages_but_never_to_another_address() -> None:
     pages = [
-        answer(200, [{"id": "1"}, {"id": "2"}], Link='<https://evil.example/x?limit=2&cursor=abc>; rel="next"'),
+        answer(
+            200, [{"id": "1"}, {"id": "2"}], Link='<https://evil.example/x?limit=2&metadata.x=&cursor=abc>; rel="next"'
+        ),
         answer(200, [{"id": "3"}]),
     ]
     with serving(*pages) as server:
@@ -216,7 +218,7 @@ def test_a_list_follows_the_pages_but_never_to_another_address() -> None:
     assert [run["id"] for run in found] == ["1", "2", "3"]
     assert [request.target for request in server.requests] == [
         "/agents/api/runs?limit=2&waiting=true&cursor=a+b",
-        "/agents/api/runs?limit=2&cursor=abc",
+        "/agents/api/runs?limit=2&metadata.x=&cursor=abc",
     ]
     assert {request.headers["Authorization"] for request in server.requests} == {"Bearer secret"}
 
@@ -336,6 +338,7 @@ def test_streams_cut_anywhere_give_each_message_once(seed: int, time: Time) -> N
         CHUNKED_STREAM + chunk(frame("message", MESSAGES[0], 0)),  # once more
         CHUNKED_STREAM + chunk(frame("message", MESSAGES[2], 2)[:-1]) + b"0\r\n\r\n",  # incomplete
         CHUNKED_STREAM + chunk(b": connected\n\n") + b"0\r\n\r\n",
+        CHUNKED_STREAM + chunk(frame("message", MESSAGES[2], 2).replace(b"}", b"")),  # no JSON
         UNAVAILABLE.sent,
         b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
         + frame("approval", {"id": "q", "status": "denied"}),
@@ -363,13 +366,34 @@ def test_following_begins_after_a_message() -> None:
     assert server.requests[0].headers["Last-Event-ID"] == "4"
 
 
-def test_a_connection_that_was_made_starts_the_time_for_repeating_anew(time: Time) -> None:
-    silent = Script(CHUNKED_STREAM + chunk(b": connected\n\n"))
-    failures = [UNAVAILABLE] * 4 + [silent]
-    last = Script(CHUNKED_STREAM + chunk(stream_of(MESSAGES, -1)) + b"0\r\n\r\n")
-    with serving(*failures * 5, last) as server:
+def test_a_message_starts_the_time_for_repeating_anew(time: Time) -> None:
+    scripts: list[Script] = []
+    for index in range(5):
+        scripts += [UNAVAILABLE] * 4 + [Script(CHUNKED_STREAM + chunk(frame("message", MESSAGES[index], index)))]
+    last = Script(CHUNKED_STREAM + chunk(stream_of(MESSAGES, 4)) + b"0\r\n\r\n")
+    with serving(*scripts, last) as server:
         assert followed(Client(server.url, retry_for=40)) == (MESSAGES, RUN)
     assert sum(time.pauses) > 40
+
+
+def test_a_stream_that_has_lasted_starts_the_time_for_repeating_anew(
+    time: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ccm.client, "LASTING", -1)
+    silent = Script(CHUNKED_STREAM + chunk(b": connected\n\n"))
+    last = Script(CHUNKED_STREAM + chunk(stream_of(MESSAGES, -1)) + b"0\r\n\r\n")
+    with serving(*[silent] * 50, last) as server:
+        assert followed(Client(server.url, retry_for=10)) == (MESSAGES, RUN)
+
+
+def test_streams_that_break_at_once_are_given_up(time: Time) -> None:
+    pending = frame("approval", {"id": "q", "status": "pending"})
+    with (
+        serving(Script(CHUNKED_STREAM + chunk(b": connected\n\n" + pending))) as server,
+        pytest.raises(NoAnswer),
+    ):
+        followed(Client(server.url, retry_for=40))
+    assert sum(time.pauses) <= 40
 
 
 def test_a_run_that_is_gone_ends_the_following() -> None:

@@ -144,6 +144,12 @@ def _refill_metadata(transaction: Transaction) -> object:
     return transaction.value("SELECT COUNT(*) FROM ccr_run_metadata")
 
 
+def _replace_metadata(transaction: Transaction) -> object:
+    transaction.update("ccr_sessions", {"metadataJson": '{"team": "docs"}'}, "id = 's'")
+    run_metadata.replace(transaction, "s")
+    return transaction.value("SELECT COUNT(*) FROM ccr_run_metadata")
+
+
 def _measure(transaction: Transaction) -> object:
     tree = trees.measure(transaction, "s")
     return sorted(tree.sessions), tree.runs, tree.messages, tree.transcripts, tree.not_ended
@@ -332,9 +338,7 @@ CALLS: dict[str, Call] = {
     "run_metadata.add": writes(
         then(lambda t: run_metadata.add(t, "s", 4), lambda t: t.value("SELECT COUNT(*) FROM ccr_run_metadata")), 6
     ),
-    "run_metadata.replace": writes(
-        then(lambda t: run_metadata.replace(t, "s"), lambda t: t.value("SELECT COUNT(*) FROM ccr_run_metadata")), 4
-    ),
+    "run_metadata.replace": writes(_replace_metadata, 2),
     "run_metadata.fill": writes(_refill_metadata, 4, scans=FILLING),
     # ---- messages
     "messages.insert_many": writes(
@@ -449,7 +453,8 @@ CALLS: dict[str, Call] = {
         lambda t: [archive.has_idempotency_key(t, one) for one in ("key", "no")], [True, False]
     ),
     "archive.is_seq_usable": reads(
-        lambda t: [archive.is_seq_usable(t, seq, "s", "w") for seq in (0, 1, 3, 5)], [False, False, False, True]
+        lambda t: [archive.is_seq_usable(t, seq, "s", "w") for seq in (0, 1, 3, 5, 2**28)],
+        [False, False, False, True, False],
     ),
     "archive.was_continued": reads(lambda t: archive.was_continued(t, "s", "e"), result=False),
     "archive.complete_run": writes(

@@ -52,8 +52,17 @@ FILTERS: list[dict[str, Any]] = [
     {"until": "2026-01-01T00:00:10.000Z"},
     {"since": "2026-01-01T00:00:10.000Z", "until": "2026-01-01T00:00:11.000Z"},
     {"metadata": {"team": "t7"}},
+    {"cwd": "/7", "since": "2026-01-01T00:00:10.000Z"},
+    {"createdBy": "c7", "until": "2026-01-01T00:00:10.000Z"},
 ]
-OF_RUNS: list[dict[str, Any]] = [{"errorCode": "E7"}, {"mode": "fresh"}, {"waiting": True}, {"working": True}]
+OF_RUNS: list[dict[str, Any]] = [
+    {"errorCode": "E7"},
+    {"mode": "fresh"},
+    {"waiting": True},
+    {"working": True},
+    {"status": "error", "since": "2026-01-01T00:00:10.000Z"},
+    {"mode": "fresh", "until": "2026-01-01T00:00:10.000Z"},
+]
 
 
 @pytest.fixture
@@ -98,7 +107,8 @@ def test_the_planner_uses_an_index_for_each_filter(large: Database) -> None:
                     large,
                     lambda t, page=page, f=filters, o=oldest_first: page(t, f, limit=100, after=None, oldest_first=o),  # type: ignore[misc]
                 )
-                assert_follows_an_index(plan, large.is_sqlite)
+                # The few rows that meet two filters may be sorted, as PostgreSQL estimates.
+                assert_follows_an_index(plan, large.is_sqlite, sorts=len(filters) > 1 and not large.is_sqlite)
 
 
 @pytest.mark.parametrize("text", ["w77", "every", "m7", "every m7", "nothing", "w777"])

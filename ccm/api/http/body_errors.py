@@ -19,6 +19,8 @@ from ccm.errors import ValidationError
 
 # The most fields of an object that are named to a client who sent something else.
 SHOWN_NAMES = 8
+# The most errors that are compared: a body may have thousands of unknown fields.
+RIVALS = 50
 # Unknown names are truncated to this in messages.
 NAME_CHARACTERS = 100
 # What clients send as fields, and how it is sent.
@@ -75,7 +77,7 @@ def validation_error(
 def _closest(errors: list[ErrorDetails]) -> ErrorDetails:
     """Return the most relevant error. Each type of a union reports one, and the deepest one came closest to a match."""
     first = errors[0]
-    rivals = [error for error in errors if error["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]]
+    rivals = [error for error in errors[:RIVALS] if error["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]]
     if first["type"] == "missing":
         # A field that is missing under its name and there under another one: only the other one says what is wrong.
         for error in rivals:

@@ -17,6 +17,7 @@ from ccm.api.http.route import EventStream, Messages, Route, View
 from ccm.api.openapi.errors import BESIDE, COMMON, error_schema, errors_of, meaning
 from ccm.api.openapi.schemas import Mode, Schemas, without_null
 from ccm.errors import CCMError
+from ccm.models.fields import NOT_BLANK
 
 JSON = "application/json"
 EVENT_STREAM = "text/event-stream"
@@ -62,7 +63,7 @@ IDEMPOTENCY_KEY = {
     "in": "header",
     "description": "The client's own name for this request, such as a UUID. The same request with the same key is "
     "answered with the run that the first one started.",
-    "schema": {"type": "string", "minLength": 1, "maxLength": KEY_CHARACTERS, "pattern": r"\S"},
+    "schema": {"type": "string", "minLength": 1, "maxLength": KEY_CHARACTERS, **NOT_BLANK},
 }
 LAST_EVENT_ID = {
     "name": HEADER,

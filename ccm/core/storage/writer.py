@@ -289,7 +289,9 @@ class Writer:
                 try:
                     with transaction.savepoint():
                         messages.insert_many(transaction, [message])
-                except StorageRejected as error:
+                except StorageDown:
+                    raise
+                except Exception as error:
                     self._refuse(message, error)
 
     def _refuse(self, message: Message, error: BaseException) -> None:

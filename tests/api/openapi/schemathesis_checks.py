@@ -30,7 +30,8 @@ RULES = re.compile(
             "data is not of the type",
             "options.settings: must be a JSON object",
             "is set by the service itself",
-            # It depends on what was sent before.
+            # It depends on what was sent before, and with which parameters.
+            "cursor: is not one that this service gave",
             "there is no message",
         ]
     )

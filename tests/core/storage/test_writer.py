@@ -7,7 +7,7 @@ import inspect
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import pytest
 from ccm.core.storage.notifier import Notifier
 from ccm.core.storage.write_task import WriteTask
 from ccm.core.storage.writer import Writer
-from ccm.db import messages, runs, sessions
+from ccm.db import messages, runs, search, sessions
 from ccm.db.driver.database import Database
 from ccm.db.driver.migrate import migrate
 from ccm.db.driver.transaction import Transaction
@@ -440,6 +440,26 @@ def test_a_refused_message_fails_only_its_own_run(harness: Harness, reader: Data
     assert indexes(reader, "b") == [0, 1]
     assert [run for run, _ in harness.refused] == ["b"]
     assert harness.writer._budget._charged == 0
+
+
+def test_a_fault_in_the_indexing_of_a_message_fails_only_its_own_run(
+    harness: Harness, reader: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def add_messages(_: Transaction, messages: Sequence[Message]) -> None:
+        if any((message.run_id, message.index) == ("b", 1) for message in messages):
+            raise RecursionError("too deep")
+
+    monkeypatch.setattr(search, "add_messages", add_messages)
+    held = threading.Event()
+    harness.writer.submit(lambda _: held.wait(SOON))
+    harness.append("a", 0)
+    harness.append("b", 0, 1, 2)
+    harness.append("a", 1)
+    held.set()
+    harness.settle()
+
+    assert [indexes(reader, "a"), indexes(reader, "b")] == [[0, 1], [0]]
+    assert [run for run, _ in harness.refused] == ["b"]
 
 
 def test_a_message_of_an_unknown_run_is_reported(harness: Harness) -> None:

@@ -71,7 +71,7 @@ class Harness:
         self._seq += 1
         now = timestamp()
         run_id = f"run-{self._seq}"
-        session = {"id": run_id, "cwd": "/", "metadataJson": "{}", "firstRunAt": now, "lastRunAt": now}
+        session: dict[str, Any] = {"id": run_id, "cwd": "/", "metadataJson": "{}", "firstRunAt": now, "lastRunAt": now}
         session["lastRunSeq"] = self._seq
         row = {"id": run_id, "seq": self._seq, "cwd": "/", "sessionId": run_id, "sdkSessionId": run_id, "mode": "fresh"}
         row |= {"status": "running", "prompt": "a prompt", "optionsJson": "{}", "imageCount": 0, "createdAt": now}

@@ -117,7 +117,7 @@ class Bench(FirstMessages, Lists):
 
     def pair(self, name: str, cli: Path, prompt: str, rounds: int) -> None:
         with self.service(CCM_CLI_PATH=cli) as service:
-            client = Client(service.url)
+            client = Client(service.url, checks=False)
             self.bare_run(cli, prompt), self.service_run(client, prompt)
             bare, ours = [], []
             for _ in range(rounds):
@@ -137,7 +137,7 @@ class Bench(FirstMessages, Lists):
     def measure_sixteen_at_once(self) -> None:
         for name, cli, rounds in (("stand-in", self.cli, 5), ("real", bundled_cli(), 2)):
             with self.service(CCM_CLI_PATH=cli, CCM_MAX_CONCURRENT_RUNS=16) as service:
-                client = Client(service.url)
+                client = Client(service.url, checks=False)
                 bare, ours = [], []
                 with ThreadPoolExecutor(16) as pool:
 
@@ -157,7 +157,7 @@ class Bench(FirstMessages, Lists):
 
     def measure_accept(self) -> None:
         with self.service(CCM_CLI_PATH=self.cli) as service:
-            client = Client(service.url)
+            client = Client(service.url, checks=False)
             client.start(self.project, "hello")
             idle = []
             for _ in range(self.rounds * 2):
@@ -182,7 +182,7 @@ class Bench(FirstMessages, Lists):
 
     def follow(self, service: ServiceProcess, clients: int, rate: int) -> Followed:
         """Follow a run, and send plain requests meanwhile."""
-        client = Client(service.url)
+        client = Client(service.url, checks=False)
         count = int(rate * self.seconds * 4)
         before = client.start(self.project, json.dumps({"hold": True, "count": 1}), wait=0)
         while not client.run(before["id"], wait=0)["messageCount"]:
@@ -209,14 +209,14 @@ class Bench(FirstMessages, Lists):
         for runs in (3_000 // self.scale, 30_000 // self.scale):
             path = self.filled(runs, 50)
             with self.service(DATABASE_PATH=path) as service:
-                run = Client(service.url).get("/api/runs", limit=2).json[1]["id"]
+                run = Client(service.url, checks=False).get("/api/runs", limit=2).json[1]["id"]
                 rate = self.rate(service.url, f"/api/runs/{run}/messages")
             print(f"GET /api/runs/:id/messages, 50 messages, {runs * 50:,} stored: {rate:.0f} requests/s")
 
     def measure_messages_of_a_session(self) -> None:
         path = self.filled(10, 1_000, one_session=True)
         with self.service(DATABASE_PATH=path) as service:
-            client = Client(service.url)
+            client = Client(service.url, checks=False)
             session = client.get("/api/sessions").json[0]["sessionId"]
             path_and_query = f"/api/sessions/{session}/messages"
             client.get(path_and_query)
@@ -321,7 +321,7 @@ class Bench(FirstMessages, Lists):
         path = self.folder / "stored.sqlite"
         count = 1_000 // self.scale
         with self.service(DATABASE_PATH=path, CCM_CLI_PATH=self.cli, CCM_MAX_QUEUED_RUNS=count) as service:
-            client = Client(service.url)
+            client = Client(service.url, checks=False)
             for run_id in [client.start(self.project, "hello", wait=0)["id"] for _ in range(count)]:
                 assert client.run(run_id)["status"] == "completed"
         connection = sqlite3.connect(path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NamedTuple, Self
 
 from ccm.json_text import from_json_text
@@ -17,6 +18,8 @@ from ccm.json_text import from_json_text
 INDEXED_CHARACTERS = 100_000
 # A longer word, such as an encoded file, is found by its beginning.
 WORD_CHARACTERS = 64
+# Further words of a search are ignored, because a statement takes time for each word of each text.
+SEARCH_WORDS = 100
 # The last word of a search also finds longer words, unless it is shorter than this: half of all texts have a word that
 # begins with a given letter.
 PREFIX_CHARACTERS = 3
@@ -32,6 +35,8 @@ _UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff\u0e00-
 _MARKS = "\u0300-\u036f\u0591-\u05bd\u064b-\u065f\u0900-\u0963\u0966-\u0dff"
 _ASCII_SEPARATORS = {code: " " for code in range(128) if not chr(code).isalnum()}
 _WORD = re.compile(rf"[\w{_MARKS}{_UNSPACED}]+")
+# Normalization takes quadratic time for a run of marks; UAX 15 limits them to 30. Separators may be cut as well.
+_LONG_RUN = re.compile(r"([^\w\x00-\x7f]{30})[^\w\x00-\x7f]+")
 _UNSPACED_PART = re.compile(rf"([{_UNSPACED}]+)")
 
 
@@ -49,7 +54,7 @@ class Search(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Self:
         """Return the search for a text, in which quotes and operators have no meaning."""
-        found = list(dict.fromkeys(_words(text)))
+        found = list(dict.fromkeys(_words(text)))[:SEARCH_WORDS]
         last = found[-1] if found else ""
         # A single character of an unspaced script is the first of a pair.
         if len(last) >= PREFIX_CHARACTERS or (len(last) == 1 and _UNSPACED_PART.match(last)):
@@ -65,13 +70,7 @@ class Search(NamedTuple):
 
     def snippet(self, text: str) -> str:
         """Return the part of a text that has the most words of the search, on one line."""
-        places: list[tuple[int, str]] = []
-        for match in _WORD.finditer(text[:INDEXED_CHARACTERS]):
-            for word in _split(normal := _normal(match[0])):
-                if known := self._known(word):
-                    places.append((match.start() + max(0, normal.find(word)), known))
-            if len(places) >= OCCURRENCES:
-                break
+        places = list(islice(self._places(text[:INDEXED_CHARACTERS]), OCCURRENCES))
 
         def distinct(place: tuple[int, str]) -> int:
             return len({word for at, word in places if place[0] <= at < place[0] + SNIPPET_CHARACTERS})
@@ -84,11 +83,17 @@ class Search(NamedTuple):
         part = " ".join(text[begin:end].split())
         return f"{'… ' if begin else ''}{part}{' …' if end < len(text) else ''}"
 
-    def _known(self, word: str) -> str:
-        """Return the word of the search that finds a word; empty if none does."""
-        if self.prefix and word.startswith(self.prefix):
-            return self.prefix
-        return word if word in self.whole else ""
+    def _places(self, text: str) -> Iterator[tuple[int, str]]:
+        """Yield the place of each word of a text that is found, and the word of the search that finds it."""
+        whole = frozenset(self.whole)
+        for match in _WORD.finditer(text):
+            normal, at = _normal(match[0]), 0
+            for word in _split(normal):
+                is_longer = self.prefix and word.startswith(self.prefix)
+                if is_longer or word in whole:
+                    # Not from the beginning, because a text without spaces is a single match.
+                    at = normal.find(word, at)
+                    yield match.start() + at, self.prefix if is_longer else word
 
 
 def indexed_words(text: str) -> str:
@@ -133,6 +138,9 @@ def _words(text: str) -> Iterator[str] | list[str]:
 
 
 def _normal(text: str) -> str:
+    if not text.isascii():
+        # Halfwidth sound marks, which are letters to `\w`, are marks once they are normalized.
+        text = _LONG_RUN.sub(r"\1", text.replace("\uff9e", "\u3099").replace("\uff9f", "\u309a"))
     return unicodedata.normalize("NFKC", text).casefold()
 
 

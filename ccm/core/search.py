@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 from ccm.db import messages, runs, search, sessions
@@ -14,8 +16,9 @@ from ccm.models import ListedSession, Match, Where
 from ccm.search_words import INDEXED_CHARACTERS, Search, said
 
 WHERE = {Kind.TITLE: Where.TITLE, Kind.PROMPT: Where.PROMPT, Kind.MESSAGE: Where.MESSAGE}
-# How many windows are searched for the first session that meets the filters.
+# How many windows are searched for the first session that meets the filters, and for how many seconds.
 WINDOWS = 20
+SEARCH_TIMEOUT = 2.0
 
 
 class SearchPosition(NamedTuple):
@@ -49,13 +52,14 @@ def search_sessions(
     limit: int,
     after: SearchPosition | None,
     summary: bool,
+    clock: Callable[[], float] = time.monotonic,
 ) -> SearchPage:
     """Return sessions that have all words of a text in one of their own texts, the best first.
 
     The best are found in a title, then those in a prompt, then those in a message; in each, those with the latest
     activity come first. So many sessions may have a common word that ranking all of them would take long. Therefore
     the newest sessions are ranked first, a bounded number at a time. A page may be shorter than `limit` where the next
-    ones begin.
+    ones begin, or empty if few sessions meet the filters.
 
     Args:
         filters: values by the names of the filters of sessions.
@@ -65,15 +69,16 @@ def search_sessions(
     words = Search.parse(text)
     if not words:
         return SearchPage([], None)
+    deadline = clock() + SEARCH_TIMEOUT
     words = search.narrowed(transaction, words)
     window = None if after is None or after.bottom == after.top else Window(after.bottom, after.top)
-    top = TOP if after is None else after.top
-    for _ in range(WINDOWS):
-        found, searched = sessions.ranked(transaction, words, filters, window, top)
+    windows = search.best_texts(transaction, words, window, TOP if after is None else after.top)
+    for rowids, searched in islice(windows, WINDOWS):
+        found = sessions.ranked(transaction, rowids, filters)
         if window is not None and after is not None:
             found = [one for one in found if one.rank < Rank(Kind(after.kind), after.last_run_seq)]
         window, top = None, searched.bottom
-        if found or top == -TOP:
+        if found or top == -TOP or clock() >= deadline:
             break
     shown = found[:limit]
     if len(found) > limit:

@@ -28,11 +28,11 @@ HIGHEST_SEQ = 2 ** (NUMBER_BITS - 1) - 1
 WORD_INDEX = "ccr_search_by_word"
 # Merges the segments of FTS5's index, because the older ones still contain the words of deleted texts.
 MERGE = "INSERT INTO ccr_search (ccr_search) VALUES ('optimize')"
-# How many matches one statement finds.
-CHUNK = 2_500
-# The matches that are ranked together: of so many sessions, or as many as so many statements find.
-SESSIONS = 500
-STATEMENTS = 4
+# How many matches the first statement finds. Each further one finds twice as many, up to the second number, because
+# each collects the matches of all longer words anew.
+CHUNK, LARGEST_CHUNK = 2_500, 40_000
+# The matches that are ranked together: of so many sessions, or so many.
+SESSIONS, MATCHES = 500, 10_000
 # So many matches are enough without longer words, of which there may be so many that finding them takes long.
 PLENTY = 500
 # Bounds of the memory of `fill`.
@@ -174,35 +174,42 @@ def narrowed(transaction: Transaction, search: Search) -> Search:
     return exact if search.prefix and len(transaction.column(sql, words=words, limit=PLENTY)) == PLENTY else search
 
 
-def best_texts(transaction: Transaction, search: Search, window: Window | None, top: int) -> tuple[list[int], Window]:
-    """Return the rowid of the best match of each session in a window, of the newest session first.
+def best_texts(
+    transaction: Transaction, search: Search, window: Window | None, top: int
+) -> Iterator[tuple[list[int], Window]]:
+    """Yield the rowid of the best match of each session in a window, of the newest session first, and the window.
+
+    The windows follow one another downwards. Below the bottom of the last one, which is -TOP, there are no matches.
 
     Args:
-        window: one that this function returned; None for a new one, of a bounded number of sessions.
-        top: where a new window begins.
-
-    Returns: also the window. Below its bottom there may be more matches, unless that is -TOP.
+        window: the first one, as this function yielded it before; None to begin with a new one.
+        top: where a new first window begins.
     """
+    if window is not None:
+        # Twice as many, because sessions may have got matches since. A forged window may have any number.
+        first = next(_windows(transaction, search, window, 2 * SESSIONS, 2 * MATCHES))
+        yield first
+        top = first[1].bottom
+    yield from _windows(transaction, search, Window(-TOP, top), SESSIONS, MATCHES)
+
+
+def _windows(
+    transaction: Transaction, search: Search, span: Window, most_sessions: int, most_matches: int
+) -> Iterator[tuple[list[int], Window]]:
+    """Yield the windows of a range of rowids, as `best_texts`. The last one ends where the range does."""
     found: list[int] = []
-    statements = 0
-    bottom = -TOP if window is None else window.bottom
-    position = top if window is None else window.top
-    while window is not None or statements < STATEMENTS:
-        statements += 1
-        rowids = _matching(transaction, search, bottom, position)
-        if rowids and not found and window is None:
-            # Not above the newest match, so that sessions that are added later stay out of this window.
-            top = _rowid(first_seq(rowids[0]) + 1)
-        for rowid in rowids:
-            if not found or first_seq(rowid) != first_seq(found[-1]):
-                if len(found) == SESSIONS and window is None:
-                    return found, Window(_rowid(first_seq(found[-1])), top)
-                found.append(rowid)
-        if len(rowids) < CHUNK:
-            return found, window or Window(bottom, top)
-        # Below the other matches of the last session, of which the best has been found.
-        position = _rowid(first_seq(rowids[-1]))
-    return found, Window(position, top)
+    matches, top = 0, span.top
+    for rowid in _matching(transaction, search, span):
+        if not found or first_seq(rowid) != first_seq(found[-1]):
+            if len(found) >= most_sessions or matches >= most_matches:
+                yield found, Window(_rowid(first_seq(found[-1])), top)
+                found, matches = [], 0
+            if not found:
+                # Not above the newest match, so that sessions that are added later stay out of this window.
+                top = _rowid(first_seq(rowid) + 1)
+            found.append(rowid)
+        matches += 1
+    yield found, Window(span.bottom, top)
 
 
 def texts(transaction: Transaction, rowids: Collection[int]) -> list[Text]:
@@ -214,11 +221,19 @@ def texts(transaction: Transaction, rowids: Collection[int]) -> list[Text]:
     return [Text._make(row) for row in transaction.tuples(sql, **parameters)]
 
 
-def _matching(transaction: Transaction, search: Search, bottom: int, top: int) -> list[int]:
-    """Return the last CHUNK rowids, in descending order, of the matches in a range."""
+def _matching(transaction: Transaction, search: Search, span: Window) -> Iterator[int]:
+    """Yield the rowids of the matches in a range, in descending order: of each session the best, and some others."""
     sql = MATCHING[transaction.dialect] + PAGE
     words = QUERIES[transaction.dialect](search)
-    return transaction.column(sql, words=words, bottom=bottom, top=top, limit=CHUNK)
+    top, limit = span.top, CHUNK
+    while True:
+        rowids = transaction.column(sql, words=words, bottom=span.bottom, top=top, limit=limit)
+        yield from rowids
+        if len(rowids) < limit:
+            return
+        # Below the other matches of the last session, of which the best has been found.
+        top = _rowid(first_seq(rowids[-1]))
+        limit = min(2 * limit, LARGEST_CHUNK)
 
 
 def _fts5_query(search: Search) -> str:

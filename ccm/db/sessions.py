@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 
 from ccm.db import run_metadata, runs, search
 from ccm.db.driver.transaction import Transaction, parameter_list
-from ccm.db.search import Kind, Window
+from ccm.db.search import Kind
 from ccm.db.select import Position, Select, existing
 from ccm.errors import SessionNotFound
 from ccm.models import ListedSession, Session, SessionSummary
-from ccm.search_words import Search
 
 # The stored counts lack the messages of runs that have not ended, of which there are few.
 _COMPUTED = {
@@ -92,22 +91,22 @@ class Found(NamedTuple):
     rowid: int
 
 
-def ranked(
-    transaction: Transaction, words: Search, filters: Mapping[str, Any], window: Window | None, top: int
-) -> tuple[list[Found], Window]:
-    """Return the sessions that a search finds in a window, the best first, and the window, as `search.best_texts`.
+def ranked(transaction: Transaction, rowids: Collection[int], filters: Mapping[str, Any]) -> list[Found]:
+    """Return the sessions of some texts that meet the filters, the best first.
 
     Args:
+        rowids: those of the best text of each session.
         filters: values by the names of SELECT's filters.
     """
-    rowids, window = search.best_texts(transaction, words, window, top)
+    if not rowids:
+        return []
     by_seq = {search.first_seq(rowid): rowid for rowid in rowids}
     joins, where, parameters, _ = SELECT.conditions(filters)
     names, seqs = parameter_list("seq", by_seq)
     sql = _FOUND.format(joins=joins, conditions=" AND ".join([f's."firstRunSeq" IN ({names})', *where]))
-    rows = transaction.tuples(sql, **seqs, **parameters) if rowids else []
+    rows = transaction.tuples(sql, **seqs, **parameters)
     found = [Found(Rank(Kind.of(by_seq[seq]), last), session_id, by_seq[seq]) for seq, session_id, last in rows]
-    return sorted(found, reverse=True), window
+    return sorted(found, reverse=True)
 
 
 def listed(transaction: Transaction, ids: Collection[str], *, summary: bool) -> dict[str, ListedSession]:

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from ccm.api.http.query import cursor_of
+from ccm.core.search import SearchPosition
+from ccm.db.search import TOP
 from tests.api.conftest import ids, ids_of, pages, refused, script
 from tests.client import Client
 from tests.waiting import until
@@ -196,6 +199,16 @@ def test_new_sessions_do_not_shift_the_pages_of_a_search(api: Client, project: P
 
     rest = [session["title"] for page in pages(api, first.next) for session in page]
     assert ids(first, "title") + rest == ["4", "3", "2", "1", "0"]
+
+
+def test_a_forged_cursor_of_a_search_is_answered(api: Client, project: Path) -> None:
+    for number in range(2):
+        api.start(project, "The hobby.", title=str(number), wait=0)
+    highest = 5 * 10**18 - 1
+    for bottom, top in ((-TOP, TOP), (TOP, -TOP), (-highest, highest), (highest, highest)):
+        cursor = cursor_of(SearchPosition(bottom, top, 2, 10**18 - 1))
+        listed = pages(api, f"/api/sessions?cwd={project}&q=hobby&cursor={cursor}")
+        assert [title for page in listed for title in ids_of(page, "title")] == ["1", "0"]
 
 
 def test_a_search_takes_the_filters_of_the_list(api: Client, project: Path) -> None:

@@ -124,7 +124,7 @@ def _make_next_due(transaction: Transaction) -> object:
 
 def best(transaction: Transaction, text: str) -> list[int]:
     """Return the rowid of the best match of each session."""
-    return search.best_texts(transaction, Search.parse(text), None, search.TOP)[0]
+    return next(search.best_texts(transaction, Search.parse(text), None, search.TOP))[0]
 
 
 def found(transaction: Transaction, texts: str) -> list[int]:
@@ -285,8 +285,7 @@ CALLS: dict[str, Call] = {
     **{
         f"sessions.ranked {text} {filters}": reads(
             lambda t, s=text, f=filters: [  # type: ignore[misc]
-                (one.session_id, one.rank.kind.name)
-                for one in sessions.ranked(t, Search.parse(s), f, None, search.TOP)[0]
+                (one.session_id, one.rank.kind.name) for one in sessions.ranked(t, best(t, s), f)
             ],
             found,
         )

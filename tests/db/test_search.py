@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import psycopg
 import pytest
 
-from ccm.core.search import SearchPage, SearchPosition, search_sessions
+from ccm.core.search import SEARCH_TIMEOUT, WINDOWS, SearchPage, SearchPosition, search_sessions
 from ccm.db import messages, runs, search, sessions
 from ccm.db.driver import migrate
 from ccm.db.driver.database import Database
@@ -115,9 +116,10 @@ def test_the_planner_uses_an_index_for_each_filter(large: Database) -> None:
 def test_the_planner_uses_an_index_for_a_search(large: Database, text: str) -> None:
     with large.transaction() as transaction:
         expected = [number for number in range(SESSIONS, 0, -1) if matches(text, number)][: search.SESSIONS]
-        rowids, _ = search.best_texts(transaction, Search.parse(text), None, TOP)
+        rowids, _ = next(search.best_texts(transaction, Search.parse(text), None, TOP))
         assert [search.first_seq(rowid) for rowid in rowids] == expected
-    for plan in plans(large, lambda t: sessions.ranked(t, Search.parse(text), {}, None, TOP)):
+    windows = plans(large, lambda t: list(search.best_texts(t, Search.parse(text), None, TOP)))
+    for plan in windows + plans(large, lambda t: sessions.ranked(t, rowids, {})):
         # The few matches of a rare word are sorted.
         assert_follows_an_index(plan, large.is_sqlite, sorts=True)
 
@@ -224,6 +226,76 @@ def test_filters_that_few_sessions_meet_are_searched_beyond_the_first_window(
         for seq in range(2, 12):
             add(transaction, seq, "no", "kite")
     assert crawl(writable, "kite", 10, cwd="/other") == [["s1"]]
+
+
+def search_page(database: Database, after: SearchPosition | None = None, **arguments: Any) -> SearchPage:
+    """Return a page of the sessions by "nobody", or by the client that is named, with the word "kite"."""
+    filters = {"createdBy": arguments.pop("createdBy", "nobody")}
+    with database.transaction() as transaction:
+        return search_sessions(transaction, "kite", filters, limit=100, after=after, summary=True, **arguments)
+
+
+@pytest.fixture
+def kites(writable: Database, monkeypatch: pytest.MonkeyPatch) -> Database:
+    """Return a database with 50 sessions that have the word "kite", of which two fit a window."""
+    monkeypatch.setattr(search, "CHUNK", 2)
+    monkeypatch.setattr(search, "SESSIONS", 2)
+    with writable.transaction() as transaction:
+        for seq in range(1, 51):
+            add(transaction, seq, "no", "kite")
+        transaction.execute("UPDATE ccr_sessions SET \"createdBy\" = 'somebody'")
+    return writable
+
+
+def test_many_windows_take_few_statements(kites: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each statement takes time for all texts that have a word."""
+    limits: list[int] = []
+    column = Transaction.column
+
+    def counted(transaction: Transaction, sql: str, **parameters: Any) -> list[Any]:
+        if "ccr_search" in sql:
+            limits.append(parameters["limit"])
+        return column(transaction, sql, **parameters)
+
+    monkeypatch.setattr(Transaction, "column", counted)
+    page = search_page(kites)
+    assert page.sessions == []
+    assert page.next is not None
+    assert search.first_seq(page.next.bottom) == 50 + 1 - 2 * WINDOWS
+    assert limits == [search.PLENTY, 2, 4, 8, 16, 32]
+
+
+def test_a_search_ends_at_its_timeout(kites: Database) -> None:
+    pages = 0
+    page = None
+    while page is None or page.next is not None:
+        # The clock is read at the beginning and after each window, and the third window is beyond the timeout.
+        page = search_page(kites, page and page.next, clock=count(step=SEARCH_TIMEOUT / 3).__next__)
+        assert page.sessions == []
+        pages += 1
+        assert page.next is None or search.first_seq(page.next.bottom) == 51 - 6 * pages
+    assert pages == 9
+
+
+def test_a_forged_cursor_has_a_bounded_page(kites: Database) -> None:
+    page = search_page(kites, SearchPosition(-TOP, TOP, 2, 99), createdBy="somebody")
+    listed = [session.id for session in page.sessions]
+    assert listed == [f"s{seq}" for seq in range(50, 46, -1)]
+    while page.next is not None:
+        page = search_page(kites, page.next, createdBy="somebody")
+        listed += [session.id for session in page.sessions]
+    assert listed == [f"s{seq}" for seq in range(50, 0, -1)]
+
+
+def test_a_forged_cursor_reads_a_bounded_number_of_matches(writable: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "CHUNK", 3)
+    monkeypatch.setattr(search, "MATCHES", 3)
+    with writable.transaction() as transaction:
+        for seq in range(1, 7):
+            add(transaction, seq, "no", "no", said=3)
+        transaction.execute("UPDATE ccr_sessions SET \"createdBy\" = 'somebody'")
+    page = search_page(writable, SearchPosition(-TOP, TOP, 2, 99), createdBy="somebody")
+    assert [session.id for session in page.sessions] == ["s6", "s5"]
 
 
 def test_a_common_last_word_does_not_find_longer_words(writable: Database, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,7 +209,7 @@ class Client:
     ) -> None:
         if not re.fullmatch("[!-~]*", token):  # http.client would show it in its error
             raise ValueError("token must be visible ASCII characters without spaces or line breaks")
-        self._url, self._timeout, self._retry_for = url, timeout, retry_for
+        self._url, self._timeout, self._retry_for, self._token = url, timeout, retry_for, token
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._prefix, self._connect = _destination(url, context)
 
@@ -368,10 +368,10 @@ class Client:
                 connection.request(method, target, data, headers)
             response = connection.getresponse()
             if response.status >= 300 or response.headers.get_content_type() != media_type:
-                raise _error(response)
+                raise _error(response, self._token)
             try:
                 yield response
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise HTTPException(f"broken answer: {error}") from error
         except (OSError, HTTPException) as error:
             raise NoAnswer(f"no answer from {self._url}: {str(error) or type(error).__name__}") from error
@@ -415,7 +415,13 @@ def _destination(url: str, context: SSLContext | None) -> tuple[str, Callable[..
     if url.startswith("unix:/"):
         return "", partial(UnixConnection, url.removeprefix("unix:"))
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
+    if (
+        parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or "@" in parts.netloc
+        or parts.query
+        or parts.fragment
+    ):
         raise ValueError("url must be http://HOST:PORT, https://HOST or unix:/PATH")
     host, prefix = parts.hostname, parts.path.rstrip("/")
     if parts.scheme == "http":
@@ -430,18 +436,20 @@ def _encoded(query: Query) -> str:
     return "?" + urlencode(texts) if texts else ""
 
 
-def _error(response: HTTPResponse) -> APIError:
-    """Read an error answer: the service's own, or that of a proxy or of another server."""
+def _error(response: HTTPResponse, token: str) -> APIError:
+    """Read an error answer: the service's own, or that of a proxy or of another server, which may repeat the token."""
     text = response.read(1_000_000).decode(errors="replace")
+    text = text.replace(token, "***") if token else text
     if response.status < 300 and not text:
         raise HTTPException("cut off in its headers")
     after = response.headers.get("Retry-After", "")
     retry_after = float(after) if after.isdecimal() else 0.0
-    with suppress(ValueError, LookupError, TypeError):
+    with suppress(ValueError, LookupError, TypeError, RecursionError):
         body = json.loads(text)
         return APIError(response.status, body["error"], body, retry_after)
     place = response.headers.get("Location") or response.headers.get_content_type()
-    message = f"this is not the service's answer ({place}); is the url right? {response.reason} {text[:200]}"
+    shown = f"{response.reason} {text[:200]}"
+    message = f"this is not the service's answer ({place!a}); is the url right? {shown!a}"
     return APIError(response.status, {"code": f"HTTP_{response.status}", "message": message}, {}, retry_after)
 
 

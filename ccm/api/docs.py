@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
+from io import BytesIO
+from typing import IO
 
 from flask import Blueprint, Response, render_template, request, url_for
 from werkzeug.exceptions import NotFound
+from werkzeug.wsgi import wrap_file
 
 from ccm import __version__
 from ccm.api.http.extensions import reference, service
@@ -61,11 +64,16 @@ def get_asset(digest: str, name: str) -> Response:
         "Cache-Control": f"public, max-age={ASSET_LIFETIME}, immutable",
         "Vary": "Accept-Encoding",
     }
+    file: IO[bytes]
     if request.accept_encodings["gzip"]:
-        body, headers["Content-Encoding"] = assets.compressed(name), "gzip"
+        compressed = assets.compressed(name)
+        file, size, headers["Content-Encoding"] = BytesIO(compressed), len(compressed), "gzip"
     else:
-        body = path.read_bytes()
-    return Response(body, headers=headers, content_type=MEDIA_TYPES[path.suffix])
+        file, size = path.open("rb"), path.stat().st_size
+    # As a file, which the server sends from where it is: a client that does not read would hold a copy of bytes.
+    response = Response(wrap_file(request.environ, file), headers=headers, content_type=MEDIA_TYPES[path.suffix])
+    response.content_length, response.direct_passthrough = size, True
+    return response
 
 
 def _page(name: str) -> Page:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
@@ -15,7 +15,8 @@ from ccm.settings.settings import is_setting
 
 # The files that `flask` reads without being told, each from the working directory or the nearest one above that has it.
 DEFAULT_FILES = (".flaskenv", ".env")
-ASSIGNMENT = re.compile(r"^\s*(?:export\s+)?(\w+)\s*=", re.ASCII | re.MULTILINE)
+# The beginnings of variables that also decide on which database or transcripts a command works: libpq's, Claude Code's.
+OTHERS = ("PG", "CLAUDE_")
 
 
 def check_default_files() -> None:
@@ -34,12 +35,19 @@ def check_default_files() -> None:
         return
     named = {Path(word.rpartition("=")[2]).resolve() for word in sys.argv[1:]}
     for path in filter(None, map(_nearest, DEFAULT_FILES)):
-        settings = list(filter(is_setting, ASSIGNMENT.findall(path.read_text(encoding="utf-8"))))
+        settings = [name for name in _variables(path) if is_setting(name) or name.startswith(OTHERS)]
         if settings and path.resolve() not in named:
             raise BadSetting(
                 f"flask has read {', '.join(settings)} from {path}, which `python app.py` does not read. Name the file "
                 "with `flask --env-file PATH` if it is the service's, or else set FLASK_SKIP_DOTENV=1."
             )
+
+
+def _variables(path: Path) -> Iterable[str]:
+    """Return the names of the variables in a file, as `flask` reads it."""
+    from dotenv import dotenv_values  # noqa: PLC0415  # not necessarily installed
+
+    return dotenv_values(path, interpolate=False)
 
 
 def _nearest(name: str) -> Path | None:

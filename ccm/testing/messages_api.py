@@ -29,6 +29,9 @@ ERROR_TYPES = {
     429: "rate_limit_error",
     529: "overloaded_error",
 }
+# The names of the stand-in. A web page can make a name of its own stand for 127.0.0.1.
+NAMES = ("127.0.0.1", "localhost")
+MAX_BODY_BYTES = 2**26
 
 
 class MessagesAPI:
@@ -76,6 +79,11 @@ class MessagesAPI:
         return [prompt for prompt in prompts if prompt]
 
     def _respond(self, request: Request) -> Response:
+        name = request.host.rpartition(":")[0] or request.host
+        if "Origin" in request.headers or name not in NAMES:
+            return _error(403, "the stand-in is for programs on this host, not for web pages")
+        if (request.content_length or 0) > MAX_BODY_BYTES:
+            return _error(413, f"a request has at most {MAX_BODY_BYTES} bytes")
         if request.method == "HEAD":
             return Response()
         if request.method == "POST" and request.path == "/v1/messages/count_tokens":

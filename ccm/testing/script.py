@@ -25,11 +25,11 @@ DIRECTIVES = {
     "hang": ("[[hang]]", "sends nothing until the client disconnects"),
     "stall": ("[[stall]]", "streams one piece, then nothing more"),
 }
-# The arguments of those that take numbers.
+# The arguments of those that take numbers, which bound the memory of an answer.
 NUMBERS = {
-    "chunks": re.compile(r"\d{1,9}", re.ASCII),
-    "slow": re.compile(r"\d{1,9}( \d{1,9}(\.\d+)?)?", re.ASCII),
-    "huge": re.compile(r"\d{1,9}", re.ASCII),
+    "chunks": re.compile(r"\d{1,6}", re.ASCII),
+    "slow": re.compile(r"\d{1,6}( \d{1,9}(\.\d+)?)?", re.ASCII),
+    "huge": re.compile(r"\d{1,8}", re.ASCII),
     "status": re.compile(r"[45]\d\d( \d{1,9})?", re.ASCII),
 }
 # The beginnings of Claude Code's own texts in a user's message. The last one announces a message that the user sent in

@@ -5,17 +5,20 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from ccm.api.reference.assets import FOLDER as ASSETS
 from ccm.api.reference.pages import OTHERS, README, START, Pages
-from tests.api.conftest import refused
+from tests.api.conftest import connect, refused
 from tests.api.in_process import InProcessService
 from tests.client import Client
+from tests.conftest import ServeFunction
 
 TOKEN = "0123456789-a-token-of-the-tests"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
@@ -131,6 +134,25 @@ def test_assets_may_be_kept_for_ever(closed: Client, shells: dict[str, str]) -> 
         assert packed.headers["Content-Encoding"] == "gzip"
         assert "Content-Encoding" not in plain.headers
         assert gzip.decompress(packed.body) == plain.body
+
+
+def test_clients_that_do_not_read_an_asset_cost_no_copies_of_it(serve: ServeFunction) -> None:
+    service = serve()
+    client = Client(service.url)
+    url = max(assets(client.get("/docs").body.decode()), key=lambda url: len(client.get(url).body))
+    size = len(client.get(url).body)
+    assert size > 2**22
+    head = f"GET {url} HTTP/1.1\r\nHost: localhost\r\n"
+    with ExitStack() as stack:
+        for encoding in ("gzip", "identity"):
+            request = f"{head}Accept-Encoding: {encoding}\r\n\r\n".encode()
+            waiting = [stack.enter_context(connect(client, request)) for _ in range(5)]
+            assert all(connection.recv(4) == b"HTTP" for connection in waiting)
+
+        # A large answer is otherwise copied to a temporary file.
+        files = [os.readlink(path) for path in Path(f"/proc/{service.process.pid}/fd").iterdir()]
+        assert not [file for file in files if file.endswith("(deleted)")]
+        assert len(client.get(url).body) == size
 
 
 def test_an_asset_of_another_version_is_not_served(closed: Client, shells: dict[str, str]) -> None:

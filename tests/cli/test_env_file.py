@@ -103,12 +103,14 @@ def test_settings_in_a_file_that_nobody_named_are_refused(environ: dict[str, str
     project = tmp_path / "project" / "below"
     project.mkdir(parents=True)
     file = project.parent / name
-    file.write_text("SECRET_KEY=x\nexport DATABASE_URL=postgresql://u@127.0.0.1:1/of-the-project\nCCM_MAX_TURNS=1\n")
+    file.write_text(
+        "SECRET_KEY=x\nexport DATABASE_URL=postgresql://u@127.0.0.1:1/of-the-project\n'CCM_MAX_TURNS'=1\nPGHOST=h\n"
+    )
     words = [*FLASK, "--app", APP_FILE, "migrate", "--status"]
     result = call(words, environ, cwd=project)
 
     assert [result.returncode, result.stdout] == [2, ""]
-    assert f"flask has read DATABASE_URL, CCM_MAX_TURNS from {file}" in result.stderr
+    assert f"flask has read DATABASE_URL, CCM_MAX_TURNS, PGHOST from {file}" in result.stderr
     assert "missing" in call(words, environ, cwd=project, FLASK_SKIP_DOTENV=1).stdout
     named = call([*words[:3], "--env-file", f"../{name}", *words[3:]], environ, cwd=project)
     assert "of-the-project" not in named.stderr

@@ -175,6 +175,8 @@ def test_an_error_answer_is_raised_at_once(time: Time) -> None:
         (raw_answer(404, b'{"error": "no such page"}', Content_Type="application/json"), "HTTP_404", "no such page"),
         (raw_answer(404, b'["error"]', Content_Type="application/json"), "HTTP_404", "is the url right?"),
         (raw_answer(403, b"\xff\xfe", Content_Type="text/plain"), "HTTP_403", "Forbidden"),
+        (raw_answer(404, b"[" * 100_000, Content_Type="application/json"), "HTTP_404", "is the url right?"),
+        (raw_answer(400, b"a-token\n\x1b[1m", Content_Type="text/plain"), "HTTP_400", r"Bad Request ***\n\x1b[1m"),
     ],
 )
 @pytest.mark.parametrize("ask", [lambda client: client.get("a-run"), lambda client: next(client.follow("a-run"))])
@@ -182,14 +184,17 @@ def test_an_answer_of_another_server_is_an_error_that_shows_it(
     script: Script, code: str, message: str, ask: Callable[[Client], object]
 ) -> None:
     with serving(script) as server, pytest.raises(APIError) as raised:
-        ask(Client(server.url))
+        ask(Client(server.url, "a-token"))
 
     assert raised.value.code == code
     assert message in raised.value.message
     assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("url", ["localhost:3000", "http://", "ftp://host", "http://me:secret@host", "http://h?a", "x"])
+@pytest.mark.parametrize(
+    "url",
+    ["localhost:3000", "http://", "ftp://host", "http://me:secret@host", "http://:secret@host", "http://h?a", "x"],
+)
 def test_an_invalid_url_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match=r"url must be http://HOST:PORT"):
         Client(url)

@@ -24,3 +24,10 @@ def test_a_wrong_request_is_a_400_that_says_why(messages_api: MessagesAPI, body:
     assert answer.status == 400
     assert answer.json["error"]["type"] == "invalid_request_error"
     assert words in answer.json["error"]["message"]
+
+
+@pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Origin": "https://evil.example"}], ids=str)
+def test_a_web_page_cannot_use_it(messages_api: MessagesAPI, headers: dict[str, str]) -> None:
+    answer = Client(messages_api.url).request("POST", "/v1/messages", SLOW, headers)
+
+    assert answer.status == 403

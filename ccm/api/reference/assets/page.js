@@ -9,6 +9,15 @@ const marked = new Marked({ renderer: { html: ({ text }) => escape(text) } });
 // Returns the anchor of a heading, as GitHub makes it.
 const anchor = text => text.toLowerCase().replace(/[^\p{L}\p{N}_\- ]/gu, "").trim().replaceAll(" ", "-");
 
+// Returns the name that the address has behind #; empty if it is malformed.
+function fragment() {
+  try {
+    return decodeURIComponent(location.hash.slice(1));
+  } catch {
+    return "";
+  }
+}
+
 // Returns the URL of a link, or null if it leads to a file that is no page.
 function target(link) {
   if (/^(#|https?:)/.test(link)) return link;
@@ -89,5 +98,5 @@ await show(async () => {
   article.querySelectorAll("pre > code").forEach(addCopyButton);
   addNeighbours(article);
   // The browser looked for it before the page had it.
-  document.getElementById(decodeURIComponent(location.hash.slice(1)))?.scrollIntoView();
+  document.getElementById(fragment())?.scrollIntoView();
 });

@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] = ()) -> int:
     """Serve with waitress until SIGTERM or SIGINT.
 
     Returns:
-        The exit code: 1 after a failure, 2 for an invalid setting, 3 for a database that cannot be used.
+        The exit code: 1 after a failure, 2 for an invalid setting, 3 for a database that cannot be used, 4 for an
+        address that cannot be listened on.
     """
     if arguments:
         if list(arguments) == ["--version"]:

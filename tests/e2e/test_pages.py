@@ -52,7 +52,7 @@ PLANS = {
     "approvals": Plan(unrun={"NEXT=": "never ends; test_approvals.py runs it"}),
     "backup": Plan(
         before=START,
-        places={"rm -f db.sqlite-wal": "stop; rm -f db.sqlite-wal"},
+        places={"rm -f": "stop; rm -f"},
         unrun={"pg_dump": "needs PostgreSQL; has a test below", "pg_restore": "needs PostgreSQL; has a test below"},
     ),
     "benchmarks": Plan(places=IN_ROOT),

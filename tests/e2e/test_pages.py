@@ -95,7 +95,17 @@ PLANS = {
         unrun={"useradd": "changes the users of the machine"},
     ),
     "tests": Plan(places=IN_ROOT),
-    "upgrade": Plan(places={"git pull\n.venv/bin/pip install -q -r requirements.txt\n": ""}),
+    "upgrade": Plan(
+        before=(
+            "(umask 077; echo me:0123456789abcdef > tokens)\n"
+            "export CCM_API_TOKEN_FILE=$PWD/tokens CCM_UNIX_SOCKET=$PWD/socket"
+        ),
+        places={
+            "git pull\n.venv/bin/pip install -q -r requirements.txt\n": "",
+            "/var/lib/cc-manager/tokens": "tokens",
+            "/run/cc-manager/socket": "socket",
+        },
+    ),
     "webhooks": Plan(
         places={
             "curl -s localhost:3000/api/runs/$RUN/deliveries": (

@@ -148,6 +148,13 @@ def test_an_unknown_decision(service: Client) -> None:
         ("/api/runs?status=", "queued", "did you mean running?"),
         ("/api/runs?status=", "zzz", "must be one of running, completed, error, cancelled."),
         ("/api/runs?mode=", "forked", "did you mean fork?"),
+        ("/api/runs?errorCode=", "timed_out", "did you mean TIMEOUT?"),
+        (
+            "/api/runs?errorCode=",
+            "NOPE",
+            "OPTIONS_UNUSABLE, MESSAGE_TOO_LARGE, SESSION_NOT_RESUMABLE, EXECUTION_ERROR.",
+        ),
+        ("/api/runs?fields=", "id", "fields: must be summary."),
         ("/api/approvals?status=", "approved", "did you mean allowed?"),
     ],
 )

@@ -15,7 +15,7 @@ from werkzeug.datastructures import MultiDict
 from ccm.api.http.suggestions import did_you_mean, suggestion
 from ccm.core.search import Place, SearchPosition
 from ccm.errors import ValidationError
-from ccm.models import ApprovalStatus, RunMode, RunStatus
+from ccm.models import ApprovalStatus, RunErrorCode, RunMode, RunStatus
 from ccm.models.fields import no_nul
 from ccm.timestamps import timestamp_of
 
@@ -194,7 +194,8 @@ class Query(BaseModel):
             if first["type"] == "enum":
                 choices: type[StrEnum] = get_args(cls.model_fields[field].annotation)[0]
                 hint = did_you_mean(suggestion(first["input"], choices))
-                raise ValidationError(f"{field}: must be one of {', '.join(choices)}{hint}", field=field) from None
+                known = ", ".join(choices) if len(choices) == 1 else f"one of {', '.join(choices)}"
+                raise ValidationError(f"{field}: must be {known}{hint}", field=field) from None
             raise ValidationError(f"{field}: {reason}.", field=field) from None
 
     def given(self, *names: str) -> dict[str, str]:
@@ -274,7 +275,7 @@ class RunsQuery(ListQuery):
     sessionId: Text | None = Field(default=None, description="Runs of this session.")
     cwd: Text | None = Field(default=None, description="Runs in this directory.")
     mode: RunMode | None = Field(default=None, description="Runs of this mode.")
-    errorCode: Text | None = Field(default=None, description="Runs that failed with this code.")
+    errorCode: RunErrorCode | None = Field(default=None, description="Runs that failed with this code.")
     waiting: Annotated[bool, BeforeValidator(_true_or_false)] | None = Field(
         default=None, description="Running runs: `true` for those in the queue, `false` for those that work."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -245,3 +246,17 @@ def test_the_index_writes_parameters_in_one_way(service: Client) -> None:
     paths = [endpoint["path"] for endpoint in service.get("/").json["endpoints"]]
     assert "/api/sessions/{sessionId}/messages" in paths
     assert not any(character in path for path in paths for character in ":<>")
+
+
+def test_the_id_of_the_other_kind_is_named(service: Client, project: Path) -> None:
+    run = service.start(project, "Hello.")
+    run_id, session = run["id"], run["sessionId"]
+
+    for path in ("", "/stream", "/approvals", "/deliveries"):
+        message = refused(service.get(f"/api/runs/{session}{path}"), None, 404, "RUN_NOT_FOUND")
+        assert message.startswith(f"There is no run {session}: it is a session.")
+    answers = [service.get(f"/api/sessions/{run_id}{path}") for path in ("", "/messages", "/runs", "/forks")]
+    answers += [service.post(f"/api/runs/{kind}", {"sessionId": run_id, "prompt": "x"}) for kind in ("resume", "fork")]
+    for answer in answers:
+        message = refused(answer, None, 404, "SESSION_NOT_FOUND")
+        assert message == f"There is no session {run_id}: it is a run of session {session}."

@@ -174,7 +174,16 @@ def test_an_unknown_parameter(service: Client) -> None:
     message = refused(service.get("/api/runs?session_id=x"), "session_id")
     assert "it takes createdBy, since," in message
     assert message.endswith("did you mean sessionId?")
-    assert refused(service.get("/api/runs?page=2"), "page").endswith("did you mean cursor?")
+    for path, name, meant in (
+        ("/api/runs", "page", "; did you mean cursor?"),
+        ("/api/runs", "sort", "; did you mean order?"),
+        ("/api/runs", "q", "; did you mean GET /api/sessions?q=WORDS?"),
+        ("/api/runs", "search", "; did you mean GET /api/sessions?q=WORDS?"),
+        ("/api/sessions", "search", "; did you mean q?"),
+        ("/api/runs", "metadata[ticket]", "; did you mean metadata.ticket?"),
+        ("/api/runs", "model", ", cursor, status, sessionId, cwd, mode, errorCode, waiting."),
+    ):
+        assert refused(service.get(f"{path}?{name}=2"), name).endswith(meant)
 
 
 @pytest.mark.parametrize(

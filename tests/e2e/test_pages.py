@@ -56,7 +56,14 @@ PLANS = {
         unrun={"pg_dump": "needs PostgreSQL; has a test below", "pg_restore": "needs PostgreSQL; has a test below"},
     ),
     "benchmarks": Plan(places=IN_ROOT),
-    "clients": Plan(unrun={"npm install": INSTALLS_CLIENTS, "pip install": INSTALLS_CLIENTS}),
+    "clients": Plan(
+        unrun={
+            "npm install": INSTALLS_CLIENTS,
+            "pip install": INSTALLS_CLIENTS,
+            "npx tsc": "needs the installed packages; clients/test_generated.py runs it",
+            "python main.py": "needs the installed packages; clients/test_generated.py runs it",
+        }
+    ),
     "configuration": Plan(places={"PORT=3000 ": ""}),
     "how-it-works": Plan(places=IN_ROOT),
     "import-export-prune": Plan(

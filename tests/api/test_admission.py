@@ -392,7 +392,9 @@ def test_a_start_without_a_token_logs_who_is_admitted(serve: ServeFunction) -> N
 
 
 def test_a_token_makes_the_warning_needless() -> None:
-    assert [line for line in access_warnings(Settings()) if "every user of this host" in line]
+    (warning,) = access_warnings(Settings())
+    assert "every user of this host" in warning
+    assert "`flask token NAME`" in warning
     assert access_warnings(Settings(api_token=TOKEN)) == []
 
 

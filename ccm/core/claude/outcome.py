@@ -18,7 +18,8 @@ RESULT_ERRORS = {
 # Claude Code retries a refused login for three minutes. Two refusals in a row are enough to know.
 LOGIN_REFUSALS = 2
 LOGIN_ADVICE = (
-    "Claude Code has no valid login. Log in again: run `claude` and /login as the service's user, or set "
+    "Claude Code has no valid login. Log in again: run "
+    ".venv/lib/python3*/site-packages/claude_agent_sdk/_bundled/claude and /login as the service's user, or set "
     "ANTHROPIC_API_KEY for the service."
 )
 

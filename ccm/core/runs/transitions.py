@@ -143,9 +143,8 @@ class RunTransitions:
         started = [start.run for start in after_commit.starts if start.run.id == row["id"]]
         run = started[0] if started else runs.get(transaction, row["id"])
         if run.waiting and runs.count_waiting(transaction) > self._queue_limit:
-            raise QueueFull(
-                f"{self._queue_limit} runs are waiting already (CCM_MAX_QUEUED_RUNS). Try again when some have ended."
-            )
+            waiting = "1 run is" if self._queue_limit == 1 else f"{self._queue_limit} runs are"
+            raise QueueFull(f"{waiting} waiting already (CCM_MAX_QUEUED_RUNS). Try again when some have ended.")
         return Accepted(run, replayed=False), after_commit
 
     def _apply_if_busy(self, transaction: Transaction, session_id: str, if_busy: str) -> AfterCommit:

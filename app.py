@@ -22,6 +22,11 @@ from ccm.server.server import Server
 from ccm.settings.access import access_warnings, check_access
 from ccm.settings.settings import Settings
 
+HELP = """Usage: python app.py [--help | --version]
+
+Starts the service and serves until SIGTERM or Ctrl-C. Its settings are environment variables, such as PORT and
+DATABASE_PATH; ccm/docs/configuration.md lists them. `flask --help` lists the commands."""
+
 
 def create_app(settings: Settings | None = None) -> Flask:
     """Return the Flask app of a new service, with its commands. Nothing is opened or started before the first request.
@@ -58,15 +63,17 @@ def main(arguments: Sequence[str] = ()) -> int:
     """Serve with waitress until SIGTERM or SIGINT.
 
     Returns:
-        The exit code: 1 after a failure, 2 for an invalid setting, 3 for a database that cannot be used.
+        The exit code: 1 after a failure, 2 for an invalid setting, 3 for a database that cannot be used, 4 for an
+        address that cannot be listened on.
     """
     if arguments:
-        if list(arguments) == ["--version"]:
-            print(f"CC Manager {__version__}")
+        answers = {"--help": HELP, "-h": HELP, "--version": f"CC Manager {__version__}"}
+        if len(arguments) == 1 and arguments[0] in answers:
+            print(answers[arguments[0]])
             return 0
         print(
-            "CC Manager does not start: app.py takes no arguments but --version. Its settings are environment "
-            "variables, and `flask --help` lists the commands.",
+            "CC Manager does not start: app.py takes no arguments but --help and --version. Its settings are "
+            "environment variables, and `flask --help` lists the commands.",
             file=sys.stderr,
         )
         return 2

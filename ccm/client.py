@@ -290,7 +290,10 @@ class Client:
         return approval
 
     def request(self, method: str, path: str, body: Body = None, repeat: bool = True, **query: Any) -> Any:
-        """Send a request that has no method here, and return its JSON. Do not let it repeat an input."""
+        """Send a request that has no method here, and return its JSON. Do not let it repeat an input.
+
+        It is for JSON only: it would read a stream, such as /api/events, to an end that never comes.
+        """
         return self._fetch(method, path, query, repeat, body=body)[0]
 
     def _begin(self, action: str, body: Mapping[str, Any], wait: float, key: str) -> Run:
@@ -430,8 +433,10 @@ def _destination(url: str, context: SSLContext | None) -> tuple[str, Callable[..
 
 
 def _encoded(query: Query) -> str:
-    """Return a query as the end of a URL. None is left out; true and false are lower case."""
+    """Return a query as the end of a URL. None is left out, but null in `metadata`; true and false are lower case."""
     given = {name: value for name, value in query.items() if value is not None}
+    for key, value in (given.pop("metadata", None) or {}).items():
+        given[f"metadata.{key}"] = "null" if value is None else value
     texts = {name: str(value).lower() if isinstance(value, bool) else value for name, value in given.items()}
     return "?" + urlencode(texts) if texts else ""
 

@@ -13,7 +13,8 @@ CCMError                        an answer to a client: message, code, HTTP statu
 
 StartRefused                    the service does not start; the message is one sentence for the operator
 ├── BadSetting                  exit code 2
-└── DatabaseRefused             exit code 3
+├── DatabaseRefused             exit code 3
+└── ListenFailed                exit code 4
 
 CommandRefused                  a command fails; the message is one sentence for the operator, exit code 1
 
@@ -259,6 +260,11 @@ class BadSetting(StartRefused):
 
 class DatabaseRefused(StartRefused):
     exit_code = 3
+
+
+class ListenFailed(StartRefused):
+    # Not that of a bad setting, which no supervisor retries: the address may be free or assigned a moment later.
+    exit_code = 4
 
 
 class CommandRefused(Exception):

@@ -176,6 +176,9 @@ class Contract:
         if headers.get("Server", "").startswith(OTHER_SERVERS):
             return None
         method = sent.method
+        documentation = DOCUMENTATION.match(sent.path) or DOCUMENTATION.match(sent.path_behind_prefix)
+        if documentation and (status < 400 or headers.get("Content-Type", "").startswith("text/html")):
+            return None
         operation = self.find(method, sent.path) or self.find(method, sent.path_behind_prefix)
         names = {name.lower(): value for name, value in headers.items()}
         media_type = names.get("content-type", "").partition(";")[0]
@@ -243,8 +246,6 @@ class Contract:
 
     def _check_no_operation(self, sent: Sent, status: int, body: bytes | None) -> None:
         if sent.method == "HEAD" or body is None:
-            return
-        if status < 400 and (DOCUMENTATION.match(sent.path) or DOCUMENTATION.match(sent.path_behind_prefix)):
             return
         code = json.loads(body)["error"]["code"]
         known = {code for each in self.document["components"]["responses"] for code in self._codes(each)}

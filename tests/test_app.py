@@ -233,7 +233,7 @@ def test_a_port_in_use_refuses_the_start(serve: ServeFunction, environ: dict[str
     port = Client(serve().url).port
     result = call([sys.executable, "app.py"], environ, PORT=port, DATABASE_PATH=tmp_path / "other.sqlite")
 
-    assert result.returncode == 2
+    assert result.returncode == 4
     assert "Address already in use" in result.stderr
 
 

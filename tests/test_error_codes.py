@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from ccm.errors import CCMError
+from ccm.models import RunErrorCode
 from tests.docs import page, section
 
 ERRORS = page("errors")
@@ -55,6 +56,10 @@ def test_each_error_code_has_one_class_and_the_page_lists_its_status() -> None:
     assert all("code" in vars(error) for error in classes())
     assert len({error.code for error in classes()}) == len(classes())
     assert {(error.status, error.code) for error in classes()} | WITHOUT_CLASS == {(int(s), code) for s, code in table}
+
+
+def test_the_page_lists_the_codes_of_runs() -> None:
+    assert reasons() == list(RunErrorCode)
 
 
 def test_the_page_lists_only_errors_that_the_code_has() -> None:

@@ -6,12 +6,14 @@ from functools import partial
 from io import BytesIO
 from typing import IO
 
-from flask import Blueprint, Response, render_template, request, url_for
+from flask import Blueprint, Response, abort, render_template, request, url_for
 from werkzeug.exceptions import NotFound
 from werkzeug.wsgi import wrap_file
 
 from ccm import __version__
 from ccm.api.http.extensions import reference, service
+from ccm.api.http.responses import json_response
+from ccm.api.http.suggestions import did_you_mean, suggestion
 from ccm.api.reference.assets import MEDIA_TYPES
 from ccm.api.reference.pages import Page
 
@@ -27,6 +29,8 @@ STYLES = "'self'"
 # policy still holds.
 SCALAR_STYLES = "'self' 'unsafe-inline'"
 NO_SNIFFING = {"X-Content-Type-Options": "nosniff"}
+# The longest unknown name for which a similar one is looked for.
+NAME_CHARACTERS = 100
 # Seconds; a year. The URL changes with the content.
 ASSET_LIFETIME = 31_536_000
 
@@ -79,17 +83,37 @@ def get_asset(digest: str, name: str) -> Response:
 def _page(name: str) -> Page:
     page = reference().pages.by_name.get(name)
     if page is None:
-        raise NotFound
+        abort(_no_such_page(name))
     return page
 
 
-def _shell(template: str, styles: str, page: Page | None = None) -> Response:
-    """Return a page without content, which its script fetches."""
+def _no_such_page(name: str) -> Response:
+    """Return the answer to a request for an unknown page: HTML for a browser, else JSON as for every other path."""
+    pages = reference().pages.by_name
+    similar = suggestion(name[:NAME_CHARACTERS], pages)
+    if request.accept_mimetypes.best_match(("application/json", "text/html")) == "text/html":
+        response = _shell("missing.html", STYLES, similar=pages[similar] if similar else None)
+        response.status_code = 404
+        return response
+    suffix = ".md" if request.path.endswith(".md") else ""
+    hint = did_you_mean(f"/docs/{similar}{suffix}" if similar else None)
+    message = f"There is nothing at {request.path}{hint} GET / lists the endpoints, and /docs shows the pages."
+    return json_response({"error": {"code": "NOT_FOUND", "message": message}}, 404)
+
+
+def _shell(template: str, styles: str, page: Page | None = None, similar: Page | None = None) -> Response:
+    """Return a page without content, which its script fetches.
+
+    Args:
+        page: the page, if it is not the reference.
+        similar: what an unknown page was probably meant to be.
+    """
     body = render_template(
         template,
         version=__version__,
         groups=reference().pages.groups,
         page=page,
+        similar=similar,
         asset=partial(url_for, "docs.get_asset", digest=reference().assets.digest),
         # A proxy may add the token to the browser's requests.
         asks_for_token=service().settings.has_tokens and "Authorization" not in request.headers,

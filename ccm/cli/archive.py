@@ -146,3 +146,7 @@ def _print_tree(candidate: pruning.Candidate, verb: str) -> None:
     )
     for session_id in tree.sessions[1:]:
         print_line(f"  with session {session_id}")
+    if tree.transcripts and not candidate.file_count:
+        # Run by another user or without the service's environment, the command looks in the wrong place.
+        searched = ", ".join(map(str, candidate.directories))
+        print_line(f"  no file of Claude Code was found in {searched} (CLAUDE_CONFIG_DIR, or .claude in HOME)")

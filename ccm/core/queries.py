@@ -17,7 +17,15 @@ from ccm.db import approvals, deliveries, events, messages, runs, sessions
 from ccm.db.driver.database import Database
 from ccm.db.driver.transaction import Transaction
 from ccm.db.runs import Link
-from ccm.errors import DatabaseClosed, ShuttingDown, StorageError, StorageUnavailable, ValidationError
+from ccm.errors import (
+    DatabaseClosed,
+    RunNotFound,
+    SessionNotFound,
+    ShuttingDown,
+    StorageError,
+    StorageUnavailable,
+    ValidationError,
+)
 from ccm.models import Approval, Delivery, Run, Session
 
 log = logging.getLogger(__name__)
@@ -62,30 +70,62 @@ def _query(read: Callable[Concatenate[Transaction, P], T]) -> Callable[Concatena
     return query
 
 
+# ---- ids that clients confuse
+
+
+def _run(transaction: Transaction, run_id: str) -> Run:
+    """Return a run.
+
+    Raises:
+        RunNotFound: there is no such run. The message says if it is a session.
+    """
+    try:
+        return runs.get(transaction, run_id)
+    except RunNotFound:
+        if sessions.find(transaction, run_id) is None:
+            raise
+    raise RunNotFound(f"There is no run {run_id}: it is a session. GET /api/sessions/{run_id}/runs lists its runs.")
+
+
+def _session(transaction: Transaction, session_id: str) -> Session:
+    """Return a session by its own id, or by the SDK session id of any of its runs.
+
+    Raises:
+        SessionNotFound: there is no such session. The message says if it is a run.
+    """
+    try:
+        return sessions.get(transaction, session_id)
+    except SessionNotFound:
+        run = runs.find(transaction, session_id)
+        if run is None:
+            raise
+    raise SessionNotFound(f"There is no session {session_id}: it is a run of session {run.session_id}.")
+
+
 # ---- pages
 
 
 def _session_runs(transaction: Transaction, session_id: str, *, limit: int, after: int | None) -> list[Run]:
     """Return the runs of a session after the one with seq `after`, oldest first."""
-    session = sessions.get(transaction, session_id)
+    session = _session(transaction, session_id)
     return runs.page(transaction, {"sessionId": session.id}, limit=limit, after=after, oldest_first=True)
 
 
 def _forks(transaction: Transaction, session_id: str, *, limit: int, after: int | None) -> list[Session]:
     """Return the forks of a session, latest activity first."""
-    session = sessions.get(transaction, session_id)
+    session = _session(transaction, session_id)
     return sessions.forks(transaction, session.id, limit=limit, after=after)
 
 
 def _run_approvals(transaction: Transaction, run_id: str, *, limit: int, after: int | None) -> list[Approval]:
     """Return the approvals of a run after the one with seq `after`, oldest first."""
-    run = runs.get(transaction, run_id)
+    run = _run(transaction, run_id)
     return approvals.page(transaction, {"runId": run.id}, limit=limit, after=after)
 
 
 def _deliveries(transaction: Transaction, run_id: str, *, limit: int, after: int | None) -> list[Delivery]:
     """Return a run's webhook deliveries after the one with id `after`, oldest first."""
-    return deliveries.page(transaction, runs.get(transaction, run_id).id, limit=limit, after=after)
+    return deliveries.page(transaction, _run(transaction, run_id).id, limit=limit, after=after)
 
 
 # ---- parts of streams
@@ -162,7 +202,7 @@ def _session_segments(
     Raises:
         ValidationError: `after` names a run or a message that is not part of this history.
     """
-    session = sessions.get(transaction, session_id)
+    session = _session(transaction, session_id)
     segments = session_segments(transaction, session, with_ancestors=with_ancestors)
     if after is None:
         return session, segments
@@ -256,10 +296,10 @@ class Queries:
     def __init__(self, database: Database) -> None:
         self.database = database
 
-    run = _query(runs.get)
+    run = _query(_run)
     run_of_key = _query(runs.find_by_idempotency_key)
     runs = _query(runs.page)
-    session = _query(sessions.get)
+    session = _query(_session)
     sessions = _query(sessions.page)
     search_sessions = _query(search_sessions)
     session_runs = _query(_session_runs)

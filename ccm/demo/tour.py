@@ -179,8 +179,9 @@ class Tour:
 
     def _show_next_steps(self) -> None:
         self._echo(
-            "\nTo continue with a real login, log in to Claude Code once as this user (run `claude`, then /login)\n"
-            "or set ANTHROPIC_API_KEY, and start the service with `python app.py`. The requests stay the same; the\n"
+            "\nTo continue with a real login, log in to Claude Code once as this user: run\n"
+            "`.venv/lib/python3*/site-packages/claude_agent_sdk/_bundled/claude`, then /login. Or set\n"
+            "ANTHROPIC_API_KEY. Start the service with `.venv/bin/python app.py`. The requests stay the same; the\n"
             "[[directives]] in the prompts above are for the stand-in only (`flask stand-in --help` lists them all)."
         )
 

@@ -14,5 +14,5 @@ from ccm.models.approval import Answer, Approval, ApprovalStatus, Decision, Ques
 from ccm.models.delivery import Attempt, Delivery, DeliveryStatus, DeliveryTarget
 from ccm.models.event import RUN_ENDED, Event, EventRun, EventType
 from ccm.models.message import Message, SDKMessage
-from ccm.models.run import IdempotencyKey, Image, Run, RunMode, RunStatus, RunSummary
+from ccm.models.run import IdempotencyKey, Image, Run, RunErrorCode, RunMode, RunStatus, RunSummary
 from ccm.models.session import ListedSession, Match, Session, SessionStatus, SessionSummary, Where

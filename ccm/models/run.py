@@ -35,6 +35,47 @@ class RunMode(StrEnum):
     FORK = "fork"
 
 
+class RunErrorCode(StrEnum):
+    # The service stopped or died while the run was in progress.
+    INTERRUPTED = "INTERRUPTED"
+    # Claude Code is not logged in, or its key is refused.
+    AUTHENTICATION_FAILED = "AUTHENTICATION_FAILED"
+    # The model's API gave an error.
+    API_ERROR = "API_ERROR"
+    # It took maxTurns, or CCM_MAX_TURNS.
+    MAX_TURNS_REACHED = "MAX_TURNS_REACHED"
+    # It cost maxBudgetUsd, or CCM_MAX_BUDGET_USD.
+    MAX_BUDGET_REACHED = "MAX_BUDGET_REACHED"
+    # It took timeoutMs, or CCM_RUN_TIMEOUT.
+    TIMEOUT = "TIMEOUT"
+    # An approval was denied with interrupt.
+    APPROVAL_DENIED = "APPROVAL_DENIED"
+    # The model did not keep to the outputFormat.
+    STRUCTURED_OUTPUT_FAILED = "STRUCTURED_OUTPUT_FAILED"
+    # Claude Code is not there, or may not be executed.
+    CLI_NOT_FOUND = "CLI_NOT_FOUND"
+    # Claude Code ended without a result.
+    CLI_CRASHED = "CLI_CRASHED"
+    # Claude Code was started and did not answer.
+    CLI_NOT_RESPONDING = "CLI_NOT_RESPONDING"
+    # The directory for the run's temporary files (TMPDIR) is full or cannot be written.
+    TMPDIR_NOT_WRITABLE = "TMPDIR_NOT_WRITABLE"
+    # Its directory is not there any more.
+    CWD_NOT_FOUND = "CWD_NOT_FOUND"
+    # Its directory is outside CCM_ALLOWED_ROOTS by now.
+    CWD_FORBIDDEN = "CWD_FORBIDDEN"
+    # The settings do not allow an option any more.
+    OPTION_FORBIDDEN = "OPTION_FORBIDDEN"
+    # The SDK cannot use its options.
+    OPTIONS_UNUSABLE = "OPTIONS_UNUSABLE"
+    # A message was larger than CCM_MAX_MESSAGE_BYTES.
+    MESSAGE_TOO_LARGE = "MESSAGE_TOO_LARGE"
+    # The transcript that it was to continue is not there.
+    SESSION_NOT_RESUMABLE = "SESSION_NOT_RESUMABLE"
+    # Anything else; the message says what.
+    EXECUTION_ERROR = "EXECUTION_ERROR"
+
+
 class RunError(TypedDict):
     """Why a run failed."""
 

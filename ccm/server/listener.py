@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ccm.errors import BadSetting
+from ccm.errors import BadSetting, ListenFailed
 from ccm.settings.settings import Settings
 
 
@@ -19,7 +19,8 @@ def listener(settings: Settings) -> Iterator[socket.socket]:
     """Bind the socket that the settings name, without listening on it. On exit, remove it if it is a Unix socket.
 
     Raises:
-        BadSetting: the address or the path cannot be used.
+        BadSetting: the path cannot be used.
+        ListenFailed: the address cannot be bound, or another program listens on it.
     """
     if settings.unix_socket is not None:
         with _unix(settings.unix_socket, settings.unix_socket_mode) as bound:
@@ -31,7 +32,7 @@ def listener(settings: Settings) -> Iterator[socket.socket]:
         try:
             bound.bind((host, port))
         except OSError as error:
-            raise BadSetting(f"it cannot listen on HOST {host}, PORT {port}: {error.strerror or error}.") from None
+            raise ListenFailed(f"it cannot listen on HOST {host}, PORT {port}: {error.strerror or error}.") from None
         yield bound
 
 
@@ -52,7 +53,7 @@ def _unix(path: Path, mode: int) -> Iterator[socket.socket]:
             os.chmod(path, mode)  # no race: connections are refused until the server listens
             inode = os.lstat(path).st_ino
         except OSError as error:
-            raise BadSetting(f"it cannot listen on CCM_UNIX_SOCKET {path}: {error.strerror or error}.") from None
+            raise ListenFailed(f"it cannot listen on CCM_UNIX_SOCKET {path}: {error.strerror or error}.") from None
         try:
             yield bound
         finally:
@@ -76,7 +77,7 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BadSetting(
+            raise ListenFailed(
                 f"another CC Manager listens on CCM_UNIX_SOCKET {path}; stop it, or give this one a path of its own."
             ) from None
         yield
@@ -86,7 +87,8 @@ def _remove_stale(path: Path) -> None:
     """Remove the socket that a killed service left behind.
 
     Raises:
-        BadSetting: the path is no socket or another program listens on it; it is left untouched.
+        BadSetting: the path is no socket. It is left untouched.
+        ListenFailed: another program listens on it. It is left untouched.
     """
     try:
         status = os.lstat(path)
@@ -102,4 +104,4 @@ def _remove_stale(path: Path) -> None:
         except ConnectionRefusedError:
             os.unlink(path)
             return
-    raise BadSetting(f"another program listens on CCM_UNIX_SOCKET {path}; give this service a path of its own.")
+    raise ListenFailed(f"another program listens on CCM_UNIX_SOCKET {path}; give this service a path of its own.")

@@ -19,8 +19,9 @@ def check_access(settings: Settings) -> None:
         try:
             read_tokens(settings.api_token_file)
         except OSError as error:
+            advice = "; `flask token NAME` makes it" if isinstance(error, FileNotFoundError) else ""
             raise BadSetting(
-                f"CCM_API_TOKEN_FILE {settings.api_token_file} cannot be read: {error.strerror}."
+                f"CCM_API_TOKEN_FILE {settings.api_token_file} cannot be read: {error.strerror}{advice}."
             ) from None
     if settings.unix_socket is None and not settings.has_tokens and not _is_loopback(settings.host):
         raise BadSetting(
@@ -40,7 +41,10 @@ def access_warnings(settings: Settings) -> list[str]:
             who = f"only root and this user, through {settings.unix_socket} (mode {settings.unix_socket_mode:04o}),"
     if settings.trusted_proxy:
         who = f"everyone whom the proxy lets in, and {who}"
-    return [f"no token is set: {who} can use the service and so has a shell as its user; CCM_API_TOKEN sets a token"]
+    return [
+        f"no token is set: {who} can use the service and so has a shell as its user; CCM_API_TOKEN sets a token, or "
+        "CCM_API_TOKEN_FILE names a file of them, to which `flask token NAME` adds one"
+    ]
 
 
 def _is_loopback(address: str) -> bool:

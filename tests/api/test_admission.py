@@ -223,6 +223,26 @@ def test_a_request_without_the_token_is_refused(closed_api: Client, value: str) 
     assert "CCM_API_TOKEN" in answer.error["message"]
 
 
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({}, "This service requires a token: send"),
+        ({"Authorization": f"Basic {TOKEN}"}, "does not begin with 'Bearer '"),
+        ({"Authorization": TOKEN}, "does not begin with 'Bearer '"),
+        ({"Authorization": f"Bearer me:{TOKEN}"}, "leave off the name and the colon"),
+        ({"Authorization": f"Bearer {TOKEN}x"}, "The token is not known: send"),
+    ],
+)
+def test_the_refusal_tells_what_is_wrong_and_shows_no_token(
+    closed_api: Client, headers: dict[str, str], expected: str
+) -> None:
+    answer = closed_api.request("GET", "/api/runs", headers=headers)
+
+    assert status_and_code(answer) == (401, "UNAUTHORIZED")
+    assert expected in answer.error["message"]
+    assert TOKEN not in answer.body.decode()
+
+
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER "])
 def test_a_request_with_the_token_is_answered(closed_api: Client, scheme: str) -> None:
     assert closed_api.request("GET", "/api/runs", headers={"Authorization": f"{scheme} {TOKEN}"}).json == []
@@ -372,7 +392,9 @@ def test_a_start_without_a_token_logs_who_is_admitted(serve: ServeFunction) -> N
 
 
 def test_a_token_makes_the_warning_needless() -> None:
-    assert [line for line in access_warnings(Settings()) if "every user of this host" in line]
+    (warning,) = access_warnings(Settings())
+    assert "every user of this host" in warning
+    assert "`flask token NAME`" in warning
     assert access_warnings(Settings(api_token=TOKEN)) == []
 
 

@@ -76,6 +76,34 @@ def test_there_are_no_other_pages(closed: Client, path: str) -> None:
     refused(closed.request("GET", path, headers=BEARER), None, 404, "NOT_FOUND")
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("/docs/nothing", None),
+        ("/docs/nothing.md", None),
+        ("/docs/README", "/docs/readme"),
+        ("/docs/webhook.md", "/docs/webhooks.md"),
+        ("/docs/streams.html", "/docs/streams"),
+        ("/docs/" + "x" * 5_000, None),
+    ],
+)
+def test_a_real_page_is_suggested_for_an_unknown_one(closed: Client, given: str, meant: str | None) -> None:
+    message = refused(closed.request("GET", given, headers=BEARER), None, 404, "NOT_FOUND")
+
+    assert (f"; did you mean {meant}?" in message) if meant else ("did you mean" not in message)
+
+
+def test_a_browser_gets_a_page_that_leads_back(closed: Client) -> None:
+    browser = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+    for given, meant in (("/docs/nothing", None), ("/docs/webhook", "Webhooks")):
+        answer = closed.request("GET", given, headers=browser)
+
+        assert [answer.status, answer.headers["Content-Type"]] == [404, "text/html; charset=utf-8"]
+        assert 'href="/agents/docs"' in answer.body.decode()
+        assert (f">{meant}</a>?" in answer.body.decode()) == (meant is not None)
+        assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+
+
 def test_a_link_from_another_site_leads_to_the_pages_only(closed: Client) -> None:
     link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
 

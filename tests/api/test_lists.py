@@ -118,7 +118,7 @@ def test_runs_are_filtered_by_their_error(api: Client, project: Path) -> None:
     assert failed["error"], failed
 
     assert found(api, "/api/runs", project, errorCode=failed["error"]["code"]) == [failed["id"]]
-    assert found(api, "/api/runs", project, errorCode="NEVER_HEARD_OF") == []
+    assert found(api, "/api/runs", project, errorCode="OPTIONS_UNUSABLE") == []
 
 
 def test_running_runs_are_those_that_wait_and_those_that_work(serve_all: ServeFunction, project: Path) -> None:
@@ -219,7 +219,10 @@ def test_a_bad_filter_is_named(lite: Client, path: str, name: str, values: list[
 def test_bad_filters_of_one_list_are_named(lite: Client) -> None:
     for value in ("", "1", "True", "yes", "null"):
         assert refused(lite.get(f"/api/runs?waiting={value}"), "waiting") == "waiting: must be true or false."
-    refused(lite.get("/api/runs?errorCode=%00"), "errorCode")
+    assert "must be one of INTERRUPTED, " in refused(lite.get("/api/runs?errorCode=%00"), "errorCode")
+    for path in ("/api/runs", "/api/sessions"):
+        for value in ("", "project", "./project"):
+            assert "is not an absolute path" in refused(lite.get(f"{path}?cwd={value}"), "cwd")
     for path, name in (("/api/runs", "q"), ("/api/sessions", "waiting"), ("/api/sessions", "errorCode")):
         refused(lite.get(f"{path}?{name}=true"), name)
     assert "is given 2 times" in refused(lite.get("/api/runs?metadata.a=1&metadata.a=2"), "metadata.a")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,6 +149,13 @@ def test_an_unknown_decision(service: Client) -> None:
         ("/api/runs?status=", "queued", "did you mean running?"),
         ("/api/runs?status=", "zzz", "must be one of running, completed, error, cancelled."),
         ("/api/runs?mode=", "forked", "did you mean fork?"),
+        ("/api/runs?errorCode=", "timed_out", "did you mean TIMEOUT?"),
+        (
+            "/api/runs?errorCode=",
+            "NOPE",
+            "OPTIONS_UNUSABLE, MESSAGE_TOO_LARGE, SESSION_NOT_RESUMABLE, EXECUTION_ERROR.",
+        ),
+        ("/api/runs?fields=", "id", "fields: must be summary."),
         ("/api/approvals?status=", "approved", "did you mean allowed?"),
     ],
 )
@@ -166,7 +174,16 @@ def test_an_unknown_parameter(service: Client) -> None:
     message = refused(service.get("/api/runs?session_id=x"), "session_id")
     assert "it takes createdBy, since," in message
     assert message.endswith("did you mean sessionId?")
-    assert refused(service.get("/api/runs?page=2"), "page").endswith("did you mean cursor?")
+    for path, name, meant in (
+        ("/api/runs", "page", "; did you mean cursor?"),
+        ("/api/runs", "sort", "; did you mean order?"),
+        ("/api/runs", "q", "; did you mean GET /api/sessions?q=WORDS?"),
+        ("/api/runs", "search", "; did you mean GET /api/sessions?q=WORDS?"),
+        ("/api/sessions", "search", "; did you mean q?"),
+        ("/api/runs", "metadata[ticket]", "; did you mean metadata.ticket?"),
+        ("/api/runs", "model", ", cursor, status, sessionId, cwd, mode, errorCode, waiting."),
+    ):
+        assert refused(service.get(f"{path}?{name}=2"), name).endswith(meant)
 
 
 @pytest.mark.parametrize(
@@ -238,3 +255,17 @@ def test_the_index_writes_parameters_in_one_way(service: Client) -> None:
     paths = [endpoint["path"] for endpoint in service.get("/").json["endpoints"]]
     assert "/api/sessions/{sessionId}/messages" in paths
     assert not any(character in path for path in paths for character in ":<>")
+
+
+def test_the_id_of_the_other_kind_is_named(service: Client, project: Path) -> None:
+    run = service.start(project, "Hello.")
+    run_id, session = run["id"], run["sessionId"]
+
+    for path in ("", "/stream", "/approvals", "/deliveries"):
+        message = refused(service.get(f"/api/runs/{session}{path}"), None, 404, "RUN_NOT_FOUND")
+        assert message.startswith(f"There is no run {session}: it is a session.")
+    answers = [service.get(f"/api/sessions/{run_id}{path}") for path in ("", "/messages", "/runs", "/forks")]
+    answers += [service.post(f"/api/runs/{kind}", {"sessionId": run_id, "prompt": "x"}) for kind in ("resume", "fork")]
+    for answer in answers:
+        message = refused(answer, None, 404, "SESSION_NOT_FOUND")
+        assert message == f"There is no session {run_id}: it is a run of session {session}."

@@ -28,10 +28,17 @@ def test_the_service_tells_it(serve: ServeFunction) -> None:
 
 
 def test_other_arguments_of_app_py_are_refused(environ: dict[str, str]) -> None:
-    for words in (["--port", "3001"], ["--help"], ["--version", "x"]):
+    for words in (["--port", "3001"], ["--helpme"], ["--version", "x"]):
         result = call([sys.executable, "app.py", *words], environ)
         assert [result.returncode, result.stdout] == [2, ""]
         assert "environment variables" in result.stderr
+
+
+def test_app_py_helps_and_starts_nothing(environ: dict[str, str]) -> None:
+    result = call([sys.executable, "app.py", "--help"], environ)
+
+    assert [result.returncode, result.stderr] == [0, ""]
+    assert result.stdout.startswith("Usage: python app.py")
 
 
 def test_the_changelog_begins_with_it_and_goes_back_to_the_first() -> None:

@@ -228,6 +228,14 @@ def test_a_list_follows_the_pages_but_never_to_another_address() -> None:
     assert {request.headers["Authorization"] for request in server.requests} == {"Bearer secret"}
 
 
+def test_metadata_is_one_parameter_for_each_key() -> None:
+    with serving(answer(200, [])) as server:
+        assert list(Client(server.url).list(metadata={"ticket": 4711, "a.b": True, "c": None}, limit=5)) == []
+
+    target = "/api/runs?limit=5&metadata.ticket=4711&metadata.a.b=true&metadata.c=null"
+    assert [request.target for request in server.requests] == [target]
+
+
 def test_a_page_is_asked_for_only_when_it_is_needed() -> None:
     page = answer(200, [{"sessionId": "1"}, {"sessionId": "2"}], Link='</x?cursor=abc>; rel="next"')
     with serving(page) as server:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -50,10 +51,10 @@ class Served:
         assert answer.status == 200
         return answer.body
 
-    @property
-    def arguments(self) -> list[str]:
-        """The arguments of both programs."""
-        return [self.url, TOKEN, str(self.project)]
+    def command(self, beginning: str) -> str:
+        """Return the line of the documentation that begins so and runs a program, with the arguments filled in."""
+        (line,) = [text for text in samples(page("clients"), "sh") if text.startswith(beginning)]
+        return filled_in(line, {"URL TOKEN DIR": shlex.join([self.url, TOKEN, str(self.project)])})
 
     def check(self, printed: str) -> None:
         """Check what a program printed, and what it did."""
@@ -88,14 +89,14 @@ def test_the_generated_typescript_client_compiles_and_works(node: Path, served: 
     (folder / "node_modules").symlink_to(node / "node_modules")
     for name in ("package.json", "tsconfig.json"):
         shutil.copy(node / name, folder)
-    (folder / "example.ts").write_text(scripted("ts"), encoding="utf-8")
+    (folder / "main.ts").write_text(scripted("ts"), encoding="utf-8")
     run(
         ["npx", "openapi-typescript", str(served.description), "--default-non-nullable=false", "-o", "schema.ts"],
         folder,
     )
-    run(["npx", "tsc"], folder)
+    run(["npx", "tsc", "--noEmit"], folder)
 
-    served.check(run(["node", "example.js", *served.arguments], folder))
+    served.check(run(["sh", "-c", served.command("npx tsc")], folder))
 
 
 def test_the_generated_python_client_is_typed_and_works(
@@ -105,7 +106,7 @@ def test_the_generated_python_client_is_typed_and_works(
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     run(["openapi-python-client", "generate", "--path", str(served.description), "--fail-on-warning"], tmp_path)
     folder = tmp_path / "cc-manager-client"
-    (folder / "example.py").write_text(scripted("python"), encoding="utf-8")
-    run([sys.executable, "-m", "mypy", "--strict", "cc_manager_client", "example.py"], folder)
+    (folder / "main.py").write_text(scripted("python"), encoding="utf-8")
+    run([sys.executable, "-m", "mypy", "--strict", "cc_manager_client", "main.py"], folder)
 
-    served.check(run([sys.executable, "example.py", *served.arguments], folder))
+    served.check(run(["sh", "-c", served.command("python main.py")], folder))

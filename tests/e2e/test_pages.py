@@ -52,11 +52,18 @@ PLANS = {
     "approvals": Plan(unrun={"NEXT=": "never ends; test_approvals.py runs it"}),
     "backup": Plan(
         before=START,
-        places={"rm -f db.sqlite-wal": "stop; rm -f db.sqlite-wal"},
+        places={"rm -f": "stop; rm -f"},
         unrun={"pg_dump": "needs PostgreSQL; has a test below", "pg_restore": "needs PostgreSQL; has a test below"},
     ),
     "benchmarks": Plan(places=IN_ROOT),
-    "clients": Plan(unrun={"npm install": INSTALLS_CLIENTS, "pip install": INSTALLS_CLIENTS}),
+    "clients": Plan(
+        unrun={
+            "npm install": INSTALLS_CLIENTS,
+            "pip install": INSTALLS_CLIENTS,
+            "npx tsc": "needs the installed packages; clients/test_generated.py runs it",
+            "python main.py": "needs the installed packages; clients/test_generated.py runs it",
+        }
+    ),
     "configuration": Plan(places={"PORT=3000 ": ""}),
     "how-it-works": Plan(places=IN_ROOT),
     "import-export-prune": Plan(
@@ -95,7 +102,17 @@ PLANS = {
         unrun={"useradd": "changes the users of the machine"},
     ),
     "tests": Plan(places=IN_ROOT),
-    "upgrade": Plan(places={"git pull\n.venv/bin/pip install -q -r requirements.txt\n": ""}),
+    "upgrade": Plan(
+        before=(
+            "(umask 077; echo me:0123456789abcdef > tokens)\n"
+            "export CCM_API_TOKEN_FILE=$PWD/tokens CCM_UNIX_SOCKET=$PWD/socket"
+        ),
+        places={
+            "git pull\n.venv/bin/pip install -q -r requirements.txt\n": "",
+            "/var/lib/cc-manager/tokens": "tokens",
+            "/run/cc-manager/socket": "socket",
+        },
+    ),
     "webhooks": Plan(
         places={
             "curl -s localhost:3000/api/runs/$RUN/deliveries": (

@@ -92,7 +92,7 @@ def test_a_second_instance_cannot_take_the_socket(
     client = Client(serve(CCM_UNIX_SOCKET=path).url)
     second = call([sys.executable, "app.py"], environ, CCM_UNIX_SOCKET=path, DATABASE_PATH=tmp_path / "b.sqlite")
 
-    assert second.returncode == 2
+    assert second.returncode == 4
     assert f"another CC Manager listens on CCM_UNIX_SOCKET {path}" in second.stderr
     assert client.get("/health").status == 200
 
@@ -104,7 +104,7 @@ def test_another_programs_socket_is_left_untouched(environ: dict[str, str], path
         result = call([sys.executable, "app.py"], environ, CCM_UNIX_SOCKET=path)
         assert path.is_socket()
 
-    assert result.returncode == 2
+    assert result.returncode == 4
     assert "another program listens" in result.stderr
 
 

@@ -81,10 +81,7 @@ class Admission:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         client = self._tokens.client(token.strip()) if scheme.lower() == "bearer" else None
         if client is None:
-            raise Unauthorized(
-                "This service requires a token: send 'Authorization: Bearer TOKEN' with one that CCM_API_TOKEN or "
-                "CCM_API_TOKEN_FILE holds."
-            )
+            raise Unauthorized(_refusal("Authorization" in request.headers, scheme, token))
         return client
 
     def _check_origin(self, request: Request) -> None:
@@ -102,6 +99,18 @@ class Admission:
         has_body = bool(request.content_length or request.headers.get("Transfer-Encoding") or request.mimetype)
         if request.method in BODY_METHODS and has_body and request.mimetype != "application/json":
             raise UnsupportedMediaType("The body must be JSON in UTF-8; send it with 'Content-Type: application/json'.")
+
+
+def _refusal(given: bool, scheme: str, token: str) -> str:
+    """Return why a request has no accepted token. Neither part of the header is repeated: either may be a secret."""
+    send = "send 'Authorization: Bearer TOKEN' with one that CCM_API_TOKEN or CCM_API_TOKEN_FILE holds."
+    if not given:
+        return f"This service requires a token: {send}"
+    if scheme.lower() != "bearer":
+        return f"The Authorization header does not begin with 'Bearer ': {send}"
+    if ":" in token:
+        return "The token is not known. If it is a line NAME:TOKEN, leave off the name and the colon."
+    return f"The token is not known: {send}"
 
 
 def _is_open(path: str) -> bool:

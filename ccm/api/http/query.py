@@ -15,7 +15,7 @@ from werkzeug.datastructures import MultiDict
 from ccm.api.http.suggestions import did_you_mean, suggestion
 from ccm.core.search import Place, SearchPosition
 from ccm.errors import ValidationError
-from ccm.models import ApprovalStatus, RunMode, RunStatus
+from ccm.models import ApprovalStatus, RunErrorCode, RunMode, RunStatus
 from ccm.models.fields import no_nul
 from ccm.timestamps import timestamp_of
 
@@ -28,6 +28,8 @@ TYPES = 50
 NAME_CHARACTERS = 100
 METADATA = "metadata."
 METADATA_FILTERS = 10
+# How other APIs write the key of an object in a query.
+BRACKETED = re.compile(r"metadata\[([^\[\]]+)\]")
 # Each property is a parameter of its own, because an object in a query is written as one.
 METADATA_SCHEMA = {
     "type": "object",
@@ -182,7 +184,7 @@ class Query(BaseModel):
         for name, values in given.lists():
             if name not in cls.model_fields:
                 known = f"it takes {', '.join(cls.model_fields)}" if cls.model_fields else "it takes none"
-                hint = did_you_mean(suggestion(name[:NAME_CHARACTERS], cls.model_fields))
+                hint = cls._hint(name[:NAME_CHARACTERS])
                 raise ValidationError(f"{name} is not a known query parameter here: {known}{hint}", field=name)
             if len(values) > 1:
                 raise ValidationError(f"{name} is given {len(values)} times; give it once.", field=name)
@@ -194,8 +196,14 @@ class Query(BaseModel):
             if first["type"] == "enum":
                 choices: type[StrEnum] = get_args(cls.model_fields[field].annotation)[0]
                 hint = did_you_mean(suggestion(first["input"], choices))
-                raise ValidationError(f"{field}: must be one of {', '.join(choices)}{hint}", field=field) from None
+                known = ", ".join(choices) if len(choices) == 1 else f"one of {', '.join(choices)}"
+                raise ValidationError(f"{field}: must be {known}{hint}", field=field) from None
             raise ValidationError(f"{field}: {reason}.", field=field) from None
+
+    @classmethod
+    def _hint(cls, name: str) -> str:
+        """Return the end of the sentence about an unknown parameter."""
+        return did_you_mean(suggestion(name, cls.model_fields))
 
     def given(self, *names: str) -> dict[str, str]:
         """Return those of the named parameters that have a value."""
@@ -257,6 +265,11 @@ class ListQuery(Query):
             raise ValidationError(f"cursor: {NOT_OURS}.", field="cursor")
         return query
 
+    @classmethod
+    def _hint(cls, name: str) -> str:
+        key = BRACKETED.fullmatch(name)
+        return did_you_mean(METADATA + key[1]) if key else super()._hint(name)
+
     @property
     def place(self) -> type[int | tuple[Any, ...]]:
         """The type of the places in this list."""
@@ -274,10 +287,15 @@ class RunsQuery(ListQuery):
     sessionId: Text | None = Field(default=None, description="Runs of this session.")
     cwd: Text | None = Field(default=None, description="Runs in this directory.")
     mode: RunMode | None = Field(default=None, description="Runs of this mode.")
-    errorCode: Text | None = Field(default=None, description="Runs that failed with this code.")
+    errorCode: RunErrorCode | None = Field(default=None, description="Runs that failed with this code.")
     waiting: Annotated[bool, BeforeValidator(_true_or_false)] | None = Field(
         default=None, description="Running runs: `true` for those in the queue, `false` for those that work."
     )
+
+    @classmethod
+    def _hint(cls, name: str) -> str:
+        # Runs have no search of their own: it finds sessions.
+        return did_you_mean("GET /api/sessions?q=WORDS") if name in ("q", "search") else super()._hint(name)
 
 
 class SessionsQuery(ListQuery):

@@ -16,7 +16,9 @@ OTHER_WORDS = {
     "limit": ("count", "max", "pagesize", "perpage", "size"),
     "message": ("feedback", "reason"),
     "metadata": ("labels", "meta", "tags"),
+    "order": ("direction", "orderby", "sort", "sortby"),
     "prompt": ("content", "input", "instruction", "message", "messages", "query", "task", "text"),
+    "q": ("find", "query", "search", "term", "text"),
     "title": ("name", "summary"),
     "wait": ("block", "timeout"),
     "webhookUrl": ("callback", "callbackurl", "webhook"),
@@ -36,6 +38,8 @@ OTHER_WORDS = {
     "resume": ("continue",),
     "running": ("active", "inprogress", "pending", "queued", "started", "waiting"),
 }
+# Words that look like one of ours and mean something else, such as `model` for the filter `mode`.
+FALSE_FRIENDS = frozenset({"model"})
 # The shortest beginning of a word that stands for it, such as `bypass` for `bypassPermissions`.
 PREFIX_CHARACTERS = 4
 
@@ -48,7 +52,7 @@ def same_word(given: str, known: Iterable[str]) -> str | None:
 def suggestion(given: str, known: Iterable[str]) -> str | None:
     """Return the known word that was probably meant, None if there is none."""
     words, plain = list(known), _plain(given)
-    near = difflib.get_close_matches(plain, map(_plain, words), n=1)
+    near = [] if plain in FALSE_FRIENDS else difflib.get_close_matches(plain, map(_plain, words), n=1)
     longer = [word for word in words if len(plain) >= PREFIX_CHARACTERS and _plain(word).startswith(plain)]
     return (
         same_word(given, words)

@@ -17,11 +17,16 @@ from ccm.timestamps import timestamp
 
 @dataclass(frozen=True)
 class Candidate:
-    """A tree to delete, and the files on this host to delete with it."""
+    """A tree to delete, and the files on this host to delete with it.
+
+    Attributes:
+        directories: the configuration directories of Claude Code that were searched for the files.
+    """
 
     tree: Tree
     paths: list[Path]
     file_count: int
+    directories: list[Path]
 
 
 def tree_of(database: Database, session_id: str, files: LocalFiles) -> Candidate:
@@ -65,7 +70,7 @@ def _candidate(database: Database, root: str, files: LocalFiles) -> Candidate:
         sdk_session_ids.append(place.sdk_session_id)
         directories.update(dict.fromkeys(files.directories(place.cwd, _own_environ(place.options_json))))
     paths = files.of_sessions(sdk_session_ids, directories)
-    return Candidate(tree, paths, sum(count(path) for path in paths))
+    return Candidate(tree, paths, sum(count(path) for path in paths), list(directories))
 
 
 def _own_environ(options_json: str) -> dict[str, str]:

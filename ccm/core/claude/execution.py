@@ -29,7 +29,7 @@ from ccm.core.claude.sdk import Client, explain
 from ccm.core.claude.sdk_options import UnusableOptionsError, sdk_options
 from ccm.core.run_log import RunLog
 from ccm.json_text import to_json_text
-from ccm.models import Answer, Question, RunStatus
+from ccm.models import Answer, Question, RunErrorCode, RunStatus
 
 log = logging.getLogger(__name__)
 
@@ -173,9 +173,10 @@ class Execution:
     async def _run_claude(self) -> Outcome:
         missing = self._cli_config.missing()
         if missing is not None:
-            return Outcome(RunStatus.ERROR, "CLI_NOT_FOUND", missing)
+            return Outcome(RunStatus.ERROR, RunErrorCode.CLI_NOT_FOUND, missing)
         if not Path(self._context.cwd).is_dir():
-            return Outcome(RunStatus.ERROR, "CWD_NOT_FOUND", f"The directory {self._context.cwd} no longer exists.")
+            gone = f"The directory {self._context.cwd} no longer exists."
+            return Outcome(RunStatus.ERROR, RunErrorCode.CWD_NOT_FOUND, gone)
         if self._prestarted is not None:
             client = await self._prestarted.take_over(self._context, self._cli_config, self._ask, self._events.stop)
             if client is not None:
@@ -188,10 +189,10 @@ class Execution:
                 stack.callback(remove_run_directory, directory)
                 options = sdk_options(self._context, self._cli_config, directory, ask=self._ask)
             except UnusableOptionsError as unusable:
-                return Outcome(RunStatus.ERROR, "OPTIONS_UNUSABLE", str(unusable))
+                return Outcome(RunStatus.ERROR, RunErrorCode.OPTIONS_UNUSABLE, str(unusable))
             except OSError as error:
                 self._log.error("cannot write its temporary directory: %s", error, event="run_directory_failed")
-                return Outcome(RunStatus.ERROR, "TMPDIR_NOT_WRITABLE", TMPDIR_ADVICE.format(error.strerror))
+                return Outcome(RunStatus.ERROR, RunErrorCode.TMPDIR_NOT_WRITABLE, TMPDIR_ADVICE.format(error.strerror))
             raised = await self._converse(Client.launching(options, launch(self._cli_config, directory)))
             return self._outcome(raised, read_stderr(directory))
 
@@ -253,7 +254,7 @@ class Execution:
         except Exception as error:
             self._fail_with(error)
 
-    def _fail(self, code: str, message: str) -> None:
+    def _fail(self, code: RunErrorCode, message: str) -> None:
         self.stop(Outcome(RunStatus.ERROR, code, message))
 
     def _fail_with(self, error: Exception) -> None:
@@ -267,7 +268,7 @@ class Execution:
         """Stop the run when its time is used up, unless it is ending already."""
         await self._clock.run_out()
         if not self._events.ending:
-            self._fail("TIMEOUT", self._time_limit.message)
+            self._fail(RunErrorCode.TIMEOUT, self._time_limit.message)
 
     async def _copy_transcript(self) -> None:
         """Copy the transcript from time to time, and at a result, while Claude Code waits or exits.
@@ -300,7 +301,7 @@ class Execution:
         except Exception as error:
             # If Claude Code is exiting, its last messages and its exit give a better reason.
             if not await self._events.stream_ends_within(termination.CLOSE_TIMEOUT) and not self._events.ending:
-                self._fail("CLI_CRASHED", f"Claude Code no longer accepts input: {error}")
+                self._fail(RunErrorCode.CLI_CRASHED, f"Claude Code no longer accepts input: {error}")
 
     # ---- output
 
@@ -320,7 +321,7 @@ class Execution:
         if kind == "result":
             self._events.result.set()
         if self._progress.login_refused:
-            self._fail("AUTHENTICATION_FAILED", LOGIN_ADVICE)
+            self._fail(RunErrorCode.AUTHENTICATION_FAILED, LOGIN_ADVICE)
         if self._progress.idle:
             if not self._follow_ups.in_flight:
                 self._events.over.set()
@@ -378,6 +379,6 @@ class Execution:
         if outcome is not None:
             return outcome
         code, message = explain(error, stderr, self._cli_config.max_message_bytes)
-        if code == "EXECUTION_ERROR":
+        if code == RunErrorCode.EXECUTION_ERROR:
             self._log.error("%r", error, exc_info=error, event="run_failed")
         return Outcome(RunStatus.ERROR, code, message)

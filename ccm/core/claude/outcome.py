@@ -7,18 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ccm.models import Answer, RunStatus
+from ccm.models import Answer, RunErrorCode, RunStatus
 from ccm.models.fields import MONEY_DIGITS
 
 RESULT_ERRORS = {
-    "error_max_turns": "MAX_TURNS_REACHED",
-    "error_max_budget_usd": "MAX_BUDGET_REACHED",
-    "error_max_structured_output_retries": "STRUCTURED_OUTPUT_FAILED",
+    "error_max_turns": RunErrorCode.MAX_TURNS_REACHED,
+    "error_max_budget_usd": RunErrorCode.MAX_BUDGET_REACHED,
+    "error_max_structured_output_retries": RunErrorCode.STRUCTURED_OUTPUT_FAILED,
 }
 # Claude Code retries a refused login for three minutes. Two refusals in a row are enough to know.
 LOGIN_REFUSALS = 2
 LOGIN_ADVICE = (
-    "Claude Code has no valid login. Log in again: run `claude` and /login as the service's user, or set "
+    "Claude Code has no valid login. Log in again: run "
+    ".venv/lib/python3*/site-packages/claude_agent_sdk/_bundled/claude and /login as the service's user, or set "
     "ANTHROPIC_API_KEY for the service."
 )
 
@@ -28,7 +29,7 @@ class Outcome:
     """How a run ended."""
 
     status: RunStatus
-    error_code: str | None = None
+    error_code: RunErrorCode | None = None
     error_message: str | None = None
     result: Mapping[str, Any] | None = None
     cost_usd: float | None = None
@@ -37,7 +38,7 @@ class Outcome:
 
 def fault(error: BaseException) -> Outcome:
     """Return the outcome of a run that failed because of a fault of the service."""
-    return Outcome(RunStatus.ERROR, "EXECUTION_ERROR", f"{type(error).__name__}: {error}")
+    return Outcome(RunStatus.ERROR, RunErrorCode.EXECUTION_ERROR, f"{type(error).__name__}: {error}")
 
 
 class Progress:
@@ -117,10 +118,12 @@ class Progress:
             return reason
         if self._denied is not None:
             return Outcome(
-                RunStatus.ERROR, "APPROVAL_DENIED", f"An approval was denied with interrupt: {self._denied.message}"
+                RunStatus.ERROR,
+                RunErrorCode.APPROVAL_DENIED,
+                f"An approval was denied with interrupt: {self._denied.message}",
             )
         code, text = error_code(result, self._api_error), error_text(result)
-        if code == "AUTHENTICATION_FAILED":
+        if code == RunErrorCode.AUTHENTICATION_FAILED:
             text += f" {LOGIN_ADVICE}" if text.endswith((".", "!", "?")) else f". {LOGIN_ADVICE}"
         return Outcome(RunStatus.ERROR, code, text)
 
@@ -144,17 +147,17 @@ def _money(amount: object) -> float | None:
     return round(float(amount), MONEY_DIGITS)
 
 
-def error_code(result: Mapping[str, Any], api_error: str | None) -> str:
+def error_code(result: Mapping[str, Any], api_error: str | None) -> RunErrorCode:
     """Return the error code of a failed result.
 
     Args:
         api_error: the API error in the last assistant message of the main thread, if any.
     """
     if result.get("api_error_status") == 401 or api_error == "authentication_failed":
-        return "AUTHENTICATION_FAILED"
+        return RunErrorCode.AUTHENTICATION_FAILED
     if result.get("terminal_reason") == "api_error" or result.get("api_error_status") is not None:
-        return "API_ERROR"
-    return RESULT_ERRORS.get(str(result.get("subtype")), "EXECUTION_ERROR")
+        return RunErrorCode.API_ERROR
+    return RESULT_ERRORS.get(str(result.get("subtype")), RunErrorCode.EXECUTION_ERROR)
 
 
 def error_text(result: Mapping[str, Any]) -> str:

@@ -36,7 +36,7 @@ from claude_agent_sdk._internal.transport import subprocess_cli
 
 from ccm.core.claude.cli_process import CLIProcess
 from ccm.core.claude.launch import Launch
-from ccm.models import Answer, Question
+from ccm.models import Answer, Question, RunErrorCode
 
 __all__ = ["AgentDefinition", "ClaudeAgentOptions", "Client", "explain", "permission_callback"]
 
@@ -321,7 +321,7 @@ def _suggestions(updates: list[PermissionUpdate]) -> tuple[dict[str, Any], ...]:
         return ()
 
 
-def explain(error: BaseException | None, stderr: str, max_message_bytes: int) -> tuple[str, str]:
+def explain(error: BaseException | None, stderr: str, max_message_bytes: int) -> tuple[RunErrorCode, str]:
     """Return the error code and the message of a run that ended without a result.
 
     Args:
@@ -329,25 +329,26 @@ def explain(error: BaseException | None, stderr: str, max_message_bytes: int) ->
         stderr: the end of the CLI's stderr.
     """
     if isinstance(error, CLINotFoundError):
-        return "CLI_NOT_FOUND", str(error)
+        return RunErrorCode.CLI_NOT_FOUND, str(error)
     if isinstance(error, CLIJSONDecodeError) and "maximum buffer size" in error.line:
-        return "MESSAGE_TOO_LARGE", (
+        return RunErrorCode.MESSAGE_TOO_LARGE, (
             f"Claude Code sent a message of more than {max_message_bytes} bytes; CCM_MAX_MESSAGE_BYTES sets the limit."
         )
     if isinstance(error, CLIJSONDecodeError):
-        return "CLI_CRASHED", "Claude Code sent a message that is not JSON."
+        return RunErrorCode.CLI_CRASHED, "Claude Code sent a message that is not JSON."
     if isinstance(error, ResultError):
-        code = "SESSION_NOT_RESUMABLE" if "No conversation found" in str(error) else "EXECUTION_ERROR"
+        gone = "No conversation found" in str(error)
+        code = RunErrorCode.SESSION_NOT_RESUMABLE if gone else RunErrorCode.EXECUTION_ERROR
         return code, _with("; ".join(error.errors) or str(error), stderr)
     if isinstance(error, ProcessError):
-        return "CLI_CRASHED", _with(f"Claude Code ended with exit code {error.exit_code}.", stderr)
+        return RunErrorCode.CLI_CRASHED, _with(f"Claude Code ended with exit code {error.exit_code}.", stderr)
     if isinstance(error, CLIConnectionError):
-        return "CLI_CRASHED", _with(f"Claude Code could not be started: {error}", stderr)
+        return RunErrorCode.CLI_CRASHED, _with(f"Claude Code could not be started: {error}", stderr)
     if error is not None and "Control request timeout" in str(error):
-        return "CLI_NOT_RESPONDING", _with("Claude Code was started and did not answer.", stderr)
+        return RunErrorCode.CLI_NOT_RESPONDING, _with("Claude Code was started and did not answer.", stderr)
     if error is not None:
-        return "EXECUTION_ERROR", _with(f"{type(error).__name__}: {error}", stderr)
-    return "CLI_CRASHED", _with("Claude Code ended before it gave a result.", stderr)
+        return RunErrorCode.EXECUTION_ERROR, _with(f"{type(error).__name__}: {error}", stderr)
+    return RunErrorCode.CLI_CRASHED, _with("Claude Code ended before it gave a result.", stderr)
 
 
 def _with(message: str, stderr: str) -> str:

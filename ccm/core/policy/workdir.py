@@ -23,8 +23,7 @@ def resolve(cwd: str, roots: Sequence[Path]) -> str:
         ValidationError: it is not the absolute path of a directory that this user can enter.
         CwdForbidden: it lies outside the allowed roots.
     """
-    if not os.path.isabs(cwd):
-        raise ValidationError(f"cwd: {cwd!r} is not an absolute path; begin it with /.", field="cwd")
+    _check_absolute(cwd)
     try:
         path = Path(cwd).resolve(strict=True)
     except FileNotFoundError:
@@ -64,7 +63,17 @@ def _within(path: Path, roots: Sequence[Path]) -> bool:
     return not roots or any(path.is_relative_to(root) for root in roots)
 
 
+def _check_absolute(cwd: str) -> None:
+    if not os.path.isabs(cwd):
+        raise ValidationError(f"cwd: {cwd!r} is not an absolute path; begin it with /.", field="cwd")
+
+
 def canonical(cwd: str) -> str:
-    """Return a directory as `resolve` would store it, even if it does not exist. For filtering runs by directory."""
+    """Return a directory as `resolve` would store it, even if it does not exist. For filtering runs by directory.
+
+    Raises:
+        ValidationError: it is not an absolute path.
+    """
+    _check_absolute(cwd)
     path = os.path.realpath(cwd)
     return path if path.isprintable() or path.isascii() else path.encode("utf-8", "replace").decode("utf-8")

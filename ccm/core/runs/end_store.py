@@ -16,7 +16,7 @@ from ccm.core.transcripts.copying import TranscriptEnd
 from ccm.db.driver.transaction import Transaction
 from ccm.errors import ShuttingDown, Unavailable
 from ccm.json_text import storable, to_json_text
-from ccm.models import Run
+from ccm.models import Run, RunErrorCode
 
 # Delays between attempts to store an end after a fault (seconds).
 FIRST_DELAY = 0.1
@@ -120,7 +120,7 @@ class EndStore:
         refusal = self._writer.broken.get(run.id)
         if refusal is not None:
             message = storable(f"A message of this run cannot be stored: {refusal}.")
-            values = {**values, **error_columns("EXECUTION_ERROR", message)}
+            values = {**values, **error_columns(RunErrorCode.EXECUTION_ERROR, message)}
         values = {**values, **transcript(transaction)}
         return self._transitions.end_or_fail(transaction, run, values) | self._transitions.dispatch(transaction)
 
@@ -150,4 +150,4 @@ def columns(outcome: Outcome) -> dict[str, Any]:
 
 def columns_of_fault(error: BaseException) -> dict[str, Any]:
     """Return the columns of a run that ended because of a fault."""
-    return error_columns("EXECUTION_ERROR", storable(f"{type(error).__name__}: {error}"))
+    return error_columns(RunErrorCode.EXECUTION_ERROR, storable(f"{type(error).__name__}: {error}"))

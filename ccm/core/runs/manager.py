@@ -29,7 +29,7 @@ from ccm.db import runs, sessions
 from ccm.db.driver.transaction import Transaction
 from ccm.errors import RunAlreadyEnded, SessionBusy, ShuttingDown, Unavailable
 from ccm.json_text import to_json_text
-from ccm.models import Run, RunStatus, Session
+from ccm.models import Run, RunErrorCode, RunStatus, Session
 from ccm.timestamps import timestamp
 
 log = logging.getLogger(__name__)
@@ -197,7 +197,8 @@ class RunManager:
         )
 
     def _recover_row_only(self, run_id: str) -> None:
-        end = partial(self._transitions.end_row_only, run_id=run_id, message=UNRECOVERABLE, code="INTERRUPTED")
+        code = RunErrorCode.INTERRUPTED
+        end = partial(self._transitions.end_row_only, run_id=run_id, message=UNRECOVERABLE, code=code)
         try:
             self._writer.write(end, self._runner.perform)
         except Unavailable:

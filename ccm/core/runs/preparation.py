@@ -22,7 +22,7 @@ from ccm.core.transcripts.copying import TranscriptCopy
 from ccm.core.transcripts.files import TranscriptFiles
 from ccm.errors import Forbidden, StorageError
 from ccm.json_text import storable, to_json_text
-from ccm.models import Image, Message, Run, RunStatus
+from ccm.models import Image, Message, Run, RunErrorCode, RunStatus
 from ccm.settings.settings import Settings
 from ccm.timestamps import timestamp
 
@@ -68,7 +68,7 @@ class Preparation:
             check_options(start.run.options.value, self._settings)
             workdir.check_roots(start.run.cwd, self._settings.allowed_roots)
         except Forbidden as error:
-            return Outcome(RunStatus.ERROR, error.code, error.message)
+            return Outcome(RunStatus.ERROR, RunErrorCode(error.code), error.message)
         return None if start.parent is None else self._provide_transcript(start.parent, start.run)
 
     def make_execution(self, start: Start, transcript: TranscriptCopy) -> Execution:
@@ -121,4 +121,4 @@ class Preparation:
             )
             reason = f"it could not be written to a file: {error}"
         message = f"The transcript of run {parent.id}, which this run continues, is missing: {reason}."
-        return Outcome(RunStatus.ERROR, "SESSION_NOT_RESUMABLE", message)
+        return Outcome(RunStatus.ERROR, RunErrorCode.SESSION_NOT_RESUMABLE, message)

@@ -36,14 +36,14 @@ from ccm.core.transcripts.files import TranscriptFiles
 from ccm.core.worker_pool import WorkerPool
 from ccm.db.driver.transaction import Transaction
 from ccm.errors import ShuttingDown, Unavailable
-from ccm.models import Run, RunStatus
+from ccm.models import Run, RunErrorCode, RunStatus
 
 if TYPE_CHECKING:
     from ccm.core.claude.execution import Execution
 
 log = logging.getLogger(__name__)
 
-SHUT_DOWN = Outcome(RunStatus.ERROR, "INTERRUPTED", "The service was shut down during this run.")
+SHUT_DOWN = Outcome(RunStatus.ERROR, RunErrorCode.INTERRUPTED, "The service was shut down during this run.")
 # How often a stopping service checks whether all runs have ended, in case a notification was lost (seconds).
 POLL_INTERVAL = 0.5
 # The number of consecutive catch-ups after which runs that still cannot begin are ended.
@@ -149,9 +149,8 @@ class Runner:
 
     def fail_unrecorded(self, run_id: str, error: BaseException) -> None:
         """Fail a run because one of its messages cannot be stored: its record would have a gap."""
-        self._stop(
-            run_id, Outcome(RunStatus.ERROR, "EXECUTION_ERROR", f"A message of this run cannot be stored: {error}.")
-        )
+        message = f"A message of this run cannot be stored: {error}."
+        self._stop(run_id, Outcome(RunStatus.ERROR, RunErrorCode.EXECUTION_ERROR, message))
 
     def cancel(self, run_id: str) -> None:
         """Stop a run if this process executes it."""

@@ -23,7 +23,7 @@ from ccm.core.webhooks.outbox import Outbox
 from ccm.db import messages, runs, sessions
 from ccm.db.driver.transaction import Transaction
 from ccm.errors import QueueFull, SessionBusy, SessionNotResumable, StorageDown
-from ccm.models import RUN_ENDED, EventType, Run, RunMode, RunStatus, Session
+from ccm.models import RUN_ENDED, EventType, Run, RunErrorCode, RunMode, RunStatus, Session
 
 log = logging.getLogger(__name__)
 
@@ -143,9 +143,8 @@ class RunTransitions:
         started = [start.run for start in after_commit.starts if start.run.id == row["id"]]
         run = started[0] if started else runs.get(transaction, row["id"])
         if run.waiting and runs.count_waiting(transaction) > self._queue_limit:
-            raise QueueFull(
-                f"{self._queue_limit} runs are waiting already (CCM_MAX_QUEUED_RUNS). Try again when some have ended."
-            )
+            waiting = "1 run is" if self._queue_limit == 1 else f"{self._queue_limit} runs are"
+            raise QueueFull(f"{waiting} waiting already (CCM_MAX_QUEUED_RUNS). Try again when some have ended.")
         return Accepted(run, replayed=False), after_commit
 
     def _apply_if_busy(self, transaction: Transaction, session_id: str, if_busy: str) -> AfterCommit:
@@ -177,7 +176,7 @@ class RunTransitions:
 
         A run that stayed `running` would occupy its session and its worker, and block waiting clients, for ever.
         """
-        for state in (values, error_columns("EXECUTION_ERROR", UNSTORABLE)):
+        for state in (values, error_columns(RunErrorCode.EXECUTION_ERROR, UNSTORABLE)):
             try:
                 with transaction.savepoint():
                     return self.end(transaction, run, state)
@@ -188,7 +187,7 @@ class RunTransitions:
         return self.end_row_only(transaction, run.id, UNSTORABLE) | AfterCommit(changed=(run.session_id,))
 
     def end_row_only(
-        self, transaction: Transaction, run_id: str, message: str, code: str = "EXECUTION_ERROR"
+        self, transaction: Transaction, run_id: str, message: str, code: str = RunErrorCode.EXECUTION_ERROR
     ) -> AfterCommit:
         """End a run in error without reading its row or its session, because their content may be the fault."""
         runs.end_row_only(transaction, run_id, code, message)
@@ -256,7 +255,7 @@ class RunTransitions:
     def fail_started(self, transaction: Transaction, run_ids: Collection[str], reason: str) -> AfterCommit:
         """End started runs that no thread executes."""
         after_commit = AfterCommit()
-        values = error_columns("EXECUTION_ERROR", reason)
+        values = error_columns(RunErrorCode.EXECUTION_ERROR, reason)
         for run in runs.started(transaction, self._owner):
             if run.id in run_ids:
                 after_commit |= self.end_or_fail(transaction, run, values)
@@ -270,7 +269,7 @@ class RunTransitions:
         self._outbox.enqueue(transaction, EventType.RUN_STARTED, run)
         if run.mode != RunMode.FRESH and parent is None:
             message = "The run that this one continues left no transcript."
-            return self.end(transaction, run, error_columns("SESSION_NOT_RESUMABLE", message))
+            return self.end(transaction, run, error_columns(RunErrorCode.SESSION_NOT_RESUMABLE, message))
         changed = (run.id, run.session_id, *self._outbox.keys(run))
         return AfterCommit(starts=(self._make_start(transaction, run),), changed=changed)
 

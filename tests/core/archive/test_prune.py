@@ -208,6 +208,18 @@ def test_claude_codes_own_files_are_deleted_and_the_agents_files_stay(
     assert (project / "here-is-a-file.txt").read_text() == "hello\n"
 
 
+def test_the_searched_directory_is_named_if_it_has_no_file_of_a_tree_with_transcripts(
+    flask: Flask, writable: Database, filled: str, own_home: Path
+) -> None:
+    add_session(writable, uuid_of(40))
+    add_run(writable, uuid_of(40), 5)
+    note = f"no file of Claude Code was found in {own_home / '.claude'}"
+
+    with_transcripts, without = (flask(filled, "prune", "--session", root) for root in (ROOT, uuid_of(40)))
+
+    assert [note in with_transcripts.stdout, note in without.stdout] == [True, False]
+
+
 def test_copies_of_transcripts_for_other_runs_are_deleted(
     flask: Flask, writable: Database, database_url: str, own_home: Path, project: Path
 ) -> None:

@@ -24,7 +24,7 @@ from ccm.core.claude.run_context import CLIConfig, RunContext
 from ccm.core.claude.run_events import first
 from ccm.core.claude.termination import Termination
 from ccm.core.policy.ceilings import Ceilings
-from ccm.models import RunStatus
+from ccm.models import RunErrorCode, RunStatus
 from tests.conftest import stand_in_cli
 from tests.waiting import until
 
@@ -472,7 +472,7 @@ def test_a_cancel_under_back_pressure_ends_the_process(tmp_path: Path) -> None:
 def test_a_run_ends_with_the_first_reason_to_stop(tmp_path: Path) -> None:
     run = Run(tmp_path, {"count": 1, "hold": True}).start()
     until(lambda: run.messages)
-    run.execution.stop(Outcome(RunStatus.ERROR, "INTERRUPTED", "The service was shut down."))
+    run.execution.stop(Outcome(RunStatus.ERROR, RunErrorCode.INTERRUPTED, "The service was shut down."))
     run.cancel()
     outcome = run.end()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ccm.core.claude.outcome import RESULT_ERRORS
 from ccm.json_text import storable, to_json_text
-from ccm.models import RunStatus
+from ccm.models import RunErrorCode, RunStatus
 from ccm.models.fields import MONEY_DIGITS
 
 # From this number on, a time is in milliseconds and not in seconds.
@@ -88,10 +88,10 @@ def error(status: str, stored: Any, result: dict[str, Any] | None) -> tuple[str 
     if status != RunStatus.ERROR:
         return None, None
     if stored != RunStatus.ERROR:
-        return "EXECUTION_ERROR", storable(f"The original service left this run in the status {stored!r}.")
+        return RunErrorCode.EXECUTION_ERROR, storable(f"The original service left this run in the status {stored!r}.")
     subtype = str((result or {}).get("subtype"))
     message = (result or {}).get("result") or "The original service recorded that this run failed, and not why."
-    return RESULT_ERRORS.get(subtype, "EXECUTION_ERROR"), storable(str(message))
+    return RESULT_ERRORS.get(subtype, RunErrorCode.EXECUTION_ERROR), storable(str(message))
 
 
 def later(at: str, milliseconds: int) -> str:

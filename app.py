@@ -6,6 +6,7 @@ if not (3, 11) <= sys.version_info[:2] <= (3, 14):
     sys.exit(f"CC Manager needs Python 3.11 to 3.14; this is {sys.version.split()[0]}.")
 
 import atexit
+import gc
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -101,6 +102,10 @@ def main(arguments: Sequence[str] = ()) -> int:
             log.info("listening on %s", shown_address(bound), extra={"event": "listening_started"})
             # Only now, because it takes longer than the rest of a start. Requests are answered meanwhile.
             service.import_sdk()
+            # The modules live as long as the process. A full collection would examine their 100,000 objects each time,
+            # and hold up every thread meanwhile.
+            gc.collect()
+            gc.freeze()
 
         try:
             return 0 if server.run(on_ready) else 1

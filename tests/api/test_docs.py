@@ -15,6 +15,7 @@ import pytest
 
 from ccm.api.reference.assets import FOLDER as ASSETS
 from ccm.api.reference.pages import OTHERS, README, START, Pages
+from ccm.testing.service_process import ServiceProcess
 from tests.api.conftest import connect, refused
 from tests.api.in_process import InProcessService
 from tests.client import Client
@@ -164,12 +165,17 @@ def test_assets_may_be_kept_for_ever(closed: Client, shells: dict[str, str]) -> 
         assert gzip.decompress(packed.body) == plain.body
 
 
+def open_files(service: ServiceProcess) -> set[str]:
+    return {os.readlink(path) for path in Path(f"/proc/{service.process.pid}/fd").iterdir()}
+
+
 def test_clients_that_do_not_read_an_asset_cost_no_copies_of_it(serve: ServeFunction) -> None:
     service = serve()
     client = Client(service.url)
     url = max(assets(client.get("/docs").body.decode()), key=lambda url: len(client.get(url).body))
     size = len(client.get(url).body)
     assert size > 2**22
+    files_before = open_files(service)
     head = f"GET {url} HTTP/1.1\r\nHost: localhost\r\n"
     with ExitStack() as stack:
         for encoding in ("gzip", "identity"):
@@ -178,8 +184,7 @@ def test_clients_that_do_not_read_an_asset_cost_no_copies_of_it(serve: ServeFunc
             assert all(connection.recv(4) == b"HTTP" for connection in waiting)
 
         # A large answer is otherwise copied to a temporary file.
-        files = [os.readlink(path) for path in Path(f"/proc/{service.process.pid}/fd").iterdir()]
-        assert not [file for file in files if file.endswith("(deleted)")]
+        assert not [file for file in open_files(service) - files_before if file.endswith("(deleted)")]
         assert len(client.get(url).body) == size
 
 

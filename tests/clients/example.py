@@ -1,3 +1,4 @@
+import os
 import sys
 
 from ccm.client import Answer, APIError, Approval, Client
@@ -9,8 +10,8 @@ def rule(approval: Approval) -> Answer | None:
     return {"decision": "deny", "message": "Only write files."}
 
 
-url, token, cwd = sys.argv[1:]
-client = Client(url, token)
+url, cwd = sys.argv[1:]
+client = Client(url, os.environ.get("TOKEN", ""))
 
 run = client.start(cwd, "Write a haiku into haiku.txt, and commit it.", title="Haiku", approvals=True)
 for message in client.follow(run["id"], rule):

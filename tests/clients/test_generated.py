@@ -54,7 +54,7 @@ class Served:
     def command(self, beginning: str) -> str:
         """Return the line of the documentation that begins so and runs a program, with the arguments filled in."""
         (line,) = [text for text in samples(page("clients"), "sh") if text.startswith(beginning)]
-        return filled_in(line, {"URL TOKEN DIR": shlex.join([self.url, TOKEN, str(self.project)])})
+        return f"export TOKEN={TOKEN}; " + filled_in(line, {"URL DIR": shlex.join([self.url, str(self.project)])})
 
     def check(self, printed: str) -> None:
         """Check what a program printed, and what it did."""

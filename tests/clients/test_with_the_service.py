@@ -311,7 +311,7 @@ def test_the_example_runs_with_the_real_claude_code(client: plain.Client, projec
         assert prompt in source
         source = source.replace(prompt, scripted.replace('"', '\\"'))
     ran = subprocess.run(
-        [sys.executable, "-c", source, client.url, "", str(project)],
+        [sys.executable, "-c", source, client.url, str(project)],
         capture_output=True, text=True, check=True, cwd=EXAMPLE.parents[2],
     )  # fmt: skip
 

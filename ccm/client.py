@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 LASTING = 10.0
 
 JsonObject = dict[str, Any]
-# A message of the SDK, unchanged. Each has a `type`; the SDK decides on the rest.
+# A message of the SDK, unchanged. Each that Claude Code sends has a `type`; the SDK decides on the rest.
 Message = dict[str, Any]
 FilePath = str | os.PathLike[str]
 Body = Mapping[str, Any] | None

@@ -235,8 +235,8 @@ def _clear_sqlite(path: Path, deleted: bool) -> None:
         # TMPDIR, which may be small. A SQLite without this deprecated pragma ignores it.
         folder = str(path.absolute().parent).replace("'", "''")
         connection.execute(f"PRAGMA temp_store_directory = '{folder}'")
+        connection.execute(search.MERGE)  # always, because an earlier prune may have been killed before it
         # Pages that were split long ago still contain copies of rows in their unused parts; only a new file does not.
-        connection.execute(search.MERGE)
         if deleted or connection.execute("PRAGMA freelist_count").fetchone()[0]:
             connection.execute("VACUUM")
         if connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:

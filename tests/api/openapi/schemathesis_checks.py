@@ -1,4 +1,4 @@
-"""What schemathesis is told about the service: when it refuses a valid request, and that keys must differ."""
+"""A check and a hook for schemathesis: some valid requests are refused rightly, and each request needs its own key."""
 
 from __future__ import annotations
 

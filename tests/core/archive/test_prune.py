@@ -20,7 +20,7 @@ from ccm.core.storage.writer import Writer
 from ccm.core.transcripts.files import TranscriptFiles
 from ccm.core.transcripts.store import TranscriptStore
 from ccm.core.webhooks.outbox import Outbox
-from ccm.db import runs
+from ccm.db import runs, trees
 from ccm.db.driver.database import Database
 from ccm.testing.service_process import APP
 from tests.client import Client
@@ -317,8 +317,9 @@ def test_the_bytes_are_removed_from_the_database_and_its_log(flask: Flask, sqlit
     assert database.rows("SELECT COUNT(*) AS n FROM ccr_runs") == [{"n": 1}]
 
 
+@pytest.mark.parametrize("interrupted", [False, True], ids=["", "by the prune after a killed one"])
 def test_the_words_of_deleted_texts_are_removed_from_the_search_index(
-    flask: Flask, sqlite: tuple[Database, str]
+    flask: Flask, sqlite: tuple[Database, str], interrupted: bool
 ) -> None:
     database, url = sqlite
     fill(database)
@@ -331,7 +332,12 @@ def test_the_words_of_deleted_texts_are_removed_from_the_search_index(
         return [any(word.encode() in file.read_bytes() for file in files_of(url)) for word in (kept, gone)]
 
     assert words() == [True, True]
-    flask(url, "prune", "--session", ROOT)
+    if interrupted:  # after its last deletion
+        trees.delete(database, ROOT)
+        assert words() == [True, True]
+        flask(url, "prune", "--older-than", "9999w")
+    else:
+        flask(url, "prune", "--session", ROOT)
 
     assert words() == [True, False]
     left = {row["runId"] for row in database.rows('SELECT DISTINCT "runId" FROM ccr_search')}
@@ -379,7 +385,6 @@ def test_a_reader_that_holds_the_log_is_reported_and_the_next_prune_clears_it(
 def test_the_next_prune_completes_an_interrupted_one(
     flask: Flask, filled: str, monkeypatch: pytest.MonkeyPatch, writable: Database
 ) -> None:
-    from ccm.db import trees
 
     delete_by_index = trees._delete_by_index
 
@@ -401,7 +406,6 @@ def test_the_next_prune_completes_an_interrupted_one(
 def test_a_service_answers_consistently_after_an_interrupted_prune(
     flask: Flask, filled: str, monkeypatch: pytest.MonkeyPatch, writable: Database, serve: ServeFunction
 ) -> None:
-    from ccm.db import trees
 
     delete_by_index = trees._delete_by_index
 

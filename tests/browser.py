@@ -73,6 +73,15 @@ class Browser:
         self.errors()
         self.requested()
 
+    def close_other_windows(self) -> None:
+        """Close the windows that the page has opened."""
+        own = self._call("GET", f"{self._session}/window")
+        for window in self._call("GET", f"{self._session}/window/handles"):
+            if window != own:
+                self._call("POST", f"{self._session}/window", {"handle": window})
+                self._call("DELETE", f"{self._session}/window")
+                self._call("POST", f"{self._session}/window", {"handle": own})
+
     def run(self, script: str, *arguments: Any) -> Any:
         """Run a script in the page and return the value that it passes to its last argument."""
         return self._call("POST", f"{self._session}/execute/async", {"script": script, "args": arguments})

@@ -246,8 +246,9 @@ def down(fault: str, harness: Harness) -> Iterator[None]:
 
 @pytest.fixture
 def stopped(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Harness]:
-    """A writer that is not started, with short timeouts."""
+    """A writer that is not started, and soon gives up a write that is not in progress."""
     monkeypatch.setattr("ccm.core.storage.writer.WRITE_TIMEOUT", 0.1)
+    monkeypatch.setattr("ccm.core.storage.writer.OUTCOME_TIMEOUT", SOON)
     database = Database(impatient(database_url, monkeypatch), writable=True, pool_size=1)
     migrate(database)
     yield Harness(database)

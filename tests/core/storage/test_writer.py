@@ -30,7 +30,7 @@ from tests.postgresql import PostgreSQLServer
 from tests.storage_faults import content, cut_off, damaged, impatient, locked, path_of
 from tests.waiting import until
 
-SOON = 30.0
+SOON = 60.0
 
 
 class Harness:

@@ -51,11 +51,11 @@ def pytest_xdist_auto_num_workers() -> int:
     return 2 * len(os.sched_getaffinity(0))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test with its requirements, and order the tests.
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+    """Mark each test with its requirements, let pytest select by the markers, and order the selected tests.
 
-    The marks are set before pytest selects by markers, so that no test can omit them.
+    No test can omit a mark, because they are set here.
     """
     for item in items:
         needs = {MARKERS[name] for name in getattr(item, "fixturenames", ()) if name in MARKERS}
@@ -67,8 +67,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(name)
         if any(item.get_closest_marker(name) for name in EXTRA):
             item.add_marker("extra")
-    # The walk waits more than it computes, so it comes first: the other tests use the processor meanwhile.
-    items.sort(key=lambda item: not item.path.is_relative_to(FAULTS))
+    yield
+    items[:] = _ordered(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
+def _ordered(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
+    """Return the tests in an order in which no worker has a long one left when the others are done.
+
+    Each worker gets an equal share of the list. The walk through the faults waits more than it computes, so it begins
+    the first share, and the other tests use the processor meanwhile. The other long tests begin the other shares.
+    """
+    walk = [item for item in items if item.path.is_relative_to(FAULTS)]
+    long = [item for item in items if item not in walk and item.get_closest_marker("many_rounds")]
+    rest = [item for item in items if item not in walk and item not in long]
+    others = max(1, workers - 1)
+    heads = [walk, *(long[number::others] for number in range(others))]
+    ordered: list[pytest.Item] = []
+    for number, head in enumerate(heads):
+        share = len(items) * (number + 1) // len(heads)
+        ordered += head
+        missing = max(0, share - len(ordered))
+        ordered += rest[:missing]
+        rest = rest[missing:]
+    return ordered + rest
 
 
 def _kinds(item: pytest.Item) -> list[object]:

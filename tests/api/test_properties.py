@@ -30,7 +30,7 @@ from tests.client import Answer, Client
 from tests.e2e.test_runs import PNG
 from tests.postgresql import new_database
 
-FEW, MANY = 30, 1_000
+FEW, MANY = 30, 500
 # All examples go to one service, on purpose: each answer has to be right after any others.
 default = settings(max_examples=FEW, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 # How many examples a test tries.

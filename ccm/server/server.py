@@ -27,7 +27,7 @@ from waitress.task import ErrorTask, WSGITask
 from ccm import file_limits
 from ccm.core.service import Service
 from ccm.errors import BadRequest, CCMError, HeadersTooLarge, InternalError, OutOfDisk, TooLarge, UnknownCoding
-from ccm.server.connections import Channel, Parser, open_server, serve
+from ccm.server.connections import LARGE_CHUNK_BYTES, Channel, Parser, open_server, serve
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,17 @@ class _JsonErrorTask(ErrorTask):  # type: ignore[misc]  # waitress has no type h
 
 
 class _Task(WSGITask):  # type: ignore[misc]
+    wrote_header: bool
+
+    def write(self, data: bytes) -> None:
+        """Write a part of the body. The first one is sent with the header, which waitress would send by itself."""
+        short = 0 < len(data) < LARGE_CHUNK_BYTES
+        begins = self.complete and not self.wrote_header
+        if begins and short and self.has_body and self.content_length != 0:
+            self.channel.header = self.build_response_header()
+            self.wrote_header = True
+        super().write(data)
+
     def finish(self) -> None:
         """Finish the answer. Omit the final chunk of an answer to HEAD: waitress would send it without a body."""
         if not self.wrote_header:
@@ -99,6 +110,12 @@ class _Channel(Channel):
     parser_class = Parser
     task_class = _Task
     error_task_class = _JsonErrorTask
+    # The header of an answer, until the first part of the body is written.
+    header = b""
+
+    def write_soon(self, data: bytes) -> int:
+        header, self.header = self.header, b""
+        return super().write_soon(header + data if header else data)
 
     def check_client_disconnected(self) -> bool:
         """Return whether the client has gone.

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from waitress import wasyncore
 
-from ccm.server import connections
+from ccm.server import connections, server
 from ccm.server.connections import Channel, open_server, serve
 from ccm.testing.service_process import APP, ServiceProcess
 
@@ -77,6 +77,22 @@ def listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[Listening]:
     listening = Listening()
     yield listening
     listening.close()
+
+
+def test_the_header_and_the_first_part_of_the_body_are_sent_together(listening: Listening) -> None:
+    sent: list[bytes] = []
+
+    class Recording(server._Channel):
+        def send(self, data: bytes, *args: Any, **named: Any) -> int:
+            sent.append(bytes(data))
+            return int(super().send(data, *args, **named))
+
+    listening.server.channel_class = Recording
+    listening.thread.start()
+
+    assert listening.ask() == b"ok"
+    (answer,) = sent
+    assert answer.endswith(b"\r\n\r\nok")
 
 
 def test_a_failing_loop_is_logged_once_and_restarted(

@@ -35,9 +35,7 @@ def list_sessions(query: SessionsQuery) -> Response:
         found = queries.search_sessions(query.q, filters, limit=query.limit, after=query.cursor, summary=summary)
         return page_of(found.sessions, more=found.next is not None, place=found.next)
     read = partial(queries.sessions, filters, oldest_first=query.order == Order.ASC, summary=summary)
-    return page(
-        query, read, lambda one: one.last_run_seq if query.place is int else (one.last_run_at, one.last_run_seq)
-    )
+    return page(query, read, lambda listed: listed.place)
 
 
 @Route(blueprint, "GET", "/<session_id>", returns=Session)

@@ -22,7 +22,7 @@ from types import FrameType
 
 from flask import Flask
 from waitress import wasyncore
-from waitress.task import ErrorTask, WSGITask
+from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
 from ccm import file_limits
 from ccm.core.service import Service
@@ -133,6 +133,48 @@ class _Channel(Channel):
         return bool(poll.poll(0))
 
 
+class NewestFirst:
+    """A condition that wakes the thread that has waited least.
+
+    Its stack is still in the processor's caches, and those of the threads that are rarely needed take no memory.
+    `threading.Condition` wakes them in turn.
+
+    Args:
+        lock: the lock that callers hold, and that `wait` releases meanwhile.
+    """
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
+        # One locked lock for each waiting thread.
+        self._waiting: list[threading.Lock] = []
+
+    def wait(self) -> None:
+        """Wait until another thread wakes this one."""
+        turn = threading.Lock()
+        turn.acquire()
+        self._waiting.append(turn)
+        self._lock.release()
+        turn.acquire()
+        self._lock.acquire()
+
+    def notify(self) -> None:
+        """Wake one thread, if any waits."""
+        if self._waiting:
+            self._waiting.pop().release()
+
+    def notify_all(self) -> None:
+        """Wake all waiting threads."""
+        while self._waiting:
+            self.notify()
+
+
+def _dispatcher(threads: int) -> ThreadedTaskDispatcher:
+    dispatcher = ThreadedTaskDispatcher()
+    dispatcher.queue_cv = NewestFirst(dispatcher.lock)
+    dispatcher.set_thread_count(threads)
+    return dispatcher
+
+
 def _share_heaps() -> None:
     """Make the threads share a few heaps, where the C library is glibc.
 
@@ -173,7 +215,7 @@ class Server:
             app,
             bound,
             _Channel,
-            threads=threads,
+            dispatcher=_dispatcher(threads),
             connection_limit=connections,
             max_request_header_size=MAX_HEADER_BYTES,
             max_request_body_size=settings.max_body_bytes + 1,  # the first size that waitress refuses

@@ -61,6 +61,7 @@ REQUEST = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\n"
         (Error, "reason", "_JsonErrorTask.execute reads it, _OutOfDisk sets it"),
         (ThreadedTaskDispatcher, "active_count", "Server._shut_down waits until it is 0"),
         (ThreadedTaskDispatcher, "shutdown", "Server._shut_down calls it"),
+        (ThreadedTaskDispatcher, "set_thread_count", "_dispatcher starts the threads with it"),
         *(
             (kind, name, used)
             for kind in (TcpWSGIServer, UnixWSGIServer)
@@ -171,6 +172,12 @@ def test_a_request_has_its_method() -> None:
 
     assert parser.command == "HEAD", "_Task.finish would not recognise HEAD"
     parser.close()
+
+
+def test_a_dispatcher_waits_on_the_condition_that_was_put_there() -> None:
+    dispatcher = ThreadedTaskDispatcher()
+    assert isinstance(dispatcher.queue_cv, threading.Condition), "_dispatcher replaces another attribute"
+    assert isinstance(dispatcher.lock, type(threading.Lock())), "NewestFirst.wait releases another lock"
 
 
 def test_the_loop_counts_and_sends_pending_bytes(channel: Any) -> None:

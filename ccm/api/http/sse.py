@@ -41,7 +41,7 @@ HEADERS = {
 class Described(BaseModel):
     """A part of a stream. The models only describe what is written below, so their validators are never built.
 
-    Those of a run and an approval take 12 MiB.
+    Those of a run and an approval take 8 MiB.
     """
 
     model_config = ConfigDict(defer_build=True)

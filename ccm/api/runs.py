@@ -21,6 +21,7 @@ from ccm.api.http.route import EventStream, Messages, Route
 from ccm.api.http.sse import RUN_FRAMES, event_stream, no_more_events
 from ccm.core.policy import workdir
 from ccm.core.policy.permitted_options import check_options, check_webhook
+from ccm.core.queries import Queries
 from ccm.core.runs.input import TakenIn
 from ccm.core.runs.request import Accepted, RunRequest
 from ccm.core.storage.notifier import end_of
@@ -176,9 +177,8 @@ def list_run_messages(run_id: str, query: MessagesQuery) -> Response:
     """
     cursor = Cursor("after", query.after)
     index = cursor.index()
-    queries = service().queries
 
-    def measure() -> Extent:
+    def measure(queries: Queries) -> Extent:
         link, segment = queries.run_segment(run_id, index)
         cursor.check(run_id, link.message_count, index)
         version = f"{run_id} {link.ended_at} {link.message_count}" if link.ended else None

@@ -17,6 +17,7 @@ from ccm.api.http.responses import json_response
 from ccm.api.http.route import EventStream, Messages, Route
 from ccm.api.http.sse import RUN_FRAMES, event_stream
 from ccm.core.policy import workdir
+from ccm.core.queries import Queries
 from ccm.errors import NotFound
 from ccm.models import ListedSession, Run, Session, SessionStatus, SessionSummary
 
@@ -34,9 +35,7 @@ def list_sessions(query: SessionsQuery) -> Response:
         found = queries.search_sessions(query.q, filters, limit=query.limit, after=query.cursor, summary=summary)
         return page_of(found.sessions, more=found.next is not None, place=found.next)
     read = partial(queries.sessions, filters, oldest_first=query.order == Order.ASC, summary=summary)
-    return page(
-        query, read, lambda one: one.last_run_seq if query.place is int else (one.last_run_at, one.last_run_seq)
-    )
+    return page(query, read, lambda listed: listed.place)
 
 
 @Route(blueprint, "GET", "/<session_id>", returns=Session)
@@ -62,10 +61,9 @@ def list_session_messages(session_id: str, query: SessionMessagesQuery) -> Respo
     `after` is `RUN_ID:INDEX`. There is a `Link` as long as more may come.
     """
     position = Cursor("after", query.after).in_session()
-    queries = service().queries
-    session = queries.session(session_id)
+    session = service().queries.session(session_id)
 
-    def measure() -> Extent:
+    def measure(queries: Queries) -> Extent:
         current, segments = queries.session_segments(session.id, position, query.history == "full")
         return Extent(
             segments,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from itertools import dropwhile
@@ -51,21 +52,17 @@ class ApprovalSnapshot(NamedTuple):
 
 
 def _query(read: Callable[Concatenate[Transaction, P], T]) -> Callable[Concatenate[Queries, P], T]:
-    """Return the method that calls a function in a transaction of its own.
+    """Return the method that calls a function in the transaction of `together`, or in one of its own.
 
     It then also raises Unavailable if the database cannot be read.
     """
 
     @wraps(read)
     def query(queries: Queries, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            with queries.database.transaction() as transaction:
-                return read(transaction, *args, **kwargs)
-        except DatabaseClosed:
-            raise ShuttingDown from None
-        except StorageError as error:
-            log.debug("a read failed: %s", error, extra={"event": "read_failed"})
-            raise StorageUnavailable(f"The database cannot be read: {error.summary}. Try again.") from None
+        if queries._transaction is not None:
+            return read(queries._transaction, *args, **kwargs)
+        with queries.together() as own:
+            return query(own, *args, **kwargs)
 
     return query
 
@@ -290,11 +287,33 @@ def _first_chunk(sizes: Sequence[tuple[int, int]]) -> list[int]:
 class Queries:
     """Reads of committed data. Each is short and returns its connection: no slow client holds a read open.
 
-    Each query is the function that is named here, called in a transaction of its own.
+    Each query is the function that is named here, called in a transaction of its own unless in `together`.
     """
 
     def __init__(self, database: Database) -> None:
         self.database = database
+        self._transaction: Transaction | None = None
+
+    @contextmanager
+    def together(self) -> Iterator[Queries]:
+        """Yield queries that share one transaction within the block, and have one each afterwards.
+
+        A transaction takes as long as several short reads.
+
+        Raises:
+            Unavailable: the database cannot be read.
+        """
+        queries = Queries(self.database)
+        try:
+            with self.database.transaction() as queries._transaction:
+                yield queries
+        except DatabaseClosed:
+            raise ShuttingDown from None
+        except StorageError as error:
+            log.debug("a read failed: %s", error, extra={"event": "read_failed"})
+            raise StorageUnavailable(f"The database cannot be read: {error.summary}. Try again.") from None
+        finally:
+            queries._transaction = None
 
     run = _query(_run)
     run_of_key = _query(runs.find_by_idempotency_key)

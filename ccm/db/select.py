@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from operator import itemgetter
 from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -38,6 +39,17 @@ class Conditions(NamedTuple):
     where: list[str]
     parameters: dict[str, Any]
     metadata: str | None
+
+
+class Listed(NamedTuple):
+    """A row of a list: its place in the order, and the JSON object that the API shows. Quicker to make than a model."""
+
+    place: Position
+    shown: Mapping[str, Any]
+
+    def to_json(self) -> Mapping[str, Any]:
+        """Return the JSON object that the API shows."""
+        return self.shown
 
 
 class Select(Generic[M]):
@@ -77,6 +89,7 @@ class Select(Generic[M]):
         self._order = f'{alias}."{order}"'
         self._time = f'{alias}."{time}"'
         self._coarse = frozenset(coarse)
+        self._place = tuple(column for column in (time, order) if column is not None)
         if time is not None:
             self._filters |= {"since": f"{self._time} >= :since", "until": f"{self._time} < :until"}
 
@@ -119,8 +132,33 @@ class Select(Generic[M]):
             values: values by the names of the filters to apply.
             after: the position that the page follows; None for the first page.
         """
+        return [self._model.from_row(row) for row in self._page(transaction, values, limit, after, newest_first)]
+
+    def listed(
+        self,
+        transaction: Transaction,
+        values: Mapping[str, Any],
+        limit: int,
+        after: Position | None,
+        newest_first: bool,
+    ) -> list[Listed]:
+        """Return what `page` returns without instances. The model must have no derived fields."""
+        shape = self._model.shape
+        columns = self._place if _by_time(values) else self._place[-1:]
+        place: Callable[[Any], Position] = itemgetter(*map(shape.columns.index, columns))
+        rows = self._page(transaction, values, limit, after, newest_first)
+        return [Listed(place(row), shape.row_to_json(row)) for row in rows]
+
+    def _page(
+        self,
+        transaction: Transaction,
+        values: Mapping[str, Any],
+        limit: int,
+        after: Position | None,
+        newest_first: bool,
+    ) -> list[tuple[Any, ...]]:
         direction, comparison = ("DESC", "<") if newest_first else ("ASC", ">")
-        by_time = bool(values.keys() & {"since", "until"})
+        by_time = _by_time(values)
         joins, where, parameters, metadata = self.conditions(
             values, unindexed=by_time and transaction.dialect == "sqlite"
         )
@@ -131,4 +169,10 @@ class Select(Generic[M]):
             where.append(f"({', '.join(order)}) {comparison} ({', '.join(f':{name}' for name in places)})")
         condition = f"WHERE {' AND '.join(where)} " if where else ""
         ordered = ", ".join(f"{column} {direction}" for column in order)
-        return self.rows(transaction, f"{joins}{condition}ORDER BY {ordered} LIMIT :limit", **parameters, limit=limit)
+        clauses = f"{joins}{condition}ORDER BY {ordered} LIMIT :limit"
+        return transaction.tuples(self.sql + clauses, **parameters, limit=limit)
+
+
+def _by_time(values: Mapping[str, Any]) -> bool:
+    """Return whether a page with these filters is ordered by time."""
+    return bool(values.keys() & {"since", "until"})

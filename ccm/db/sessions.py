@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ccm.db import run_metadata, runs, search
 from ccm.db.driver.transaction import Transaction, parameter_list
 from ccm.db.search import Kind
-from ccm.db.select import Position, Select, existing
+from ccm.db.select import Listed, Position, Select, existing
 from ccm.errors import SessionNotFound
 from ccm.models import ListedSession, Session, SessionSummary
 
@@ -59,16 +59,16 @@ def page(
     after: Position | None,
     oldest_first: bool = False,
     summary: bool = False,
-) -> list[ListedSession]:
+) -> list[Listed]:
     """Return sessions after a position, in the order of their latest activity or its reverse.
 
     Args:
         filters: values by the names of SELECT's filters. With `since` or `until` the order is that of the time.
         after: `lastRunSeq`; with `since` or `until`, `lastRunAt` and `lastRunSeq`.
-        summary: return the sessions as SessionSummary.
+        summary: return the sessions as SessionSummary, otherwise as ListedSession.
     """
     select = _SELECT_SUMMARY if summary else _SELECT_LISTED
-    return select.page(transaction, filters, limit, after, newest_first=not oldest_first)
+    return select.listed(transaction, filters, limit, after, newest_first=not oldest_first)
 
 
 def forks(transaction: Transaction, session_id: str, *, limit: int, after: int | None) -> list[Session]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Union, cast, get_a
 from pydantic import BeforeValidator
 from pydantic.alias_generators import to_camel
 
-from ccm.json_text import to_json_text
+from ccm.json_text import from_json_text, to_json_text
 from ccm.models.json_field import JsonText
 
 if TYPE_CHECKING:
@@ -91,6 +91,10 @@ class Kind(NamedTuple):
             return {str(member): member for member in self.choices}.__getitem__
         return None
 
+    def shown_from_column(self) -> Callable[[Any], Any] | None:
+        """Return the function that converts a column's value to that of the API's JSON; None if they are the same."""
+        return from_json_text if self.is_json else None if self.choices is not None else self.reader()
+
     def shown(self) -> Callable[[Any], Any] | None:
         """Return the function that converts a field's value to that of the API's JSON; None if they are the same."""
         if self.is_json:
@@ -129,9 +133,27 @@ class Shape:
         self.shown = tuple(str(field.shown) for field in shown)
         names = [field.name for field in shown]
         # Without derived fields, `show` reads the instance's __dict__ directly, which is twice as fast.
-        self.is_dict_only = all(field.column for field in shown)
+        self.is_dict_only = not any(field.kind is ANY for field in shown)
         self.show: Callable[[Any], tuple[Any, ...]] = itemgetter(*names) if self.is_dict_only else attrgetter(*names)
         self.converted = [(str(field.shown), convert) for field in shown if (convert := field.kind.shown())]
+        self._names_read = [str(field.shown) for field in stored if field.shown is not None]
+        self._pick: Callable[[Any], tuple[Any, ...]] = itemgetter(
+            *(number for number, field in enumerate(stored) if field.shown is not None)
+        )
+        self._unstored = {str(field.shown): field.default for field in shown if field.name in self.unstored}
+        self._read = [(str(f.shown), convert) for f in stored if f.shown and (convert := f.kind.shown_from_column())]
+
+    def row_to_json(self, row: Sequence[Any]) -> dict[str, Any]:
+        """Return what the API shows of a row, the values of `columns`, of a model without derived fields.
+
+        It equals the JSON of the row's instance, in a third of the time.
+        """
+        shown = dict(zip(self._names_read, self._pick(row)))  # noqa: B905  # equal lengths; `strict` costs time
+        for name, convert in self._read:
+            if (value := shown[name]) is not None:
+                shown[name] = convert(value)
+        shown |= self._unstored
+        return shown
 
 
 def _fields(model: type[StoredModel]) -> list[StoredField]:

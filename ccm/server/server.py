@@ -22,12 +22,12 @@ from types import FrameType
 
 from flask import Flask
 from waitress import wasyncore
-from waitress.task import ErrorTask, WSGITask
+from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
 from ccm import file_limits
 from ccm.core.service import Service
 from ccm.errors import BadRequest, CCMError, HeadersTooLarge, InternalError, OutOfDisk, TooLarge, UnknownCoding
-from ccm.server.connections import Channel, Parser, open_server, serve
+from ccm.server.connections import LARGE_CHUNK_BYTES, Channel, Parser, open_server, serve
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,17 @@ class _JsonErrorTask(ErrorTask):  # type: ignore[misc]  # waitress has no type h
 
 
 class _Task(WSGITask):  # type: ignore[misc]
+    wrote_header: bool
+
+    def write(self, data: bytes) -> None:
+        """Write a part of the body. The first one is sent with the header, which waitress would send by itself."""
+        short = 0 < len(data) < LARGE_CHUNK_BYTES
+        begins = self.complete and not self.wrote_header
+        if begins and short and self.has_body and self.content_length != 0:
+            self.channel.header = self.build_response_header()
+            self.wrote_header = True
+        super().write(data)
+
     def finish(self) -> None:
         """Finish the answer. Omit the final chunk of an answer to HEAD: waitress would send it without a body."""
         if not self.wrote_header:
@@ -99,6 +110,12 @@ class _Channel(Channel):
     parser_class = Parser
     task_class = _Task
     error_task_class = _JsonErrorTask
+    # The header of an answer, until the first part of the body is written.
+    header = b""
+
+    def write_soon(self, data: bytes) -> int:
+        header, self.header = self.header, b""
+        return super().write_soon(header + data if header else data)
 
     def check_client_disconnected(self) -> bool:
         """Return whether the client has gone.
@@ -114,6 +131,48 @@ class _Channel(Channel):
         poll = select.poll()
         poll.register(descriptor, HANGUP_EVENT)
         return bool(poll.poll(0))
+
+
+class NewestFirst:
+    """A condition that wakes the thread that has waited least.
+
+    Its stack is still in the processor's caches, and those of the threads that are rarely needed take no memory.
+    `threading.Condition` wakes them in turn.
+
+    Args:
+        lock: the lock that callers hold, and that `wait` releases meanwhile.
+    """
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
+        # One locked lock for each waiting thread.
+        self._waiting: list[threading.Lock] = []
+
+    def wait(self) -> None:
+        """Wait until another thread wakes this one."""
+        turn = threading.Lock()
+        turn.acquire()
+        self._waiting.append(turn)
+        self._lock.release()
+        turn.acquire()
+        self._lock.acquire()
+
+    def notify(self) -> None:
+        """Wake one thread, if any waits."""
+        if self._waiting:
+            self._waiting.pop().release()
+
+    def notify_all(self) -> None:
+        """Wake all waiting threads."""
+        while self._waiting:
+            self.notify()
+
+
+def _dispatcher(threads: int) -> ThreadedTaskDispatcher:
+    dispatcher = ThreadedTaskDispatcher()
+    dispatcher.queue_cv = NewestFirst(dispatcher.lock)
+    dispatcher.set_thread_count(threads)
+    return dispatcher
 
 
 def _share_heaps() -> None:
@@ -156,7 +215,7 @@ class Server:
             app,
             bound,
             _Channel,
-            threads=threads,
+            dispatcher=_dispatcher(threads),
             connection_limit=connections,
             max_request_header_size=MAX_HEADER_BYTES,
             max_request_body_size=settings.max_body_bytes + 1,  # the first size that waitress refuses

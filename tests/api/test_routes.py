@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from flask import Flask
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 from werkzeug.routing import Rule
 
 from app import create_app
+from ccm.api.http import sse
 from ccm.api.http.route import EventStream, Route
 
 # Fields that a body shares with the resource that is made of it.
@@ -77,3 +78,10 @@ def test_query_parameters_are_checked_by_nothing_else() -> None:
     readers = {file.name for file in folder.rglob("*.py") if "request.args" in file.read_text(encoding="utf-8")}
     # Admission looks for tokens in it; pages copy it into the link to the next page.
     assert readers == {"route.py", "pagination.py", "admission.py"}
+
+
+def test_the_models_of_streams_build_no_validators() -> None:
+    classes = [each for each in vars(sse).values() if isinstance(each, type) and each.__module__ == sse.__name__]
+    models = [each for each in classes if issubclass(each, BaseModel)]
+    assert models
+    assert all(model.model_config.get("defer_build") for model in models)

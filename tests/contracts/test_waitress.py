@@ -44,8 +44,13 @@ REQUEST = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\n"
         (OverflowableBuffer, "append", "_RequestBody.append survives a full disk"),
         (OverflowableBuffer, "close", "_RequestBody.close survives a full disk"),
         (ReadOnlyFileBasedBuffer, "prepare", "Channel.write_soon calls it"),
+        (WSGITask, "write", "_Task.write sends the header with the first part of the body"),
+        (WSGITask, "build_response_header", "_Task.write calls it"),
+        (WSGITask, "complete", "_Task.write reads it"),
+        (WSGITask, "has_body", "_Task.write reads it"),
+        (WSGITask, "content_length", "_Task.write reads it"),
         (WSGITask, "finish", "_Task.finish ends the answer to HEAD without a chunk"),
-        (WSGITask, "wrote_header", "_Task.finish reads it"),
+        (WSGITask, "wrote_header", "_Task.finish reads it, _Task.write sets it"),
         (WSGITask, "chunked_response", "_Task.finish sets it"),
         (ErrorTask, "execute", "_JsonErrorTask.execute answers in JSON"),
         (ErrorTask, "write", "_JsonErrorTask.execute calls it"),
@@ -56,6 +61,7 @@ REQUEST = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\n"
         (Error, "reason", "_JsonErrorTask.execute reads it, _OutOfDisk sets it"),
         (ThreadedTaskDispatcher, "active_count", "Server._shut_down waits until it is 0"),
         (ThreadedTaskDispatcher, "shutdown", "Server._shut_down calls it"),
+        (ThreadedTaskDispatcher, "set_thread_count", "_dispatcher starts the threads with it"),
         *(
             (kind, name, used)
             for kind in (TcpWSGIServer, UnixWSGIServer)
@@ -166,6 +172,12 @@ def test_a_request_has_its_method() -> None:
 
     assert parser.command == "HEAD", "_Task.finish would not recognise HEAD"
     parser.close()
+
+
+def test_a_dispatcher_waits_on_the_condition_that_was_put_there() -> None:
+    dispatcher = ThreadedTaskDispatcher()
+    assert isinstance(dispatcher.queue_cv, threading.Condition), "_dispatcher replaces another attribute"
+    assert isinstance(dispatcher.lock, type(threading.Lock())), "NewestFirst.wait releases another lock"
 
 
 def test_the_loop_counts_and_sends_pending_bytes(channel: Any) -> None:

@@ -95,6 +95,10 @@ def ids(resources: list[Any]) -> list[Any]:
     return [resource.id for resource in resources]
 
 
+def session_ids(listed: list[Any]) -> list[Any]:
+    return [session.shown["sessionId"] for session in listed]
+
+
 def _beat(transaction: Transaction) -> object:
     heartbeat.beat(transaction, 3)
     return transaction.value("SELECT padding FROM ccr_heartbeat")
@@ -264,7 +268,7 @@ CALLS: dict[str, Call] = {
     "sessions.get": reads(lambda t: [sessions.get(t, one).id for one in ("s", "s-sdk", "w-sdk")], ["s", "s", "f"]),
     **{
         f"sessions.page {filters} {after}": reads(
-            lambda t, f=filters, a=after: ids(sessions.page(t, f, limit=10, after=a)),  # type: ignore[misc]
+            lambda t, f=filters, a=after: session_ids(sessions.page(t, f, limit=10, after=a)),  # type: ignore[misc]
             [session_id for session_id in found if after is None or session_id != "o"],
         )
         for filters, found in SESSION_FILTERS
@@ -272,7 +276,7 @@ CALLS: dict[str, Call] = {
     },
     **{
         f"sessions.page of a time {oldest_first}": reads(
-            lambda t, first=oldest_first: ids(  # type: ignore[misc]
+            lambda t, first=oldest_first: session_ids(  # type: ignore[misc]
                 sessions.page(
                     t, {"since": AT, "until": LATER}, limit=10, after=(AT, 3), oldest_first=first, summary=True
                 )

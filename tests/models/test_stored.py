@@ -35,6 +35,19 @@ def test_to_json_is_unchanged_byte_for_byte(example: dict[str, Any]) -> None:
     assert json.dumps(read(example).to_json()) == example["json"]
 
 
+@pytest.mark.parametrize("example", [one for one in GOLDEN if read(one).shape.is_dict_only])
+def test_a_row_has_the_json_of_its_instance(example: dict[str, Any]) -> None:
+    shape = type(read(example)).shape
+    row = tuple(example["row"][column] for column in shape.columns)
+    assert json.dumps(shape.row_to_json(row)) == example["json"]
+
+
+def test_a_row_without_a_value_for_a_field_has_its_default() -> None:
+    example = next(one for one in GOLDEN if one["model"] == "Session")
+    row = tuple(example["row"][column] for column in models.ListedSession.shape.columns)
+    assert models.ListedSession.shape.row_to_json(row) == {**json.loads(example["json"]), "match": None}
+
+
 @pytest.mark.parametrize("example", GOLDEN)
 def test_the_schema_describes_the_json(example: dict[str, Any]) -> None:
     schema = type(read(example)).model_json_schema(mode="serialization")

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import logging
 import os
+import queue
 import socket
 import sys
 import threading
@@ -16,9 +17,10 @@ from typing import Any
 import pytest
 from waitress import wasyncore
 
-from ccm.server import connections
+from ccm.server import connections, server
 from ccm.server.connections import Channel, open_server, serve
 from ccm.testing.service_process import APP, ServiceProcess
+from tests.waiting import until
 
 # Starts the service as app.py does. Opening the pipe $BREAK breaks its listening socket.
 BREAKABLE = """
@@ -77,6 +79,45 @@ def listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[Listening]:
     listening = Listening()
     yield listening
     listening.close()
+
+
+def test_the_header_and_the_first_part_of_the_body_are_sent_together(listening: Listening) -> None:
+    sent: list[bytes] = []
+
+    class Recording(server._Channel):
+        def send(self, data: bytes, *args: Any, **named: Any) -> int:
+            sent.append(bytes(data))
+            return int(super().send(data, *args, **named))
+
+    listening.server.channel_class = Recording
+    listening.thread.start()
+
+    assert listening.ask() == b"ok"
+    (answer,) = sent
+    assert answer.endswith(b"\r\n\r\nok")
+
+
+def test_the_thread_that_has_waited_least_is_woken() -> None:
+    lock = threading.Lock()
+    condition = server.NewestFirst(lock)
+    woken: queue.Queue[int] = queue.Queue()
+
+    def wait(number: int) -> None:
+        with lock:
+            condition.wait()
+            woken.put(number)
+
+    threads = [threading.Thread(target=wait, args=(number,), daemon=True) for number in range(3)]
+    for number, thread in enumerate(threads, 1):
+        thread.start()
+        until(lambda waiting=number: len(condition._waiting) == waiting)  # type: ignore[misc]
+    with lock:
+        condition.notify()
+    assert woken.get(timeout=60) == 2
+    with lock:
+        condition.notify_all()
+        condition.notify()  # nobody waits
+    assert {woken.get(timeout=60), woken.get(timeout=60)} == {0, 1}
 
 
 def test_a_failing_loop_is_logged_once_and_restarted(

@@ -96,8 +96,10 @@ class Admission:
             )
 
     def _check_media_type(self, request: Request) -> None:
+        if request.method not in BODY_METHODS:
+            return
         has_body = bool(request.content_length or request.headers.get("Transfer-Encoding") or request.mimetype)
-        if request.method in BODY_METHODS and has_body and request.mimetype != "application/json":
+        if has_body and request.mimetype != "application/json":
             raise UnsupportedMediaType("The body must be JSON in UTF-8; send it with 'Content-Type: application/json'.")
 
 

@@ -22,6 +22,7 @@ from ccm.api.http.pagination import next_link
 from ccm.api.http.query import MessagesQuery
 from ccm.api.http.request_limiter import hold_open, wait_until
 from ccm.core.lineage import Segment
+from ccm.core.queries import Queries
 
 # The largest number of chunks (core/queries.py) of a list that is sent whole.
 SHORT_CHUNKS = 4
@@ -47,7 +48,7 @@ class Extent:
     version: str | None = None
 
 
-def message_list(query: MessagesQuery, key: str, measure: Callable[[], Extent]) -> Response:
+def message_list(query: MessagesQuery, key: str, measure: Callable[[Queries], Extent]) -> Response:
     """Return the messages once there are any, or when `?wait=` has passed; 304 if the client has them already.
 
     Args:
@@ -58,27 +59,29 @@ def message_list(query: MessagesQuery, key: str, measure: Callable[[], Extent]) 
     Raises:
         SlotsTaken: the list is long and no slot is free.
     """
-    queries = service().queries
     types, most, seconds = query.type or (), query.limit, query.wait
 
     def look() -> Extent | None:
-        extent = measure()
+        queries = service().queries
+        extent = measure(queries)
         return extent if extent.complete or queries.has_any(extent.segments, types) else None
 
-    extent = (wait_until(key, seconds, look) if seconds else None) or measure()
+    found = wait_until(key, seconds, look) if seconds else None
     headers: dict[str, str] = {}
-    if extent.version is not None and not seconds:
-        tag = _entity_tag(extent.version)
-        headers = {"ETag": f'"{tag}"', "Cache-Control": IMMUTABLE, **VARY}
-        if request.if_none_match.contains_weak(tag):
-            return Response(status=304, headers=headers)
-    segments = extent.segments
-    kept = segments if most is None else queries.cut(segments, types, most)
-    if not extent.complete or list(kept) != list(segments):
-        headers |= next_link(after=extent.position_after(kept[-1]))
-    chunks = queries.chunks(kept, types)
-    # A short list is sent whole, with its length. A long one occupies its thread until the client has read it.
-    beginning = deque(itertools.islice(chunks, SHORT_CHUNKS + 1))
+    with service().queries.together() as queries:
+        extent = found or measure(queries)
+        if extent.version is not None and not seconds:
+            tag = _entity_tag(extent.version)
+            headers = {"ETag": f'"{tag}"', "Cache-Control": IMMUTABLE, **VARY}
+            if request.if_none_match.contains_weak(tag):
+                return Response(status=304, headers=headers)
+        segments = extent.segments
+        kept = segments if most is None else queries.cut(segments, types, most)
+        if not extent.complete or list(kept) != list(segments):
+            headers |= next_link(after=extent.position_after(kept[-1]))
+        chunks = queries.chunks(kept, types)
+        # A short list is sent whole, with its length. A long one occupies its thread until the client has read it.
+        beginning = deque(itertools.islice(chunks, SHORT_CHUNKS + 1))
     if len(beginning) <= SHORT_CHUNKS:
         return Response(b"".join(_array(beginning)), headers=headers, mimetype="application/json")
     body = _array(itertools.chain(_pop_each(beginning), chunks))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urlencode
 
 from flask import Response, request
@@ -11,9 +11,16 @@ from flask import Response, request
 from ccm.api.http.query import Paged, cursor_of
 from ccm.core.search import Place
 from ccm.json_text import to_json_text
-from ccm.models.stored import StoredModel
 
-Item = TypeVar("Item", bound=StoredModel)
+
+class Shown(Protocol):
+    """An item of a list."""
+
+    def to_json(self) -> Mapping[str, Any]:
+        """Return the JSON object that the API shows."""
+
+
+Item = TypeVar("Item", bound=Shown)
 
 
 def next_link(**changes: str) -> dict[str, str]:
@@ -44,7 +51,7 @@ def page(
     return page_of(items)
 
 
-def page_of(items: Sequence[StoredModel], *, more: bool = False, place: Place | None = None) -> Response:
+def page_of(items: Sequence[Shown], *, more: bool = False, place: Place | None = None) -> Response:
     """Return a page that has been read.
 
     Args:

@@ -10,6 +10,7 @@ import ipaddress
 import logging
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from werkzeug.middleware.proxy_fix import ProxyFix
@@ -54,7 +55,10 @@ class Forwarded:
         self._warned = False
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        names = [name for name in environ if name.startswith(FORWARDED) or name == "HTTP_FORWARDED"]
+        # The first condition alone rules out nearly all names, quickly.
+        names = [
+            name for name in environ if "FORWARDED" in name and (name.startswith(FORWARDED) or name == "HTTP_FORWARDED")
+        ]
         forwarded = {name: environ.pop(name) for name in names}
         peer = environ["REMOTE_ADDR"] = _peer(environ["REMOTE_ADDR"])
         environ["SCRIPT_NAME"] = self._prefix
@@ -92,6 +96,7 @@ def check_forwarded(environ: WSGIEnvironment) -> None:
         raise ValidationError(environ[INVALID_HEADER])
 
 
+@lru_cache(maxsize=256)  # parsing an address takes a tenth of the time of a short request
 def _peer(address: str) -> str:
     """Return an address in its canonical form: a dual-stack socket shows IPv4 addresses as IPv6."""
     if address in UNIX_ADDRESSES:

@@ -167,7 +167,7 @@ class Writer:
 
     async def append(self, message: Message) -> None:
         """Queue a run's next message, waiting in the caller's event loop while the message budget is spent."""
-        size = len(message.json)
+        size = message.size
         if not self._budget.try_charge(size):  # most messages fit, and need no second coroutine
             await self._budget.charge(size)
         try:

@@ -259,7 +259,7 @@ def _rowid(seq: int, kind: Kind = Kind.MESSAGE, number: int = 0) -> int:
 
 def _insert(transaction: Transaction, rows: Sequence[tuple[int, str, str | None, int | None]]) -> None:
     """Insert texts: rowid, text, run and index."""
-    indexed = [(rowid, words, *place) for rowid, text, *place in rows if (words := indexed_words(text))]
+    indexed = [(rowid, words, run_id, index) for rowid, text, run_id, index in rows if (words := indexed_words(text))]
     # In their order, because FTS5 ends a segment of its index at each smaller rowid.
     transaction.insert_many("ccr_search", COLUMNS, sorted(indexed))
 

@@ -314,7 +314,7 @@ class Writer:
         followed &= self._try_step(lambda: self._budget.release(sum(message.size for message in stored)))
         for write in writes:
             followed &= self._try_step(write.settle, write)
-        keys = {key for message in stored for key in (message.run_id, message.session_id)}
+        keys = {message.run_id for message in stored} | {message.session_id for message in stored}
         followed &= self._try_step(lambda: self._notifier.notify(keys))
         if not followed:
             self._try_step(self.on_unfollowed)

@@ -33,4 +33,6 @@ def storable(text: object) -> str | None:
     """Replace NUL and lone surrogates, which a database refuses. Return None if the value is not a text."""
     if not isinstance(text, str):
         return None
+    if text.isascii() and "\0" not in text:  # most are, and this takes a third of the time
+        return text
     return text.encode("utf-8", "replace").decode("utf-8").replace("\0", "\N{REPLACEMENT CHARACTER}")

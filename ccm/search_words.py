@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple, Self
 
@@ -102,29 +102,30 @@ def indexed_words(text: str) -> str:
     return " ".join(dict.fromkeys(_words(text[:INDEXED_CHARACTERS])))[: 2 * INDEXED_CHARACTERS]
 
 
-def said(message_type: str, json: str) -> str:
+def said(message_type: str, json: str, value: Mapping[str, Any] | None = None) -> str:
     """Return what a person or Claude says in an SDK message; empty if it is a message of another kind.
 
     Empty also if it cannot be parsed, because it is too deep or memory is short: it is stored, but not found.
 
     Args:
-        json: the message. It is parsed only if it may contain such a text.
+        json: the message.
+        value: the same, parsed. Without it `json` is parsed, but only if it may contain such a text.
     """
     try:
-        return _said(message_type, json)
+        return _said(message_type, json, value)
     except (ValueError, RecursionError, MemoryError):
         return ""
 
 
-def _said(message_type: str, json: str) -> str:
+def _said(message_type: str, json: str, value: Mapping[str, Any] | None) -> str:
     if message_type == "result":
-        text = from_json_text(json).get("result")
+        text = (from_json_text(json) if value is None else value).get("result")
         return text if isinstance(text, str) else ""
     # Inputs and results of tools may be much longer, and are not indexed.
     of_person = message_type == "user" and '"tool_result"' not in json
     if not (of_person or message_type == "assistant") or '"text"' not in json:
         return ""
-    message = from_json_text(json).get("message")
+    message = (from_json_text(json) if value is None else value).get("message")
     content: Any = message.get("content") if isinstance(message, dict) else None
     blocks = content if isinstance(content, list) else []
     texts = [block.get("text") for block in blocks if isinstance(block, dict) and block.get("type") == "text"]

@@ -20,6 +20,7 @@ from ccm.db import messages, runs, search, sessions
 from ccm.db.driver import migrate, sqlite_file
 from ccm.db.driver.database import Database
 from ccm.models import Message
+from ccm.search_words import said
 from ccm.testing.service_process import ServiceProcess
 from ccm.timestamps import timestamp
 from tests.client import Client
@@ -68,7 +69,8 @@ class Texts:
         else:
             tool = {"type": "tool_result", "content": [{"type": "text", "text": "x = 1\n" * 200}]}
             fields = {"type": "user", "message": {"content": [tool]}}
-        return Message(run_id, run_id, index, str(fields["type"]), json.dumps(fields, separators=(",", ":")), at)
+        kind, text = str(fields["type"]), json.dumps(fields, separators=(",", ":"))
+        return Message(run_id, run_id, index, kind, text, at, said(kind, text, fields))  # as a run records it
 
 
 def opened(path: Path) -> Database:

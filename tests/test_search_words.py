@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import unicodedata
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
 from ccm import search_words
-from ccm.search_words import OCCURRENCES, SEARCH_WORDS, Search, indexed_words
+from ccm.json_text import to_json_text
+from ccm.search_words import OCCURRENCES, SEARCH_WORDS, Search, indexed_words, said
 
 # Those with a combining class, and those that become such marks.
 MARKS = [
@@ -88,3 +89,34 @@ def test_a_snippet_of_a_text_without_spaces_is_around_the_words() -> None:
 def test_a_search_has_a_bounded_number_of_words() -> None:
     search = Search.parse("".join(map(chr, range(0x4E00, 0x51E7))))
     assert search.exact().whole == tuple(chr(code) + chr(code + 1) for code in range(0x4E00, 0x4E00 + SEARCH_WORDS))
+
+
+def of_type(kind: str, *content: dict[str, Any] | str) -> dict[str, Any]:
+    return {"type": kind, "message": {"role": kind, "content": list(content)}}
+
+
+TEXT = {"type": "text", "text": "A \ud800 kite \0 flies"}
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        (of_type("assistant", TEXT), TEXT["text"]),
+        (of_type("assistant", {"type": "thinking", "thinking": "no"}, TEXT, TEXT), f"{TEXT['text']}\n{TEXT['text']}"),
+        (of_type("assistant", {"type": "tool_use", "name": "Write", "input": {"text": "no"}}), ""),
+        (of_type("assistant", {"type": "text", "text": 7}, "no"), ""),
+        (of_type("user", TEXT), TEXT["text"]),
+        (of_type("user", {"type": "tool_result", "content": [TEXT]}), ""),
+        (of_type("user", {"type": "text", "text": 'a "tool_result"'}), 'a "tool_result"'),
+        (of_type("system", TEXT), ""),
+        ({"type": "user", "message": {"content": "text"}}, ""),
+        ({"type": "assistant", "message": "text"}, ""),
+        ({"type": "result", "result": TEXT["text"]}, TEXT["text"]),
+        ({"type": "result", "result": None}, ""),
+    ],
+)
+def test_what_is_said_is_the_same_in_a_message_and_in_its_json(message: dict[str, Any], text: str) -> None:
+    json = to_json_text(message)
+
+    assert said(message["type"], json) == text
+    assert said(message["type"], json, message) == text

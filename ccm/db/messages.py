@@ -22,7 +22,8 @@ def _of_types(types: Sequence[str]) -> tuple[str, dict[str, str]]:
 
 def insert_many(transaction: Transaction, messages: Sequence[Message]) -> None:
     """Insert messages of stored runs."""
-    rows = [(m.run_id, m.index, m.type, m.created_at, len(m.json), m.json) for m in messages]
+    # Unpacked, because that takes half of the time of the names.
+    rows = [(run_id, index, kind, at, len(json), json) for run_id, _, index, kind, json, at, _ in messages]
     transaction.insert_many("ccr_run_messages", COLUMNS, rows)
     search.add_messages(transaction, messages)
 

@@ -111,7 +111,7 @@ def add_prompt(transaction: Transaction, run_id: str, seq: int, prompt: str) -> 
 
 def add_messages(transaction: Transaction, messages: Iterable[Message]) -> None:
     """Add what is said in the messages of stored runs."""
-    texts = [(message, text) for message in messages if (text := said(message.type, message.json))]
+    texts = [(message, text) for message in messages if (text := _said(message))]
     if texts:
         firsts = dict(_first_seqs(transaction, {message.run_id for message, _ in texts}))
         free = {first: _free_rowid(transaction, first) for first in set(firsts.values())}
@@ -259,7 +259,7 @@ def _rowid(seq: int, kind: Kind = Kind.MESSAGE, number: int = 0) -> int:
 
 def _insert(transaction: Transaction, rows: Sequence[tuple[int, str, str | None, int | None]]) -> None:
     """Insert texts: rowid, text, run and index."""
-    indexed = [(rowid, words, *place) for rowid, text, *place in rows if (words := indexed_words(text))]
+    indexed = [(rowid, words, run_id, index) for rowid, text, run_id, index in rows if (words := indexed_words(text))]
     # In their order, because FTS5 ends a segment of its index at each smaller rowid.
     transaction.insert_many("ccr_search", COLUMNS, sorted(indexed))
 
@@ -282,6 +282,10 @@ def _free_rowid(transaction: Transaction, seq: int) -> int:
     sql = "SELECT rowid FROM ccr_search WHERE rowid >= :bottom AND rowid < :top ORDER BY rowid DESC LIMIT 1"
     last: int | None = transaction.value(sql, bottom=bottom, top=top)
     return bottom if last is None else last + 1
+
+
+def _said(message: Message) -> str:
+    return said(message.type, message.json) if message.said is None else message.said
 
 
 def _messages(transaction: Transaction, run_id: str, session_id: str) -> Iterator[list[Message]]:

@@ -27,6 +27,9 @@ class Message(NamedTuple):
     """One SDK message of a run, as text. `index` counts from 0 within the run.
 
     A tuple, because there are thousands per second, and a frozen dataclass takes three times as long to create.
+
+    Attributes:
+        said: the text of it that a search finds; None if `json` has to be searched for it.
     """
 
     run_id: str
@@ -35,8 +38,9 @@ class Message(NamedTuple):
     type: str
     json: str
     created_at: str
+    said: str | None = None
 
     @property
     def size(self) -> int:
-        """The length in bytes, since the text is ASCII."""
-        return len(self.json)
+        """How much of the message budget it takes (bytes)."""
+        return len(self.json) + (0 if self.said is None else len(self.said))

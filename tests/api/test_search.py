@@ -56,6 +56,18 @@ def test_a_search_covers_titles_prompts_and_what_was_said(api: Client, project: 
     assert found(api, project, " ") == found(api, project, "") == ["one", "Parrots and two others"]
 
 
+def test_the_writer_does_not_parse_what_a_run_records(
+    api: Client, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parsed(*_arguments: object) -> str:
+        raise AssertionError
+
+    monkeypatch.setattr("ccm.db.search.said", parsed)
+    api.start(project, says("A kite flies."), title="one")
+
+    assert found(api, project, "kite") == ["one"]
+
+
 def test_a_match_says_where(api: Client, project: Path) -> None:
     run = api.start(project, "Ask the heron.", title="About the bittern")
     other = api.resume(run["sessionId"], says("Nothing.", "First a stork came.\nThe egret did not."))

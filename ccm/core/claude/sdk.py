@@ -72,7 +72,8 @@ class _Tap:
     async def send(self, message: dict[str, Any]) -> None:
         if not self._caught_up.is_set():
             await self._caught_up.wait()
-        await self.process_pending()
+        if self._pending:
+            await self.process_pending()
         await self._process(message)
 
     async def process_pending(self) -> None:

@@ -167,7 +167,7 @@ class Writer:
 
     async def append(self, message: Message) -> None:
         """Queue a run's next message, waiting in the caller's event loop while the message budget is spent."""
-        size = len(message.json)
+        size = message.size
         if not self._budget.try_charge(size):  # most messages fit, and need no second coroutine
             await self._budget.charge(size)
         try:
@@ -314,7 +314,7 @@ class Writer:
         followed &= self._try_step(lambda: self._budget.release(sum(message.size for message in stored)))
         for write in writes:
             followed &= self._try_step(write.settle, write)
-        keys = {key for message in stored for key in (message.run_id, message.session_id)}
+        keys = {message.run_id for message in stored} | {message.session_id for message in stored}
         followed &= self._try_step(lambda: self._notifier.notify(keys))
         if not followed:
             self._try_step(self.on_unfollowed)

@@ -23,6 +23,7 @@ from ccm.core.transcripts.store import TranscriptStore, extend, merge
 from ccm.db.driver.transaction import Transaction
 from ccm.db.transcripts import Entry, TranscriptKey
 from ccm.errors import StorageDown
+from ccm.json_text import from_json_text
 from ccm.models import Run
 
 log = logging.getLogger(__name__)
@@ -293,7 +294,7 @@ def parse(line: bytes) -> Entry | None:
     """
     text = line.decode("utf-8", "replace").strip()
     try:
-        value = json.loads(text)
+        value = from_json_text(text)
     except ValueError:
         return None
     if not isinstance(value, dict) or str(value.get("type")).startswith(LOCAL_ONLY):

@@ -24,6 +24,8 @@ from ccm.db.transcripts import Entry, TranscriptKey
 from ccm.errors import StorageRejected
 from tests.core.transcripts.host import ONE, SESSION, Host, entry, loaded, run
 
+# Deeper than the faster parser takes.
+DEEP = "[" * 300 + "]" * 300
 FORK = "22222222-2222-4222-8222-222222222222"
 
 
@@ -67,7 +69,11 @@ def test_an_entry_is_loaded_as_it_was_stored(store: TranscriptStore) -> None:
             '{"type":"x",  "n":1.50,"\\u00e9":"\\ud83d\\ude00 \\ud800"}',
         ),
         ('{"type": "x"}', '{"type": "x"}'),
+        (f'{{"type": "x", "n": {DEEP}}}', f'{{"type": "x", "n": {DEEP}}}'),
+        ('{"type": "x", "n": NaN}', '{"type": "x", "n": NaN}'),
         ('{"type": "x"', None),
+        ('{"type": "x"} {}', None),
+        ('{"type": "x", "text": "a\tb"}', None),
         ('["x"]', None),
         ("\0\0\0", None),
         ('{"type": "api-request-blob"}', None),

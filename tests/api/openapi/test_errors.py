@@ -213,6 +213,7 @@ def storage_down(call: Call, request: pytest.FixtureRequest, monkeypatch: pytest
 
 
 def outcome_unknown(call: Call, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Answer:
+    world = world_of(request)  # before the patches, under which it could not start
     answered = threading.Event()
     monkeypatch.setattr("ccm.core.storage.writer.OUTCOME_TIMEOUT", 0.1)
 
@@ -222,7 +223,7 @@ def outcome_unknown(call: Call, request: pytest.FixtureRequest, monkeypatch: pyt
 
     monkeypatch.setattr("ccm.core.storage.write_task.WriteTask.run", run)
     try:
-        return patiently(monkeypatch, "ccm.core.storage.writer.WRITE_TIMEOUT", lambda: write(call, world_of(request)))
+        return patiently(monkeypatch, "ccm.core.storage.writer.WRITE_TIMEOUT", lambda: write(call, world))
     finally:
         answered.set()
 

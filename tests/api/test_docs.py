@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -166,7 +166,12 @@ def test_assets_may_be_kept_for_ever(closed: Client, shells: dict[str, str]) -> 
 
 
 def open_files(service: ServiceProcess) -> set[str]:
-    return {os.readlink(path) for path in Path(f"/proc/{service.process.pid}/fd").iterdir()}
+    """Return the files that a service has open, without those that are closed meanwhile."""
+    files = set()
+    for link in Path(f"/proc/{service.process.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            files.add(os.readlink(link))
+    return files
 
 
 def test_clients_that_do_not_read_an_asset_cost_no_copies_of_it(serve: ServeFunction) -> None:

@@ -42,5 +42,5 @@ class Message(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How much of the message budget it takes (bytes)."""
+        """How much of the message budget it takes: the bytes of `json`, which is ASCII, and `said`'s characters."""
         return len(self.json) + (0 if self.said is None else len(self.said))

@@ -385,7 +385,6 @@ def test_a_reader_that_holds_the_log_is_reported_and_the_next_prune_clears_it(
 def test_the_next_prune_completes_an_interrupted_one(
     flask: Flask, filled: str, monkeypatch: pytest.MonkeyPatch, writable: Database
 ) -> None:
-
     delete_by_index = trees._delete_by_index
 
     def cut_off(database: Database, table: str, owner: str, owner_id: Any) -> None:
@@ -406,7 +405,6 @@ def test_the_next_prune_completes_an_interrupted_one(
 def test_a_service_answers_consistently_after_an_interrupted_prune(
     flask: Flask, filled: str, monkeypatch: pytest.MonkeyPatch, writable: Database, serve: ServeFunction
 ) -> None:
-
     delete_by_index = trees._delete_by_index
 
     def cut_off(database: Database, table: str, owner: str, owner_id: Any) -> None:

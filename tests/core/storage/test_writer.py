@@ -180,7 +180,8 @@ def test_batches_form_under_load(harness: Harness, reader: Database) -> None:
 # ---- back-pressure
 
 
-def test_a_run_waits_for_the_budget_without_blocking_its_loop(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("json", "said"), [("x" * 1_000, None), ("x" * 400, "y" * 600)], ids=["", "with its text"])
+def test_a_run_waits_for_the_budget_without_blocking_its_loop(tmp_path: Path, json: str, said: str | None) -> None:
     url = f"sqlite:///{tmp_path}/db.sqlite"
     database, reader = Database(url, writable=True, pool_size=1), Database(url)
     migrate(database)
@@ -193,7 +194,7 @@ def test_a_run_waits_for_the_budget_without_blocking_its_loop(tmp_path: Path) ->
             async def produce() -> None:
                 nonlocal done
                 for index in range(100):
-                    await harness.writer.append(Message("a", "a", index, "assistant", "x" * 1_000, timestamp()))
+                    await harness.writer.append(Message("a", "a", index, "assistant", json, timestamp(), said))
                     done += 1
 
             producer = asyncio.create_task(produce())

@@ -121,14 +121,15 @@ def _said(message_type: str, json: str, value: Mapping[str, Any] | None) -> str:
     if message_type == "result":
         text = (from_json_text(json) if value is None else value).get("result")
         return text if isinstance(text, str) else ""
-    # Inputs and results of tools may be much longer, and are not indexed.
-    of_person = message_type == "user" and '"tool_result"' not in json
-    if not (of_person or message_type == "assistant") or '"text"' not in json:
+    if message_type not in ("assistant", "user") or (value is None and '"text"' not in json):
         return ""
     message = (from_json_text(json) if value is None else value).get("message")
     content: Any = message.get("content") if isinstance(message, dict) else None
-    blocks = content if isinstance(content, list) else []
-    texts = [block.get("text") for block in blocks if isinstance(block, dict) and block.get("type") == "text"]
+    blocks = [block for block in content if isinstance(block, dict)] if isinstance(content, list) else []
+    # Inputs and results of tools may be much longer, and are not indexed.
+    if message_type == "user" and any(block.get("type") == "tool_result" for block in blocks):
+        return ""
+    texts = [block.get("text") for block in blocks if block.get("type") == "text"]
     return "\n".join(text for text in texts if isinstance(text, str))
 
 

@@ -387,7 +387,7 @@ class Bench(FirstMessages, Lists):
 
         async def append() -> None:
             for index in range(rows):
-                await writer.append(Message(run_id, run_id, index, "assistant", MESSAGE, timestamp()))
+                await writer.append(Message(run_id, run_id, index, "assistant", MESSAGE, timestamp(), ""))
 
         begun = time.perf_counter()
         asyncio.run(append())
